@@ -1,0 +1,54 @@
+# Needs Python 3.11 or newer and nothing else; everything is installed into $(VENV).
+#   make demo PYTHON=python3.12 ARGS="--config.seed=1"
+
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/fashion.py
+ARGS ?=
+
+BIN := $(VENV)/bin
+# Stamps inside the environment: it is brought up to date only when what it is made from has changed.
+RUN_STAMP := $(VENV)/.installed-run
+DEV_STAMP := $(VENV)/.installed-dev
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast lint clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo '  PYTHON=python3.12   the interpreter that creates $(VENV) (3.11 or newer)'
+	@echo '  CONFIG=configs/x.py the experiment that `make demo` runs'
+	@echo '  ARGS="..."          more flags for `make demo`'
+
+demo: $(RUN_STAMP)  ## train, sample and evaluate a small model on this machine
+	$(BIN)/python -m vqvae2_jax.main --config=$(CONFIG) $(ARGS)
+
+test: lint  ## ruff and every test, the slow ones too
+	$(BIN)/python -m pytest
+
+test-fast: lint  ## ruff and the quick tests
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(DEV_STAMP)  ## ruff
+	$(BIN)/ruff check .
+
+clean:  ## remove the environment and all caches (runs/ stays)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .jax_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(RUN_STAMP): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "vqvae2_jax needs Python 3.11 or newer; PYTHON=$(PYTHON) is: $$($(PYTHON) --version 2>&1 || true)" >&2; \
+		echo "Name a newer one, for example: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing requirements.txt into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml $(RUN_STAMP)
+	@echo "installing the development tools into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@

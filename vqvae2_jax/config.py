@@ -1,0 +1,171 @@
+"""From a config file's nested fields to the typed, checked values that the rest of the package takes.
+
+A config is a plain `ml_collections.ConfigDict` (configs/*.py); docs/configs.md lists every field. Nothing below the jobs
+sees it: they hand plain values to modules. `check` runs before any job, so that a mistake costs seconds, not hours.
+"""
+
+import inspect
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vqvae2_jax import parallel
+from vqvae2_jax.data.images import ImageSpec
+from vqvae2_jax.models.prior import Prior
+from vqvae2_jax.models.resnet import ResNet
+from vqvae2_jax.models.vqvae import VQVAE, map_shapes
+from vqvae2_jax.optim import Training
+
+# Fields of config.data that change how images are read, not which images they are.
+_READING = ('workers', 'on_error')
+_OWN_FIELDS = {  # of each stage's section, beside the fields of its module
+    'vqvae': ('commitment_weight', 'training'),
+    'prior': ('training',),
+    'classifier': ('flip', 'crop', 'training'),
+}
+_FROM_ELSEWHERE = {  # fields of the modules that follow from the rest of the config
+    'vqvae': ('channels',),
+    'prior': ('shape', 'codebook_size', 'coarser_codebook_sizes', 'num_classes'),
+    'classifier': ('num_classes',),
+}
+
+
+def level_names(factors: tuple[int, ...]) -> tuple[str, ...]:
+    """The names of the levels, finest first: bottom, middle, top as in the paper; bottom, level1, ..., top for more."""
+    count = len(factors)
+    if count == 1:
+        return ('top',)
+    middle = ('middle',) if count == 3 else tuple(f'level{i}' for i in range(1, count - 1))
+    return ('bottom', *middle, 'top')
+
+
+def image_spec(config: ConfigDict) -> ImageSpec:
+    """config.data as the data package takes it."""
+    _known_fields('data', config.data, inspect.signature(ImageSpec).parameters)
+    return ImageSpec(**config.data)
+
+
+def training(config: ConfigDict, section: str) -> Training:
+    """How to train the stage `section`: 'vqvae', 'prior.top', 'classifier', ..."""
+    fields = config[section].training  # ConfigDict reads dotted paths
+    _known_fields(f'{section}.training', fields, inspect.signature(Training).parameters)
+    return Training(**fields)
+
+
+def make_vqvae(config: ConfigDict) -> VQVAE:
+    """Stage 1's module."""
+    return VQVAE(channels=config.data.channels, **_module_fields('vqvae', 'vqvae', config.vqvae, VQVAE))
+
+
+def make_prior(config: ConfigDict, level: int) -> Prior:
+    """Stage 2's module of one level, counted from the finest."""
+    names = level_names(config.vqvae.factors)
+    coarser = len(names) - 1 - level
+    return Prior(
+        shape=map_shapes(config.data.image_size, config.vqvae.factors)[level],
+        codebook_size=config.vqvae.codebook_size,
+        coarser_codebook_sizes=(config.vqvae.codebook_size,) * coarser,
+        num_classes=config.data.num_classes,
+        **_module_fields(f'prior.{names[level]}', 'prior', config.prior[names[level]], Prior),
+    )
+
+
+def make_classifier(config: ConfigDict) -> ResNet:
+    """The module that judges samples."""
+    fields = _module_fields('classifier', 'classifier', config.classifier, ResNet)
+    return ResNet(num_classes=config.data.num_classes, **fields)
+
+
+def has_classifier(config: ConfigDict) -> bool:
+    """Without classes there is nothing to classify, and no rejection."""
+    return config.data.num_classes > 1
+
+
+def settings(config: ConfigDict, section: str) -> dict[str, Any]:
+    """What decides the outcome of training `section`, for the record: its data, module and training, flat.
+
+    Left out is what only says how often to log, evaluate or save, and how many workers read.
+    """
+    found = {'seed': config.seed}
+    found |= {f'data.{k}': v for k, v in config.data.items() if k not in _READING}
+    found |= {f'{section}.{k}': v for k, v in config[section].items() if k != 'training'}
+    found |= {f'{section}.training.{k}': v for k, v in training(config, section).identity().items()}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError naming the first field that cannot work, before any job starts."""
+    expected = ('name', 'seed', 'data', 'vqvae', 'codes', 'prior', 'classifier', 'sample', 'reject')
+    _known_fields('config', config, expected)
+    spec = image_spec(config)
+    names = level_names(config.vqvae.factors)
+    shapes = map_shapes(spec.image_size, config.vqvae.factors)
+    make_vqvae(config)
+    if set(config.prior) != set(names):
+        raise ValueError(
+            f'config.prior has the levels {sorted(config.prior)}, but vqvae.factors={tuple(config.vqvae.factors)} makes '
+            f'{sorted(names)}: name one prior per level'
+        )
+    sections = ['vqvae', *(f'prior.{name}' for name in names)]
+    for level, name in enumerate(names):
+        make_prior(config, level)
+        _check_prior(name, config.prior[name], shapes[level])
+    if has_classifier(config):
+        sections.append('classifier')
+        make_classifier(config)
+    for section in sections:
+        parallel.check_batch_size(training(config, section).batch_size, f'{section}.training.batch_size')
+    parallel.check_batch_size(config.codes.batch_size, 'codes.batch_size')
+    _check_sampling(config, names)
+
+
+def _check_prior(name, prior, shape):
+    if prior.get('attention_layers', 0) and prior.hidden % prior.heads:
+        raise ValueError(f'prior.{name}.heads={prior.heads} does not divide prior.{name}.hidden={prior.hidden}')
+    positions = math.prod(shape)
+    if positions >= 2**24:
+        raise ValueError(f'prior.{name}: a {shape[0]}x{shape[1]} map has {positions} positions; 2**24 are too many')
+
+
+def _check_sampling(config, names):
+    sample, reject = config.sample, config.reject
+    _known_fields('sample', sample, ('count', 'batch_size', 'seed', 'labels', 'temperature'))
+    _known_fields('reject', reject, ('keep',))
+    _known_fields('codes', config.codes, ('batch_size', 'shard_size'))
+    parallel.check_batch_size(sample.batch_size, 'sample.batch_size')
+    if set(sample.temperature) != set(names):
+        raise ValueError(f'sample.temperature names {sorted(sample.temperature)}; the levels are {sorted(names)}')
+    for name, value in sample.temperature.items():
+        if value < 0:
+            raise ValueError(f'sample.temperature.{name} is {value}; it must be 0 (the likeliest code) or more')
+    classes = config.data.num_classes
+    wrong = [label for label in sample.labels if not 0 <= label < classes]
+    if wrong:
+        raise ValueError(f'sample.labels holds {wrong}, but data.num_classes={classes} has labels 0 to {classes - 1}')
+    if not 0 < reject.keep <= 1:
+        raise ValueError(f'reject.keep is {reject.keep}; it is a share in (0, 1]')
+
+
+def _module_fields(path, section, fields, module):
+    own = set(_OWN_FIELDS[section])
+    elsewhere = set(_FROM_ELSEWHERE[section])
+    allowed = set(inspect.signature(module).parameters) - {'parent', 'name'} - elsewhere
+    _known_fields(path, fields, allowed | own)
+    chosen = {k: v for k, v in fields.items() if k in allowed}
+    if 'dtype' in chosen:
+        chosen['dtype'] = _dtype(path, chosen['dtype'])
+    return chosen
+
+
+def _dtype(path, name):
+    if name not in ('float32', 'bfloat16'):
+        raise ValueError(f"{path}.dtype is {name!r}; it must be 'float32' or 'bfloat16'")
+    return jnp.dtype(name)
+
+
+def _known_fields(path, fields, allowed):
+    unknown = sorted(set(fields) - set(allowed))
+    if unknown:
+        raise ValueError(f'{path} has the unknown field {unknown[0]!r}; its fields are {", ".join(sorted(allowed))}')

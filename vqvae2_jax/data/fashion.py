@@ -1,0 +1,66 @@
+"""Fashion-MNIST's 10 000 test images, embedded in the package: data with nothing to download.
+
+The asset is one lossless PNG of 100 x 100 tiles of 28 px; the class of a tile is its row // 10. MIT licence, see
+assets/fashion_mnist_COPYRIGHT.
+"""
+
+import functools
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+from vqvae2_jax.data.decode import to_channels
+
+CLASS_NAMES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+_ASSET = pathlib.Path(__file__).parent / "assets" / "fashion_mnist_10000.png"
+_PER_CLASS = 1000
+
+
+@functools.cache
+def _pixels() -> np.ndarray:
+    """All images, uint8 [10000, 28, 28], in class order; loaded once per process."""
+    with Image.open(_ASSET) as sheet:
+        tiles = np.asarray(sheet.convert("L")).reshape(100, 28, 100, 28)  # [tile row, y, tile column, x]
+    return tiles.transpose(0, 2, 1, 3).reshape(-1, 28, 28)
+
+
+class FashionPool:
+    """The embedded images as a pool (see images.Pool). Holds no pixels, so that pickling it costs nothing."""
+
+    class_names: tuple[str, ...]
+
+    def __init__(self, num_classes: int):
+        """`num_classes` is 10, or 0 for unlabelled use, where every label is 0."""
+        if num_classes not in (0, len(CLASS_NAMES)):
+            raise ValueError(
+                f"data.num_classes={num_classes}, but data.name='fashion' has {len(CLASS_NAMES)} classes: "
+                f"set --config.data.num_classes={len(CLASS_NAMES)}, or 0 to ignore the labels."
+            )
+        self.class_names = CLASS_NAMES if num_classes else ()
+
+    def __len__(self) -> int:
+        return len(CLASS_NAMES) * _PER_CLASS
+
+    @property
+    def strata(self) -> np.ndarray:
+        """The class of each image, int64 [10000], so that splits hold the same share of every class."""
+        return np.arange(len(self)) // _PER_CLASS
+
+    def where(self, position: int) -> str:
+        return f"fashion image {position}"
+
+    def read(self, position: int, channels: int) -> tuple[Image.Image, int]:
+        label = position // _PER_CLASS if self.class_names else 0
+        return to_channels(Image.fromarray(_pixels()[position]), channels), label

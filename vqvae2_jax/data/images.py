@@ -1,0 +1,213 @@
+"""Labelled 8-bit images of one size, from the embedded Fashion-MNIST, a folder, or a TensorFlow Dataset.
+
+`open_images` gives one split as a random-access source. Sources hold names and positions, never pixels, so they pickle
+cheaply into grain's worker processes. Pixels are decoded and resized on access.
+
+A pool is everything there is; a split is a list of positions in it. With data.splits=() the splits are cut at random,
+reproducibly, from one pool; otherwise each split has a pool of its own.
+"""
+
+import dataclasses
+import numbers
+import operator
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from vqvae2_jax.data.decode import fit
+from vqvae2_jax.data.fashion import FashionPool
+from vqvae2_jax.data.folder import open_folder
+from vqvae2_jax.data.tfds_records import TfdsPool
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSpec:
+    """Which images, and in what form. Built as ImageSpec(**config.data).
+
+    Attributes:
+      name: 'fashion', 'folder' or a TFDS name.
+      path: the folder, or the TFDS data_dir ('': TFDS's default).
+      image_size: (height, width).
+      channels: 1 or 3.
+      num_classes: 0 is unlabelled: every label is 0 and there are no class names.
+      splits: () cuts one pool at random by held_out (TFDS: the pool is 'train'); otherwise the names of (train,
+        validation, test): subfolders, or TFDS split strings such as 'train[:95%]'. The same name may serve twice.
+      held_out: shares of the pool for (validation, test).
+      split_seed: seed of that cut.
+      flip: training only: mirror half of the images.
+      crop: training only: crop at a random place from decode.CROP_ZOOM times the size.
+      on_error: what to do with an undecodable image: 'raise', or 'skip' it in the loader.
+      workers: grain worker processes.
+
+    Raises:
+      ValueError: a field is out of range; the message names it as data.<field>.
+    """
+
+    name: str
+    path: str = ""
+    image_size: tuple[int, int] = (28, 28)
+    channels: int = 1
+    num_classes: int = 0
+    splits: tuple[str, ...] = ()
+    held_out: tuple[float, float] = (0.1, 0.1)
+    split_seed: int = 0
+    flip: bool = False
+    crop: bool = False
+    on_error: str = "raise"
+    workers: int = 0
+
+    def __post_init__(self):
+        for field in ("image_size", "splits", "held_out"):
+            if isinstance(getattr(self, field), list):
+                object.__setattr__(self, field, tuple(getattr(self, field)))
+        size, held_out = self.image_size, self.held_out
+        self._require("name", isinstance(self.name, str) and self.name, "'fashion', 'folder' or a TFDS name")
+        self._require("path", isinstance(self.path, str), "a string")
+        self._require("path", self.path or self.name != "folder", "the folder of the images, as data.name is 'folder'")
+        self._require("path", not self.path or self.name != "fashion", "'', as data.name='fashion' is built in")
+        pair = isinstance(size, tuple) and len(size) == 2
+        self._require("image_size", pair and all(_is_int(n, 1) for n in size), "two integers >= 1, (height, width)")
+        self._require("channels", self.channels in (1, 3), "1 or 3")
+        self._require("num_classes", _is_int(self.num_classes, 0), "an integer >= 0")
+        named = isinstance(self.splits, tuple) and all(isinstance(name, str) and name for name in self.splits)
+        self._require("splits", named and len(self.splits) in (0, 3), "() or the names of (train, validation, test)")
+        self._require("splits", not self.splits or self.name != "fashion", "() for data.name='fashion'")
+        pair = isinstance(held_out, tuple) and len(held_out) == 2
+        shares = pair and all(isinstance(s, numbers.Real) and s >= 0 for s in held_out) and sum(held_out) < 1
+        self._require("held_out", shares, "two shares >= 0 (validation, test) that sum to less than 1")
+        self._require("split_seed", _is_int(self.split_seed, 0) and self.split_seed < 2**32, "an integer in [0, 2**32)")
+        self._require("flip", isinstance(self.flip, bool), "a bool")
+        self._require("crop", isinstance(self.crop, bool), "a bool")
+        self._require("on_error", self.on_error in ("raise", "skip"), "'raise' or 'skip'")
+        self._require("workers", _is_int(self.workers, 0), "an integer >= 0")
+
+    def _require(self, field: str, holds, wanted: str):
+        if not holds:
+            raise ValueError(f"data.{field}={getattr(self, field)!r}: must be {wanted}.")
+
+
+def _is_int(value, minimum: int) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= minimum
+
+
+class Pool(Protocol):
+    """Where images come from: every image that there is, in a stable order.
+
+    `strata` is None, or int [N]: a random cut into splits takes the same share of each value.
+    """
+
+    class_names: tuple[str, ...]
+    strata: np.ndarray | None
+
+    def __len__(self) -> int: ...
+
+    def where(self, position: int) -> str:
+        """Path or name of an image, for people."""
+
+    def read(self, position: int, channels: int) -> tuple[Image.Image, int]:
+        """The upright image in mode 'L' or 'RGB', and its label; raises UnreadableImage."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageSource:
+    """One split. source[i] is {'image': uint8 [H, W, C], 'label': int32, 'index': int64}; 'index' is i.
+
+    Attributes:
+      pool: where the images come from.
+      positions: int64 [N], the pool positions of this split.
+      image_size: (H, W).
+      channels: C.
+      on_error: 'raise' or 'skip', obeyed by the loader; source[i] itself always raises UnreadableImage.
+    """
+
+    pool: Pool
+    positions: np.ndarray
+    image_size: tuple[int, int]
+    channels: int
+    on_error: str = "raise"
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names by label; () if unlabelled."""
+        return self.pool.class_names
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self.read(index)
+
+    def where(self, index: int) -> str:
+        """Path or name of example `index`."""
+        return self.pool.where(int(self.positions[index]))
+
+    def read(self, index: int, zoom: float = 1.0, offset: tuple[float, float] = (0.5, 0.5)) -> dict[str, np.ndarray]:
+        """Like source[index], cropped at `offset` from `zoom` times the size (see decode.fit)."""
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of a split of {len(self)}")
+        image, label = self.pool.read(int(self.positions[index]), self.channels)
+        return {
+            "image": fit(image, self.image_size, zoom, offset),
+            "label": np.int32(label),
+            "index": np.int64(index),
+        }
+
+
+def open_images(spec: ImageSpec, split: str) -> ImageSource:
+    """Opens one split.
+
+    Args:
+      spec: which images.
+      split: 'train', 'validation' or 'test'.
+
+    Raises:
+      ValueError: an unknown or empty split, or data that does not fit the spec; the message names the field.
+      FileNotFoundError: a folder or prepared dataset that is not there.
+      ImportError: a TFDS name without tensorflow_datasets.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}: there are {', '.join(SPLITS)}.")
+    named = spec.splits[SPLITS.index(split)] if spec.splits else None
+    if spec.name == "fashion":
+        pool = FashionPool(spec.num_classes)
+    elif spec.name == "folder":
+        pool = open_folder(spec.path, spec.num_classes, named, spec.splits[0] if named else None)
+    else:
+        pool = TfdsPool(spec.name, spec.path, named, spec.num_classes)
+    if named:
+        positions = np.arange(len(pool))
+    else:
+        positions = random_split(len(pool), spec.held_out, spec.split_seed, pool.strata)[split]
+    if not len(positions):
+        raise ValueError(
+            f"data.held_out={spec.held_out} leaves the {split} split of {len(pool)} images empty: "
+            "change it, or name the splits in data.splits."
+        )
+    return ImageSource(pool, positions, spec.image_size, spec.channels, spec.on_error)
+
+
+def random_split(
+    count: int, held_out: tuple[float, float], seed: int, strata: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Cuts range(count) into disjoint splits; every prefix of a split is itself a random sample.
+
+    A share above 0 gets at least one example (of each stratum).
+
+    Returns:
+      {'train', 'validation', 'test'}: int64 positions.
+    """
+    # RandomState, as NumPy promises that its stream will never change: neither will a split.
+    generator = np.random.RandomState(seed)
+    order = generator.permutation(count)
+    groups = [order] if strata is None else [order[strata[order] == value] for value in np.unique(strata)]
+    splits = {split: [] for split in SPLITS}
+    for group in groups:
+        sizes = [max(1, round(share * len(group))) if share else 0 for share in held_out]
+        validation, test, train = np.split(group, np.cumsum(sizes))
+        for split, part in zip(SPLITS, (train, validation, test), strict=True):
+            splits[split].append(part)
+    return {split: generator.permutation(np.concatenate(parts)) for split, parts in splits.items()}

@@ -1,0 +1,119 @@
+"""--job=codes: every image of every split as codes, in shards that restart where they stopped (VQ-VAE-2 algorithm 2)."""
+
+import jax
+import numpy as np
+
+from vqvae2_jax import config as configs
+from vqvae2_jax import parallel
+from vqvae2_jax.data import codes as store
+from vqvae2_jax.data.images import SPLITS
+from vqvae2_jax.data.loader import eval_batches
+from vqvae2_jax.io import provenance
+from vqvae2_jax.io.interrupt import Interrupted, stop_signals
+from vqvae2_jax.jobs import workdir
+from vqvae2_jax.jobs.workdir import Run
+from vqvae2_jax.models.vqvae import map_shapes
+from vqvae2_jax.stages.stage import to_float
+
+_META = 'meta.json'
+
+
+def extract(run: Run) -> None:
+    """Writes codes/<split> for all splits that have images; finished shards are kept."""
+    trained = workdir.load_vqvae(run)
+    model = configs.make_vqvae(run.config)
+    variables = jax.device_put({'params': trained.params, **trained.variables}, parallel.replicated())
+    encode = jax.jit(lambda image: model.apply(variables, to_float(image), method='encode'))
+    with stop_signals() as stopped:
+        for split in SPLITS:
+            _extract_split(run, split, encode, trained.digest, stopped)
+
+
+def current_codes_digest(run: Run) -> str:
+    """What the priors' training depends on: the codes of all splits, by their records; checked against stage 1.
+
+    Raises:
+      JobError: codes are missing. UpstreamChanged: they were made by another stage 1.
+    """
+    vqvae = workdir.load_vqvae(run)
+    metas = {}
+    for split in SPLITS:
+        directory = run.path('codes', split)
+        if not (directory / _META).exists():
+            raise workdir.JobError(f'{directory} holds no finished codes; run:\n  {workdir.job_command(run, "codes")}')
+        meta = store.read_meta(directory)
+        _check_vqvae(directory, meta.vqvae_digest, vqvae.digest)
+        metas[split] = meta.to_json()
+    return provenance.digest_json(metas)
+
+
+def _extract_split(run, split, encode, digest, stopped):
+    config, directory = run.config, run.path('codes', split)
+    source = run.images(split)
+    size = config.codes.shard_size
+    shards = max(-(-len(source) // size), 1)
+    started = {'vqvae': digest, 'shards': shards, 'shard_size': size, 'images': len(source)}
+    _check_started(directory, started)
+    if (directory / _META).exists():
+        print(f'codes {split}: done ({store.read_meta(directory).count} images)', flush=True)
+        return
+    provenance.write_json(directory / 'started.json', started)
+    done = set(store.finished_shards(directory, shards))
+    for shard in range(shards):
+        if shard in done:
+            continue
+        if stopped():
+            print(f'codes {split}: {len(done)} of {shards} shards are done; the same command continues', flush=True)
+            raise Interrupted(128 + stopped())
+        limits = {'start': shard * size, 'stop': min((shard + 1) * size, len(source))}
+        batches = eval_batches(source, batch_size=config.codes.batch_size, **limits, **run.reading())
+        sizes = (config.vqvae.codebook_size,) * len(run.levels)
+        count = store.write_shard(store.shard_path(directory, shard, shards), _encoded(encode, batches), sizes)
+        done.add(shard)
+        print(f'codes {split}: shard {shard + 1} of {shards}, {count} images', flush=True)
+    _finish(run, source, split, shards, digest)
+
+
+def _encoded(encode, batches):
+    for batch in batches:
+        codes = encode(parallel.put_batch({'image': batch['image']})['image'])
+        yield {
+            **{f'codes_{level}': np.asarray(c) for level, c in enumerate(codes)},
+            **{k: batch[k] for k in ('label', 'index', 'mask')},
+        }
+
+
+def _finish(run, source, split, shards, digest):
+    config, directory = run.config, run.path('codes', split)
+    meta = store.CodesMeta(
+        shapes=map_shapes(config.data.image_size, config.vqvae.factors),
+        codebook_sizes=(config.vqvae.codebook_size,) * len(run.levels),
+        num_classes=config.data.num_classes,
+        class_names=source.class_names,
+        count=sum(store.count_records(store.shard_path(directory, shard, shards)) for shard in range(shards)),
+        split=split,
+        shards=shards,
+        vqvae_digest=digest,
+        version=provenance.package_version(),
+    )
+    store.write_meta(directory, meta)
+    print(f'codes {split}: {meta.count} images in {directory}', flush=True)
+
+
+def _check_started(directory, started):
+    path = directory / 'started.json'
+    if not path.exists():
+        return
+    before = provenance.read_json(path)
+    _check_vqvae(directory, before.pop('vqvae'), started['vqvae'])
+    workdir.check_same(
+        f'the extraction in {directory}',
+        before,
+        {k: v for k, v in started.items() if k != 'vqvae'},
+        f'Go back to those settings, or delete {directory} to extract anew.',
+    )
+
+
+def _check_vqvae(directory, recorded, current):
+    remedy = f'Delete {directory.parent} and run --job=codes again, or restore the stage 1 that made it.'
+    workdir.check_digests(f'{directory}', {'stage 1 (vqvae)': recorded}, {'stage 1 (vqvae)': current}, remedy)

@@ -1,0 +1,50 @@
+"""--job=pipeline: all jobs in order. Each does only what is missing, so the same command continues after anything."""
+
+import time
+from collections.abc import Callable
+
+from vqvae2_jax import config as configs
+from vqvae2_jax.io.logging import format_duration
+from vqvae2_jax.jobs.codes import extract
+from vqvae2_jax.jobs.evaluate import evaluate
+from vqvae2_jax.jobs.reject import reject
+from vqvae2_jax.jobs.sample import draw_samples
+from vqvae2_jax.jobs.stages import train_classifier, train_prior, train_vqvae
+from vqvae2_jax.jobs.workdir import JobError, Run
+
+JOBS = ('pipeline', 'vqvae', 'codes', 'prior', 'classifier', 'sample', 'reject', 'evaluate')
+
+
+def run_job(run: Run, job: str, level: str | None = None) -> None:
+    """Runs one job by name.
+
+    Raises:
+      JobError: an unknown level, or the job cannot run as things stand.
+    """
+    if level is not None and job != 'prior':
+        raise JobError(f'--level belongs to --job=prior, not to --job={job}')
+    if level is not None and level not in run.levels:
+        raise JobError(f'--level={level}: the levels of this config are {", ".join(reversed(run.levels))}')
+    for name, work in _plan(run, job, level):
+        begin = time.monotonic()
+        work()
+        if job == 'pipeline':
+            print(f'-- {name}: {format_duration(time.monotonic() - begin)}\n', flush=True)
+
+
+def _plan(run: Run, job: str, level: str | None) -> list[tuple[str, Callable[[], None]]]:
+    # The coarsest prior first, as it is sampled; their order does not matter.
+    priors = [level] if level else list(reversed(run.levels))
+    steps = {
+        'vqvae': [('vqvae', lambda: train_vqvae(run))],
+        'codes': [('codes', lambda: extract(run))],
+        'prior': [(f'prior {name}', lambda name=name: train_prior(run, name)) for name in priors],
+        'classifier': [('classifier', lambda: train_classifier(run))],
+        'sample': [('sample', lambda: draw_samples(run))],
+        'reject': [('reject', lambda: reject(run))],
+        'evaluate': [('evaluate', lambda: evaluate(run))],
+    }
+    if job != 'pipeline':
+        return steps[job]
+    skipped = () if configs.has_classifier(run.config) else ('classifier', 'reject')
+    return [step for name, parts in steps.items() if name not in skipped for step in parts]

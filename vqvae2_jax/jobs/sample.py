@@ -1,0 +1,142 @@
+"""--job=sample: class-conditional samples from all priors, decoded, in resumable shards.
+
+Sample i depends on the seed, i and its label alone: not on the batch it is drawn in, on the count or on the devices.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqvae2_jax import config as configs
+from vqvae2_jax import parallel
+from vqvae2_jax.io import pictures, provenance
+from vqvae2_jax.io.interrupt import Interrupted, stop_signals
+from vqvae2_jax.io.logging import format_duration
+from vqvae2_jax.jobs import samples, workdir
+from vqvae2_jax.jobs.workdir import Run
+from vqvae2_jax.sampling.ancestral import sample_levels
+from vqvae2_jax.stages.stage import to_uint8
+
+DIRECTORY = 'samples'
+
+
+def draw_samples(run: Run) -> None:
+    """Draws what is missing of sample.count samples."""
+    sample, directory = run.config.sample, run.path(DIRECTORY)
+    vqvae, priors = workdir.load_vqvae(run), workdir.load_priors(run)
+    meta = _meta(run, vqvae, priors)
+    _check_started(directory, meta)
+    ranges = samples.shard_ranges(sample.count, sample.batch_size)
+    missing = [r for r in ranges if not samples.shard_path(directory, *r).exists()]
+    provenance.write_json(directory / 'meta.json', meta)
+    if not missing:
+        print(f'sample: done ({sample.count} samples in {directory})', flush=True)
+        return
+    draw = make_sampler(run, vqvae, priors)
+    begin, before = time.monotonic(), _seconds(directory)
+    with stop_signals() as stopped:
+        for number, (start, stop) in enumerate(missing, start=1):
+            samples.write_npz(samples.shard_path(directory, start, stop), _shard(run, draw, start, stop))
+            seconds = time.monotonic() - begin
+            provenance.write_json(directory / 'time.json', {'seconds': round(before + seconds, 1)})
+            left = format_duration(seconds / number * (len(missing) - number))
+            print(f'sample  {stop}/{sample.count}  {(number * sample.batch_size) / seconds:.3g} img/s  ETA {left}', flush=True)
+            if stopped() and number < len(missing):
+                print(f'{number} files written; the same command draws the rest', flush=True)
+                raise Interrupted(128 + stopped())
+    _picture(run, directory)
+
+
+def make_sampler(run: Run, vqvae, priors):
+    """A jitted (index int [B], label int [B]) -> (images uint8 [B, H, W, C], codes per level)."""
+    config = run.config
+    model = configs.make_vqvae(config)
+    modules = tuple(configs.make_prior(config, level) for level in range(len(run.levels)))
+    whole, split = parallel.replicated(), parallel.split_batch()
+    weights = jax.device_put([prior.params for prior in priors], whole)
+    decoder = jax.device_put({'params': vqvae.params, **vqvae.variables}, whole)
+    key = jax.random.key(config.sample.seed)
+    temperatures = tuple(float(config.sample.temperature[name]) for name in run.levels)
+
+    def draw(weights, decoder, temperatures, index, label):
+        label = label if config.data.num_classes else None
+        codes = sample_levels(modules, weights, key, index, label, temperatures)
+        return to_uint8(model.apply(decoder, codes, method='decode')), codes
+
+    draw = jax.jit(draw, in_shardings=(whole, whole, whole, split, split), out_shardings=split)
+    return lambda index, label: draw(weights, decoder, jnp.asarray(temperatures), index, label)
+
+
+def sample_labels(config, index: np.ndarray) -> np.ndarray:
+    """Labels int32 [B] of samples `index`: sample.labels in turn, or all classes in turn."""
+    choices = np.asarray(config.sample.labels or range(max(config.data.num_classes, 1)), np.int32)
+    return choices[index % len(choices)]
+
+
+def _shard(run, draw, start, stop):
+    # The last shard may be smaller than a batch; drawing past the end keeps one compiled program.
+    index = np.arange(start, start + run.config.sample.batch_size)
+    label = sample_labels(run.config, index)
+    batch = parallel.put_batch({'index': index.astype(np.int32), 'label': label})
+    images, codes = jax.device_get(draw(batch['index'], batch['label']))
+    arrays = {'arr_0': images, 'label': label, 'index': index.astype(np.int64)}
+    arrays |= {f'codes_{level}': c for level, c in enumerate(codes)}
+    return {name: a[: stop - start] for name, a in arrays.items()}
+
+
+def _meta(run, vqvae, priors):
+    sample = run.config.sample
+    upstream = {'vqvae': vqvae.digest}
+    upstream |= {workdir.prior_directory(n): p.digest for n, p in zip(run.levels, priors, strict=True)}
+    return {
+        'schema': 1,
+        'count': sample.count,
+        'batch_size': sample.batch_size,
+        'seed': sample.seed,
+        'labels': list(sample.labels),
+        'temperature': dict(sample.temperature),
+        'num_classes': run.config.data.num_classes,
+        'upstream': upstream,
+        'version': provenance.package_version(),
+    }
+
+
+def _check_started(directory, meta):
+    if not (directory / 'meta.json').exists():
+        return
+    before = samples.read_meta(directory)
+    remedy = f'Give another --workdir, go back to those settings, or delete {directory} to draw anew.'
+    workdir.check_digests(f'the samples in {directory}', before['upstream'], meta['upstream'], remedy)
+    fields = ('batch_size', 'seed', 'labels', 'temperature', 'num_classes')  # the count may grow
+    what = f'the set of samples in {directory}'
+    workdir.check_same(what, {k: before[k] for k in fields}, {k: meta[k] for k in fields}, remedy)
+
+
+def _seconds(directory) -> float:
+    path = directory / 'time.json'
+    return provenance.read_json(path)['seconds'] if path.exists() else 0.0
+
+
+def _picture(run, directory):
+    """samples.png: ten samples of each of the first ten labels, a row each; unconditional ones in reading order."""
+    drawn = samples.read_set(directory)
+    grid = by_class(drawn['arr_0'], drawn['label'], np.arange(len(drawn['label'])))
+    pictures.save_png(directory / 'samples.png', pictures.image_grid(grid, columns=10, scale=grid_scale(grid)))
+    print(f'sample: {len(drawn["label"])} samples in {directory}; look at {directory / "samples.png"}', flush=True)
+
+
+def by_class(images: np.ndarray, labels: np.ndarray, order: np.ndarray, rows: int = 10, columns: int = 10) -> np.ndarray:
+    """Images [N, H, W, C] for a grid: a row of `columns` per label, in the order given; all in turn without labels."""
+    present = np.unique(labels)
+    if len(present) == 1:
+        return images[order[: rows * columns]]
+    picked = [[i for i in order if labels[i] == label][:columns] for label in present[:rows]]
+    fewest = min(len(row) for row in picked)
+    return images[[i for row in picked for i in row[:fewest]]] if fewest == columns else images[sum(picked, [])]
+
+
+def grid_scale(images: np.ndarray) -> int:
+    """How much to enlarge small images so that people can see them."""
+    return max(1, 56 // images.shape[1])

@@ -1,0 +1,154 @@
+"""The training jobs: stage 1, the priors, the classifier. Each brings a stage its data and its place on disk."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+
+from vqvae2_jax import config as configs
+from vqvae2_jax import parallel
+from vqvae2_jax.data.codes import CodeSource
+from vqvae2_jax.data.loader import eval_batches, train_batches
+from vqvae2_jax.io import provenance
+from vqvae2_jax.io.checkpoint import Weights, read_record, write_record
+from vqvae2_jax.jobs import workdir
+from vqvae2_jax.jobs.codes import current_codes_digest
+from vqvae2_jax.jobs.train import Data, fit
+from vqvae2_jax.jobs.workdir import Run
+from vqvae2_jax.stages import classifier, prior, vqvae
+from vqvae2_jax.stages.stage import Stage
+
+
+def vqvae_stage(run: Run) -> Stage:
+    """Stage 1 of this run's config."""
+    batch_size = run.config.vqvae.training.batch_size
+    steps_per_epoch = -(-len(run.images('train')) // batch_size)
+    model = configs.make_vqvae(run.config)
+    return vqvae.make_stage(model, run.levels, run.config.vqvae.commitment_weight, steps_per_epoch)
+
+
+def prior_stage(run: Run, level: int) -> Stage:
+    """One level's prior."""
+    model = configs.make_prior(run.config, level)
+    return prior.make_stage(model, level, len(run.levels), _decoder(run, level))
+
+
+def classifier_stage(run: Run) -> Stage:
+    """The classifier."""
+    return classifier.make_stage(configs.make_classifier(run.config))
+
+
+def train_vqvae(run: Run) -> None:
+    """--job=vqvae"""
+    augment = {'flip': run.config.data.flip, 'crop': run.config.data.crop}
+    _train(run, 'vqvae', 'vqvae', functools.partial(vqvae_stage, run), functools.partial(_image_data, run, 'vqvae', **augment))
+
+
+def train_prior(run: Run, level_name: str) -> None:
+    """--job=prior --level=..."""
+
+    def data():
+        train, validation = (CodeSource(run.path('codes', split)) for split in ('train', 'validation'))
+        return _data(run, f'prior.{level_name}', train, validation)
+
+    upstream = {'codes': current_codes_digest(run)}
+    stage = functools.partial(prior_stage, run, run.levels.index(level_name))
+    _train(run, f'prior.{level_name}', workdir.prior_directory(level_name), stage, data, upstream)
+
+
+def train_classifier(run: Run) -> None:
+    """--job=classifier"""
+    if not configs.has_classifier(run.config):
+        raise workdir.JobError(f'data.num_classes={run.config.data.num_classes}: there are no classes to tell apart')
+    augment = {'flip': run.config.classifier.flip, 'crop': run.config.classifier.crop}
+    data = functools.partial(_image_data, run, 'classifier', **augment)
+    _train(run, 'classifier', 'classifier', functools.partial(classifier_stage, run), data)
+
+
+def _train(
+    run: Run,
+    section: str,
+    directory: str,
+    make: Callable[[], Stage],
+    make_data: Callable[[], Data],
+    upstream: dict[str, str] | None = None,
+) -> None:
+    """Trains `section` into `directory` unless it is done, and records it."""
+    upstream = upstream or {}
+    settings, training = configs.settings(run.config, section), configs.training(run.config, section)
+    path = run.path(directory)
+    _check_started(path, section, settings, upstream)
+    record = read_record(path)
+    if record and record['steps'] >= training.steps:
+        print(f'{section}: done ({_line(record)})', flush=True)
+        return
+    provenance.write_json(path / 'settings.json', {'settings': settings, 'upstream': upstream})
+    data = make_data()
+    try:
+        result = fit(make(), training, data, path, name=section, seed=run.config.seed)
+    finally:
+        data.train.close()
+    weights = Weights(path)
+    best = weights.best()
+    record = {
+        'schema': 1,
+        'stage': section,
+        'digest': provenance.digest_arrays(weights.load()),
+        'steps': training.steps,
+        'best_step': best['step'],
+        'validation': best['summary'],
+        **result,
+        'upstream': upstream,
+        'settings': settings,
+        'version': provenance.package_version(),
+    }
+    write_record(path, record)
+    print(f'{section}: trained ({_line(record)})', flush=True)
+
+
+def _check_started(path, section, settings, upstream):
+    """Refuses to continue a training that was started otherwise."""
+    started = path / 'settings.json'
+    if not started.exists():
+        return
+    before = provenance.read_json(started)
+    remedy = f'Give another --workdir, go back to those settings, or delete {path} to train it anew.'
+    workdir.check_same(f'the training in {path}', before['settings'], settings, remedy)
+    workdir.check_digests(f'the training in {path}', before['upstream'], upstream, f'Delete {path} to train {section} anew.')
+
+
+def _image_data(run: Run, section: str, **augment) -> Data:
+    return _data(run, section, run.images('train'), run.images('validation'), **augment)
+
+
+def _data(run: Run, section: str, source, validation, **augment) -> Data:
+    training = configs.training(run.config, section)
+    stop = min(training.eval_examples or len(validation), len(validation))
+    shared = {
+        'batch_size': training.batch_size,
+        'process_index': jax.process_index(),
+        'process_count': jax.process_count(),
+        **run.reading(),
+    }
+    return Data(
+        train=train_batches(source, seed=run.config.seed, **augment, **shared),
+        held_out=lambda: eval_batches(validation, stop=stop, **shared),
+    )
+
+
+def _decoder(run: Run, level: int):
+    """Codes of `level` and coarser ones to images, by the trained stage 1."""
+    model, trained = configs.make_vqvae(run.config), workdir.load_vqvae(run)
+    variables = jax.device_put({'params': trained.params, **trained.variables}, parallel.replicated())
+
+    def decode(codes):
+        if level:
+            return model.apply(variables, codes, level, method='preview')
+        return model.apply(variables, codes, method='decode')
+
+    return decode
+
+
+def _line(record: dict) -> str:
+    numbers = ', '.join(f'{k} {v:.4g}' for k, v in record['validation'].items())
+    return f'best of {record["steps"]} steps is {record["best_step"]}: {numbers}; digest {record["digest"][:12]}'

@@ -1,0 +1,201 @@
+"""The one training loop: any stage, sharded over all devices, resumable to the bit.
+
+A step is dispatched before the metrics of the one before it are read, so that the device never waits for Python.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqvae2_jax import optim, parallel
+from vqvae2_jax import state as train_state
+from vqvae2_jax.io import pictures
+from vqvae2_jax.io.checkpoint import Checkpoints, Weights
+from vqvae2_jax.io.interrupt import Interrupted, stop_signals
+from vqvae2_jax.io.logging import RunLog
+from vqvae2_jax.stages.stage import Stage, to_uint8
+
+_SHOWN = 10  # images in a row of the pictures
+
+
+class Data(NamedTuple):
+    """Batches of one stage."""
+
+    train: grain.DatasetIterator  # endless; its state is saved
+    held_out: Callable[[], Iterator[dict]]  # one pass over the validation examples, with 'mask'
+
+
+class NonFiniteLoss(FloatingPointError):
+    """A loss was NaN or infinite; nothing after the last checkpoint was saved."""
+
+
+def fit(stage: Stage, training: optim.Training, data: Data, directory, *, name: str, seed: int) -> dict:
+    """Trains a stage, or goes on where its last checkpoint stands, and keeps the best weights by `stage.select`.
+
+    Returns:
+      {'seconds': training time over all restarts, 'parameters': how many}.
+
+    Raises:
+      NonFiniteLoss: naming the steps.
+      Interrupted: SIGINT or SIGTERM came; everything is saved.
+    """
+    optimizer = optim.make_optimizer(training)
+    checkpoints, weights = Checkpoints(directory), Weights(directory)
+    state, start = _first_state(stage, optimizer, data.train, checkpoints, seed)
+    log = RunLog(
+        directory,
+        name=name,
+        total_steps=training.steps,
+        start_step=start,
+        examples_per_step=training.batch_size,
+        enabled=parallel.is_writer(),
+    )
+    if start:
+        print(f'{name}: continuing from step {start}', flush=True)
+    loop = _Loop(stage, training, data, checkpoints, weights, log, _make_step(stage, optimizer, training.weight_ema))
+    try:
+        with stop_signals() as stopped:
+            loop.run(state, start, stopped)
+    finally:
+        log.close()
+        checkpoints.close()
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    return {'seconds': round(log.seconds(), 1), 'parameters': parameters}
+
+
+class _Loop:
+    """The loop's fixed parts, so that its few steps can be read one by one."""
+
+    def __init__(self, stage, training, data, checkpoints, weights, log, step):
+        self.stage, self.training, self.data = stage, training, data
+        self.checkpoints, self.weights, self.log, self.train_step = checkpoints, weights, log, step
+        self.evaluate = make_evaluation(stage)
+        self.show = jax.jit(stage.show) if stage.show else None
+
+    def run(self, state, step, stopped):
+        training, window, previous = self.training, _Window(), None
+        while step < training.steps and not stopped():
+            state, metrics = self.train_step(state, parallel.put_batch(next(self.data.train)))
+            step += 1
+            if previous is not None:
+                window.add(*previous)  # step - 1, while this step runs
+            previous = (step, metrics)
+            last = step == training.steps
+            if last or any(_due(step, n) for n in (training.log_every, training.eval_every, training.save_every)):
+                window.add(*previous)  # nothing is logged, judged or saved on top of an unseen loss
+                previous = None
+                if last or _due(step, training.log_every):
+                    self.log.write(step, 'train', window.means())
+                self._look(state, step, last)
+                if last or _due(step, training.save_every):
+                    self.checkpoints.save(step, state, self.data.train)
+        if stopped() and step < training.steps:
+            if previous is not None:
+                window.add(*previous)
+            self.checkpoints.save(step, state, self.data.train)
+            self.checkpoints.close()
+            print(f'saved at step {step}; the same command continues from there', flush=True)
+            raise Interrupted(128 + stopped())
+
+    def _look(self, state, step, last):
+        training = self.training
+        if last or _due(step, training.eval_every):
+            summary = self.evaluate(state.ema_params, state.variables, self.data.held_out())
+            self.log.write(step, 'validation', summary)
+            best = self.weights.best()
+            # Equal counts as better, so that a run resumed from before its best step keeps the weights it finds again.
+            if best is None or summary[self.stage.select] <= best['summary'][self.stage.select]:
+                self.weights.save(step, summary, {'params': state.ema_params, 'variables': state.variables})
+        if self.show and training.show_every and (last or _due(step, training.show_every)):
+            batch = {k: jnp.asarray(v[:_SHOWN]) for k, v in next(self.data.held_out()).items()}
+            rows = self.show(state.ema_params, state.variables, batch)
+            picture = pictures.labelled_rows([(k, np.asarray(to_uint8(v))) for k, v in rows.items()], scale=2)
+            self.log.image(step, 'held_out', picture)
+
+
+class _Window:
+    """Metrics since the last log line."""
+
+    def __init__(self):
+        self._rows = []
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        row = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not math.isfinite(row['loss']):
+            raise NonFiniteLoss(
+                f'the loss is {row["loss"]} at step {step}. Nothing of it was saved: the same command restarts from the '
+                'last checkpoint. Lower training.learning_rate, or set training.clip_norm'
+            )
+        self._rows.append(row)
+
+    def means(self) -> dict[str, float]:
+        rows, self._rows = self._rows, []
+        return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def _due(step: int, every: int) -> bool:
+    return step % every == 0
+
+
+def _first_state(stage, optimizer, iterator, checkpoints, seed) -> tuple[train_state.TrainState, int]:
+    """The newest checkpoint's state, or a new one from the first batch; the iterator stands where it must."""
+    before = iterator.get_state()
+    batch = parallel.put_batch(next(iterator))
+    iterator.set_state(before)
+
+    def init(key, batch):
+        params, variables = stage.init(jax.random.fold_in(key, 0), batch)
+        return train_state.create(params, variables, jax.random.fold_in(key, 1), optimizer)
+
+    init = jax.jit(init, out_shardings=parallel.replicated())
+    key, step = jax.random.key(seed), checkpoints.latest_step()
+    if step is None:
+        return init(key, batch), 0
+    shapes = jax.eval_shape(init, key, batch)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.replicated()), shapes)
+    return checkpoints.restore(step, like, iterator), step
+
+
+def _make_step(stage: Stage, optimizer, weight_ema: float):
+    """One donated, jitted update: (state, batch) -> (state, metrics)."""
+
+    def step(state, batch):
+        key = jax.random.fold_in(state.key, state.step)
+        loss = jax.value_and_grad(stage.loss, has_aux=True)
+        (_, (variables, metrics)), gradients = loss(state.params, state.variables, batch, key)
+        return train_state.update(state, gradients, variables, optimizer, weight_ema), metrics
+
+    whole, split = parallel.replicated(), parallel.split_batch()
+    return jax.jit(step, donate_argnums=0, in_shardings=(whole, split), out_shardings=(whole, whole))
+
+
+def make_evaluation(stage: Stage) -> Callable[[Any, Any, Iterator[dict]], dict[str, float]]:
+    """(params, variables, batches with 'mask') -> summary, exact on a padded last batch.
+
+    Raises:
+      ValueError: no example was left unmasked.
+    """
+
+    @jax.jit
+    def sums(params, variables, batch):
+        mask = batch.pop('mask')  # [B]
+        values = stage.evaluate(params, variables, batch)  # each [B, ...]
+        masked = {k: v * mask.reshape(-1, *(1,) * (v.ndim - 1)) for k, v in values.items()}
+        return {k: jnp.sum(v, axis=0) for k, v in masked.items()}, jnp.sum(mask)
+
+    def evaluate(params, variables, batches):
+        totals, count = {}, 0
+        for batch in batches:
+            batch_sums, batch_count = jax.device_get(sums(params, variables, parallel.put_batch(batch)))
+            count += int(batch_count)
+            totals = {k: totals.get(k, 0) + v.astype(np.float64) for k, v in batch_sums.items()}
+        if not count:
+            raise ValueError('the validation split has no readable example; raise data.held_out or repair the files')
+        return stage.summarize({k: v / count for k, v in totals.items()})
+
+    return evaluate

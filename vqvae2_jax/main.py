@@ -1,0 +1,54 @@
+"""The front door: flags, the config, the job. The only file that knows flags.
+
+  python -m vqvae2_jax.main --config=configs/fashion.py                      # everything that is missing, in order
+  python -m vqvae2_jax.main --config=configs/fashion.py --job=prior --level=top
+  python -m vqvae2_jax.main --config=configs/fashion.py --config.sample.count=50000 --job=sample
+"""
+
+import os
+import sys
+
+from absl import app, flags, logging
+from etils import epath
+from ml_collections import config_flags
+
+from vqvae2_jax import config as configs
+from vqvae2_jax.io.provenance import UpstreamChanged
+from vqvae2_jax.jobs.pipeline import JOBS, run_job
+from vqvae2_jax.jobs.workdir import JobError, Run
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file; --config.a.b=value overrides a field.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; runs/<config.name> when not given. May be gs://...')
+_JOB = flags.DEFINE_enum('job', 'pipeline', JOBS, 'What to do; pipeline: all jobs whose results are missing, in order.')
+_LEVEL = flags.DEFINE_string('level', None, 'With --job=prior: which level (top, bottom, ...); all when not given.')
+
+
+def main(_) -> None:
+    if not flags.FLAGS['verbosity'].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells at length of every file
+    config = _CONFIG.value
+    workdir = epath.Path(_WORKDIR.value or os.path.join('runs', config.name)).resolve()
+    try:
+        configs.check(config)
+        run_job(Run(config, workdir), _JOB.value, _LEVEL.value)
+    except (JobError, UpstreamChanged) as error:
+        # These say what to do; a traceback would only hide it.
+        sys.exit(f'error: {error}')
+
+
+def _parse(arguments: list[str]) -> list[str]:
+    """absl's parser, with a mistyped config field or a missing file reported in one line."""
+    try:
+        rest = flags.FLAGS(arguments)
+        if _CONFIG.value is None:
+            sys.exit('error: --config is missing, for example --config=configs/fashion.py')
+        _CONFIG.value.to_dict()  # a config file that could not be read fails here, not at the flag
+    except (AttributeError, KeyError, OSError, flags.Error) as error:
+        sys.exit(f'error: {str(error).strip(chr(34)).strip()}')
+    if len(rest) > 1:
+        sys.exit(f'error: {rest[1]!r} is no flag; flags look like --config=configs/fashion.py')
+    return rest
+
+
+if __name__ == '__main__':
+    app.run(main, flags_parser=_parse)

@@ -1,0 +1,48 @@
+"""A residual classifier (He et al. 2016, pre-activation) with group normalisation.
+
+Groups, not batches, are normalised: no running statistics, an image's logits do not depend on its neighbours or on the
+number of devices.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class ResNet(nn.Module):
+    """Stages of two-convolution blocks; each stage after the first halves the map.
+
+    Shapes: B batch, H W C image, S classes.
+    """
+
+    num_classes: int
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    blocks: tuple[int, ...] = (2, 2, 2, 2)
+    stem_stride: int = 1  # 2 for images of 128 pixels and more
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: jax.Array, *, train: bool = False) -> jax.Array:
+        """Logits float32 [B, S] of image [B, H, W, C] in [-1, 1]. Training with dropout needs rng `dropout`."""
+        if len(self.widths) != len(self.blocks):
+            raise ValueError(f'classifier.widths has {len(self.widths)} stages, classifier.blocks {len(self.blocks)}')
+        stride = (self.stem_stride, self.stem_stride)
+        x = nn.Conv(self.widths[0], (3, 3), stride, use_bias=False, dtype=self.dtype)(image)
+        for stage, (width, count) in enumerate(zip(self.widths, self.blocks, strict=True)):
+            for block in range(count):
+                x = self._block(x, width, stride=2 if stage and not block else 1)
+        x = jnp.mean(self._norm(x), axis=(1, 2))  # [B, widths[-1]]
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(self.num_classes, dtype=jnp.float32)(x.astype(jnp.float32))
+
+    def _block(self, x, width, stride):
+        y = self._norm(x)
+        strides = (stride, stride)
+        change = stride > 1 or x.shape[-1] != width
+        shortcut = nn.Conv(width, (1, 1), strides, use_bias=False, dtype=self.dtype)(y) if change else x
+        y = nn.Conv(width, (3, 3), strides, use_bias=False, dtype=self.dtype)(y)
+        return shortcut + nn.Conv(width, (3, 3), use_bias=False, dtype=self.dtype)(self._norm(y))
+
+    def _norm(self, x):
+        return nn.relu(nn.GroupNorm(num_groups=min(32, x.shape[-1] // 4), dtype=self.dtype)(x))

@@ -1,0 +1,237 @@
+"""The hierarchical VQ-VAE: N levels of codes from one list of downsampling factors (VQ-VAE-2 section 3.1, algorithm 1).
+
+Levels are counted from the finest, 0 (bottom), to the coarsest, L - 1 (top); `factors[l]` is how much level l is smaller
+than level l - 1, or than the image for l = 0: (4, 2) is ImageNet-256, (8, 2, 2) FFHQ-1024.
+
+Glossary of shapes: B batch, H W image, C its channels, h_l w_l map of level l, K codebook size, D codebook dimension,
+F hidden channels.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.lax import stop_gradient
+
+from vqvae2_jax.models.quantizer import Quantizer
+
+
+class VQVAEOutput(NamedTuple):
+    """A pass through all levels, finest first."""
+
+    image: jax.Array  # [B, H, W, C] reconstruction, in the range of the input
+    previews: tuple[jax.Array, ...]  # of levels 1 .. L - 1: [B, H, W, C] what that level and the coarser ones know alone
+    codes: tuple[jax.Array, ...]  # int32 [B, h_l, w_l]
+    commitment: tuple[jax.Array, ...]  # [B]
+    telemetry: tuple[dict[str, jax.Array], ...]
+
+
+def map_shapes(image_size: tuple[int, int], factors: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """(height, width) of every level's map, finest first.
+
+    Raises:
+      ValueError: a factor is no power of two, or does not divide the map before it.
+    """
+    shapes = []
+    height, width = image_size
+    for level, factor in enumerate(factors):
+        if factor < 2 or factor & (factor - 1):
+            raise ValueError(f'vqvae.factors: {factor} is not a power of two (2, 4, 8, ...); factors are {tuple(factors)}')
+        if height % factor or width % factor:
+            raise ValueError(
+                f'vqvae.factors: level {level} divides a {height}x{width} map by {factor}, which leaves a rest. '
+                f'data.image_size is {image_size[0]}x{image_size[1]} and must be divisible by {_product(factors)}'
+            )
+        height, width = height // factor, width // factor
+        shapes.append((height, width))
+    return tuple(shapes)
+
+
+def _product(factors: tuple[int, ...]) -> int:
+    result = 1
+    for factor in factors:
+        result *= factor
+    return result
+
+
+class ResidualStack(nn.Module):
+    """`layers` blocks of ReLU, 3x3 to `residual`, ReLU, 1x1 back to the width of the input, added to it."""
+
+    layers: int
+    residual: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features = x.shape[-1]
+        for _ in range(self.layers):
+            y = nn.Conv(self.residual, (3, 3), dtype=self.dtype)(nn.relu(x))
+            x = x + nn.Conv(features, (1, 1), dtype=self.dtype)(nn.relu(y))
+        return x
+
+
+class Encoder(nn.Module):
+    """Shrinks a map by `factor`: strided 4x4 convolutions, a 3x3 one, a residual stack."""
+
+    factor: int
+    hidden: int
+    residual: int
+    layers: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # [B, H, W, C] -> [B, H / factor, W / factor, F]
+        halvings = self.factor.bit_length() - 1
+        for i in range(halvings):
+            x = nn.relu(nn.Conv(self.hidden if i else self.hidden // 2, (4, 4), (2, 2), dtype=self.dtype)(x))
+        x = nn.Conv(self.hidden, (3, 3), dtype=self.dtype)(x)
+        return nn.relu(ResidualStack(self.layers, self.residual, self.dtype)(x))
+
+
+class Decoder(nn.Module):
+    """Grows a map by `factor`: a 3x3 convolution, a residual stack, transposed 4x4 convolutions."""
+
+    factor: int
+    features: int
+    hidden: int
+    residual: int
+    layers: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # [B, h, w, D'] -> [B, h * factor, w * factor, features]
+        x = nn.Conv(self.hidden, (3, 3), dtype=self.dtype)(x)
+        x = nn.relu(ResidualStack(self.layers, self.residual, self.dtype)(x))
+        halvings = self.factor.bit_length() - 1
+        for _ in range(halvings - 1):
+            x = nn.relu(upsample(self.hidden // 2, self.dtype)(x))
+        return upsample(self.features, self.dtype)(x)
+
+
+def upsample(features: int, dtype: jnp.dtype, name: str | None = None) -> nn.ConvTranspose:
+    """Transposed 4x4 convolution that doubles the map."""
+    # transpose_kernel is PyTorch's layout: without it an imported kernel is mirrored and no shape says so.
+    return nn.ConvTranspose(features, (4, 4), (2, 2), transpose_kernel=True, dtype=dtype, name=name)
+
+
+class Preview(nn.Module):
+    """A linear view of a level's decoded features as a full-size image: one 3x3 convolution and a pixel shuffle."""
+
+    factor: int  # from the features' map to the image
+    channels: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        # [B, h, w, D] -> [B, h * factor, w * factor, C]
+        pixels = nn.Conv(self.channels * self.factor**2, (3, 3), dtype=self.dtype)(nn.relu(features))
+        return rearrange(pixels, 'b h w (i j c) -> b (h i) (w j) c', i=self.factor, j=self.factor)
+
+
+class VQVAE(nn.Module):
+    """Encoder, quantizer and decoder of every level.
+
+    The decoder of level l sees the codes of level l and of all coarser ones, those upsampled by transposed convolutions.
+    Previews show what a level knows without the finer ones. The paper has such pictures without saying how they were
+    made; here they are heads on the decoded features. With `level_loss` 0 no gradient passes from a head, and the
+    model trains as if it were absent (the paper); above 0 that share passes, and coarse levels learn to carry the image.
+    """
+
+    factors: tuple[int, ...]
+    channels: int
+    hidden: int = 128
+    residual: int = 64
+    layers: int = 2
+    codebook_size: int = 512
+    codebook_dim: int = 64
+    decay: float = 0.99
+    reseed_threshold: float = 0.03
+    level_loss: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        shape = {'hidden': self.hidden, 'residual': self.residual, 'layers': self.layers, 'dtype': self.dtype}
+        levels = range(len(self.factors))
+        features = [self.channels] + [self.codebook_dim] * (len(self.factors) - 1)
+        self.encoders = [Encoder(factor, **shape) for factor in self.factors]
+        self.projections = [nn.Conv(self.codebook_dim, (1, 1), dtype=self.dtype) for _ in levels]
+        self.quantizers = [
+            Quantizer(self.codebook_size, self.codebook_dim, self.decay, reseed_threshold=self.reseed_threshold)
+            for _ in levels
+        ]
+        self.decoders = [Decoder(self.factors[level], features[level], **shape) for level in levels]
+        # upsamplers[l] brings all that is coarser than level l to its map.
+        self.upsamplers = [
+            [upsample(self.codebook_dim, self.dtype) for _ in range(factor.bit_length() - 1)] for factor in self.factors[1:]
+        ]
+        self.previewers = [
+            Preview(_product(self.factors[:level]), self.channels, self.dtype) for level in levels if level
+        ]
+
+    def __call__(self, image: jax.Array, *, train: bool = False) -> VQVAEOutput:
+        """image [B, H, W, C] in [-1, 1]. Training needs rng `reseed` and the collection `codebook` mutable."""
+        map_shapes(image.shape[1:3], self.factors)  # refuses what does not divide
+        hidden, x = [], image  # what the encoders make, finest first: [B, h_l, w_l, F]
+        for encoder in self.encoders:
+            x = encoder(x)
+            hidden.append(x)
+        context, decoded, quantized, previews = None, None, {}, {}
+        for level in reversed(range(len(self.factors))):  # algorithm 1: the coarsest level is quantized first
+            x = hidden[level] if decoded is None else jnp.concatenate([decoded, hidden[level]], axis=-1)
+            quantized[level] = self.quantizers[level](self.projections[level](x), train=train)
+            context = self._context(level, quantized[level].vectors, context)
+            decoded = self.decoders[level](context)
+            if level:
+                features = stop_gradient(decoded) + self.level_loss * (decoded - stop_gradient(decoded))
+                previews[level] = self.previewers[level - 1](features).astype(jnp.float32)
+        ordered = [quantized[level] for level in range(len(self.factors))]
+        return VQVAEOutput(
+            image=decoded.astype(jnp.float32),
+            previews=tuple(previews[level] for level in range(1, len(self.factors))),
+            codes=tuple(q.codes for q in ordered),
+            commitment=tuple(q.commitment for q in ordered),
+            telemetry=tuple(q.telemetry for q in ordered),
+        )
+
+    def encode(self, image: jax.Array) -> tuple[jax.Array, ...]:
+        """Codes of images [B, H, W, C]: int32 [B, h_l, w_l] per level, finest first."""
+        return self(image).codes
+
+    def decode(self, codes: tuple[jax.Array, ...]) -> jax.Array:
+        """Images [B, H, W, C] of codes of every level, finest first."""
+        decoded = None
+        for _, decoded in self._decode_from_coarsest(codes):
+            pass
+        return decoded.astype(jnp.float32)
+
+    def preview(self, codes: tuple[jax.Array, ...], level: int) -> jax.Array:
+        """Images [B, H, W, C] of what levels `level` .. L - 1 know alone; `codes` holds these, finest first.
+
+        Raises:
+          ValueError: level 0 needs no preview: `decode` is its image.
+        """
+        if not 0 < level < len(self.factors):
+            raise ValueError(f'previews exist for levels 1 to {len(self.factors) - 1}, not {level}')
+        padded = (None,) * level + tuple(codes)
+        for current, decoded in self._decode_from_coarsest(padded):
+            if current == level:
+                return self.previewers[level - 1](decoded).astype(jnp.float32)
+
+    def _decode_from_coarsest(self, codes):
+        context = None
+        for level in reversed(range(len(self.factors))):
+            context = self._context(level, self.quantizers[level].lookup(codes[level]), context)
+            yield level, self.decoders[level](context)
+
+    def _context(self, level: int, vectors: jax.Array, coarser: jax.Array | None) -> jax.Array:
+        # [B, h_l, w_l, D or 2 D]: this level's vectors beside all coarser ones, brought to its map
+        vectors = vectors.astype(self.dtype)
+        if coarser is None:
+            return vectors
+        for step in self.upsamplers[level]:
+            coarser = step(coarser)
+        return jnp.concatenate([coarser, vectors], axis=-1)
