@@ -3,6 +3,6 @@
 import os
 
 # Before anything imports JAX: the backend reads these once.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-os.environ["MPLBACKEND"] = "Agg"
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['JAX_NUM_CPU_DEVICES'] = '8'
+os.environ['MPLBACKEND'] = 'Agg'

@@ -16,17 +16,26 @@ SHAPES = ((4, 6), (2, 3))
 
 
 def make_meta(**fields):
-    defaults = {"shapes": SHAPES, "codebook_sizes": (16, 16), "num_classes": 2, "class_names": ("chat", "犬"),
-                "count": 7, "split": "train", "shards": 2, "vqvae_digest": "abc", "version": "1.2.3"}
+    defaults = {
+        'shapes': SHAPES,
+        'codebook_sizes': (16, 16),
+        'num_classes': 2,
+        'class_names': ('chat', '犬'),
+        'count': 7,
+        'split': 'train',
+        'shards': 2,
+        'vqvae_digest': 'abc',
+        'version': '1.2.3',
+    }
     return CodesMeta(**(defaults | fields))
 
 
 def make_batch(size, codebook_sizes, seed=0, first=0):
     rng = np.random.default_rng(seed)
-    batch = {"label": rng.integers(0, 2, size, np.int32), "index": np.arange(first, first + size)}
+    batch = {'label': rng.integers(0, 2, size, np.int32), 'index': np.arange(first, first + size)}
     for n, (shape, entries) in enumerate(zip(SHAPES, codebook_sizes, strict=True)):
-        batch[f"codes_{n}"] = rng.integers(0, entries, (size, *shape), np.int32)
-        batch[f"codes_{n}"][0, 0, 0], batch[f"codes_{n}"][-1, -1, -1] = 0, entries - 1
+        batch[f'codes_{n}'] = rng.integers(0, entries, (size, *shape), np.int32)
+        batch[f'codes_{n}'][0, 0, 0], batch[f'codes_{n}'][-1, -1, -1] = 0, entries - 1
     return batch
 
 
@@ -39,18 +48,20 @@ def write_store(directory, codebook_sizes=(16, 16)):
     return batches
 
 
-@pytest.mark.parametrize("sizes, width", [((256, 256), 1), ((257, 65536), 2), ((65537, 70000), 4), ((70000, 256), None)])
+@pytest.mark.parametrize(
+    'sizes, width', [((256, 256), 1), ((257, 65536), 2), ((65537, 70000), 4), ((70000, 256), None)]
+)
 def test_round_trip(tmp_path, sizes, width):
     batches = write_store(tmp_path, sizes)
     source = CodeSource(tmp_path)
-    assert len(source) == 7 and source.class_names == ("chat", "犬")
+    assert len(source) == 7 and source.class_names == ('chat', '犬')
     for copy in (source, pickle.loads(pickle.dumps(source))):
         for i, example in enumerate(copy):
             batch, row = batches[i // 4], i % 4
-            assert list(example) == ["codes_0", "codes_1", "label", "index"]
+            assert list(example) == ['codes_0', 'codes_1', 'label', 'index']
             for name, value in example.items():
                 np.testing.assert_array_equal(value, batch[name][row])
-                assert value.dtype == (np.int64 if name == "index" else np.int32)
+                assert value.dtype == (np.int64 if name == 'index' else np.int32)
     record = ArrayRecordReader(shard_path(tmp_path, 0, 2)).read([0])[0]
     widths = (width, width) if width else (4, 1)
     assert len(record) == 8 + 4 + sum(w * np.prod(s) for w, s in zip(widths, SHAPES, strict=True))
@@ -58,25 +69,25 @@ def test_round_trip(tmp_path, sizes, width):
 
 def test_record_is_as_documented(tmp_path):
     batch = make_batch(4, (300, 16))
-    batch["index"][2], batch["label"][2] = 2**40 + 1, 258
-    write_shard(tmp_path / "x", [batch], (300, 16))
-    record = ArrayRecordReader(str(tmp_path / "x")).read([2])[0]
-    expected = (2**40 + 1).to_bytes(8, "little") + (258).to_bytes(4, "little")
-    expected += batch["codes_0"][2].astype("<u2").tobytes() + batch["codes_1"][2].astype("u1").tobytes()
+    batch['index'][2], batch['label'][2] = 2**40 + 1, 258
+    write_shard(tmp_path / 'x', [batch], (300, 16))
+    record = ArrayRecordReader(str(tmp_path / 'x')).read([2])[0]
+    expected = (2**40 + 1).to_bytes(8, 'little') + (258).to_bytes(4, 'little')
+    expected += batch['codes_0'][2].astype('<u2').tobytes() + batch['codes_1'][2].astype('u1').tobytes()
     assert record == expected
 
 
 def test_masked_rows_are_left_out(tmp_path):
-    batch = make_batch(4, (16, 16)) | {"mask": np.array([True, False, True, False])}
-    assert write_shard(tmp_path / "x", [batch, batch], (16, 16)) == 4
+    batch = make_batch(4, (16, 16)) | {'mask': np.array([True, False, True, False])}
+    assert write_shard(tmp_path / 'x', [batch, batch], (16, 16)) == 4
 
 
-@pytest.mark.parametrize("bad", [-1, 16])
+@pytest.mark.parametrize('bad', [-1, 16])
 def test_code_outside_its_codebook(tmp_path, bad):
     batch = make_batch(4, (16, 16))
-    batch["codes_1"][1, 1, 1] = bad
-    with pytest.raises(ValueError, match=rf"codes_1.*{bad}.*16 entries"):
-        write_shard(tmp_path / "x", [batch], (16, 16))
+    batch['codes_1'][1, 1, 1] = bad
+    with pytest.raises(ValueError, match=rf'codes_1.*{bad}.*16 entries'):
+        write_shard(tmp_path / 'x', [batch], (16, 16))
 
 
 def test_interrupted_shard_is_not_taken_for_whole(tmp_path):
@@ -89,12 +100,12 @@ def test_interrupted_shard_is_not_taken_for_whole(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_shard(shard_path(tmp_path, 0, 2), batches(), (16, 16))
     assert codes.finished_shards(tmp_path, 2) == [1]
-    assert [path.name for path in tmp_path.iterdir()] == ["shard-00001-of-00002.array_record"]
+    assert [path.name for path in tmp_path.iterdir()] == ['shard-00001-of-00002.array_record']
 
 
 def test_rewriting_replaces_a_shard(tmp_path):
     path = shard_path(tmp_path, 0, 1)
-    assert path.endswith("/shard-00000-of-00001.array_record")
+    assert path.endswith('/shard-00000-of-00001.array_record')
     assert write_shard(path, [make_batch(4, (16, 16))], (16, 16)) == 4
     assert write_shard(path, [make_batch(2, (16, 16))], (16, 16)) == 2
     assert ArrayRecordReader(path).num_records() == 2
@@ -109,24 +120,24 @@ def test_empty_shard(tmp_path):
 
 def test_missing_shard(tmp_path):
     write_store(tmp_path)
-    (tmp_path / "shard-00001-of-00002.array_record").unlink()
-    with pytest.raises(FileNotFoundError, match=r"shard-00001-of-00002.*--job=codes again"):
+    (tmp_path / 'shard-00001-of-00002.array_record').unlink()
+    with pytest.raises(FileNotFoundError, match=r'shard-00001-of-00002.*--job=codes again'):
         CodeSource(tmp_path)
 
 
 def test_count_differs(tmp_path):
     write_store(tmp_path)
     codes.write_meta(tmp_path, make_meta(count=8))
-    with pytest.raises(ValueError, match=r"meta\.json says 8 .*hold 7.*--job=codes again"):
+    with pytest.raises(ValueError, match=r'meta\.json says 8 .*hold 7.*--job=codes again'):
         CodeSource(tmp_path)
 
 
 def test_damaged_shard(tmp_path):
     write_store(tmp_path)
-    path = tmp_path / "shard-00000-of-00002.array_record"
+    path = tmp_path / 'shard-00000-of-00002.array_record'
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"shard-00000-of-00002.* is damaged"):
+    with pytest.raises(ValueError, match=r'shard-00000-of-00002.* is damaged'):
         CodeSource(tmp_path)
 
 
@@ -134,22 +145,22 @@ def test_damaged_record(tmp_path):
     size = (2**20,)  # Wide codes, so that most of the file is codes.
     shape = ((64, 64),)
     rng = np.random.default_rng(0)
-    batch = {"label": np.zeros(8, np.int32), "index": np.arange(8), "codes_0": rng.integers(0, 2**20, (8, 64, 64))}
+    batch = {'label': np.zeros(8, np.int32), 'index': np.arange(8), 'codes_0': rng.integers(0, 2**20, (8, 64, 64))}
     path = shard_path(tmp_path, 0, 1)
     write_shard(path, [batch], size)
     codes.write_meta(tmp_path, make_meta(shapes=shape, codebook_sizes=size, count=8, shards=1))
     source = CodeSource(tmp_path)
-    data = bytearray((tmp_path / "shard-00000-of-00001.array_record").read_bytes())
+    data = bytearray((tmp_path / 'shard-00000-of-00001.array_record').read_bytes())
     data[30000] ^= 1
-    (tmp_path / "shard-00000-of-00001.array_record").write_bytes(data)
-    with pytest.raises(ValueError, match=r"record \d+ of .* is damaged.*--job=codes again"):
+    (tmp_path / 'shard-00000-of-00001.array_record').write_bytes(data)
+    with pytest.raises(ValueError, match=r'record \d+ of .* is damaged.*--job=codes again'):
         list(source)
 
 
 def test_records_of_another_size(tmp_path):
     write_store(tmp_path)
     codes.write_meta(tmp_path, make_meta(codebook_sizes=(16, 257)))
-    with pytest.raises(ValueError, match=r"record 0 .*has 42 bytes.*implies 48"):
+    with pytest.raises(ValueError, match=r'record 0 .*has 42 bytes.*implies 48'):
         CodeSource(tmp_path)[0]
 
 
@@ -157,40 +168,37 @@ def test_meta_round_trip(tmp_path):
     meta = make_meta()
     codes.write_meta(tmp_path, meta)
     assert codes.read_meta(tmp_path) == meta
-    assert [path.name for path in tmp_path.iterdir()] == ["meta.json"]
-    assert json.loads((tmp_path / "meta.json").read_text())["schema"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ['meta.json']
+    assert json.loads((tmp_path / 'meta.json').read_text())['schema'] == 1
 
 
 def test_meta_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"meta\.json is missing.*--job=codes first"):
+    with pytest.raises(FileNotFoundError, match=r'meta\.json is missing.*--job=codes first'):
         codes.read_meta(tmp_path)
     fields = json.loads(make_meta().to_json())
     for change, message in (
-        ({"schema": 2}, "schema 2; .*reads schema 1"),
-        ({"colour": "red"}, "'colour'"),
-        ({"shapes": [[4, 6]]}, "must agree"),
-        ({"shards": 0}, "shards=0"),
+        ({'schema': 2}, 'schema 2; .*reads schema 1'),
+        ({'colour': 'red'}, "'colour'"),
+        ({'shapes': [[4, 6]]}, 'must agree'),
+        ({'shards': 0}, 'shards=0'),
     ):
-        (tmp_path / "meta.json").write_text(json.dumps(fields | change))
-        with pytest.raises(ValueError, match=rf"(?s)meta\.json: .*{message}"):
+        (tmp_path / 'meta.json').write_text(json.dumps(fields | change))
+        with pytest.raises(ValueError, match=rf'(?s)meta\.json: .*{message}'):
             codes.read_meta(tmp_path)
-    (tmp_path / "meta.json").write_text("{")
-    with pytest.raises(ValueError, match=r"meta\.json"):
+    (tmp_path / 'meta.json').write_text('{')
+    with pytest.raises(ValueError, match=r'meta\.json'):
         codes.read_meta(tmp_path)
     with pytest.raises(dataclasses.FrozenInstanceError):
         make_meta().count = 3
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_loader_reads_codes(tmp_path, workers):
+def test_loader_reads_codes(tmp_path):
     write_store(tmp_path)
     source = CodeSource(tmp_path)
-    evaluated = list(eval_batches(source, batch_size=4, workers=workers))
-    assert np.concatenate([batch["index"][batch["mask"]] for batch in evaluated]).tolist() == list(range(7))
-    iterator = train_batches(source, batch_size=7, seed=0, workers=workers)
-    batch = next(iterator)
-    iterator.close()
-    assert sorted(batch["index"]) == list(range(7)) and batch["codes_1"].shape == (7, 2, 3)
-    for row, index in enumerate(batch["index"]):
-        np.testing.assert_array_equal(batch["codes_0"][row], source[index]["codes_0"])
-    assert write_shard(shard_path(tmp_path / "again", 0, 1), evaluated, (16, 16)) == 7
+    evaluated = list(eval_batches(source, batch_size=4))
+    assert np.concatenate([batch['index'][batch['mask']] for batch in evaluated]).tolist() == list(range(7))
+    batch = next(train_batches(source, batch_size=7, seed=0))
+    assert sorted(batch['index']) == list(range(7)) and batch['codes_1'].shape == (7, 2, 3)
+    for row, index in enumerate(batch['index']):
+        np.testing.assert_array_equal(batch['codes_0'][row], source[index]['codes_0'])
+    assert write_shard(shard_path(tmp_path / 'again', 0, 1), evaluated, (16, 16)) == 7

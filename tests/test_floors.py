@@ -1,243 +1,98 @@
-"""The floors of the house: main -> jobs -> (stages | sampling | metrics) -> models, with the plumbing beside.
-
-The rules are checked on the syntax tree of every module, imports inside functions included. `violations` takes the
-sources as a dict, so that the tests below can show each rule failing on a bad source.
-"""
-
-import ast
-import functools
-import pathlib
+"""The package keeps its floors, and each rule of `floors` fails on a source that breaks it."""
 
 import pytest
 
-PACKAGE = "vqvae2_jax"
-ROOT = pathlib.Path(__file__).parents[1] / PACKAGE
-
-PLUMBING = {"io", "data", "parallel", "state", "optim", "config"}
-SCIENCE = {"stages", "sampling", "metrics", "models"}
-# What each floor must not import. Every folder and top-level module of the package has to be here.
-FORBIDDEN = {
-    "main": SCIENCE,
-    "jobs": {"main"},
-    "stages": {"main", "jobs"} | PLUMBING,
-    "sampling": {"main", "jobs"} | PLUMBING,
-    "metrics": {"main", "jobs"} | PLUMBING,
-    "models": {"main", "jobs"} | PLUMBING | (SCIENCE - {"models"}),
-} | dict.fromkeys(PLUMBING, {"main", "jobs"})
-
-# Packages that a floor does without.
-FOREIGN = {"metrics": {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}}
-FLAG_MODULES = ("absl.flags", "ml_collections.config_flags")
-# Devices are named in one file, `parallel`: the science is written for whole arrays.
-DEVICE_NAMES = {"psum", "pmean", "pmax", "pmin", "all_gather", "axis_name", "axis_index", "shard_map",
-                "with_sharding_constraint"}
-DEVICE_FREE = {"stages", "sampling", "models"}
-MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_DEPTH = 400, 60, 6
-
-
-def floor_of(module: str) -> str:
-    """vqvae2_jax.models.prior -> models; the package itself -> ''."""
-    return module.partition(".")[2].partition(".")[0]
-
-
-def imports_of(module: str, tree: ast.Module, is_package: bool) -> set[str]:
-    """Dotted names that a module imports, relative ones resolved; `from a import b` gives a.b."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parts = module.split(".")
-                parts = parts[: len(parts) - node.level + is_package]
-                base = ".".join([*parts, base] if base else parts)
-            names |= {f"{base}.{alias.name}" for alias in node.names}
-    return names
-
-
-def private_uses(tree: ast.Module, imports: set[str]) -> set[str]:
-    """Private names of other packages, imported or reached through an imported module (jax._src)."""
-    def is_private(part):
-        return part.startswith("_") and not part.startswith("__")
-
-    foreign = {name for name in imports if name.partition(".")[0] != PACKAGE}
-    found = {name for name in foreign if any(is_private(part) for part in name.split("."))}
-    bound = {alias.asname or alias.name.partition(".")[0] for node in ast.walk(tree)
-             if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names
-             if not (getattr(node, "module", None) or alias.name).startswith(PACKAGE)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and is_private(node.attr):
-            base = node.value
-            while isinstance(base, ast.Attribute):
-                base = base.value
-            if isinstance(base, ast.Name) and base.id in bound:
-                found.add(ast.unparse(node))
-    return found
-
-
-def identifiers(tree: ast.Module) -> set[str]:
-    """Every name, attribute, keyword, argument and imported name in the code (not in comments or strings)."""
-    found = set()
-    for node in ast.walk(tree):
-        for field in ("id", "attr", "arg", "name"):
-            value = getattr(node, field, None)
-            if isinstance(value, str):
-                found.update(value.split("."))
-    return found
-
-
-def module_violations(module: str, source: str, tree: ast.Module, imports: set[str]) -> list[str]:
-    """What one module does that its floor may not."""
-    floor, found = floor_of(module), []
-    if floor and floor not in FORBIDDEN:
-        found.append(f"unknown floor {floor!r}: give it a place in FORBIDDEN")
-    for name in sorted(imports):
-        if name.partition(".")[0] == PACKAGE and floor_of(name) in FORBIDDEN.get(floor, ()):
-            found.append(f"imports {name}, which {floor} must not")
-        if name.partition(".")[0] in FOREIGN.get(floor, ()):
-            found.append(f"imports {name}: {floor} take NumPy in and give floats out")
-        if floor != "main" and any(f"{name}.".startswith(f"{flags}.") for flags in FLAG_MODULES):
-            found.append(f"imports {name}: flags belong to main")
-    found += [f"uses the private name {name}" for name in sorted(private_uses(tree, imports))]
-    if floor in DEVICE_FREE:
-        found += [f"names a device operation: {name}" for name in sorted(identifiers(tree) & DEVICE_NAMES)]
-    if len(source.splitlines()) > MAX_FILE_LINES:
-        found.append(f"has {len(source.splitlines())} lines, more than {MAX_FILE_LINES}")
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = node.end_lineno - node.lineno + 1
-            if length > MAX_FUNCTION_LINES:
-                found.append(f"function {node.name} has {length} lines, more than {MAX_FUNCTION_LINES}")
-    return [f"{module}: {violation}" for violation in found]
-
-
-def import_graph(imports: dict[str, set[str]]) -> dict[str, list[str]]:
-    """module -> modules of the package that it imports; `from package.module import name` counts as package.module."""
-    def known(name):
-        return name if name in imports else name.rpartition(".")[0]
-
-    return {module: sorted({known(name) for name in names} & imports.keys()) for module, names in imports.items()}
-
-
-def cycle(graph: dict[str, list[str]]) -> list[str]:
-    """Modules that import each other in a ring, or []."""
-    done, path = set(), []
-
-    def visit(module):
-        if module in path:
-            return [*path[path.index(module) :], module]
-        if module in done:
-            return []
-        path.append(module)
-        for target in graph[module]:
-            if ring := visit(target):
-                return ring
-        done.add(path.pop())
-        return []
-
-    return next((ring for module in sorted(graph) if (ring := visit(module))), [])
-
-
-def deepest(graph: dict[str, list[str]], start: str) -> list[str]:
-    """The longest chain of imports from `start`, both ends included; the graph has no cycle."""
-    @functools.cache
-    def chain(module):
-        return [module, *max((chain(target) for target in graph[module]), key=len, default=[])]
-
-    return chain(start)
-
-
-def violations(sources: dict[str, str]) -> list[str]:
-    """All broken rules of a package given as module -> source; `a.__init__` stands for package `a`."""
-    imports, found = {}, []
-    for name, source in sources.items():
-        module, tree = name.removesuffix(".__init__"), ast.parse(source)
-        imports[module] = imports_of(module, tree, is_package=name != module)
-        found += module_violations(module, source, tree, imports[module])
-    graph = import_graph(imports)
-    if ring := cycle(graph):
-        return [*found, f"import cycle: {' -> '.join(ring)}"]
-    if f"{PACKAGE}.main" in graph:
-        chain = deepest(graph, f"{PACKAGE}.main")
-        if len(chain) - 1 > MAX_DEPTH:
-            found.append(f"imports are {len(chain) - 1} deep, more than {MAX_DEPTH}: {' -> '.join(chain)}")
-    return found
-
-
-def package_sources() -> dict[str, str]:
-    return {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path.read_text()
-            for path in sorted(ROOT.rglob("*.py"))}
+from tests.floors import MAX_DEPTH, PACKAGE, ROOT, package_sources, violations
 
 
 def test_the_package_keeps_its_floors():
     sources = package_sources()
-    assert f"{PACKAGE}.__init__" in sources and f"{PACKAGE}.metrics.codes" in sources, "the package was not found"
-    if (ROOT / "main.py").exists():
-        assert "import" in sources[f"{PACKAGE}.main"], "main.py was not read"
+    assert f'{PACKAGE}.__init__' in sources and f'{PACKAGE}.metrics.codes' in sources, 'the package was not found'
+    if (ROOT / 'main.py').exists():
+        assert 'import' in sources[f'{PACKAGE}.main'], 'main.py was not read'
     assert violations(sources) == []
 
 
 def long_function(lines):
-    return "def f():\n" + "    x = 1\n" * (lines - 1)
+    return 'def f():\n' + '    x = 1\n' * (lines - 1)
 
 
-@pytest.mark.parametrize("module, source, message", [
-    ("models.prior", "from vqvae2_jax.io import logging", "imports vqvae2_jax.io.logging, which models must not"),
-    ("models.prior", "from vqvae2_jax import parallel", "imports vqvae2_jax.parallel, which models must not"),
-    ("models.prior", "from ..stages import vqvae", "imports vqvae2_jax.stages.vqvae, which models must not"),
-    ("models.prior", "def f():\n    import vqvae2_jax.metrics.codes", "imports vqvae2_jax.metrics.codes, which models"),
-    ("stages.prior", "import vqvae2_jax.jobs.train as t", "imports vqvae2_jax.jobs.train, which stages must not"),
-    ("sampling.a", "from vqvae2_jax.state import TrainState", "imports vqvae2_jax.state.TrainState, which sampling"),
-    ("metrics.fid", "from vqvae2_jax.data import codes", "imports vqvae2_jax.data.codes, which metrics must not"),
-    ("metrics.fid", "import jax.numpy as jnp", "imports jax.numpy: metrics take NumPy in"),
-    ("metrics.fid", "from flax import linen", "imports flax.linen: metrics"),
-    ("main", "from vqvae2_jax.models import prior", "imports vqvae2_jax.models.prior, which main must not"),
-    ("io.logging", "from vqvae2_jax.jobs import train", "imports vqvae2_jax.jobs.train, which io must not"),
-    ("jobs.train", "from absl import flags", "imports absl.flags: flags belong to main"),
-    ("jobs.train", "from ml_collections import config_flags", "flags belong to main"),
-    ("jobs.train", "from jax._src import core", "uses the private name jax._src.core"),
-    ("jobs.train", "from numpy import _core", "uses the private name numpy._core"),
-    ("jobs.train", "import jax as j\nj._src.core.x()", "uses the private name j._src"),
-    ("models.a", "y = jax.lax.psum(x, 'data')", "names a device operation: psum"),
-    ("models.a", "nn.BatchNorm(axis_name=None)", "names a device operation: axis_name"),
-    ("stages.a", "def f(axis_name): pass", "names a device operation: axis_name"),
-    ("sampling.a", "from jax.lax import with_sharding_constraint as w", "operation: with_sharding_constraint"),
-    ("utils", "", "unknown floor 'utils'"),
-    ("jobs.a", "x = 1\n" * 401, "has 401 lines, more than 400"),
-    ("jobs.a", long_function(61), "function f has 61 lines, more than 60"),
-])
+@pytest.mark.parametrize(
+    'module, source, message',
+    [
+        ('models.prior', 'from vqvae2_jax.io import logging', 'imports vqvae2_jax.io.logging, which models must not'),
+        ('models.prior', 'from vqvae2_jax import parallel', 'imports vqvae2_jax.parallel, which models must not'),
+        ('models.prior', 'from ..stages import vqvae', 'imports vqvae2_jax.stages.vqvae, which models must not'),
+        (
+            'models.prior',
+            'def f():\n    import vqvae2_jax.metrics.codes',
+            'imports vqvae2_jax.metrics.codes, which models',
+        ),
+        ('stages.prior', 'import vqvae2_jax.jobs.train as t', 'imports vqvae2_jax.jobs.train, which stages must not'),
+        (
+            'sampling.a',
+            'from vqvae2_jax.state import TrainState',
+            'imports vqvae2_jax.state.TrainState, which sampling',
+        ),
+        ('metrics.fid', 'from vqvae2_jax.data import codes', 'imports vqvae2_jax.data.codes, which metrics must not'),
+        ('metrics.fid', 'import jax.numpy as jnp', 'imports jax.numpy: metrics take NumPy in'),
+        ('metrics.fid', 'from flax import linen', 'imports flax.linen: metrics'),
+        ('main', 'from vqvae2_jax.models import prior', 'imports vqvae2_jax.models.prior, which main must not'),
+        ('io.logging', 'from vqvae2_jax.jobs import train', 'imports vqvae2_jax.jobs.train, which io must not'),
+        ('jobs.train', 'from absl import flags', 'imports absl.flags: flags belong to main'),
+        ('jobs.train', 'from ml_collections import config_flags', 'flags belong to main'),
+        ('jobs.train', 'from jax._src import core', 'uses the private name jax._src.core'),
+        ('jobs.train', 'from numpy import _core', 'uses the private name numpy._core'),
+        ('jobs.train', 'import jax as j\nj._src.core.x()', 'uses the private name j._src'),
+        ('models.a', "y = jax.lax.psum(x, 'data')", 'names a device operation: psum'),
+        ('models.a', 'nn.BatchNorm(axis_name=None)', 'names a device operation: axis_name'),
+        ('stages.a', 'def f(axis_name): pass', 'names a device operation: axis_name'),
+        ('sampling.a', 'from jax.lax import with_sharding_constraint as w', 'operation: with_sharding_constraint'),
+        ('utils', '', "unknown floor 'utils'"),
+        ('jobs.a', 'x = 1\n' * 401, 'has 401 lines, more than 400'),
+        ('jobs.a', long_function(61), 'function f has 61 lines, more than 60'),
+    ],
+)
 def test_each_rule_fails_on_a_bad_source(module, source, message):
-    found = violations({f"{PACKAGE}.{module}": source})
-    assert len(found) == 1 and f"{PACKAGE}.{module}: " in found[0] and message in found[0]
+    found = violations({f'{PACKAGE}.{module}': source})
+    assert len(found) == 1 and f'{PACKAGE}.{module}: ' in found[0] and message in found[0]
 
 
-@pytest.mark.parametrize("module, source", [
-    ("jobs.train", "from vqvae2_jax.stages import vqvae\nfrom vqvae2_jax import io, parallel\nimport jax"),
-    ("stages.vqvae", '"""No psum or axis_name here."""\nfrom vqvae2_jax.models import vqvae\nx.mean(axis=0)  # psum'),
-    ("main", "from absl import flags\nfrom vqvae2_jax.jobs import train"),
-    ("jobs.train", "from __future__ import annotations\nimport jax\njax.__version__\nself._x\n"),
-    ("metrics.codes", "import numpy as np\nfrom vqvae2_jax.metrics import reconstruction"),
-    ("jobs.a", "x = 1\n" * 300 + long_function(60)),
-])
+@pytest.mark.parametrize(
+    'module, source',
+    [
+        ('jobs.train', 'from vqvae2_jax.stages import vqvae\nfrom vqvae2_jax import io, parallel\nimport jax'),
+        (
+            'stages.vqvae',
+            '"""No psum or axis_name here."""\nfrom vqvae2_jax.models import vqvae\nx.mean(axis=0)  # psum',
+        ),
+        ('main', 'from absl import flags\nfrom vqvae2_jax.jobs import train'),
+        ('jobs.train', 'from __future__ import annotations\nimport jax\njax.__version__\nself._x\n'),
+        ('metrics.codes', 'import numpy as np\nfrom vqvae2_jax.metrics import reconstruction'),
+        ('jobs.a', 'x = 1\n' * 300 + long_function(60)),
+    ],
+)
 def test_good_sources_pass(module, source):
-    assert violations({f"{PACKAGE}.{module}": source}) == []
+    assert violations({f'{PACKAGE}.{module}': source}) == []
 
 
 def test_cycles_are_found_through_packages_and_functions():
-    found = violations({
-        "vqvae2_jax.jobs.__init__": "from . import train",
-        "vqvae2_jax.jobs.train": "def f():\n    from .sample import run",
-        "vqvae2_jax.jobs.sample": "import vqvae2_jax.jobs",
-    })
-    assert found == ["import cycle: vqvae2_jax.jobs -> vqvae2_jax.jobs.train -> vqvae2_jax.jobs.sample -> "
-                     "vqvae2_jax.jobs"]
+    found = violations(
+        {
+            'vqvae2_jax.jobs.__init__': 'from . import train',
+            'vqvae2_jax.jobs.train': 'def f():\n    from .sample import run',
+            'vqvae2_jax.jobs.sample': 'import vqvae2_jax.jobs',
+        }
+    )
+    assert found == [
+        'import cycle: vqvae2_jax.jobs -> vqvae2_jax.jobs.train -> vqvae2_jax.jobs.sample -> vqvae2_jax.jobs'
+    ]
 
 
-@pytest.mark.parametrize("length, broken", [(MAX_DEPTH, False), (MAX_DEPTH + 1, True)])
+@pytest.mark.parametrize('length, broken', [(MAX_DEPTH, False), (MAX_DEPTH + 1, True)])
 def test_depth_counts_the_longest_chain(length, broken):
     # main -> jobs.j1 -> ... -> jobs.jN, with a shortcut that must not hide the long way.
-    sources = {f"vqvae2_jax.jobs.j{i}": f"from vqvae2_jax.jobs import j{i + 1}" for i in range(1, length)}
-    sources[f"vqvae2_jax.jobs.j{length}"] = ""
-    sources["vqvae2_jax.main"] = f"from vqvae2_jax.jobs import j1, j{length}"
-    assert any("deep, more than" in violation for violation in violations(sources)) is broken
+    sources = {f'vqvae2_jax.jobs.j{i}': f'from vqvae2_jax.jobs import j{i + 1}' for i in range(1, length)}
+    sources[f'vqvae2_jax.jobs.j{length}'] = ''
+    sources['vqvae2_jax.main'] = f'from vqvae2_jax.jobs import j1, j{length}'
+    assert any('deep, more than' in violation for violation in violations(sources)) is broken

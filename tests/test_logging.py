@@ -26,144 +26,146 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(logging, "time", clock)
+    monkeypatch.setattr(logging, 'time', clock)
     return clock
 
 
 def open_log(directory, start_step=0, total_steps=4000, **kwargs):
-    return logging.RunLog(directory, name="vqvae", total_steps=total_steps, start_step=start_step,
-                          examples_per_step=64, **kwargs)
+    return logging.RunLog(
+        directory, name='vqvae', total_steps=total_steps, start_step=start_step, examples_per_step=64, **kwargs
+    )
 
 
 def test_a_line_holds_step_prefixed_metrics_and_time(tmp_path, clock):
     log = open_log(tmp_path)
     clock.now += 2.5
-    log.write(3, "train", {"loss": jnp.float32(0.5), "perplexity_top": np.float64(51.25), "restarts": np.int32(7)})
+    log.write(3, 'train', {'loss': jnp.float32(0.5), 'perplexity_top': np.float64(51.25), 'restarts': np.int32(7)})
     # Read before close: every line is flushed.
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
-        {"step": 3, "train/loss": 0.5, "train/perplexity_top": 51.25, "train/restarts": 7, "time": 2.5}
+        {'step': 3, 'train/loss': 0.5, 'train/perplexity_top': 51.25, 'train/restarts': 7, 'time': 2.5}
     ]
     assert logging.read_metrics(tmp_path) == [json.loads(lines[0])]
-    assert isinstance(logging.read_metrics(tmp_path)[0]["train/restarts"], int)
+    assert isinstance(logging.read_metrics(tmp_path)[0]['train/restarts'], int)
 
 
-def test_float32_reads_back_exactly(tmp_path):
+def test_values_read_back_exactly_and_nan_is_recorded_not_judged(tmp_path):
     value = np.float32(0.1) / np.float32(3)
-    open_log(tmp_path).write(1, "train", {"loss": value})
-    assert np.float32(logging.read_metrics(tmp_path)[0]["train/loss"]) == value
+    open_log(tmp_path).write(1, 'train', {'loss': value, 'mse': float('nan')})
+    (line,) = logging.read_metrics(tmp_path)
+    assert np.float32(line['train/loss']) == value and math.isnan(line['train/mse'])
 
 
-def test_nan_is_recorded_not_judged(tmp_path):
-    open_log(tmp_path).write(1, "train", {"loss": float("nan")})
-    assert math.isnan(logging.read_metrics(tmp_path)[0]["train/loss"])
-
-
-@pytest.mark.parametrize("tail", ["", '{"step": 7, "train/lo', '{"step": 7}', "\x00\x00\x00", "é"[:1] + "\udcff"])
+@pytest.mark.parametrize('tail', ['', '{"step": 7, "train/lo', '{"step": 7}', '\x00\x00\x00', 'é'[:1] + '\udcff'])
 def test_resume_drops_later_steps_and_torn_lines_and_continues_the_time(tmp_path, clock, tail):
     log = open_log(tmp_path)
     for step in (2, 4, 6):
         clock.now += 10
-        log.write(step, "train", {"loss": 1.0 / step})
+        log.write(step, 'train', {'loss': 1.0 / step})
     log.close()
-    with (tmp_path / "metrics.jsonl").open("ab") as file:
-        file.write(tail.encode(errors="surrogateescape"))
+    with (tmp_path / 'metrics.jsonl').open('ab') as file:
+        file.write(tail.encode(errors='surrogateescape'))
     clock.now += 1000  # the job was dead: this does not count
     log = open_log(tmp_path, start_step=4)
     clock.now += 5
-    log.write(6, "train", {"loss": 0.25})
+    log.write(6, 'train', {'loss': 0.25})
     lines = logging.read_metrics(tmp_path)
-    assert [(line["step"], line["train/loss"], line["time"]) for line in lines] == [
-        (2, 0.5, 10.0), (4, 0.25, 20.0), (6, 0.25, 25.0)
+    assert log.seconds() == 25.0
+    assert [(line['step'], line['train/loss'], line['time']) for line in lines] == [
+        (2, 0.5, 10.0),
+        (4, 0.25, 20.0),
+        (6, 0.25, 25.0),
     ]
 
 
-@pytest.mark.parametrize("tail", ['{"step": 7, "train/lo', '{"step": 4, "time": 20.0}'])
+@pytest.mark.parametrize('tail', ['{"step": 7, "train/lo', '{"step": 4, "time": 20.0}'])
 def test_resume_from_the_last_line_does_not_append_to_a_torn_one(tmp_path, tail):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 4, "time": 10.0}\n' + tail)
-    open_log(tmp_path, start_step=4).write(6, "train", {})
-    assert [line["step"] for line in logging.read_metrics(tmp_path)] == ([4, 6] if "lo" in tail else [4, 4, 6])
+    (tmp_path / 'metrics.jsonl').write_text('{"step": 4, "time": 10.0}\n' + tail)
+    open_log(tmp_path, start_step=4).write(6, 'train', {})
+    assert [line['step'] for line in logging.read_metrics(tmp_path)] == ([4, 6] if 'lo' in tail else [4, 4, 6])
 
 
 def test_a_new_run_starts_the_file_anew(tmp_path):
-    open_log(tmp_path).write(0, "validation", {"loss": 1.0})
-    open_log(tmp_path).write(5, "train", {"loss": 2.0})
-    assert [line["step"] for line in logging.read_metrics(tmp_path)] == [5]
+    open_log(tmp_path).write(0, 'validation', {'loss': 1.0})
+    open_log(tmp_path).write(5, 'train', {'loss': 2.0})
+    assert [line['step'] for line in logging.read_metrics(tmp_path)] == [5]
 
 
 def test_read_metrics_leaves_out_a_torn_last_line_only(tmp_path):
-    path = tmp_path / "metrics.jsonl"
+    path = tmp_path / 'metrics.jsonl'
     path.write_text('{"step": 1, "time": 1.0}\n{"step": 2, "ti')
-    assert logging.read_metrics(tmp_path) == [{"step": 1, "time": 1.0}]
+    assert logging.read_metrics(tmp_path) == [{'step': 1, 'time': 1.0}]
     path.write_text('{"step": 1, "ti\n{"step": 2, "time": 1.0}\n')
-    with pytest.raises(ValueError, match="line 1 of 2 is not JSON"):
+    with pytest.raises(ValueError, match='line 1 of 2 is not JSON'):
         logging.read_metrics(tmp_path)
-    with pytest.raises(FileNotFoundError, match="has not run in this folder"):
-        logging.read_metrics(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match='has not run in this folder'):
+        logging.read_metrics(tmp_path / 'elsewhere')
 
 
 def test_progress_line(tmp_path, clock, capsys):
     log = open_log(tmp_path)
     clock.now += 60  # compilation
-    log.write(100, "train", {"loss": 1.5})
+    log.write(100, 'train', {'loss': 1.5})
     clock.now += 10
-    log.write(200, "train", {"loss": 0.0123456, "perplexity_top": 51.2})
+    log.write(200, 'train', {'loss': 0.0123456, 'perplexity_top': 51.2})
     assert capsys.readouterr().out.splitlines() == [
-        "vqvae  100/4000 2%  elapsed 1m00s  loss 1.5",
+        'vqvae  100/4000 2%  elapsed 1m00s  loss 1.5',
         # 100 steps in 10 s, not 200 in 70: the first line does not count; 3800 steps are left.
-        "vqvae  200/4000 5%  10 step/s  640 img/s  ETA 6m20s  loss 0.01235  perplexity_top 51.2",
+        'vqvae  200/4000 5%  10 step/s  640 img/s  ETA 6m20s  loss 0.01235  perplexity_top 51.2',
     ]
 
 
 def test_the_rate_leaves_evaluation_out_and_the_eta_counts_it(tmp_path, clock, capsys):
     log = open_log(tmp_path, total_steps=300)
-    log.write(0, "validation", {"loss": 2.0})
+    log.write(0, 'validation', {'loss': 2.0})
     for step in (100, 200):
         clock.now += 10
-        log.write(step, "train", {"loss": 1.0})
+        log.write(step, 'train', {'loss': 1.0})
         clock.now += 30
-        log.write(step, "validation", {"loss": 1.0})
+        log.write(step, 'validation', {'loss': 1.0})
     clock.now += 5
-    log.write(250, "train", {"loss": 1.0})
+    log.write(250, 'train', {'loss': 1.0})
     clock.now += 5
-    log.write(300, "train", {"loss": 1.0})
+    log.write(300, 'train', {'loss': 1.0})
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "vqvae  0/300 0%  validation  loss 2"
-    assert lines[4] == "vqvae  200/300 66%  validation  loss 1"
+    assert lines[0] == 'vqvae  0/300 0%  validation  loss 2'
+    assert lines[4] == 'vqvae  200/300 66%  validation  loss 1'
     # 150 steps after the first line took 75 s, evaluations included: 25 s for 50 more.
-    assert lines[5] == "vqvae  250/300 83%  10 step/s  640 img/s  ETA 25s  loss 1"
-    assert lines[6] == "vqvae  300/300 100%  10 step/s  640 img/s  took 1m30s  loss 1"
+    assert lines[5] == 'vqvae  250/300 83%  10 step/s  640 img/s  ETA 25s  loss 1'
+    assert lines[6] == 'vqvae  300/300 100%  10 step/s  640 img/s  took 1m30s  loss 1'
 
 
 def test_the_rate_follows_a_change_of_pace(tmp_path, clock, capsys):
     log = open_log(tmp_path)
     for step in range(0, 2000, 100):
         clock.now += 10 if step < 1000 else 20
-        log.write(step, "train", {})
-    assert "  5 step/s  320 img/s" in capsys.readouterr().out.splitlines()[-1]
+        log.write(step, 'train', {})
+    assert '  5 step/s  320 img/s' in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_disabled_log_writes_nothing(tmp_path, capsys):
-    log = open_log(tmp_path / "job", enabled=False)
-    log.write(1, "train", {"loss": 1.0})
-    log.image(1, "samples", np.zeros((2, 2, 3), np.uint8))
+def test_disabled_log_writes_nothing(tmp_path, clock, capsys):
+    log = open_log(tmp_path / 'job', enabled=False)
+    log.write(1, 'train', {'loss': 1.0})
+    log.image(1, 'samples', np.zeros((2, 2, 3), np.uint8))
     log.close()
-    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
+    clock.now += 3
+    assert log.seconds() == 3.0
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ''
 
 
 def test_bad_input_is_named(tmp_path):
     log = open_log(tmp_path)
     with pytest.raises(ValueError, match="prefix is 'test'; it must be one of train, validation"):
-        log.write(1, "test", {"loss": 1.0})
+        log.write(1, 'test', {'loss': 1.0})
     with pytest.raises(ValueError, match=r"'usage' has shape \(2,\)"):
-        log.write(1, "train", {"usage": np.ones(2)})
+        log.write(1, 'train', {'usage': np.ones(2)})
     assert logging.read_metrics(tmp_path) == []
 
 
 def test_images_become_png_files_by_step(tmp_path):
     image = np.arange(2 * 3, dtype=np.uint8).reshape(2, 3, 1)
-    open_log(tmp_path).image(20, "reconstructions", image)
-    png = np.asarray(Image.open(tmp_path / "pictures" / "reconstructions-20.png"))
+    open_log(tmp_path).image(20, 'reconstructions', image)
+    png = np.asarray(Image.open(tmp_path / 'pictures' / 'reconstructions-20.png'))
     np.testing.assert_array_equal(png, np.repeat(image, 3, axis=-1))
 
 
@@ -180,49 +182,69 @@ def test_tensorboard_events_and_purge_on_resume(tmp_path, monkeypatch):
         def add_image(self, name, image, step, dataformats):
             calls.append((name, image.shape, step, dataformats))
 
-    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setitem(sys.modules, 'tensorboardX', types.SimpleNamespace(SummaryWriter=Writer))
     log = open_log(tmp_path)
-    log.write(4, "train", {"loss": 0.5})
-    log.image(4, "samples", np.zeros((2, 5, 1), np.uint8))
+    log.write(4, 'train', {'loss': 0.5})
+    log.image(4, 'samples', np.zeros((2, 5, 1), np.uint8))
     open_log(tmp_path, start_step=4)
-    directory = str(tmp_path / "tensorboard")
-    assert calls == [(directory, 0), ("train/loss", 0.5, 4), ("samples", (2, 5, 3), 4, "HWC"), (directory, 5)]
+    directory = str(tmp_path / 'tensorboard')
+    assert calls == [(directory, 0), ('train/loss', 0.5, 4), ('samples', (2, 5, 3), 4, 'HWC'), (directory, 5)]
 
 
 def test_real_tensorboard_writer_makes_an_event_file(tmp_path):
-    pytest.importorskip("tensorboardX")
+    pytest.importorskip('tensorboardX')
     log = open_log(tmp_path)
-    log.write(1, "train", {"loss": 0.5})
-    log.image(1, "samples", np.zeros((4, 4, 1), np.uint8))
+    log.write(1, 'train', {'loss': 0.5})
+    log.image(1, 'samples', np.zeros((4, 4, 1), np.uint8))
     log.close()
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert b"train/loss" in events.read_bytes() and b"samples" in events.read_bytes()
+    (events,) = (tmp_path / 'tensorboard').iterdir()
+    assert b'train/loss' in events.read_bytes() and b'samples' in events.read_bytes()
 
 
 def test_works_without_tensorboard(tmp_path, monkeypatch):
     real_import = builtins.__import__
 
     def no_tensorboard(name, *args, **kwargs):
-        if name == "tensorboardX":
+        if name == 'tensorboardX':
             raise ImportError(name)
         return real_import(name, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "__import__", no_tensorboard)
+    monkeypatch.setattr(builtins, '__import__', no_tensorboard)
     log = open_log(tmp_path)
-    log.write(1, "train", {"loss": 1.0})
-    log.image(1, "samples", np.zeros((2, 2, 3), np.uint8))
+    log.write(1, 'train', {'loss': 1.0})
+    log.image(1, 'samples', np.zeros((2, 2, 3), np.uint8))
     log.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "pictures"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['metrics.jsonl', 'pictures']
 
 
-@pytest.mark.parametrize("seconds, text", [(0, "0s"), (45.4, "45s"), (59.7, "1m00s"), (228, "3m48s"), (3599.9, "1h00m"),
-                                           (7500, "2h05m"), (86399, "1d00h"), (97200, "1d03h")])
+@pytest.mark.parametrize(
+    'seconds, text',
+    [
+        (0, '0s'),
+        (59.7, '1m00s'),
+        (228, '3m48s'),
+        (3599.9, '1h00m'),
+        (7500, '2h05m'),
+        (86399, '1d00h'),
+        (97200, '1d03h'),
+    ],
+)
 def test_format_duration(seconds, text):
     assert logging.format_duration(seconds) == text
 
 
-@pytest.mark.parametrize("value, text", [(3, "3"), (0.0123, "0.0123"), (51.2, "51.2"), (3.51349, "3.513"),
-                                         (12345.6, "12346"), (1.5e-7, "1.5e-07"), (-2.5, "-2.5"),
-                                         (float("nan"), "nan"), (float("inf"), "inf"), (12345678, "12345678")])
+@pytest.mark.parametrize(
+    'value, text',
+    [
+        (3, '3'),
+        (0.0123, '0.0123'),
+        (3.51349, '3.513'),
+        (12345.6, '12346'),
+        (1.5e-7, '1.5e-07'),
+        (float('nan'), 'nan'),
+        (float('inf'), 'inf'),
+        (12345678, '12345678'),
+    ],
+)
 def test_format_number(value, text):
     assert logging.format_number(value) == text

@@ -44,21 +44,24 @@ class TestReconstruction:
         pooled = np.mean((images / 255.0 - noisy / 255.0) ** 2)
         assert reconstruction.psnr(images, noisy) == pytest.approx(-10 * math.log10(pooled))
 
-    @pytest.mark.parametrize("images, other, error, match", [
-        (np.zeros((1, 2, 2, 3)), np.zeros((1, 2, 2, 1)), ValueError, r"\(1, 2, 2, 3\) and .* \(1, 2, 2, 1"),
-        (np.zeros((0, 2, 2, 3)), np.zeros((0, 2, 2, 3)), ValueError, "non-empty"),
-        (np.zeros((2, 2, 3)), np.zeros((2, 2, 3)), ValueError, r"\[N, H, W, C\]"),
-        (np.zeros((1, 2, 2, 3)), np.full((1, 2, 2, 3), 1.5), ValueError, r"reconstructions spans \[1.5, 1.5\]"),
-        (np.full((1, 2, 2, 3), np.nan), np.zeros((1, 2, 2, 3)), ValueError, r"images spans \[nan, nan\]"),
-        (np.zeros((1, 2, 2, 3), np.int32), np.zeros((1, 2, 2, 3)), TypeError, "images has dtype int32"),
-    ])
+    @pytest.mark.parametrize(
+        'images, other, error, match',
+        [
+            (np.zeros((1, 2, 2, 3)), np.zeros((1, 2, 2, 1)), ValueError, r'\(1, 2, 2, 3\) and .* \(1, 2, 2, 1'),
+            (np.zeros((0, 2, 2, 3)), np.zeros((0, 2, 2, 3)), ValueError, 'non-empty'),
+            (np.zeros((2, 2, 3)), np.zeros((2, 2, 3)), ValueError, r'\[N, H, W, C\]'),
+            (np.zeros((1, 2, 2, 3)), np.full((1, 2, 2, 3), 1.5), ValueError, r'reconstructions spans \[1.5, 1.5\]'),
+            (np.full((1, 2, 2, 3), np.nan), np.zeros((1, 2, 2, 3)), ValueError, r'images spans \[nan, nan\]'),
+            (np.zeros((1, 2, 2, 3), np.int32), np.zeros((1, 2, 2, 3)), TypeError, 'images has dtype int32'),
+        ],
+    )
     def test_refuses(self, images, other, error, match):
         with pytest.raises(error, match=match):
             reconstruction.mse(images, other)
 
-    @pytest.mark.parametrize("mse, data_range", [(-1, 1), (math.nan, 1), (1, 0), (1, math.nan)])
+    @pytest.mark.parametrize('mse, data_range', [(-1, 1), (math.nan, 1), (1, 0), (1, math.nan)])
     def test_psnr_refuses(self, mse, data_range):
-        with pytest.raises(ValueError, match="mse >= 0 and data_range > 0"):
+        with pytest.raises(ValueError, match='mse >= 0 and data_range > 0'):
             reconstruction.psnr_from_mse(mse, data_range)
 
 
@@ -87,9 +90,9 @@ class TestCodes:
         expected = -np.mean(np.log([4 / 6, 3 / 6, 1 / 6, 2 / 6]))
         assert codes.positional_entropy(train, held_out, 3, alpha=1.0) == pytest.approx(expected)
 
-    @pytest.mark.parametrize("chunk", [1, 7, 10**9])
+    @pytest.mark.parametrize('chunk', [1, 7, 10**9])
     def test_positional_entropy_against_loops(self, monkeypatch, chunk):
-        monkeypatch.setattr(codes, "_CHUNK", chunk)
+        monkeypatch.setattr(codes, '_CHUNK', chunk)
         rng = np.random.default_rng(0)
         # uint8, while positions times K is beyond it.
         train, held_out = (rng.integers(0, 90, (n, 2, 3), dtype=np.uint8) for n in (50, 4))
@@ -114,33 +117,41 @@ class TestCodes:
         assert ratio == pytest.approx(34.1333, rel=1e-4)
         assert codes.compression_ratio((4, 8, 1), [(2, 2)], [16]) == pytest.approx(16)
 
-    @pytest.mark.parametrize("call, error, match", [
-        (lambda: codes.histogram(np.array([0, 4]), 4), ValueError, r"codes spans 0..4, but .* 4 allows 0..3"),
-        (lambda: codes.usage(np.array([-1, 2]), 4), ValueError, r"spans -1..2"),
-        (lambda: codes.empirical_entropy(zeros(0), 4), ValueError, "codes is empty"),
-        (lambda: codes.histogram(np.array([0.0]), 4), TypeError, "dtype float64; codes are integers"),
-        (lambda: codes.perplexity([0, 0]), ValueError, "not all zero"),
-        (lambda: codes.perplexity([1, -1, 3]), ValueError, "non-negative"),
-        (lambda: codes.perplexity([[1, 2]]), ValueError, r"shape \(1, 2\)"),
-        (lambda: codes.perplexity([1, math.nan]), ValueError, "finite"),
-        (lambda: codes.perplexity([1, math.inf]), ValueError, "finite"),
-        (lambda: codes.positional_entropy(zeros((2, 3)), zeros((2, 4)), 2, 1), ValueError, "same positions"),
-        (lambda: codes.positional_entropy(zeros(2), zeros(2), 2, 1), ValueError, r"\[N, ...\]"),
-        (lambda: codes.positional_entropy(zeros((2, 3)), np.full((1, 3), 2), 2, 1), ValueError, "codes spans 2..2"),
-        (lambda: codes.positional_entropy(zeros((2, 3)), zeros((1, 3)), 2, 0), ValueError, "alpha.*got 0"),
-        (lambda: codes.bits_per_image([1.0], [(2, 2), (4, 4)]), ValueError, "has 1 levels and shapes has 2"),
-        (lambda: codes.compression_ratio((4, 4, 3), [], []), ValueError, "at least one"),
-        (lambda: codes.compression_ratio((4, 4, 3), [(2, 2)], [1]), ValueError, "fewer than 2 codes"),
-    ])
+    @pytest.mark.parametrize(
+        'call, error, match',
+        [
+            (lambda: codes.histogram(np.array([0, 4]), 4), ValueError, r'codes spans 0..4, but .* 4 allows 0..3'),
+            (lambda: codes.usage(np.array([-1, 2]), 4), ValueError, r'spans -1..2'),
+            (lambda: codes.empirical_entropy(zeros(0), 4), ValueError, 'codes is empty'),
+            (lambda: codes.histogram(np.array([0.0]), 4), TypeError, 'dtype float64; codes are integers'),
+            (lambda: codes.perplexity([0, 0]), ValueError, 'not all zero'),
+            (lambda: codes.perplexity([1, -1, 3]), ValueError, 'non-negative'),
+            (lambda: codes.perplexity([[1, 2]]), ValueError, r'shape \(1, 2\)'),
+            (lambda: codes.perplexity([1, math.nan]), ValueError, 'finite'),
+            (lambda: codes.perplexity([1, math.inf]), ValueError, 'finite'),
+            (lambda: codes.positional_entropy(zeros((2, 3)), zeros((2, 4)), 2, 1), ValueError, 'same positions'),
+            (lambda: codes.positional_entropy(zeros(2), zeros(2), 2, 1), ValueError, r'\[N, ...\]'),
+            (lambda: codes.positional_entropy(zeros((2, 3)), np.full((1, 3), 2), 2, 1), ValueError, 'codes spans 2..2'),
+            (lambda: codes.positional_entropy(zeros((2, 3)), zeros((1, 3)), 2, 0), ValueError, 'alpha.*got 0'),
+            (lambda: codes.bits_per_image([1.0], [(2, 2), (4, 4)]), ValueError, 'has 1 levels and shapes has 2'),
+            (lambda: codes.compression_ratio((4, 4, 3), [], []), ValueError, 'at least one'),
+            (lambda: codes.compression_ratio((4, 4, 3), [(2, 2)], [1]), ValueError, 'fewer than 2 codes'),
+        ],
+    )
     def test_refuses(self, call, error, match):
         with pytest.raises(error, match=match):
             call()
 
     def test_results_are_python_floats(self):
         values = np.zeros((2, 2), np.uint8)
-        results = [codes.usage(values, 2), codes.perplexity([1, 2]), codes.empirical_entropy(values, 2),
-                   codes.positional_entropy(values, values, 2, 1), codes.bits_per_image([np.float32(1)], [(1, 1)]),
-                   codes.compression_ratio((4, 4, 3), [(2, 2)], [4])]
+        results = [
+            codes.usage(values, 2),
+            codes.perplexity([1, 2]),
+            codes.empirical_entropy(values, 2),
+            codes.positional_entropy(values, values, 2, 1),
+            codes.bits_per_image([np.float32(1)], [(1, 1)]),
+            codes.compression_ratio((4, 4, 3), [(2, 2)], [4]),
+        ]
         assert [type(result) for result in results] == [float] * 6
 
 
@@ -162,16 +173,19 @@ class TestClassification:
     def test_per_class(self):
         assert classification.per_class_accuracy([0, 1, 1, 0], [0, 0, 1, 0], 3) == [pytest.approx(2 / 3), 1.0, None]
 
-    @pytest.mark.parametrize("call, error, match", [
-        (lambda: classification.accuracy([0], [0, 1]), ValueError, "predicted has 1 examples and labels has 2"),
-        (lambda: classification.accuracy(zeros(0), zeros(0)), ValueError, "at least one"),
-        (lambda: classification.accuracy([0.5], [0]), TypeError, "predicted has dtype float64"),
-        (lambda: classification.accuracy([[0]], [0]), ValueError, r"predicted must be \[N\]"),
-        (lambda: classification.per_class_accuracy([0], [3], 3), ValueError, r"labels spans 3..3, but 3 classes"),
-        (lambda: classification.top_k_accuracy(np.zeros((1, 3)), [0], 4), ValueError, "k is 4, but .* 3 classes"),
-        (lambda: classification.top_k_accuracy(np.zeros(3), [0, 1, 2], 1), ValueError, r"\[N, classes\]"),
-        (lambda: classification.top_k_accuracy(np.full((1, 2), np.nan), [0], 1), ValueError, "NaN"),
-    ])
+    @pytest.mark.parametrize(
+        'call, error, match',
+        [
+            (lambda: classification.accuracy([0], [0, 1]), ValueError, 'predicted has 1 examples and labels has 2'),
+            (lambda: classification.accuracy(zeros(0), zeros(0)), ValueError, 'at least one'),
+            (lambda: classification.accuracy([0.5], [0]), TypeError, 'predicted has dtype float64'),
+            (lambda: classification.accuracy([[0]], [0]), ValueError, r'predicted must be \[N\]'),
+            (lambda: classification.per_class_accuracy([0], [3], 3), ValueError, r'labels spans 3..3, but 3 classes'),
+            (lambda: classification.top_k_accuracy(np.zeros((1, 3)), [0], 4), ValueError, 'k is 4, but .* 3 classes'),
+            (lambda: classification.top_k_accuracy(np.zeros(3), [0, 1, 2], 1), ValueError, r'\[N, classes\]'),
+            (lambda: classification.top_k_accuracy(np.full((1, 2), np.nan), [0], 1), ValueError, 'NaN'),
+        ],
+    )
     def test_refuses(self, call, error, match):
         with pytest.raises(error, match=match):
             call()

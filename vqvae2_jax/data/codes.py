@@ -28,8 +28,8 @@ from array_record.python import array_record_data_source, array_record_module
 from etils import epath
 
 SCHEMA = 1
-_META = "meta.json"
-_AGAIN = "Run --job=codes again."
+_META = 'meta.json'
+_AGAIN = 'Run --job=codes again.'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,32 +60,32 @@ class CodesMeta:
 
     def __post_init__(self):
         if not self.shapes or len(self.shapes) != len(self.codebook_sizes):
-            raise ValueError(f"shapes={self.shapes} and codebook_sizes={self.codebook_sizes} must agree.")
+            raise ValueError(f'shapes={self.shapes} and codebook_sizes={self.codebook_sizes} must agree.')
         if self.shards < 1 or self.count < 0:
-            raise ValueError(f"shards={self.shards} must be >= 1, count={self.count} >= 0.")
+            raise ValueError(f'shards={self.shards} must be >= 1, count={self.count} >= 0.')
 
     def to_json(self) -> str:
-        return json.dumps({"schema": SCHEMA} | dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        return json.dumps({'schema': SCHEMA} | dataclasses.asdict(self), indent=2, ensure_ascii=False) + '\n'
 
     @classmethod
-    def from_json(cls, text: str) -> "CodesMeta":
+    def from_json(cls, text: str) -> 'CodesMeta':
         """Raises ValueError on another schema, or on fields that are missing or unknown."""
         fields = json.loads(text)
-        schema = fields.pop("schema", None)
+        schema = fields.pop('schema', None)
         if schema != SCHEMA:
-            raise ValueError(f"codes of schema {schema!r}; this version of vqvae2_jax reads schema {SCHEMA}. {_AGAIN}")
+            raise ValueError(f'codes of schema {schema!r}; this version of vqvae2_jax reads schema {SCHEMA}. {_AGAIN}')
         names = {field.name for field in dataclasses.fields(cls)}
         if names != fields.keys():
-            raise ValueError(f"the fields {sorted(names ^ fields.keys())} are missing or unknown. {_AGAIN}")
-        fields["shapes"] = tuple(tuple(shape) for shape in fields["shapes"])
-        fields["codebook_sizes"] = tuple(fields["codebook_sizes"])
-        fields["class_names"] = tuple(fields["class_names"])
+            raise ValueError(f'the fields {sorted(names ^ fields.keys())} are missing or unknown. {_AGAIN}')
+        fields['shapes'] = tuple(tuple(shape) for shape in fields['shapes'])
+        fields['codebook_sizes'] = tuple(fields['codebook_sizes'])
+        fields['class_names'] = tuple(fields['class_names'])
         return cls(**fields)
 
 
 def shard_path(directory: epath.PathLike, shard: int, shards: int) -> str:
     """Path of one shard, such as DIRECTORY/shard-00003-of-00010.array_record."""
-    return os.fspath(epath.Path(directory) / f"shard-{shard:05d}-of-{shards:05d}.array_record")
+    return os.fspath(epath.Path(directory) / f'shard-{shard:05d}-of-{shards:05d}.array_record')
 
 
 def finished_shards(directory: epath.PathLike, shards: int) -> list[int]:
@@ -112,9 +112,9 @@ def write_shard(
     """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.parent / f"{path.name}.unfinished-{uuid.uuid4().hex[:8]}"
+    unfinished = path.parent / f'{path.name}.unfinished-{uuid.uuid4().hex[:8]}'
     # Fast compression: on codes, stronger settings cost much time and gain little.
-    writer = array_record_module.ArrayRecordWriter(os.fspath(unfinished), "group_size:1,zstd:1")
+    writer = array_record_module.ArrayRecordWriter(os.fspath(unfinished), 'group_size:1,zstd:1')
     count = 0
     try:
         for batch in batches:
@@ -133,7 +133,7 @@ def write_shard(
 def write_meta(directory: epath.PathLike, meta: CodesMeta) -> None:
     """Writes meta.json; call it when all shards are written."""
     path = epath.Path(directory) / _META
-    unfinished = path.parent / f"{_META}.unfinished-{uuid.uuid4().hex[:8]}"
+    unfinished = path.parent / f'{_META}.unfinished-{uuid.uuid4().hex[:8]}'
     unfinished.write_text(meta.to_json())
     unfinished.replace(path)
 
@@ -147,11 +147,11 @@ def read_meta(directory: epath.PathLike) -> CodesMeta:
     """
     path = epath.Path(directory) / _META
     if not path.exists():
-        raise FileNotFoundError(f"no codes in {directory}: {path} is missing. Run --job=codes first.")
+        raise FileNotFoundError(f'no codes in {directory}: {path} is missing. Run --job=codes first.')
     try:
         return CodesMeta.from_json(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f'{path}: {error}') from error
 
 
 class CodeSource:
@@ -172,13 +172,13 @@ class CodeSource:
         missing = sorted(set(range(self.meta.shards)) - set(finished_shards(directory, self.meta.shards)))
         if missing:
             raise FileNotFoundError(
-                f"{paths[missing[0]]} is missing ({len(missing)} of the {self.meta.shards} shards are). {_AGAIN}"
+                f'{paths[missing[0]]} is missing ({len(missing)} of the {self.meta.shards} shards are). {_AGAIN}'
             )
         count = sum(count_records(path) for path in paths)
         if count != self.meta.count:
             raise ValueError(
-                f"{epath.Path(directory) / _META} says {self.meta.count} examples, "
-                f"but its {self.meta.shards} shards hold {count}. {_AGAIN}"
+                f'{epath.Path(directory) / _META} says {self.meta.count} examples, '
+                f'but its {self.meta.shards} shards hold {count}. {_AGAIN}'
             )
         self._directory = os.fspath(directory)
         self._records = array_record_data_source.ArrayRecordDataSource(paths)
@@ -193,19 +193,19 @@ class CodeSource:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if not 0 <= index < len(self):
-            raise IndexError(f"example {index} of {len(self)}")
+            raise IndexError(f'example {index} of {len(self)}')
         try:
             data = self._records[index]
         except RuntimeError as error:  # A checksum that does not match.
-            raise ValueError(f"record {index} of {self._directory} is damaged: {error}. {_AGAIN}") from error
+            raise ValueError(f'record {index} of {self._directory} is damaged: {error}. {_AGAIN}') from error
         if len(data) != self._dtype.itemsize:
             raise ValueError(
-                f"record {index} of {self._directory} has {len(data)} bytes, "
-                f"but {_META} implies {self._dtype.itemsize}. {_AGAIN}"
+                f'record {index} of {self._directory} has {len(data)} bytes, '
+                f'but {_META} implies {self._dtype.itemsize}. {_AGAIN}'
             )
         record = np.frombuffer(data, self._dtype)[0]
-        levels = {f"codes_{n}": record[f"codes_{n}"].astype(np.int32) for n in range(len(self.meta.shapes))}  # [h, w]
-        return levels | {"label": np.int32(record["label"]), "index": np.int64(record["index"])}
+        levels = {f'codes_{n}': record[f'codes_{n}'].astype(np.int32) for n in range(len(self.meta.shapes))}  # [h, w]
+        return levels | {'label': np.int32(record['label']), 'index': np.int64(record['index'])}
 
 
 def count_records(path: str) -> int:
@@ -214,27 +214,27 @@ def count_records(path: str) -> int:
         count = reader.num_records()
         reader.close()
     except RuntimeError as error:
-        raise ValueError(f"{path} is damaged: {error or 'no valid ArrayRecord file'}. {_AGAIN}") from error
+        raise ValueError(f'{path} is damaged: {error or "no valid ArrayRecord file"}. {_AGAIN}') from error
     return count
 
 
 def _record_dtype(shapes: Iterable[tuple[int, int]], codebook_sizes: Iterable[int]) -> np.dtype:
     """The struct of one record."""
     levels = [
-        (f"codes_{n}", "<u1" if size <= 2**8 else "<u2" if size <= 2**16 else "<i4", tuple(shape))
+        (f'codes_{n}', '<u1' if size <= 2**8 else '<u2' if size <= 2**16 else '<i4', tuple(shape))
         for n, (shape, size) in enumerate(zip(shapes, codebook_sizes, strict=True))
     ]
-    return np.dtype([("index", "<i8"), ("label", "<i4"), *levels])
+    return np.dtype([('index', '<i8'), ('label', '<i4'), *levels])
 
 
 def _pack(batch: Mapping[str, np.ndarray], codebook_sizes: tuple[int, ...]) -> np.ndarray:
     """One batch as records, [number of rows in the mask]."""
-    levels = [np.asarray(batch[f"codes_{n}"]) for n in range(len(codebook_sizes))]  # [B, h, w] each
+    levels = [np.asarray(batch[f'codes_{n}']) for n in range(len(codebook_sizes))]  # [B, h, w] each
     for n, (codes, size) in enumerate(zip(levels, codebook_sizes, strict=True)):
         if codes.size and not 0 <= codes.min() <= codes.max() < size:
-            raise ValueError(f"codes_{n} run from {codes.min()} to {codes.max()}, but its codebook has {size} entries.")
-    records = np.empty(len(batch["index"]), _record_dtype([codes.shape[1:] for codes in levels], codebook_sizes))
-    records["index"], records["label"] = batch["index"], batch["label"]
+            raise ValueError(f'codes_{n} run from {codes.min()} to {codes.max()}, but its codebook has {size} entries.')
+    records = np.empty(len(batch['index']), _record_dtype([codes.shape[1:] for codes in levels], codebook_sizes))
+    records['index'], records['label'] = batch['index'], batch['label']
     for n, codes in enumerate(levels):
-        records[f"codes_{n}"] = codes
-    return records[np.asarray(batch["mask"])] if "mask" in batch else records
+        records[f'codes_{n}'] = codes
+    return records[np.asarray(batch['mask'])] if 'mask' in batch else records

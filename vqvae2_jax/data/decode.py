@@ -9,7 +9,7 @@ import struct
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS = ('JPEG', 'PNG', 'WEBP')
 CROP_ZOOM = 8 / 7  # Random crops are taken from an image this many times the target size (256 -> 224, as is usual).
 
 # What Pillow raises on bytes that are not, or only partly, an image.
@@ -42,8 +42,8 @@ class UnreadableImage(ValueError):
 
     def __str__(self) -> str:
         return (
-            f"cannot decode the image {self.where}: {self.reason}. "
-            "Repair or remove it, or set --config.data.on_error=skip to go on without such images."
+            f'cannot decode the image {self.where}: {self.reason}. '
+            'Repair or remove it, or set --config.data.on_error=skip to go on without such images.'
         )
 
 
@@ -70,22 +70,22 @@ def decode_image(data: bytes, channels: int, where: str) -> Image.Image:
             orientation = image.getexif().get(_EXIF_ORIENTATION)
             image = to_channels(image, channels)
     except UnidentifiedImageError as error:
-        raise UnreadableImage(where, f"not a {', '.join(FORMATS)} image") from error
+        raise UnreadableImage(where, f'not a {", ".join(FORMATS)} image') from error
     except _DECODE_ERRORS as error:
-        raise UnreadableImage(where, f"{type(error).__name__}: {error}") from error
+        raise UnreadableImage(where, f'{type(error).__name__}: {error}') from error
     return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
     """Converts an image of any Pillow mode to 'L' (channels=1) or 'RGB' (channels=3)."""
-    if image.mode.startswith("I"):  # 16-bit grayscale; Pillow's own conversion would clip it at 255.
+    if image.mode.startswith('I'):  # 16-bit grayscale; Pillow's own conversion would clip it at 255.
         samples = np.asarray(image).astype(np.int64)  # [h, w], 0..65535
         image = Image.fromarray(((samples * 255 + 32767) // 65535).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("L" if channels == 1 else "RGB")
+        image = image.convert('RGBA')
+        white = Image.new('RGBA', image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image).convert('RGB')
+    return image.convert('L' if channels == 1 else 'RGB')
 
 
 def fit(

@@ -13,18 +13,18 @@ from PIL import Image
 from vqvae2_jax.data.decode import to_channels
 
 CLASS_NAMES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
+    'T-shirt/top',
+    'Trouser',
+    'Pullover',
+    'Dress',
+    'Coat',
+    'Sandal',
+    'Shirt',
+    'Sneaker',
+    'Bag',
+    'Ankle boot',
 )
-_ASSET = pathlib.Path(__file__).parent / "assets" / "fashion_mnist_10000.png"
+_ASSET = pathlib.Path(__file__).parent / 'assets' / 'fashion_mnist_10000.png'
 _PER_CLASS = 1000
 
 
@@ -32,7 +32,7 @@ _PER_CLASS = 1000
 def _pixels() -> np.ndarray:
     """All images, uint8 [10000, 28, 28], in class order; loaded once per process."""
     with Image.open(_ASSET) as sheet:
-        tiles = np.asarray(sheet.convert("L")).reshape(100, 28, 100, 28)  # [tile row, y, tile column, x]
+        tiles = np.asarray(sheet.convert('L')).reshape(100, 28, 100, 28)  # [tile row, y, tile column, x]
     return tiles.transpose(0, 2, 1, 3).reshape(-1, 28, 28)
 
 
@@ -46,7 +46,7 @@ class FashionPool:
         if num_classes not in (0, len(CLASS_NAMES)):
             raise ValueError(
                 f"data.num_classes={num_classes}, but data.name='fashion' has {len(CLASS_NAMES)} classes: "
-                f"set --config.data.num_classes={len(CLASS_NAMES)}, or 0 to ignore the labels."
+                f'set --config.data.num_classes={len(CLASS_NAMES)}, or 0 to ignore the labels.'
             )
         self.class_names = CLASS_NAMES if num_classes else ()
 
@@ -59,7 +59,7 @@ class FashionPool:
         return np.arange(len(self)) // _PER_CLASS
 
     def where(self, position: int) -> str:
-        return f"fashion image {position}"
+        return f'fashion image {position}'
 
     def read(self, position: int, channels: int) -> tuple[Image.Image, int]:
         label = position // _PER_CLASS if self.class_names else 0

@@ -14,26 +14,26 @@ from PIL import Image
 
 from vqvae2_jax.data.decode import decode_image
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-_SPLIT_LIKE = {"train", "training", "val", "valid", "validation", "test"}
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp')
+_SPLIT_LIKE = {'train', 'training', 'val', 'valid', 'validation', 'test'}
 
 
 def list_images(root: str) -> list[str]:
     """Paths relative to `root` of all images below it, sorted; hidden files and folders are left out."""
     found = []
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        subfolders[:] = [name for name in subfolders if not name.startswith('.')]
         found += [
             os.path.relpath(os.path.join(folder, name), root)
             for name in files
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+            if name.lower().endswith(SUFFIXES) and not name.startswith('.')
         ]
     return sorted(found)
 
 
 def subfolders(root: str) -> list[str]:
     """Names of the folders directly in `root`, sorted, hidden ones left out."""
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.'))
 
 
 class FolderPool:
@@ -55,12 +55,12 @@ class FolderPool:
           ValueError: no images, or the class folders do not fit num_classes.
         """
         if not os.path.isdir(root):
-            raise FileNotFoundError(f"data.path: there is no folder {root!r}.")
+            raise FileNotFoundError(f'data.path: there is no folder {root!r}.')
         self.root = os.path.normpath(root)
         self.files = list_images(root)
         if not self.files:
-            raise ValueError(f"data.path: no images in {root!r} (looked for {', '.join(SUFFIXES)} in any case).")
-        folders = [path.split(os.sep)[0] if os.sep in path else "" for path in self.files]
+            raise ValueError(f'data.path: no images in {root!r} (looked for {", ".join(SUFFIXES)} in any case).')
+        folders = [path.split(os.sep)[0] if os.sep in path else '' for path in self.files]
         self.class_names = self._classes(sorted(set(folders)), num_classes, class_names)
         label_of = {name: label for label, name in enumerate(self.class_names)}
         self.labels = np.array([label_of.get(folder, 0) for folder in folders], np.int32)
@@ -68,35 +68,35 @@ class FolderPool:
     def _classes(self, found: list[str], num_classes: int, class_names: tuple[str, ...] | None) -> tuple[str, ...]:
         if num_classes == 0:
             return ()
-        if found == [""]:
+        if found == ['']:
             if num_classes == 1:
                 return (os.path.basename(os.path.abspath(self.root)),)
             raise ValueError(
-                f"data.num_classes={num_classes}, but the images in {self.root!r} lie in no class folders: "
-                "set --config.data.num_classes=0, or move the images of each class into a folder of their own."
+                f'data.num_classes={num_classes}, but the images in {self.root!r} lie in no class folders: '
+                'set --config.data.num_classes=0, or move the images of each class into a folder of their own.'
             )
-        if found[0] == "":
+        if found[0] == '':
             stray = next(path for path in self.files if os.sep not in path)
             raise ValueError(
-                f"data.path: {self.root!r} has {len(found) - 1} class folders and also images outside of them, such as "
-                f"{stray!r}: move those into a class folder, or set --config.data.num_classes=0 to ignore classes."
+                f'data.path: {self.root!r} has {len(found) - 1} class folders and also images outside of them, such as '
+                f'{stray!r}: move those into a class folder, or set --config.data.num_classes=0 to ignore classes.'
             )
         empty = sorted(set(subfolders(self.root)) - set(found))
         if empty and class_names is None:
-            raise ValueError(f"data.path: class folders of {self.root!r} without images: {_few(empty)}. Remove them.")
+            raise ValueError(f'data.path: class folders of {self.root!r} without images: {_few(empty)}. Remove them.')
         known = tuple(found) if class_names is None else class_names
         if len(known) != num_classes:
-            hint = ""
+            hint = ''
             if set(found) <= _SPLIT_LIKE:
-                hint = " These look like splits: name them in data.splits, as (train, validation, test)."
+                hint = ' These look like splits: name them in data.splits, as (train, validation, test).'
             raise ValueError(
-                f"data.num_classes={num_classes}, but {self.root!r} has {len(known)} class folders: {_few(known)}. "
-                f"Set --config.data.num_classes={len(known)}.{hint}"
+                f'data.num_classes={num_classes}, but {self.root!r} has {len(known)} class folders: {_few(known)}. '
+                f'Set --config.data.num_classes={len(known)}.{hint}'
             )
         if unknown := sorted(set(found) - set(known)):
             raise ValueError(
-                f"data.splits: {self.root!r} has class folders that the training split lacks: {_few(unknown)}; "
-                f"the training split has {_few(known)}."
+                f'data.splits: {self.root!r} has class folders that the training split lacks: {_few(unknown)}; '
+                f'the training split has {_few(known)}.'
             )
         return known
 
@@ -108,7 +108,7 @@ class FolderPool:
 
     def read(self, position: int, channels: int) -> tuple[Image.Image, int]:
         path = self.where(position)
-        with open(path, "rb") as file:
+        with open(path, 'rb') as file:
             data = file.read()
         return decode_image(data, channels, path), int(self.labels[position])
 
@@ -118,11 +118,11 @@ def open_folder(path: str, num_classes: int, subfolder: str | None, train_subfol
     if subfolder is None:
         return FolderPool(path, num_classes)
     if not os.path.isdir(path):
-        raise FileNotFoundError(f"data.path: there is no folder {path!r}.")
+        raise FileNotFoundError(f'data.path: there is no folder {path!r}.')
     there = subfolders(path)
     for name in (subfolder, train_subfolder):
         if not os.path.isdir(os.path.join(path, name)):
-            raise FileNotFoundError(f"data.splits names {name!r}, but {path!r} has {_few(there) or 'no subfolders'}.")
+            raise FileNotFoundError(f'data.splits names {name!r}, but {path!r} has {_few(there) or "no subfolders"}.')
     train = os.path.join(path, train_subfolder)
     # A flat training split has no class folders to hand on.
     class_names = tuple(subfolders(train)) if num_classes and subfolder != train_subfolder else None
@@ -130,5 +130,5 @@ def open_folder(path: str, num_classes: int, subfolder: str | None, train_subfol
 
 
 def _few(names, limit: int = 12) -> str:
-    shown = ", ".join(repr(name) for name in list(names)[:limit])
-    return shown + (f", ... ({len(names)} in all)" if len(names) > limit else "")
+    shown = ', '.join(repr(name) for name in list(names)[:limit])
+    return shown + (f', ... ({len(names)} in all)' if len(names) > limit else '')

@@ -20,7 +20,7 @@ from vqvae2_jax.data.fashion import FashionPool
 from vqvae2_jax.data.folder import open_folder
 from vqvae2_jax.data.tfds_records import TfdsPool
 
-SPLITS = ("train", "validation", "test")
+SPLITS = ('train', 'validation', 'test')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ImageSpec:
     """
 
     name: str
-    path: str = ""
+    path: str = ''
     image_size: tuple[int, int] = (28, 28)
     channels: int = 1
     num_classes: int = 0
@@ -56,37 +56,37 @@ class ImageSpec:
     split_seed: int = 0
     flip: bool = False
     crop: bool = False
-    on_error: str = "raise"
+    on_error: str = 'raise'
     workers: int = 0
 
     def __post_init__(self):
-        for field in ("image_size", "splits", "held_out"):
+        for field in ('image_size', 'splits', 'held_out'):
             if isinstance(getattr(self, field), list):
                 object.__setattr__(self, field, tuple(getattr(self, field)))
         size, held_out = self.image_size, self.held_out
-        self._require("name", isinstance(self.name, str) and self.name, "'fashion', 'folder' or a TFDS name")
-        self._require("path", isinstance(self.path, str), "a string")
-        self._require("path", self.path or self.name != "folder", "the folder of the images, as data.name is 'folder'")
-        self._require("path", not self.path or self.name != "fashion", "'', as data.name='fashion' is built in")
+        self._require('name', isinstance(self.name, str) and self.name, "'fashion', 'folder' or a TFDS name")
+        self._require('path', isinstance(self.path, str), 'a string')
+        self._require('path', self.path or self.name != 'folder', "the folder of the images, as data.name is 'folder'")
+        self._require('path', not self.path or self.name != 'fashion', "'', as data.name='fashion' is built in")
         pair = isinstance(size, tuple) and len(size) == 2
-        self._require("image_size", pair and all(_is_int(n, 1) for n in size), "two integers >= 1, (height, width)")
-        self._require("channels", self.channels in (1, 3), "1 or 3")
-        self._require("num_classes", _is_int(self.num_classes, 0), "an integer >= 0")
+        self._require('image_size', pair and all(_is_int(n, 1) for n in size), 'two integers >= 1, (height, width)')
+        self._require('channels', self.channels in (1, 3), '1 or 3')
+        self._require('num_classes', _is_int(self.num_classes, 0), 'an integer >= 0')
         named = isinstance(self.splits, tuple) and all(isinstance(name, str) and name for name in self.splits)
-        self._require("splits", named and len(self.splits) in (0, 3), "() or the names of (train, validation, test)")
-        self._require("splits", not self.splits or self.name != "fashion", "() for data.name='fashion'")
+        self._require('splits', named and len(self.splits) in (0, 3), '() or the names of (train, validation, test)')
+        self._require('splits', not self.splits or self.name != 'fashion', "() for data.name='fashion'")
         pair = isinstance(held_out, tuple) and len(held_out) == 2
         shares = pair and all(isinstance(s, numbers.Real) and s >= 0 for s in held_out) and sum(held_out) < 1
-        self._require("held_out", shares, "two shares >= 0 (validation, test) that sum to less than 1")
-        self._require("split_seed", _is_int(self.split_seed, 0) and self.split_seed < 2**32, "an integer in [0, 2**32)")
-        self._require("flip", isinstance(self.flip, bool), "a bool")
-        self._require("crop", isinstance(self.crop, bool), "a bool")
-        self._require("on_error", self.on_error in ("raise", "skip"), "'raise' or 'skip'")
-        self._require("workers", _is_int(self.workers, 0), "an integer >= 0")
+        self._require('held_out', shares, 'two shares >= 0 (validation, test) that sum to less than 1')
+        self._require('split_seed', _is_int(self.split_seed, 0) and self.split_seed < 2**32, 'an integer in [0, 2**32)')
+        self._require('flip', isinstance(self.flip, bool), 'a bool')
+        self._require('crop', isinstance(self.crop, bool), 'a bool')
+        self._require('on_error', self.on_error in ('raise', 'skip'), "'raise' or 'skip'")
+        self._require('workers', _is_int(self.workers, 0), 'an integer >= 0')
 
     def _require(self, field: str, holds, wanted: str):
         if not holds:
-            raise ValueError(f"data.{field}={getattr(self, field)!r}: must be {wanted}.")
+            raise ValueError(f'data.{field}={getattr(self, field)!r}: must be {wanted}.')
 
 
 def _is_int(value, minimum: int) -> bool:
@@ -127,7 +127,7 @@ class ImageSource:
     positions: np.ndarray
     image_size: tuple[int, int]
     channels: int
-    on_error: str = "raise"
+    on_error: str = 'raise'
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -148,12 +148,12 @@ class ImageSource:
         """Like source[index], cropped at `offset` from `zoom` times the size (see decode.fit)."""
         index = operator.index(index)
         if not 0 <= index < len(self):
-            raise IndexError(f"example {index} of a split of {len(self)}")
+            raise IndexError(f'example {index} of a split of {len(self)}')
         image, label = self.pool.read(int(self.positions[index]), self.channels)
         return {
-            "image": fit(image, self.image_size, zoom, offset),
-            "label": np.int32(label),
-            "index": np.int64(index),
+            'image': fit(image, self.image_size, zoom, offset),
+            'label': np.int32(label),
+            'index': np.int64(index),
         }
 
 
@@ -170,11 +170,11 @@ def open_images(spec: ImageSpec, split: str) -> ImageSource:
       ImportError: a TFDS name without tensorflow_datasets.
     """
     if split not in SPLITS:
-        raise ValueError(f"split={split!r}: there are {', '.join(SPLITS)}.")
+        raise ValueError(f'split={split!r}: there are {", ".join(SPLITS)}.')
     named = spec.splits[SPLITS.index(split)] if spec.splits else None
-    if spec.name == "fashion":
+    if spec.name == 'fashion':
         pool = FashionPool(spec.num_classes)
-    elif spec.name == "folder":
+    elif spec.name == 'folder':
         pool = open_folder(spec.path, spec.num_classes, named, spec.splits[0] if named else None)
     else:
         pool = TfdsPool(spec.name, spec.path, named, spec.num_classes)
@@ -184,8 +184,8 @@ def open_images(spec: ImageSpec, split: str) -> ImageSource:
         positions = random_split(len(pool), spec.held_out, spec.split_seed, pool.strata)[split]
     if not len(positions):
         raise ValueError(
-            f"data.held_out={spec.held_out} leaves the {split} split of {len(pool)} images empty: "
-            "change it, or name the splits in data.splits."
+            f'data.held_out={spec.held_out} leaves the {split} split of {len(pool)} images empty: '
+            'change it, or name the splits in data.splits.'
         )
     return ImageSource(pool, positions, spec.image_size, spec.channels, spec.on_error)
 

@@ -32,7 +32,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     skip_log: str | None = None,
-) -> "BatchIterator":
+) -> 'BatchIterator':
     """Endless batches, reshuffled every epoch; an epoch's end does not end a batch.
 
     Args:
@@ -42,8 +42,7 @@ def train_batches(
       flip: mirror half of the images.
       crop: crop each image at a random place (source.read, see decode.CROP_ZOOM).
       workers: grain worker processes; 0 reads in threads.
-      process_index: which rows of the global batch are wanted.
-      process_count: number of processes that share a batch.
+      process_index, process_count: which rows of the global batch are wanted.
       skip_log: file that the names of unreadable examples are appended to; see read_skipped.
 
     Returns:
@@ -72,7 +71,7 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     skip_log: str | None = None,
-) -> "BatchIterator":
+) -> 'BatchIterator':
     """source[start:stop] once, in order, in batches that are all full.
 
     Args:
@@ -80,10 +79,7 @@ def eval_batches(
       batch_size: the global one.
       start: first example.
       stop: one past the last example; None is the end of the source.
-      workers: as in train_batches, like the remaining arguments.
-      process_index: as in train_batches. Every process yields the same number of batches.
-      process_count: as in train_batches.
-      skip_log: as in train_batches.
+      workers, process_index, process_count, skip_log: as in train_batches. Every process yields equally many batches.
 
     Returns:
       An iterator over dicts of arrays [batch_size / process_count, ...] with 'mask': bool [batch_size / process_count],
@@ -96,7 +92,7 @@ def eval_batches(
     reader = _Reader(source, skip_log)
     stop = len(source) if stop is None else stop
     if not 0 <= start <= stop <= len(source):
-        raise ValueError(f"start={start}, stop={stop}: not a range within the {len(source)} examples of the source.")
+        raise ValueError(f'start={start}, stop={stop}: not a range within the {len(source)} examples of the source.')
     batches = _EvalBatches(reader, start, stop, batch_size, slice(process_index * rows, (process_index + 1) * rows))
     return BatchIterator(grain.MapDataset.source(batches), workers)
 
@@ -105,7 +101,7 @@ def read_skipped(skip_log: str) -> list[str]:
     """The distinct names in a skip log, sorted; [] if nothing was skipped."""
     if not os.path.exists(skip_log):
         return []
-    with open(skip_log, encoding="utf-8", errors="surrogateescape") as file:
+    with open(skip_log, encoding='utf-8', errors='surrogateescape') as file:
         return sorted(set(file.read().splitlines()))
 
 
@@ -135,16 +131,16 @@ class BatchIterator(grain.DatasetIterator):
 
     def get_state(self) -> dict[str, int]:
         """{'next_batch': how many batches were handed out}; the same on every process."""
-        return {"next_batch": self._next_batch}
+        return {'next_batch': self._next_batch}
 
     def set_state(self, state: dict[str, int]) -> None:
         """Continues after the batches counted by `state`."""
         self._stop_reading()
-        self._next_batch = state["next_batch"]
+        self._next_batch = state['next_batch']
 
     def start_prefetch(self) -> None:
         if self._closed:
-            raise ValueError("this iterator is closed")
+            raise ValueError('this iterator is closed')
         if self._reading is None:
             remaining = self._batches[self._next_batch :]
             workers = min(self._workers, len(remaining))
@@ -174,11 +170,11 @@ class _Reader:
 
     def __init__(self, source, skip_log: str | None, flip: bool = False, crop: bool = False):
         if not len(source):
-            raise ValueError(f"the source {source} has no examples.")
-        if (flip or crop) and not hasattr(source, "read"):
-            raise ValueError(f"flip={flip}, crop={crop}: {type(source).__name__} has no images to augment.")
+            raise ValueError(f'the source {source} has no examples.')
+        if (flip or crop) and not hasattr(source, 'read'):
+            raise ValueError(f'flip={flip}, crop={crop}: {type(source).__name__} has no images to augment.')
         self._source = source
-        self._skip = getattr(source, "on_error", "raise") == "skip"
+        self._skip = getattr(source, 'on_error', 'raise') == 'skip'
         self._skip_log = skip_log
         self._flip = flip
         self._crop = crop
@@ -190,7 +186,7 @@ class _Reader:
     def augmented(self, index: int, rng: np.random.Generator) -> dict:
         example = self.readable(index, tuple(rng.random(2)) if self._crop else None)[0]
         if self._flip and rng.random() < 0.5:
-            example["image"] = example["image"][:, ::-1]
+            example['image'] = example['image'][:, ::-1]
         return example
 
     def readable(self, index: int, offset: tuple[float, float] | None = None) -> tuple[dict, bool]:
@@ -206,18 +202,18 @@ class _Reader:
                 if not self._skip:
                     raise
                 self._log(error)
-        raise ValueError(f"none of the {count} examples can be read; the last one: {self._source.where(candidate)}.")
+        raise ValueError(f'none of the {count} examples can be read; the last one: {self._source.where(candidate)}.')
 
     def _log(self, error: UnreadableImage):
         if error.where in self._logged:
             return
         self._logged.add(error.where)
-        logging.warning("skipping %s: %s", error.where, error.reason)
+        logging.warning('skipping %s: %s', error.where, error.reason)
         if self._skip_log:
-            line = error.where.replace("\n", " ") + "\n"
+            line = error.where.replace('\n', ' ') + '\n'
             # One write to a file opened for appending is atomic, so that worker processes can share the file.
-            with open(self._skip_log, "ab", buffering=0) as file:
-                file.write(line.encode("utf-8", "surrogateescape"))
+            with open(self._skip_log, 'ab', buffering=0) as file:
+                file.write(line.encode('utf-8', 'surrogateescape'))
 
 
 class _EvalBatches:
@@ -239,7 +235,7 @@ class _EvalBatches:
         examples = [example for example, _ in read] + [read[-1][0]] * (rows - len(read))
         mask = np.zeros(rows, bool)
         mask[: len(wanted)] = [as_asked for _, as_asked in read][: len(wanted)]
-        return _stack(examples) | {"mask": mask}
+        return _stack(examples) | {'mask': mask}
 
 
 def _stack(examples: list[dict]) -> dict[str, np.ndarray]:
@@ -248,7 +244,7 @@ def _stack(examples: list[dict]) -> dict[str, np.ndarray]:
 
 def _local_rows(batch_size: int, process_index: int, process_count: int) -> int:
     if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f"batch_size={batch_size} must be a positive multiple of process_count={process_count}.")
+        raise ValueError(f'batch_size={batch_size} must be a positive multiple of process_count={process_count}.')
     if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} must be in [0, {process_count}).")
+        raise ValueError(f'process_index={process_index} must be in [0, {process_count}).')
     return batch_size // process_count

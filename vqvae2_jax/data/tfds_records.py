@@ -8,7 +8,7 @@ from PIL import Image
 
 from vqvae2_jax.data.decode import UnreadableImage, decode_image
 
-_DEFAULT_SPLIT = "train"
+_DEFAULT_SPLIT = 'train'
 
 
 def _import_tfds():
@@ -17,7 +17,7 @@ def _import_tfds():
     except ImportError as error:
         raise ImportError(
             "data.name: only 'fashion' and 'folder' are built in; other names are TensorFlow Datasets and need "
-            "`pip install tensorflow-datasets`."
+            '`pip install tensorflow-datasets`.'
         ) from error
     return tfds
 
@@ -44,33 +44,33 @@ class TfdsPool:
         tfds = _import_tfds()
         builder = _prepared_builder(tfds, name, data_dir)
         features = dict(builder.info.features.items())
-        image = features.get("image")
-        if not isinstance(image, tfds.features.Image) or image.np_dtype not in ("uint8", "uint16"):
+        image = features.get('image')
+        if not isinstance(image, tfds.features.Image) or image.np_dtype not in ('uint8', 'uint16'):
             raise ValueError(f"data.name={name!r} has no 8- or 16-bit image feature called 'image': it has {features}.")
         self.name = name
         self.split = split or _DEFAULT_SPLIT
         self.class_names = _class_names(tfds, name, features, num_classes)
         try:
-            self._records = builder.as_data_source(split=self.split, file_format="array_record").data_source
+            self._records = builder.as_data_source(split=self.split, file_format='array_record').data_source
         except ValueError as error:
             raise ValueError(
-                f"data.splits: cannot read {self.split!r} of {name!r}, which has {sorted(builder.info.splits)}: {error}"
+                f'data.splits: cannot read {self.split!r} of {name!r}, which has {sorted(builder.info.splits)}: {error}'
             ) from error
 
     def __len__(self) -> int:
         return len(self._records)
 
     def where(self, position: int) -> str:
-        return f"{self.name}/{self.split} record {position}"
+        return f'{self.name}/{self.split} record {position}'
 
     def read(self, position: int, channels: int) -> tuple[Image.Image, int]:
         from tensorflow_datasets.proto import tf_example_pb2
 
         features = tf_example_pb2.Example.FromString(self._records[position]).features.feature
-        image = features["image"].bytes_list.value
+        image = features['image'].bytes_list.value
         if len(image) != 1:
-            raise UnreadableImage(self.where(position), f"the record holds {len(image)} images")
-        label = features["label"].int64_list.value[0] if self.class_names else 0
+            raise UnreadableImage(self.where(position), f'the record holds {len(image)} images')
+        label = features['label'].int64_list.value[0] if self.class_names else 0
         return decode_image(image[0], channels, self.where(position)), label
 
 
@@ -78,22 +78,22 @@ def _prepared_builder(tfds, name: str, data_dir: str):
     place = data_dir or tfds.core.constants.DATA_DIR
     recipe = (
         f"tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()\n"
-        "once, where TensorFlow is installed (reading needs none), and set data.path to that data_dir."
+        'once, where TensorFlow is installed (reading needs none), and set data.path to that data_dir.'
     )
     try:
         builder = tfds.builder(name, data_dir=data_dir or None)
     except tfds.core.registered.DatasetNotFoundError as error:
         raise FileNotFoundError(
             f"data.name={name!r} is neither 'fashion' nor 'folder' nor a TensorFlow Dataset: no such name is known "
-            f"to TFDS or prepared under data.path={place!r}."
+            f'to TFDS or prepared under data.path={place!r}.'
         ) from error
     if not builder.info.splits:
-        raise FileNotFoundError(f"data.name={name!r} is not prepared under data.path={place!r}. Run\n{recipe}")
+        raise FileNotFoundError(f'data.name={name!r} is not prepared under data.path={place!r}. Run\n{recipe}')
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
-    if "array_record" not in formats:
+    if 'array_record' not in formats:
         raise FileNotFoundError(
-            f"data.name={name!r} under data.path={place!r} is prepared as {', '.join(sorted(formats))}, which has no "
-            f"random access; needed is array_record. For another data_dir, run\n{recipe}"
+            f'data.name={name!r} under data.path={place!r} is prepared as {", ".join(sorted(formats))}, which has no '
+            f'random access; needed is array_record. For another data_dir, run\n{recipe}'
         )
     return builder
 
@@ -101,15 +101,15 @@ def _prepared_builder(tfds, name: str, data_dir: str):
 def _class_names(tfds, name: str, features, num_classes: int) -> tuple[str, ...]:
     if num_classes == 0:
         return ()
-    label = features.get("label")
+    label = features.get('label')
     if not isinstance(label, tfds.features.ClassLabel):
         raise ValueError(
             f"data.num_classes={num_classes}, but {name!r} has no class feature called 'label': it has {features}. "
-            "Set --config.data.num_classes=0 to use it without labels."
+            'Set --config.data.num_classes=0 to use it without labels.'
         )
     if label.num_classes != num_classes:
         raise ValueError(
-            f"data.num_classes={num_classes}, but {name!r} has {label.num_classes} classes: "
-            f"set --config.data.num_classes={label.num_classes}."
+            f'data.num_classes={num_classes}, but {name!r} has {label.num_classes} classes: '
+            f'set --config.data.num_classes={label.num_classes}.'
         )
     return tuple(label.names)

@@ -24,10 +24,12 @@ def to_rgb(image) -> np.ndarray:
     """
     image = np.asarray(image)
     if image.dtype != np.uint8:
-        raise TypeError(f"a picture needs uint8 pixels in 0..255, got {image.dtype}; convert with "
-                        "(255 * x).round().clip(0, 255).astype('uint8') from [0, 1]")
+        raise TypeError(
+            f'a picture needs uint8 pixels in 0..255, got {image.dtype}; convert with '
+            "(255 * x).round().clip(0, 255).astype('uint8') from [0, 1]"
+        )
     if image.ndim < 3 or image.shape[-1] not in (1, 3):
-        raise ValueError(f"a picture needs shape [..., H, W, C] with C 1 or 3, got {image.shape}")
+        raise ValueError(f'a picture needs shape [..., H, W, C] with C 1 or 3, got {image.shape}')
     return np.broadcast_to(image, (*image.shape[:-1], 3))
 
 
@@ -48,9 +50,9 @@ def image_grid(images, columns: int, pad: int = 2, scale: int = 1) -> np.ndarray
     """
     images = to_rgb(images)
     if images.ndim != 4 or not len(images):
-        raise ValueError(f"image_grid: images need shape [N, H, W, C] with N at least 1, got {images.shape}")
+        raise ValueError(f'image_grid: images need shape [N, H, W, C] with N at least 1, got {images.shape}')
     if columns < 1 or scale < 1 or pad < 0:
-        raise ValueError(f"image_grid: columns {columns} and scale {scale} must be at least 1, pad {pad} at least 0")
+        raise ValueError(f'image_grid: columns {columns} and scale {scale} must be at least 1, pad {pad} at least 0')
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)  # [N, H * scale, W * scale, 3]
     count, height, width, _ = images.shape
     columns = min(columns, count)
@@ -62,8 +64,9 @@ def image_grid(images, columns: int, pad: int = 2, scale: int = 1) -> np.ndarray
     return grid
 
 
-def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], pad: int = 2, scale: int = 1,
-                  font_size: int = 14) -> np.ndarray:
+def labelled_rows(
+    rows: Sequence[tuple[str, np.ndarray]], pad: int = 2, scale: int = 1, font_size: int = 14
+) -> np.ndarray:
     """One row of images per entry with its label on the left, e.g. original / top only / top + bottom.
 
     Args:
@@ -79,9 +82,9 @@ def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], pad: int = 2, scale: i
       TypeError, ValueError: no rows, or images that `image_grid` refuses.
     """
     if not rows:
-        raise ValueError("labelled_rows: rows is empty; give at least one (label, images)")
+        raise ValueError('labelled_rows: rows is empty; give at least one (label, images)')
     font = ImageFont.load_default(size=font_size)
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    measure = ImageDraw.Draw(Image.new('RGB', (1, 1)))
     boxes = [measure.multiline_textbbox((0, 0), label, font=font) for label, _ in rows]
     margin = font_size // 2
     label_width = math.ceil(max(box[2] for box in boxes)) + 2 * margin
@@ -97,14 +100,14 @@ def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], pad: int = 2, scale: i
     picture = Image.fromarray(canvas)
     draw = ImageDraw.Draw(picture)
     for (label, _), middle in zip(rows, middles, strict=True):
-        draw.multiline_text((margin, int(middle)), label, fill=_TEXT, font=font, anchor="lm")
+        draw.multiline_text((margin, int(middle)), label, fill=_TEXT, font=font, anchor='lm')
     return np.asarray(picture)
 
 
 def save_png(path, image) -> None:
     """Writes uint8 [H, W, C] (C 1 or 3) as a PNG; a reader never sees a part of it. Makes parent folders."""
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(to_rgb(image))).save(buffer, format="PNG")
+    Image.fromarray(np.ascontiguousarray(to_rgb(image))).save(buffer, format='PNG')
     provenance.write_bytes(path, buffer.getvalue())
 
 
@@ -114,10 +117,9 @@ class Panel:
 
     Attributes:
       title: above the axes.
-      curves: label -> (steps [n], values [n]).
+      curves: label -> (updates done [n], values [n]).
       ylabel: what the values are, with the unit.
       hlines: label -> height of a dashed line, for baselines and published numbers.
-      xlabel: what the steps count.
       log_y: logarithmic values, for losses that fall by orders of magnitude.
     """
 
@@ -125,7 +127,6 @@ class Panel:
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
     ylabel: str
     hlines: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    xlabel: str = "update"
     log_y: bool = False
 
 
@@ -144,10 +145,10 @@ def plot_panels(path, panels: Sequence[Panel]) -> None:
     from matplotlib.figure import Figure
 
     if not panels:
-        raise ValueError("plot_panels: panels is empty; give at least one Panel")
+        raise ValueError('plot_panels: panels is empty; give at least one Panel')
     columns = min(len(panels), 2 if len(panels) == 4 else 3)
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(5.6 * columns, 3.9 * rows), dpi=120, layout="constrained")
+    figure = Figure(figsize=(5.6 * columns, 3.9 * rows), dpi=120, layout='constrained')
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, panel in zip(axes, panels, strict=False):
@@ -155,28 +156,30 @@ def plot_panels(path, panels: Sequence[Panel]) -> None:
     for axis in axes[len(panels) :]:
         axis.remove()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format='png')
     provenance.write_bytes(epath.Path(path), buffer.getvalue())
 
 
 def _draw_panel(axis, panel: Panel) -> None:
     if not panel.curves:
-        raise ValueError(f"panel {panel.title!r} has no curves")
+        raise ValueError(f'panel {panel.title!r} has no curves')
     for label, (steps, values) in panel.curves.items():
         if len(steps) != len(values) or not len(steps):
-            raise ValueError(f"panel {panel.title!r}, curve {label!r}: {len(steps)} steps and {len(values)} values; "
-                             "they must be as many, and at least one")
+            raise ValueError(
+                f'panel {panel.title!r}, curve {label!r}: {len(steps)} steps and {len(values)} values; '
+                'they must be as many, and at least one'
+            )
         # A single point has no line to show it; many points need no marks.
-        axis.plot(steps, values, label=label, linewidth=1.8, marker="o" if len(steps) <= 25 else None, markersize=4)
+        axis.plot(steps, values, label=label, linewidth=1.8, marker='o' if len(steps) <= 25 else None, markersize=4)
     for index, (label, height) in enumerate(panel.hlines.items()):
-        axis.axhline(height, label=label, linestyle="--", linewidth=1.4, color=("0.25", "0.55", "0.7")[index % 3])
+        axis.axhline(height, label=label, linestyle='--', linewidth=1.4, color=('0.25', '0.55', '0.7')[index % 3])
     if panel.log_y:
-        axis.set_yscale("log")
-    axis.set_title(panel.title, fontsize=13, fontweight="bold", loc="left")
-    axis.set_xlabel(panel.xlabel, fontsize=11)
+        axis.set_yscale('log')
+    axis.set_title(panel.title, fontsize=13, fontweight='bold', loc='left')
+    axis.set_xlabel('update', fontsize=11)
     axis.set_ylabel(panel.ylabel, fontsize=11)
     axis.tick_params(labelsize=10)
-    axis.grid(True, which="both" if panel.log_y else "major", color="0.9", linewidth=0.8)
+    axis.grid(True, which='both' if panel.log_y else 'major', color='0.9', linewidth=0.8)
     axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=10, frameon=True, framealpha=0.85, edgecolor="none")
+    axis.spines[['top', 'right']].set_visible(False)
+    axis.legend(fontsize=10, frameon=True, framealpha=0.85, edgecolor='none')

@@ -38,11 +38,13 @@ def digest_arrays(tree) -> str:
     sha = hashlib.sha256()
     for names, leaf in sorted(leaves, key=lambda item: item[0]):
         array = np.asarray(leaf)
-        if array.dtype.hasobject or array.dtype.kind in "USmM":
-            raise TypeError(f"digest_arrays: leaf {'/'.join(names)!r} is {type(leaf).__name__} of dtype {array.dtype}; "
-                            "only arrays of numbers have a digest")
+        if array.dtype.hasobject or array.dtype.kind in 'USmM':
+            raise TypeError(
+                f'digest_arrays: leaf {"/".join(names)!r} is {type(leaf).__name__} of dtype {array.dtype}; '
+                'only arrays of numbers have a digest'
+            )
         header = json.dumps([names, array.dtype.name, list(array.shape)])
-        sha.update(header.encode() + b"\n")
+        sha.update(header.encode() + b'\n')
         # Through uint8 because bfloat16 and its kin do not offer the buffer protocol.
         sha.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     return sha.hexdigest()
@@ -54,7 +56,7 @@ def digest_json(obj) -> str:
     Raises:
       TypeError, ValueError: as `write_json`.
     """
-    text = json.dumps(_to_json(obj, "obj"), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(_to_json(obj, 'obj'), sort_keys=True, separators=(',', ':'))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -67,7 +69,7 @@ def write_json(path, obj) -> None:
       TypeError: a key is not a string, or a value has no JSON form; the message names its place.
       ValueError: a float is NaN or infinite (JSON has neither); the message names its place.
     """
-    text = json.dumps(_to_json(obj, epath.Path(path).name), indent=2) + "\n"
+    text = json.dumps(_to_json(obj, epath.Path(path).name), indent=2) + '\n'
     write_bytes(path, text.encode())
 
 
@@ -80,18 +82,18 @@ def read_json(path):
     """
     path = epath.Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; run the job that writes it first, or correct the path")
+        raise FileNotFoundError(f'{path} does not exist; run the job that writes it first, or correct the path')
     try:
         return json.loads(path.read_text())
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise ValueError(f"{path} is not whole JSON ({error}); delete it and rerun the job that writes it") from error
+        raise ValueError(f'{path} is not whole JSON ({error}); delete it and rerun the job that writes it') from error
 
 
 def write_bytes(path, data: bytes) -> None:
     """Writes a file under a temporary name beside it and renames it, so that a killed job leaves no torn file."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.parent / f".{path.name}.{os.getpid()}.part"
+    part = path.parent / f'.{path.name}.{os.getpid()}.part'
     part.write_bytes(data)
     part.replace(path)
 
@@ -109,7 +111,7 @@ def check_upstream(what: str, recorded: str, current: str, remedy: str) -> None:
       UpstreamChanged: the digests differ; the message shows both and the remedy.
     """
     if recorded != current:
-        raise UpstreamChanged(f"{what} has changed:\n  recorded {recorded}\n  now      {current}\n{remedy}")
+        raise UpstreamChanged(f'{what} has changed:\n  recorded {recorded}\n  now      {current}\n{remedy}')
 
 
 def _to_json(value, place: str):
@@ -120,15 +122,19 @@ def _to_json(value, place: str):
         return value
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(f"{place} is {value}, which JSON cannot hold; find out why, or write null on purpose")
+            raise ValueError(f'{place} is {value}, which JSON cannot hold; find out why, or write null on purpose')
         return value
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):
-                raise TypeError(f"{place} has the key {key!r} ({type(key).__name__}); JSON keys are strings, "
-                                "so it would not read back the same")
-        return {key: _to_json(item, f"{place}.{key}") for key, item in value.items()}
+                raise TypeError(
+                    f'{place} has the key {key!r} ({type(key).__name__}); JSON keys are strings, '
+                    'so it would not read back the same'
+                )
+        return {key: _to_json(item, f'{place}.{key}') for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_json(item, f"{place}[{i}]") for i, item in enumerate(value)]
-    raise TypeError(f"{place} is a {type(value).__name__}, which has no JSON form; convert it to numbers, strings, "
-                    "lists or dicts first")
+        return [_to_json(item, f'{place}[{i}]') for i, item in enumerate(value)]
+    raise TypeError(
+        f'{place} is a {type(value).__name__}, which has no JSON form; convert it to numbers, strings, '
+        'lists or dicts first'
+    )

@@ -13,8 +13,8 @@ def accuracy(predicted, labels) -> float:
     Raises:
       TypeError, ValueError: not integers, not [N] both, or empty.
     """
-    predicted, labels = _integers("predicted", predicted), _integers("labels", labels)
-    _same_length("predicted", predicted, labels)
+    predicted, labels = _integers('predicted', predicted), _integers('labels', labels)
+    _same_length('predicted', predicted, labels)
     return float((predicted == labels).mean())
 
 
@@ -32,16 +32,16 @@ def top_k_accuracy(scores, labels, k: int) -> float:
     Raises:
       TypeError, ValueError: wrong type or shape, empty, not finite, a label or k out of range.
     """
-    scores, labels = np.asarray(scores), _integers("labels", labels)
+    scores, labels = np.asarray(scores), _integers('labels', labels)
     if scores.ndim != 2:
-        raise ValueError(f"scores must be [N, classes], got shape {scores.shape}")
-    _same_length("scores", scores, labels)
+        raise ValueError(f'scores must be [N, classes], got shape {scores.shape}')
+    _same_length('scores', scores, labels)
     classes = scores.shape[1]
-    _in_range("labels", labels, classes)
+    _in_range('labels', labels, classes)
     if not 1 <= k <= classes:
-        raise ValueError(f"k is {k}, but there are {classes} classes")
+        raise ValueError(f'k is {k}, but there are {classes} classes')
     if not np.isfinite(scores).all():
-        raise ValueError("scores has NaN or infinite entries, which have no order")
+        raise ValueError('scores has NaN or infinite entries, which have no order')
     own = np.take_along_axis(scores, labels[:, None], axis=1)
     rivals = (scores >= own).sum(axis=1) - 1  # less the label itself
     return float((rivals < k).mean())
@@ -58,9 +58,9 @@ def per_class_accuracy(predicted, labels, classes: int) -> list[float | None]:
     Raises:
       TypeError, ValueError: not integers, not [N] both, empty, or a label out of range.
     """
-    predicted, labels = _integers("predicted", predicted), _integers("labels", labels)
-    _same_length("predicted", predicted, labels)
-    _in_range("labels", labels, classes)
+    predicted, labels = _integers('predicted', predicted), _integers('labels', labels)
+    _same_length('predicted', predicted, labels)
+    _in_range('labels', labels, classes)
     totals = np.bincount(labels, minlength=classes)
     hits = np.bincount(labels[predicted == labels], minlength=classes)
     return [float(hit / total) if total else None for hit, total in zip(hits, totals, strict=True)]
@@ -69,18 +69,19 @@ def per_class_accuracy(predicted, labels, classes: int) -> list[float | None]:
 def _integers(name: str, values) -> np.ndarray:
     values = np.asarray(values)
     if not np.issubdtype(values.dtype, np.integer):
-        raise TypeError(f"{name} has dtype {values.dtype}; expected integer class indices")
+        raise TypeError(f'{name} has dtype {values.dtype}; expected integer class indices')
     if values.ndim != 1:
-        raise ValueError(f"{name} must be [N], got shape {values.shape}")
+        raise ValueError(f'{name} must be [N], got shape {values.shape}')
     return values
 
 
 def _same_length(name: str, values: np.ndarray, labels: np.ndarray) -> None:
     if len(values) != len(labels) or not len(labels):
-        raise ValueError(f"{name} has {len(values)} examples and labels has {len(labels)}; they must be as many, "
-                         "and at least one")
+        raise ValueError(
+            f'{name} has {len(values)} examples and labels has {len(labels)}; they must be as many, and at least one'
+        )
 
 
 def _in_range(name: str, values: np.ndarray, classes: int) -> None:
     if values.min() < 0 or values.max() >= classes:
-        raise ValueError(f"{name} spans {values.min()}..{values.max()}, but {classes} classes allow 0..{classes - 1}")
+        raise ValueError(f'{name} spans {values.min()}..{values.max()}, but {classes} classes allow 0..{classes - 1}')

@@ -20,7 +20,7 @@ def histogram(codes, codebook_size: int) -> np.ndarray:
       TypeError: codes are not integers.
       ValueError: no codes, or a code outside 0..codebook_size-1.
     """
-    codes = _checked("codes", codes, codebook_size)
+    codes = _checked('codes', codes, codebook_size)
     return np.bincount(codes.ravel(), minlength=codebook_size)
 
 
@@ -65,13 +65,15 @@ def positional_entropy(train_codes, codes, codebook_size: int, alpha: float) -> 
       TypeError: codes are not integers.
       ValueError: positions differ, no codes, a code out of range, or alpha not positive.
     """
-    train_codes = _checked("train_codes", train_codes, codebook_size)
-    codes = _checked("codes", codes, codebook_size)
+    train_codes = _checked('train_codes', train_codes, codebook_size)
+    codes = _checked('codes', codes, codebook_size)
     if train_codes.ndim < 2 or train_codes.shape[1:] != codes.shape[1:]:
-        raise ValueError(f"train_codes {train_codes.shape} and codes {codes.shape} must be [N, ...] and [M, ...] with "
-                         "the same positions after the first axis")
+        raise ValueError(
+            f'train_codes {train_codes.shape} and codes {codes.shape} must be [N, ...] and [M, ...] with '
+            'the same positions after the first axis'
+        )
     if not (alpha > 0 and math.isfinite(alpha)):
-        raise ValueError(f"alpha must be positive and finite, got {alpha}: without it an unseen code costs infinity")
+        raise ValueError(f'alpha must be positive and finite, got {alpha}: without it an unseen code costs infinity')
     counts = _positional_counts(train_codes, codebook_size)
     log_p = np.log(counts + alpha) - math.log(len(train_codes) + alpha * codebook_size)  # [positions, K]
     # Cross-entropy needs of the held-out codes only how often each occurs at each position.
@@ -88,12 +90,13 @@ def bits_per_image(nats_per_level: Sequence[float], shapes: Sequence[tuple[int, 
     Raises:
       ValueError: the lists differ in length or are empty.
     """
-    _same_levels("nats_per_level", nats_per_level, "shapes", shapes)
+    _same_levels('nats_per_level', nats_per_level, 'shapes', shapes)
     return float(sum(nats / math.log(2) * math.prod(shape) for nats, shape in zip(nats_per_level, shapes, strict=True)))
 
 
-def compression_ratio(image_shape: tuple[int, int, int], shapes: Sequence[tuple[int, int]],
-                      codebook_sizes: Sequence[int]) -> float:
+def compression_ratio(
+    image_shape: tuple[int, int, int], shapes: Sequence[tuple[int, int]], codebook_sizes: Sequence[int]
+) -> float:
     """Bits of an 8-bit image over bits of its codes at log2(K) each (no prior).
 
     256 x 256 x 3 with 32 x 32 and 64 x 64 codes of 512 gives 34.1: the "over 30x smaller" of the paper's
@@ -107,9 +110,9 @@ def compression_ratio(image_shape: tuple[int, int, int], shapes: Sequence[tuple[
     Raises:
       ValueError: the lists differ in length or are empty, or a codebook has fewer than 2 codes.
     """
-    _same_levels("shapes", shapes, "codebook_sizes", codebook_sizes)
+    _same_levels('shapes', shapes, 'codebook_sizes', codebook_sizes)
     if min(codebook_sizes) < 2:
-        raise ValueError(f"codebook_sizes {list(codebook_sizes)}: a codebook of fewer than 2 codes stores nothing")
+        raise ValueError(f'codebook_sizes {list(codebook_sizes)}: a codebook of fewer than 2 codes stores nothing')
     code_bits = sum(math.prod(shape) * math.log2(size) for shape, size in zip(shapes, codebook_sizes, strict=True))
     return float(8 * math.prod(image_shape) / code_bits)
 
@@ -117,12 +120,12 @@ def compression_ratio(image_shape: tuple[int, int, int], shapes: Sequence[tuple[
 def _checked(name: str, codes, codebook_size: int) -> np.ndarray:
     codes = np.asarray(codes)
     if not np.issubdtype(codes.dtype, np.integer):
-        raise TypeError(f"{name} has dtype {codes.dtype}; codes are integers")
+        raise TypeError(f'{name} has dtype {codes.dtype}; codes are integers')
     if not codes.size:
-        raise ValueError(f"{name} is empty (shape {codes.shape}); there is nothing to measure")
+        raise ValueError(f'{name} is empty (shape {codes.shape}); there is nothing to measure')
     low, high = int(codes.min()), int(codes.max())
     if low < 0 or high >= codebook_size:
-        raise ValueError(f"{name} spans {low}..{high}, but codebook_size {codebook_size} allows 0..{codebook_size - 1}")
+        raise ValueError(f'{name} spans {low}..{high}, but codebook_size {codebook_size} allows 0..{codebook_size - 1}')
     return codes
 
 
@@ -142,13 +145,17 @@ def _positional_counts(codes: np.ndarray, codebook_size: int) -> np.ndarray:
 def _entropy(counts) -> float:
     counts = np.asarray(counts, np.float64)
     if counts.ndim != 1 or not np.isfinite(counts).all() or (counts < 0).any() or not counts.sum() > 0:
-        raise ValueError(f"counts must be [K], finite, non-negative and not all zero, got shape {counts.shape} "
-                         f"with sum {counts.sum():g}")
+        raise ValueError(
+            f'counts must be [K], finite, non-negative and not all zero, got shape {counts.shape} '
+            f'with sum {counts.sum():g}'
+        )
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
 
 
 def _same_levels(first: str, first_values: Sequence, second: str, second_values: Sequence) -> None:
     if len(first_values) != len(second_values) or not len(first_values):
-        raise ValueError(f"{first} has {len(first_values)} levels and {second} has {len(second_values)}; they must be "
-                         "as many, and at least one")
+        raise ValueError(
+            f'{first} has {len(first_values)} levels and {second} has {len(second_values)}; they must be '
+            'as many, and at least one'
+        )

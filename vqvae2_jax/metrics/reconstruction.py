@@ -26,9 +26,11 @@ def mse_per_image(images, reconstructions) -> np.ndarray:
     """
     images, reconstructions = np.asarray(images), np.asarray(reconstructions)
     if images.shape != reconstructions.shape or images.ndim != 4 or not images.size:
-        raise ValueError(f"images {images.shape} and reconstructions {reconstructions.shape} must both be the same "
-                         "non-empty [N, H, W, C]")
-    difference = _unit_range("images", images) - _unit_range("reconstructions", reconstructions)
+        raise ValueError(
+            f'images {images.shape} and reconstructions {reconstructions.shape} must both be the same '
+            'non-empty [N, H, W, C]'
+        )
+    difference = _unit_range('images', images) - _unit_range('reconstructions', reconstructions)
     return np.square(difference).mean(axis=(1, 2, 3))
 
 
@@ -48,7 +50,7 @@ def psnr_from_mse(mse: float, data_range: float) -> float:
       ValueError: a negative or NaN `mse`, or a `data_range` that is not positive.
     """
     if not mse >= 0 or not data_range > 0:
-        raise ValueError(f"PSNR needs mse >= 0 and data_range > 0, got mse {mse} and data_range {data_range}")
+        raise ValueError(f'PSNR needs mse >= 0 and data_range > 0, got mse {mse} and data_range {data_range}')
     return math.inf if mse == 0 else 10 * math.log10(data_range**2 / mse)
 
 
@@ -66,8 +68,8 @@ def _unit_range(name: str, array: np.ndarray) -> np.ndarray:
     if array.dtype == np.uint8:
         return array.astype(np.float64) / 255
     if not np.issubdtype(array.dtype, np.floating):
-        raise TypeError(f"{name} has dtype {array.dtype}; expected uint8 in 0..255 or floats in [0, 1]")
+        raise TypeError(f'{name} has dtype {array.dtype}; expected uint8 in 0..255 or floats in [0, 1]')
     low, high = float(array.min()), float(array.max())
     if not (low >= 0 and high <= 1):
-        raise ValueError(f"{name} spans [{low:g}, {high:g}]; floats must lie in [0, 1]: rescale or clip them first")
+        raise ValueError(f'{name} spans [{low:g}, {high:g}]; floats must lie in [0, 1]: rescale or clip them first')
     return array.astype(np.float64)

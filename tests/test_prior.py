@@ -1,0 +1,138 @@
+"""The prior: strictly causal, no blind spot, a normalised distribution, conditioned on what it is given."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vqvae2_jax.models.causal import CausalAttention
+from vqvae2_jax.models.prior import Prior
+from vqvae2_jax.stages.prior import make_stage
+
+CASES = {
+    'convolutions': {'shape': (5, 4)},
+    'attention': {'shape': (4, 5), 'attention_layers': 1, 'heads': 2, 'output_layers': 1},
+    'deep kernel 5': {'shape': (4, 4), 'layers': 3, 'kernel': 5, 'attention_layers': 3, 'heads': 2},
+    'classes': {'shape': (4, 4), 'num_classes': 3},
+    'coarser level': {'shape': (4, 6), 'coarser_codebook_sizes': (5,), 'condition_layers': 1, 'num_classes': 3},
+    'two coarser levels': {'shape': (4, 4), 'coarser_codebook_sizes': (5, 5), 'condition_layers': 1},
+}
+
+
+def make_prior(case, seed=0, batch=2, **fields):
+    """A small prior with every parameter moved off its start, so that no path is closed by a zero."""
+    prior = Prior(**{'codebook_size': 6, 'hidden': 8, 'residual': 8, 'layers': 2, 'kernel': 3, **CASES[case], **fields})
+    keys = jax.random.split(jax.random.key(seed), 3)
+    codes = jax.random.randint(keys[0], (batch, *prior.shape), 0, 6)
+    labels = jnp.arange(batch) % 3 if prior.num_classes else None
+    coarser = tuple(
+        jax.random.randint(keys[1], (batch, prior.shape[0] // factor, prior.shape[1] // factor), 0, 5)
+        for factor in (2, 4)[: len(prior.coarser_codebook_sizes)]
+    )
+    params = jax.jit(prior.init)(keys[2], codes, labels, coarser)['params']
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    params = tree.unflatten([x + 0.2 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
+    return prior, params, codes, labels, coarser
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_every_position_sees_exactly_the_earlier_ones(case):
+    """By perturbation of every position: no later logit changes before it, and all reachable later ones do."""
+    prior, params, codes, labels, coarser = make_prior(case, batch=1)
+    logits = jax.jit(lambda c: prior.apply({'params': params}, c, labels, coarser))
+    reference = np.asarray(logits(codes)).reshape(-1, 6)
+    positions = reference.shape[0]
+    for p in range(positions):
+        changed = codes.reshape(-1).at[p].set((codes.reshape(-1)[p] + 1) % 6).reshape(codes.shape)
+        difference = np.abs(np.asarray(logits(changed)).reshape(-1, 6) - reference).max(axis=-1)
+        assert (difference[: p + 1] == 0).all(), f'{case}: position {p} is seen at or before itself'
+        width = prior.shape[1]
+        neighbours = [p + 1] * ((p + 1) % width > 0) + [p + width] * (p + width < positions)  # right of it, below it
+        assert all(difference[n] > 0 for n in neighbours), f'{case}: one of {neighbours} does not see {p}'
+
+
+@pytest.mark.parametrize('case', ['convolutions', 'attention'])
+def test_no_blind_spot(case):
+    """Deep enough, the last position sees every earlier one, those to its upper right too."""
+    prior, params, codes, labels, coarser = make_prior(case, batch=1, layers=6)
+
+    height, width = prior.shape
+    middle = (height - 1, 0)  # all rows above lie to its right
+    logits = jax.jit(lambda c: prior.apply({'params': params}, c, labels, coarser)[0, middle[0], middle[1]])
+    reference = logits(codes)
+    for row, column in itertools.product(range(height - 1), range(width)):
+        changed = codes.at[0, row, column].set((codes[0, row, column] + 1) % 6)
+        assert np.abs(logits(changed) - reference).max() > 0, f'{case}: {middle} does not see {(row, column)}'
+
+
+def test_likelihood_sums_to_one_over_all_maps():
+    """By enumeration of all 3^4 maps of 2x2 codes with K = 3."""
+    prior = Prior(shape=(2, 2), codebook_size=3, hidden=8, residual=8, layers=2, kernel=3, attention_layers=1, heads=2)
+    maps = jnp.array(list(itertools.product(range(3), repeat=4))).reshape(-1, 2, 2)
+    params = prior.init(jax.random.key(0), maps)['params']
+    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    stage = make_stage(prior, level=0, levels=1)
+    batch = {'codes_0': maps, 'label': jnp.zeros(len(maps), jnp.int32)}
+    nll = stage.evaluate(params, {}, batch)['nll']  # mean nats per code
+    np.testing.assert_allclose(np.exp(-4 * np.asarray(nll, np.float64)).sum(), 1.0, rtol=1e-4)
+    assert np.ptp(np.asarray(nll)) > 0.01  # and it is not the uniform distribution
+
+
+def test_class_and_every_coarser_level_matter():
+    prior, params, codes, labels, coarser = make_prior('coarser level')
+    reference = prior.apply({'params': params}, codes, labels, coarser)
+    other_class = prior.apply({'params': params}, codes, (labels + 1) % 3, coarser)
+    assert np.abs(other_class - reference).max() > 1e-3
+    changed = coarser[0].at[:, 1, 2].set((coarser[0][:, 1, 2] + 1) % 5)
+    difference = np.abs(prior.apply({'params': params}, codes, labels, (changed,)) - reference).max(axis=(0, 3))
+    assert difference[2:4, 4:6].min() > 0  # a coarse code covers its own four fine ones, and later rows hear of it
+    assert difference.shape == prior.shape
+
+
+def test_conditions_that_are_missing_are_refused():
+    prior, params, codes, labels, coarser = make_prior('coarser level')
+    with pytest.raises(ValueError, match='3 classes'):
+        prior.apply({'params': params}, codes, None, coarser)
+    with pytest.raises(ValueError, match='1 coarser levels, not 0'):
+        prior.apply({'params': params}, codes, labels, ())
+
+
+def test_dropout_acts_in_training_only():
+    prior, params, codes, labels, coarser = make_prior('attention', dropout=0.5, attention_dropout=0.5)
+    plain = prior.apply({'params': params}, codes)
+    np.testing.assert_array_equal(plain, prior.apply({'params': params}, codes))
+    one, two = (
+        prior.apply({'params': params}, codes, train=True, rngs={'dropout': jax.random.key(i)}) for i in range(2)
+    )
+    assert np.abs(one - two).max() > 1e-3 and np.isfinite(one).all()
+
+
+def test_dropped_logits_are_unseen_and_never_empty_a_row():
+    attention = CausalAttention(heads=1, positions=6, dropout=0.9)
+    x = jax.random.normal(jax.random.key(0), (1, 2, 3, 4))
+    variables = attention.init(jax.random.key(1), x, jnp.arange(6))
+    variables = jax.tree.map(lambda v: v + 0.5, variables)
+    out = [
+        attention.apply(variables, x, jnp.arange(6), train=True, rngs={'dropout': jax.random.key(i)}) for i in range(3)
+    ]
+    assert np.isfinite(np.stack(out)).all() and np.abs(out[0] - out[1]).max() > 0
+    # The first position has only itself, which is never dropped.
+    np.testing.assert_allclose(out[0][0, 0, 0], out[1][0, 0, 0], rtol=1e-6)
+
+
+def test_bfloat16_is_close_and_gives_float32_logits():
+    prior, params, codes, labels, coarser = make_prior('attention')
+    half = prior.clone(dtype=jnp.bfloat16)
+    logits = half.apply({'params': params}, codes)
+    assert logits.dtype == jnp.float32
+    reference = prior.apply({'params': params}, codes)
+    assert 0 < np.abs(logits - reference).max() < 0.1 * np.abs(reference).max()
+
+
+def test_even_kernels_and_too_much_attention_are_refused():
+    for fields, message in (({'kernel': 4}, 'kernel must be odd'), ({'attention_layers': 3}, 'exceeds layers=2')):
+        with pytest.raises(ValueError, match=message):
+            make_prior('convolutions', **fields)

@@ -1,0 +1,147 @@
+"""The EMA quantizer against brute force and closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vqvae2_jax.models.quantizer import Quantizer, Statistics, ema_update, initial_statistics, nearest, reseed
+
+K, D = 7, 3
+
+
+def _start(seed=0, inputs=None, **fields):
+    quantizer = Quantizer(codebook_size=K, codebook_dim=D, **fields)
+    inputs = jax.random.normal(jax.random.key(seed), (4, 3, 2, D)) if inputs is None else inputs
+    variables = quantizer.init({'reseed': jax.random.key(seed + 1)}, inputs)
+    return quantizer, variables, inputs
+
+
+def _step(quantizer, variables, inputs, seed=5):
+    return quantizer.apply(variables, inputs, train=True, mutable=['codebook'], rngs={'reseed': jax.random.key(seed)})
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 40), st.integers(1, 9), st.integers(1, 5))
+def test_nearest_is_brute_force(seed, n, codes, dim):
+    rng = np.random.default_rng(seed)
+    vectors, codebook = rng.normal(size=(n, dim)), rng.normal(size=(codes, dim))
+    distances = ((vectors[:, None] - codebook[None]) ** 2).sum(-1)  # [n, codes], float64
+    found = np.asarray(nearest(jnp.asarray(vectors, jnp.float32), jnp.asarray(codebook, jnp.float32)))
+    # float32 may choose the other one of two codes at the same distance, but never a worse one.
+    np.testing.assert_allclose(distances[np.arange(n), found], distances.min(axis=1), rtol=1e-4, atol=1e-5)
+
+
+def test_nearest_in_bfloat16_compares_in_float32():
+    codebook = jnp.array([[1.0, 256.0], [1.0, 257.0]])  # bfloat16 cannot tell these products apart
+    assert nearest(jnp.array([1.0, 257.0]), codebook) == 1
+
+
+def test_codebook_starts_from_the_first_batch_with_counts_that_match():
+    quantizer, variables, inputs = _start()
+    book = variables['codebook']
+    rows = {tuple(row) for row in np.asarray(inputs).reshape(-1, D).tolist()}
+    assert all(tuple(row) in rows for row in np.asarray(book['embedding']).tolist())
+    np.testing.assert_allclose(book['counts'], inputs.size / D / K, rtol=1e-6)
+    np.testing.assert_allclose(book['sums'] / book['counts'][:, None], book['embedding'], rtol=1e-5)
+
+
+def test_unused_code_neither_vanishes_nor_explodes():
+    """The field's oldest trap: with counts from zero it is multiplied by 1e5, or becomes exactly zero, in one step."""
+    quantizer, variables, _ = _start(reseed_threshold=0.0)
+    only = jnp.broadcast_to(variables['codebook']['embedding'][2], (4, 3, 2, D))
+    before = variables['codebook']['embedding']
+    _, variables = _step(quantizer, variables, only)
+    np.testing.assert_allclose(variables['codebook']['embedding'], before, rtol=1e-3, atol=1e-3)
+
+
+def test_ema_follows_its_closed_form_in_float64():
+    quantizer, variables, _ = _start(reseed_threshold=0.0)
+    counts, sums, book = (np.asarray(variables['codebook'][k], np.float64) for k in ('counts', 'sums', 'embedding'))
+    for step in range(5):
+        inputs = jax.random.normal(jax.random.key(100 + step), (4, 3, 2, D)) * (1 + step)
+        flat = np.asarray(inputs, np.float64).reshape(-1, D)
+        codes = ((flat[:, None] - book[None]) ** 2).sum(-1).argmin(1)  # the codebook from before the update
+        output, variables = _step(quantizer, variables, inputs, seed=step)
+        np.testing.assert_array_equal(np.asarray(output.codes).reshape(-1), codes)
+        np.testing.assert_allclose(np.asarray(output.vectors).reshape(-1, D), book[codes], rtol=1e-4, atol=1e-4)
+        hits = np.eye(K)[codes]
+        counts = 0.99 * counts + 0.01 * hits.sum(0)
+        sums = 0.99 * sums + 0.01 * hits.T @ flat
+        smoothed = (counts + 1e-5) / (counts.sum() + K * 1e-5) * counts.sum()
+        book = sums / smoothed[:, None]
+        np.testing.assert_allclose(variables['codebook']['embedding'], book, rtol=2e-4, atol=2e-5)
+
+
+def test_laplace_smoothing_matters_for_rare_codes():
+    old = Statistics(jnp.ones((2, 1)), jnp.array([0.0, 4.0]), jnp.array([[0.0], [4.0]]))
+    new = ema_update(old, jnp.full((4, 1), 1.0), jnp.ones(4, jnp.int32), decay=0.5, epsilon=0.1)
+    assert np.isfinite(np.asarray(new.codebook)).all()
+    np.testing.assert_allclose(new.codebook[1, 0], 4.0 / ((4.0 + 0.1) / (4.0 + 0.2) * 4.0), rtol=1e-6)
+
+
+def test_dead_codes_are_reseeded_with_their_statistics_and_stay():
+    vectors = 10 + jax.random.normal(jax.random.key(0), (50, D))
+    old = Statistics(jnp.zeros((K, D)), jnp.ones(K).at[3].set(1e-4), jnp.zeros((K, D)))
+    new, dead = reseed(old, vectors, 0.03, jax.random.key(1))
+    assert np.flatnonzero(dead).tolist() == [3]
+    assert np.abs(np.asarray(vectors) - np.asarray(new.codebook[3])).sum(1).min() == 0
+    # One more update without a single hit leaves it where it was put: its statistics moved with it.
+    after = ema_update(new, jnp.zeros((5, D)), jnp.zeros(5, jnp.int32), 0.99, 1e-5)
+    np.testing.assert_allclose(after.codebook[3], new.codebook[3], rtol=1e-4)
+    again, dead = reseed(after, vectors, 0.03, jax.random.key(2))
+    assert not bool(dead[3])
+
+
+def test_threshold_zero_never_reseeds():
+    old = Statistics(jnp.zeros((K, D)), jnp.zeros(K).at[0].set(1.0), jnp.zeros((K, D)))
+    _, dead = reseed(old, jnp.ones((50, D)), 0.0, jax.random.key(1))
+    assert not np.asarray(dead).any()
+
+
+def test_more_codes_than_vectors_start_apart():
+    start = initial_statistics(jax.random.normal(jax.random.key(0), (5, D)), 64, jax.random.key(1))
+    assert len(np.unique(np.asarray(start.codebook), axis=0)) == 64
+
+
+def test_gradient_passes_straight_through_and_the_codebook_gets_none():
+    quantizer, variables, inputs = _start()
+    weights = jax.random.normal(jax.random.key(9), inputs.shape)
+
+    def loss(inputs, book):
+        return jnp.sum(weights * quantizer.apply({'codebook': book}, inputs).vectors)
+
+    to_inputs, to_book = jax.grad(loss, argnums=(0, 1), allow_int=True)(inputs, variables['codebook'])
+    np.testing.assert_allclose(to_inputs, weights, rtol=1e-6)
+    assert not np.asarray(to_book['embedding']).any()
+
+
+def test_commitment_pulls_the_input_towards_its_code():
+    quantizer, variables, inputs = _start()
+    output = quantizer.apply(variables, inputs)
+    gradient = jax.grad(lambda x: quantizer.apply(variables, x).commitment.sum())(inputs)
+    per_element = 2 / (3 * 2 * D)
+    np.testing.assert_allclose(gradient, per_element * (inputs - output.vectors), rtol=1e-4, atol=1e-6)
+
+
+def test_age_counts_steps_since_a_code_was_chosen():
+    quantizer, variables, _ = _start(reseed_threshold=0.0)
+    one = jnp.broadcast_to(variables['codebook']['embedding'][1], (1, 1, 1, D))
+    for expected in (1, 2):
+        output, variables = _step(quantizer, variables, one)
+        age = np.asarray(output.telemetry['age'])
+        assert age[1] == 0 and (np.delete(age, 1) == expected).all()
+    np.testing.assert_allclose(output.telemetry['perplexity'], 1.0, rtol=1e-5)
+
+
+def test_evaluation_changes_nothing():
+    quantizer, variables, inputs = _start()
+    _, after = quantizer.apply(variables, inputs, mutable=['codebook'])
+    jax.tree.map(np.testing.assert_array_equal, variables, after)
+
+
+def test_wrong_width_is_refused_with_both_numbers():
+    with pytest.raises(ValueError, match='codebook_dim is 3.*4 channels'):
+        Quantizer(K, D).init({'reseed': jax.random.key(0)}, jnp.zeros((1, 2, 2, 4)))
