@@ -83,7 +83,9 @@ def get_config() -> ConfigDict:
     config.prior.bottom.kernel = 3
     config.prior.bottom.condition_layers = 2
     config.prior.bottom.dropout = 0.1
-    config.prior.bottom.training = dict(config.prior.top.training, steps=1000, batch_size=32, eval_every=250, show_every=1000)
+    config.prior.bottom.training = dict(
+        config.prior.top.training, steps=1000, batch_size=32, eval_every=250, show_every=1000
+    )
 
     config.classifier = ConfigDict()
     config.classifier.widths = (32, 64, 128)

@@ -22,7 +22,14 @@ def _model(factors=(2, 2), size=(8, 12), batch=2, **fields):
 
 @pytest.mark.parametrize(
     'factors, size',
-    [((4,), (8, 8)), ((2, 2), (8, 12)), ((4, 2), (16, 24)), ((2, 4), (8, 16)), ((2, 2, 2), (16, 8)), ((8, 2, 2), (32, 64))],
+    [
+        ((4,), (8, 8)),
+        ((2, 2), (8, 12)),
+        ((4, 2), (16, 24)),
+        ((2, 4), (8, 16)),
+        ((2, 2, 2), (16, 8)),
+        ((8, 2, 2), (32, 64)),
+    ],
 )
 def test_any_levels_and_non_square_images(factors, size):
     model, variables, image = _model(factors, size)
@@ -126,7 +133,9 @@ def test_stage_summary_counts_codes_and_psnr():
         assert summary[f'used_{name}'] == len(np.unique(level_codes)) / 16
     assert summary['psnr'] == pytest.approx(10 * np.log10(4 / summary['mse']))
     assert list(stage.show(variables['params'], {'codebook': variables['codebook']}, batch)) == [
-        'original', 'top only', 'all levels',
+        'original',
+        'top only',
+        'all levels',
     ]
 
 

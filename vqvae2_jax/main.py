@@ -1,8 +1,8 @@
 """The front door: flags, the config, the job. The only file that knows flags.
 
-  python -m vqvae2_jax.main --config=configs/fashion.py                      # everything that is missing, in order
-  python -m vqvae2_jax.main --config=configs/fashion.py --job=prior --level=top
-  python -m vqvae2_jax.main --config=configs/fashion.py --config.sample.count=50000 --job=sample
+python -m vqvae2_jax.main --config=configs/fashion.py                      # everything that is missing, in order
+python -m vqvae2_jax.main --config=configs/fashion.py --job=prior --level=top
+python -m vqvae2_jax.main --config=configs/fashion.py --config.sample.count=50000 --job=sample
 """
 
 import os
@@ -17,7 +17,9 @@ from vqvae2_jax.io.provenance import UpstreamChanged
 from vqvae2_jax.jobs.pipeline import JOBS, run_job
 from vqvae2_jax.jobs.workdir import JobError, Run
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'Path of the config file; --config.a.b=value overrides a field.')
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'Path of the config file; --config.a.b=value overrides a field.'
+)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; runs/<config.name> when not given. May be gs://...')
 _JOB = flags.DEFINE_enum('job', 'pipeline', JOBS, 'What to do; pipeline: all jobs whose results are missing, in order.')
 _LEVEL = flags.DEFINE_string('level', None, 'With --job=prior: which level (top, bottom, ...); all when not given.')

@@ -35,7 +35,16 @@ class Training:
 
     def identity(self) -> dict:
         """The fields that decide what is learned, as opposed to how often it is looked at or saved."""
-        fields = ['batch_size', 'learning_rate', 'warmup_steps', 'decay', 'b2', 'weight_decay', 'clip_norm', 'weight_ema']
+        fields = [
+            'batch_size',
+            'learning_rate',
+            'warmup_steps',
+            'decay',
+            'b2',
+            'weight_decay',
+            'clip_norm',
+            'weight_ema',
+        ]
         if self.decay != 'constant':
             fields.append('steps')  # the schedule ends there; a constant rate may always go on
         return {field: getattr(self, field) for field in fields}

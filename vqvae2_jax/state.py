@@ -36,4 +36,6 @@ def update(
     # The average forgets the random start at first: its horizon grows with the steps up to 1 / (1 - weight_ema).
     decay = jnp.minimum(weight_ema, (1 + state.step) / (10 + state.step))
     average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema_params, params)
-    return state.replace(step=state.step + 1, params=params, variables=variables, ema_params=average, opt_state=opt_state)
+    return state.replace(
+        step=state.step + 1, params=params, variables=variables, ema_params=average, opt_state=opt_state
+    )

@@ -66,7 +66,9 @@ class Weights:
         """The kept weights, laid out as `like` (None: as NumPy arrays)."""
         step = self.best()['step']
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(self._directory / str(step), None if like is None else jax.tree.map(_abstract, like))
+            return checkpointer.restore(
+                self._directory / str(step), None if like is None else jax.tree.map(_abstract, like)
+            )
 
 
 def write_record(directory, record: dict) -> None:

@@ -148,9 +148,7 @@ def _samples(run: Run) -> dict:
     if not configs.has_classifier(run.config):
         return found
     trained = workdir.load_trained(run, 'classifier', 'classifier')
-    batches = eval_batches(
-        run.images('test'), batch_size=run.config.classifier.training.batch_size, **run.reading()
-    )
+    batches = eval_batches(run.images('test'), batch_size=run.config.classifier.training.batch_size, **run.reading())
     real = make_evaluation(stages.classifier_stage(run))(trained.params, trained.variables, batches)
     scores = samples.read_npz(run.path(reject.DIRECTORY, 'scores.npz'))
     accepted = samples.read_npz(run.path(reject.DIRECTORY, 'accepted.npz'))
@@ -216,7 +214,9 @@ def _panel(run, stage_directory, title, metric, ylabel, hlines=None, log_y=False
 def _print(run: Run, directory, report: dict) -> None:
     reconstruction, drawn = report['reconstruction'], report['samples']
     print(f'\n{run.config.name}: {report["protocol"]["counts"]["test"]} test images')
-    print(f'  reconstruction   PSNR {reconstruction["psnr"]:.2f} dB, {reconstruction["compression_ratio"]:.1f}x smaller')
+    print(
+        f'  reconstruction   PSNR {reconstruction["psnr"]:.2f} dB, {reconstruction["compression_ratio"]:.1f}x smaller'
+    )
     for name, level in reversed(reconstruction['levels'].items()):
         likelihood = report['likelihood']['levels'][name]
         print(

@@ -42,7 +42,10 @@ def draw_samples(run: Run) -> None:
             seconds = time.monotonic() - begin
             provenance.write_json(directory / 'time.json', {'seconds': round(before + seconds, 1)})
             left = format_duration(seconds / number * (len(missing) - number))
-            print(f'sample  {stop}/{sample.count}  {(number * sample.batch_size) / seconds:.3g} img/s  ETA {left}', flush=True)
+            print(
+                f'sample  {stop}/{sample.count}  {(number * sample.batch_size) / seconds:.3g} img/s  ETA {left}',
+                flush=True,
+            )
             if stopped() and number < len(missing):
                 print(f'{number} files written; the same command draws the rest', flush=True)
                 raise Interrupted(128 + stopped())
@@ -127,7 +130,9 @@ def _picture(run, directory):
     print(f'sample: {len(drawn["label"])} samples in {directory}; look at {directory / "samples.png"}', flush=True)
 
 
-def by_class(images: np.ndarray, labels: np.ndarray, order: np.ndarray, rows: int = 10, columns: int = 10) -> np.ndarray:
+def by_class(
+    images: np.ndarray, labels: np.ndarray, order: np.ndarray, rows: int = 10, columns: int = 10
+) -> np.ndarray:
     """Images [N, H, W, C] for a grid: a row of `columns` per label, in the order given; all in turn without labels."""
     present = np.unique(labels)
     if len(present) == 1:

@@ -42,7 +42,9 @@ def read_set(directory: epath.Path) -> dict[str, np.ndarray]:
     paths = [shard_path(directory, *r) for r in shard_ranges(meta['count'], meta['batch_size'])]
     missing = [p.name for p in paths if not p.exists()]
     if missing:
-        raise JobError(f'{directory} lacks {len(missing)} of {len(paths)} files, first {missing[0]}: run --job=sample again')
+        raise JobError(
+            f'{directory} lacks {len(missing)} of {len(paths)} files, first {missing[0]}: run --job=sample again'
+        )
     parts = [read_npz(p) for p in paths]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

@@ -41,7 +41,13 @@ def classifier_stage(run: Run) -> Stage:
 def train_vqvae(run: Run) -> None:
     """--job=vqvae"""
     augment = {'flip': run.config.data.flip, 'crop': run.config.data.crop}
-    _train(run, 'vqvae', 'vqvae', functools.partial(vqvae_stage, run), functools.partial(_image_data, run, 'vqvae', **augment))
+    _train(
+        run,
+        'vqvae',
+        'vqvae',
+        functools.partial(vqvae_stage, run),
+        functools.partial(_image_data, run, 'vqvae', **augment),
+    )
 
 
 def train_prior(run: Run, level_name: str) -> None:
@@ -114,7 +120,9 @@ def _check_started(path, section, settings, upstream):
     before = provenance.read_json(started)
     remedy = f'Give another --workdir, go back to those settings, or delete {path} to train it anew.'
     workdir.check_same(f'the training in {path}', before['settings'], settings, remedy)
-    workdir.check_digests(f'the training in {path}', before['upstream'], upstream, f'Delete {path} to train {section} anew.')
+    workdir.check_digests(
+        f'the training in {path}', before['upstream'], upstream, f'Delete {path} to train {section} anew.'
+    )
 
 
 def _image_data(run: Run, section: str, **augment) -> Data:

@@ -67,7 +67,9 @@ class CausalAttention(nn.Module):
         if features % self.heads:
             raise ValueError(f'heads={self.heads} does not divide the hidden width {features}')
         shape = (batch, height * width, self.heads, features // self.heads)
-        query, key, value = (nn.Dense(features, dtype=self.dtype, name=n)(x).reshape(shape) for n in ('query', 'key', 'value'))
+        query, key, value = (
+            nn.Dense(features, dtype=self.dtype, name=n)(x).reshape(shape) for n in ('query', 'key', 'value')
+        )
         if self.is_mutable_collection('attention') and not self.is_initializing():
             key, value = self._remember('keys', key, position), self._remember('values', value, position)
         logits = jnp.einsum('bqnd,bknd->bnqk', query, key, preferred_element_type=jnp.float32) * shape[-1] ** -0.5

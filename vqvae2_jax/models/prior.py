@@ -127,7 +127,9 @@ class Prior(nn.Module):
         condition = None
         if self.coarser_codebook_sizes:
             maps = [embed(codes) for embed, codes in zip(self.coarser_embeds, coarser, strict=True)]
-            grown = [jnp.repeat(jnp.repeat(m, self.shape[0] // m.shape[1], 1), self.shape[1] // m.shape[2], 2) for m in maps]
+            grown = [
+                jnp.repeat(jnp.repeat(m, self.shape[0] // m.shape[1], 1), self.shape[1] // m.shape[2], 2) for m in maps
+            ]
             condition = self.condition_stack(self.condition_in(jnp.concatenate(grown, axis=-1)))  # [B, H, W, F]
         if self.num_classes:
             label = self.class_embed(labels)[:, None, None]  # [B, 1, 1, F]
@@ -138,7 +140,9 @@ class Prior(nn.Module):
         if self.num_classes and labels is None:
             raise ValueError(f'this prior is conditioned on {self.num_classes} classes: give it labels')
         if len(coarser) != len(self.coarser_codebook_sizes):
-            raise ValueError(f'this prior needs the codes of {len(self.coarser_codebook_sizes)} coarser levels, not {len(coarser)}')
+            raise ValueError(
+                f'this prior needs the codes of {len(self.coarser_codebook_sizes)} coarser levels, not {len(coarser)}'
+            )
 
     def vertical(self, above, rows, condition, *, train: bool = False) -> tuple[jax.Array, ...]:
         """What each layer knows of all rows above.

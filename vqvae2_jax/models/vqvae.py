@@ -22,7 +22,9 @@ class VQVAEOutput(NamedTuple):
     """A pass through all levels, finest first."""
 
     image: jax.Array  # [B, H, W, C] reconstruction, in the range of the input
-    previews: tuple[jax.Array, ...]  # of levels 1 .. L - 1: [B, H, W, C] what that level and the coarser ones know alone
+    previews: tuple[
+        jax.Array, ...
+    ]  # of levels 1 .. L - 1: [B, H, W, C] what that level and the coarser ones know alone
     codes: tuple[jax.Array, ...]  # int32 [B, h_l, w_l]
     commitment: tuple[jax.Array, ...]  # [B]
     telemetry: tuple[dict[str, jax.Array], ...]
@@ -38,7 +40,9 @@ def map_shapes(image_size: tuple[int, int], factors: tuple[int, ...]) -> tuple[t
     height, width = image_size
     for level, factor in enumerate(factors):
         if factor < 2 or factor & (factor - 1):
-            raise ValueError(f'vqvae.factors: {factor} is not a power of two (2, 4, 8, ...); factors are {tuple(factors)}')
+            raise ValueError(
+                f'vqvae.factors: {factor} is not a power of two (2, 4, 8, ...); factors are {tuple(factors)}'
+            )
         if height % factor or width % factor:
             raise ValueError(
                 f'vqvae.factors: level {level} divides a {height}x{width} map by {factor}, which leaves a rest. '
@@ -166,7 +170,8 @@ class VQVAE(nn.Module):
         self.decoders = [Decoder(self.factors[level], features[level], **shape) for level in levels]
         # upsamplers[l] brings all that is coarser than level l to its map.
         self.upsamplers = [
-            [upsample(self.codebook_dim, self.dtype) for _ in range(factor.bit_length() - 1)] for factor in self.factors[1:]
+            [upsample(self.codebook_dim, self.dtype) for _ in range(factor.bit_length() - 1)]
+            for factor in self.factors[1:]
         ]
         self.previewers = [
             Preview(_product(self.factors[:level]), self.channels, self.dtype) for level in levels if level

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import optax
 
 from vqvae2_jax.models.resnet import ResNet
-from vqvae2_jax.stages.stage import Stage, to_float
+from vqvae2_jax.stages.stage import Stage, as_floats, to_float
 
 
 def make_stage(model: ResNet) -> Stage:
@@ -25,7 +25,4 @@ def make_stage(model: ResNet) -> Stage:
     def evaluate(params, variables, batch):
         return per_example(model.apply({'params': params}, to_float(batch['image'])), batch['label'])
 
-    def summarize(means):
-        return {name: float(value) for name, value in means.items()}
-
-    return Stage(init, loss, evaluate, summarize, show=None, select='nll')
+    return Stage(init, loss, evaluate, as_floats, show=None, select='nll')

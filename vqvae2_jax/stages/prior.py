@@ -8,7 +8,7 @@ import optax
 
 from vqvae2_jax.models.prior import Prior
 from vqvae2_jax.sampling.ancestral import sample, sample_keys
-from vqvae2_jax.stages.stage import Stage
+from vqvae2_jax.stages.stage import Stage, as_floats
 
 
 def make_stage(
@@ -50,7 +50,4 @@ def make_stage(
         drawn = sample(model, params, keys, labels, coarser)
         return {'codes of an image': decode((codes, *coarser)), 'codes drawn': decode((drawn, *coarser))}
 
-    def summarize(means):
-        return {name: float(value) for name, value in means.items()}
-
-    return Stage(init, loss, evaluate, summarize, show if decode else None, select='nll')
+    return Stage(init, loss, evaluate, as_floats, show if decode else None, select='nll')

@@ -25,6 +25,11 @@ class Stage(NamedTuple):
     select: str  # the weights with the smallest value of this summary are kept
 
 
+def as_floats(means: dict) -> dict[str, float]:
+    """The summary of stages whose means are scalars already."""
+    return {name: float(value) for name, value in means.items()}
+
+
 def to_float(image: jax.Array) -> jax.Array:
     """uint8 pixels as float32 in [-1, 1]. (The paper does not state its range; [-1, 1] makes its MSE plausible.)"""
     return image.astype(jnp.float32) / 127.5 - 1.0

@@ -58,27 +58,26 @@ def make_stage(model: VQVAE, level_names: tuple[str, ...], commitment_weight: fl
             metrics[f'mse_{name}_only'] = _mse(preview, image)
         return metrics
 
-    def summarize(means):
-        summary = {}
-        for name, value in means.items():
-            if name.startswith('histogram_'):
-                level = name.removeprefix('histogram_')
-                summary[f'used_{level}'] = float((value > 0).mean())
-                summary[f'perplexity_{level}'] = perplexity(value)
-            else:
-                summary[name] = float(value)
-                summary[name.replace('mse', 'psnr')] = psnr_from_mse(float(value), data_range=2.0)
-        return summary
-
     def show(params, variables, batch):
         image = to_float(batch['image'])
         output = model.apply({'params': params, **variables}, image)
-        rows = {'original': image}
-        for name, preview in reversed(list(zip(level_names[1:], output.previews, strict=True))):
-            rows[f'{name} only'] = preview
-        return rows | {'all levels': output.image}
+        previews = {f'{n} only': p for n, p in zip(level_names[1:], output.previews, strict=True)}
+        return {'original': image, **dict(reversed(previews.items())), 'all levels': output.image}
 
-    return Stage(init, loss, evaluate, summarize, show, select='mse')
+    return Stage(init, loss, evaluate, _summarize, show, select='mse')
+
+
+def _summarize(means):
+    summary = {}
+    for name, value in means.items():
+        if name.startswith('histogram_'):
+            level = name.removeprefix('histogram_')
+            summary[f'used_{level}'] = float((value > 0).mean())
+            summary[f'perplexity_{level}'] = perplexity(value)
+        else:
+            summary[name] = float(value)
+            summary[name.replace('mse', 'psnr')] = psnr_from_mse(float(value), data_range=2.0)
+    return summary
 
 
 def _mse(reconstruction, image):

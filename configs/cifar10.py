@@ -1,0 +1,120 @@
+"""CIFAR-10 at 32x32 with the whole pipeline, for one GPU.
+
+  python -m vqvae2_jax.main --config=configs/cifar10.py
+
+Reads the TFDS dataset `cifar10`, prepared as array_record (README, "TensorFlow Datasets"); or a folder with one
+subfolder per class: --config.data.name=folder --config.data.path=... --config.data.splits="()".
+The paper has no CIFAR-10 results; sizes here are this project's choice. Measured: not run yet.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = 'cifar10'
+    config.seed = 0
+
+    config.data = ConfigDict()
+    config.data.name = 'cifar10'
+    config.data.path = ''
+    config.data.splits = ('train[:90%]', 'train[90%:]', 'test')
+    config.data.held_out = (0.1, 0.1)  # only for pools without splits of their own (data.splits=())
+    config.data.image_size = (32, 32)
+    config.data.channels = 3
+    config.data.num_classes = 10
+    config.data.flip = True
+    config.data.crop = False
+    config.data.workers = 0
+
+    config.vqvae = ConfigDict()
+    config.vqvae.factors = (2, 2)  # 16x16 (bottom), 8x8 (top)
+    config.vqvae.hidden = 128
+    config.vqvae.residual = 64
+    config.vqvae.layers = 2
+    config.vqvae.codebook_size = 512
+    config.vqvae.codebook_dim = 64
+    config.vqvae.commitment_weight = 0.25
+    config.vqvae.decay = 0.99
+    config.vqvae.reseed_threshold = 0.03
+    config.vqvae.level_loss = 0.3
+    config.vqvae.dtype = 'float32'
+    config.vqvae.training = dict(
+        steps=40_000,
+        batch_size=256,
+        learning_rate=5e-4,
+        warmup_steps=500,
+        decay='cosine',
+        weight_ema=0.999,
+        log_every=100,
+        eval_every=2_000,
+        show_every=4_000,
+        save_every=2_000,
+    )
+
+    config.codes = ConfigDict()
+    config.codes.batch_size = 500
+    config.codes.shard_size = 16_384
+
+    config.prior = ConfigDict()
+    config.prior.top = ConfigDict()
+    config.prior.top.hidden = 256
+    config.prior.top.residual = 256
+    config.prior.top.layers = 12
+    config.prior.top.kernel = 5
+    config.prior.top.attention_layers = 4
+    config.prior.top.heads = 8
+    config.prior.top.output_layers = 4
+    config.prior.top.condition_layers = 0
+    config.prior.top.dropout = 0.3
+    config.prior.top.attention_dropout = 0.1
+    config.prior.top.dtype = 'bfloat16'
+    config.prior.top.training = dict(
+        steps=30_000,
+        batch_size=256,
+        learning_rate=5e-4,
+        warmup_steps=1_000,
+        decay='cosine',
+        clip_norm=1.0,
+        weight_ema=0.999,
+        log_every=100,
+        eval_every=2_000,
+        show_every=10_000,
+        save_every=2_000,
+    )
+    config.prior.bottom = config.prior.top.copy_and_resolve_references()
+    config.prior.bottom.update(
+        attention_layers=0, output_layers=0, condition_layers=8, dropout=0.2, attention_dropout=0.0
+    )
+
+    config.classifier = ConfigDict()
+    config.classifier.widths = (64, 128, 256)
+    config.classifier.blocks = (2, 2, 2)
+    config.classifier.stem_stride = 1
+    config.classifier.dropout = 0.2
+    config.classifier.flip = True
+    config.classifier.crop = True
+    config.classifier.dtype = 'float32'
+    config.classifier.training = dict(
+        steps=15_000,
+        batch_size=256,
+        learning_rate=1e-3,
+        warmup_steps=500,
+        decay='cosine',
+        weight_decay=5e-2,
+        weight_ema=0.999,
+        log_every=100,
+        eval_every=1_000,
+        save_every=1_000,
+    )
+
+    config.sample = ConfigDict()
+    config.sample.count = 50_000
+    config.sample.batch_size = 500
+    config.sample.seed = 0
+    config.sample.labels = ()
+    config.sample.temperature = dict(top=1.0, bottom=1.0)
+
+    config.reject = ConfigDict()
+    config.reject.keep = 0.5
+    return config
