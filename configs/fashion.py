@@ -2,8 +2,8 @@
 
   python -m vqvae2_jax.main --config=configs/fashion.py
 
-Two levels of codes, 14x14 over 7x7. Everything is small; `level_loss` and the re-seeding of codes are on, which the paper
-does not have: with them both codebooks are in full use after some hundred steps.
+Two levels of codes, 14x14 over 7x7. Everything is small; `level_loss` and the re-seeding of codes are on, which the
+paper does not have: with them both codebooks are in full use after some hundred steps.
 Measured: see "The demo" in README.md.
 """
 

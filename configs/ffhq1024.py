@@ -1,6 +1,6 @@
 """VQ-VAE-2 on FFHQ at 1024x1024 (Razavi et al. 2019, arXiv 1906.00446): the paper's three-level model.
 
-  python -m vqvae2_jax.main --config=configs/ffhq1024.py --workdir=gs://bucket/ffhq1024 --config.data.path=/data/ffhq/images1024x1024
+  python -m vqvae2_jax.main --config=configs/ffhq1024.py --workdir=gs://bucket/ffhq1024 --config.data.path=/data/ffhq
 
 Reproduces: tables 2 and 4 of the paper's appendix, figures 3, 7 and 8. The paper has no number for FFHQ, only pictures.
 Measured here: not run yet.

@@ -1,13 +1,13 @@
 """VQ-VAE-2 on ImageNet at 256x256 (Razavi et al. 2019, arXiv 1906.00446): the paper's model.
 
-  python -m vqvae2_jax.main --config=configs/imagenet256.py --workdir=gs://bucket/imagenet256 --config.data.path=/data/tfds
+  python -m vqvae2_jax.main --config=configs/imagenet256.py --workdir=gs://bucket/in256 --config.data.path=/data/tfds
 
-Reproduces: tables 1 and 2 of the paper's appendix (VQ-VAE, top and bottom prior), figures 1, 5 and 6. Expected by the paper:
-validation MSE 0.0050 (its pixel range is not stated; [-1, 1] is plausible), validation NLL 3.41 (top) and 3.45 (bottom), units
-not stated, nats per code assumed. Measured here: not run yet.
+Reproduces: tables 1 and 2 of the paper's appendix (VQ-VAE, top and bottom prior), figures 1, 5 and 6. The paper's
+numbers: validation MSE 0.0050 (its pixel range is not stated; [-1, 1] is plausible), validation NLL 3.41 (top) and 3.45
+(bottom), units not stated, nats per code assumed. Measured here: not run yet.
 
-Numbers marked [A] are the paper's appendix A, [T] its text. Everything marked "open" the paper leaves open; the value is
-this project's choice and says where it comes from.
+Numbers marked [A] are the paper's appendix A, [T] its text. What is marked "open" the paper leaves open; the value
+is this project's choice and says where it comes from.
 Your own 256-pixel images: --config.data.name=folder --config.data.path=... --config.data.num_classes=...
 """
 
@@ -104,8 +104,8 @@ def get_config() -> ConfigDict:
     config.prior.bottom.dtype = 'bfloat16'  # open
     config.prior.bottom.training = dict(config.prior.top.training, steps=754_000, batch_size=512)  # [A]
 
-    # The classifier for rejection [T, section 3.3]: the paper states neither its architecture nor its training. This is a
-    # ResNet-18 in shape.
+    # The classifier for rejection [T, section 3.3]: the paper states neither its architecture nor its training. This is
+    # a ResNet-18 in shape.
     config.classifier = ConfigDict()
     config.classifier.widths = (64, 128, 256, 512)  # open
     config.classifier.blocks = (2, 2, 2, 2)  # open

@@ -1,7 +1,7 @@
 """From a config file's nested fields to the typed, checked values that the rest of the package takes.
 
-A config is a plain `ml_collections.ConfigDict` (configs/*.py); docs/configs.md lists every field. Nothing below the jobs
-sees it: they hand plain values to modules. `check` runs before any job, so that a mistake costs seconds, not hours.
+A config is a plain `ml_collections.ConfigDict` (configs/*.py); docs/configs.md lists every field. Nothing below the
+jobs sees it: they hand plain values to modules. `check` runs before any job, so that a mistake costs seconds, not hours.
 """
 
 import inspect
@@ -105,8 +105,8 @@ def check(config: ConfigDict) -> None:
     make_vqvae(config)
     if set(config.prior) != set(names):
         raise ValueError(
-            f'config.prior has the levels {sorted(config.prior)}, but vqvae.factors={tuple(config.vqvae.factors)} makes '
-            f'{sorted(names)}: name one prior per level'
+            f'config.prior has the levels {sorted(config.prior)}, but vqvae.factors={tuple(config.vqvae.factors)} '
+            f'makes {sorted(names)}: name one prior per level'
         )
     sections = ['vqvae', *(f'prior.{name}' for name in names)]
     for level, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""--job=codes: every image of every split as codes, in shards that restart where they stopped (VQ-VAE-2 algorithm 2)."""
+"""--job=codes: every image of every split as codes, in shards that restart where they stopped (algorithm 2)."""
 
 import jax
 import numpy as np

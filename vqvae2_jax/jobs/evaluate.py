@@ -1,4 +1,4 @@
-"""--job=evaluate: report.json and the pictures of a run, from the test split, which nothing was trained or chosen on."""
+"""--job=evaluate: report.json and the pictures of a run, from the test split: nothing was trained or chosen on it."""
 
 import datetime
 import os
@@ -71,7 +71,7 @@ def _protocol(run: Run) -> dict:
         'split': 'test',
         'counts': {split: len(run.images(split)) for split in SPLITS},
         'weights': 'averaged (training.weight_ema), best on the validation split',
-        'mse': 'pixels clipped to the range; mse_11 in [-1, 1], mse_01 in [0, 1]; PSNR of the mean over images of the MSE',
+        'mse': 'clipped pixels; mse_11 in [-1, 1], mse_01 in [0, 1]; PSNR of the mean over images of the MSE',
         'seed': run.config.seed,
         'config_digest': provenance.digest_json(run.config.to_dict()),
         'version': provenance.package_version(),

@@ -128,8 +128,8 @@ class _Window:
         row = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not math.isfinite(row['loss']):
             raise NonFiniteLoss(
-                f'the loss is {row["loss"]} at step {step}. Nothing of it was saved: the same command restarts from the '
-                'last checkpoint. Lower training.learning_rate, or set training.clip_norm'
+                f'the loss is {row["loss"]} at step {step}. Nothing of it was saved: the same command restarts from '
+                'the last checkpoint. Lower training.learning_rate, or set training.clip_norm'
             )
         self._rows.append(row)
 

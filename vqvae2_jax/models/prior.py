@@ -4,9 +4,9 @@ Two stacks of residual gated convolutions (Gated PixelCNN): the vertical one see
 codes to the left and, through the vertical one, everything above; no position is out of reach. Causal attention follows
 every few layers where asked. A residual stack over the coarser levels' codes and the class condition every block.
 
-Causality comes from the input alone: the code map is shifted by one row for the vertical stack and by one column for the
-horizontal one, and every layer after that may see its own position. The same methods run over whole maps and, with the
-caches of `causal.py`, over one row or one position at a time.
+Causality comes from the input alone: the code map is shifted by one row for the vertical stack and by one column for
+the horizontal one, and every layer after that may see its own position. The same methods run over whole maps and, with
+the caches of `causal.py`, over one row or one position at a time.
 
 Glossary of shapes: B batch, H W this level's map (h w: the part of it at hand), K codebook size, F hidden, R residual.
 """
@@ -22,13 +22,13 @@ _SMALL = nn.initializers.variance_scaling(0.01, 'fan_in', 'truncated_normal')  #
 
 
 def gate(y: jax.Array) -> jax.Array:
-    """[..., 2 F] -> [..., F]: one half, weighed by the sigmoid of the other (PixelSNAIL; Gated PixelCNN with a tanh)."""
+    """[..., 2 F] -> [..., F]: one half times the sigmoid of the other (PixelSNAIL; Gated PixelCNN adds a tanh)."""
     value, weight = jnp.split(y, 2, axis=-1)
     return value * nn.sigmoid(weight)
 
 
 class GatedBlock(nn.Module):
-    """x + gate(conv(elu(conv(elu(x))))), F -> R -> 2 F, with `beside` joining inside and `condition` before the gate."""
+    """x + gate(conv(elu(conv(elu(x))))), F -> R -> 2 F; `beside` joins inside, `condition` before the gate."""
 
     residual: int
     kernel: tuple[int, int]

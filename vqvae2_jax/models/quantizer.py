@@ -99,7 +99,7 @@ def reseed(old: Statistics, vectors: jax.Array, threshold: float, key: jax.Array
 
 
 def _draw(vectors: jax.Array, count: int, key: jax.Array) -> jax.Array:
-    """`count` rows of `vectors` [N, D] at random; those drawn twice because N < count are told apart by a little noise."""
+    """`count` rows of `vectors` [N, D] at random; where N < count a little noise tells twins apart."""
     pick, noise = jax.random.split(key)
     available = vectors.shape[0]
     if available >= count:

@@ -1,6 +1,6 @@
 """The hierarchical VQ-VAE: N levels of codes from one list of downsampling factors (VQ-VAE-2 section 3.1, algorithm 1).
 
-Levels are counted from the finest, 0 (bottom), to the coarsest, L - 1 (top); `factors[l]` is how much level l is smaller
+Levels are counted from the finest, 0 (bottom), to the coarsest, L - 1 (top); `factors[l]` is how much smaller level l is
 than level l - 1, or than the image for l = 0: (4, 2) is ImageNet-256, (8, 2, 2) FFHQ-1024.
 
 Glossary of shapes: B batch, H W image, C its channels, h_l w_l map of level l, K codebook size, D codebook dimension,
@@ -139,10 +139,10 @@ class Preview(nn.Module):
 class VQVAE(nn.Module):
     """Encoder, quantizer and decoder of every level.
 
-    The decoder of level l sees the codes of level l and of all coarser ones, those upsampled by transposed convolutions.
+    The decoder of level l sees the codes of level l and of all coarser ones, upsampled by transposed convolutions.
     Previews show what a level knows without the finer ones. The paper has such pictures without saying how they were
     made; here they are heads on the decoded features. With `level_loss` 0 no gradient passes from a head, and the
-    model trains as if it were absent (the paper); above 0 that share passes, and coarse levels learn to carry the image.
+    model trains as if it were absent (the paper); above 0 that share passes, and coarse levels carry more of the image.
     """
 
     factors: tuple[int, ...]
@@ -208,9 +208,7 @@ class VQVAE(nn.Module):
 
     def decode(self, codes: tuple[jax.Array, ...]) -> jax.Array:
         """Images [B, H, W, C] of codes of every level, finest first."""
-        decoded = None
-        for _, decoded in self._decode_from_coarsest(codes):
-            pass
+        *_, (_, decoded) = self._decode_from_coarsest(codes)
         return decoded.astype(jnp.float32)
 
     def preview(self, codes: tuple[jax.Array, ...], level: int) -> jax.Array:

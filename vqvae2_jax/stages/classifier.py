@@ -1,4 +1,4 @@
-"""The classifier that judges samples (VQ-VAE-2 section 3.3); the paper states neither its architecture nor its training."""
+"""The classifier that judges samples (VQ-VAE-2 section 3.3); the paper does not say what it is."""
 
 import jax.numpy as jnp
 import optax
