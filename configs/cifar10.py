@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
     )
 
     config.codes = ConfigDict()
-    config.codes.batch_size = 500
+    config.codes.batch_size = 512
     config.codes.shard_size = 16_384
 
     config.prior = ConfigDict()
@@ -110,7 +110,7 @@ def get_config() -> ConfigDict:
 
     config.sample = ConfigDict()
     config.sample.count = 50_000
-    config.sample.batch_size = 500
+    config.sample.batch_size = 512
     config.sample.seed = 0
     config.sample.labels = ()
     config.sample.temperature = dict(top=1.0, bottom=1.0)

@@ -36,16 +36,16 @@ def get_config() -> ConfigDict:
     config.vqvae.level_loss = 1.0
     config.vqvae.commitment_weight = 0.25
     config.vqvae.training = dict(
-        steps=1200,
-        batch_size=32,
+        steps=1600,
+        batch_size=16,
         learning_rate=1e-3,
         warmup_steps=50,
         decay='cosine',
         weight_ema=0.99,
         log_every=100,
-        eval_every=300,
-        show_every=600,
-        save_every=300,
+        eval_every=400,
+        show_every=800,
+        save_every=400,
     )
 
     config.codes = ConfigDict()
@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
     config.prior.top.attention_dropout = 0.1
     config.prior.top.training = dict(
         steps=1500,
-        batch_size=64,
+        batch_size=32,
         learning_rate=2e-3,
         warmup_steps=50,
         decay='cosine',
@@ -83,18 +83,17 @@ def get_config() -> ConfigDict:
     config.prior.bottom.kernel = 3
     config.prior.bottom.condition_layers = 2
     config.prior.bottom.dropout = 0.1
-    config.prior.bottom.training = dict(
-        config.prior.top.training, steps=1000, batch_size=32, eval_every=250, show_every=1000
-    )
+    config.prior.bottom.training = dict(config.prior.top.training, steps=1600, batch_size=16, show_every=1600)
 
     config.classifier = ConfigDict()
     config.classifier.widths = (32, 64, 128)
     config.classifier.blocks = (1, 1, 1)
+    config.classifier.stem_stride = 2
     config.classifier.dropout = 0.3
     config.classifier.flip = True
     config.classifier.crop = False
     config.classifier.training = dict(
-        steps=800,
+        steps=1000,
         batch_size=64,
         learning_rate=2e-3,
         warmup_steps=50,
@@ -111,7 +110,7 @@ def get_config() -> ConfigDict:
     config.sample.batch_size = 250
     config.sample.seed = 0
     config.sample.labels = ()  # all classes in turn
-    config.sample.temperature = dict(top=1.0, bottom=1.0)
+    config.sample.temperature = dict(top=0.9, bottom=0.8)  # cleaner pictures; 1.0 is the priors' own distribution
 
     config.reject = ConfigDict()
     config.reject.keep = 0.5  # the best half of each class

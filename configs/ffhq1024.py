@@ -79,7 +79,7 @@ def get_config() -> ConfigDict:
         log_every=100,
         eval_every=1_000,
         eval_examples=700,
-        show_every=0,
+        show_every=20_000,
         save_every=1_000,
     )
     config.prior = ConfigDict()

@@ -87,7 +87,7 @@ def get_config() -> ConfigDict:
         log_every=100,
         eval_every=5_000,
         eval_examples=10_240,
-        show_every=0,
+        show_every=50_000,
         save_every=2_500,
     )
     config.prior.bottom = ConfigDict()

@@ -1,8 +1,57 @@
-"""What holds for every test: eight virtual CPU devices, so that sharding is real, and no display."""
+"""What holds for every test: eight virtual CPU devices, so that sharding is real, no display, cheap compilation."""
 
 import os
+import shutil
+import tempfile
 
-# Before anything imports JAX: the backend reads these once.
+# Before anything imports JAX: the backend reads these once. Subprocesses inherit them.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '8'
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'true'  # the tests wait for the compiler, not for what it makes
 os.environ['MPLBACKEND'] = 'Agg'
+# Jobs that run twice compile once.
+_CACHE = tempfile.TemporaryDirectory(prefix='vqvae2_jax-tests-')
+os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
+
+import pytest  # noqa: E402
+from etils import epath  # noqa: E402
+
+from configs import tiny  # noqa: E402
+from vqvae2_jax import config as configs  # noqa: E402
+from vqvae2_jax.jobs.pipeline import run_job  # noqa: E402
+from vqvae2_jax.jobs.workdir import Run  # noqa: E402
+
+
+@pytest.fixture
+def config():
+    """configs/tiny.py with fewer examples, fresh for every test."""
+    return small_config()
+
+
+def small_config():
+    """configs/tiny.py with 400 training, 9000 validation (three shards of codes) and 600 test images."""
+    config = tiny.get_config()
+    config.data.held_out = (0.9, 0.06)
+    config.codes.batch_size = 512
+    for section in ('vqvae', 'prior.top', 'prior.bottom', 'classifier'):
+        config[section].training.update(eval_examples=64)
+    config.prior.bottom.training.show_every = 0
+    return config
+
+
+@pytest.fixture(scope='session')
+def finished(tmp_path_factory):
+    """The whole pipeline, run once; tests that change files take `run`."""
+    run = Run(small_config(), epath.Path(tmp_path_factory.mktemp('pipeline')) / 'run')
+    configs.check(run.config)
+    run_job(run, 'pipeline')
+    return run
+
+
+@pytest.fixture
+def run(finished, config, tmp_path):
+    """A copy of the finished run, with a config of its own."""
+    shutil.copytree(finished.workdir, tmp_path / 'run')
+    return Run(config, epath.Path(tmp_path) / 'run')

@@ -132,11 +132,11 @@ def test_stage_summary_counts_codes_and_psnr():
     for name, level_codes in zip(('bottom', 'top'), codes, strict=True):
         assert summary[f'used_{name}'] == len(np.unique(level_codes)) / 16
     assert summary['psnr'] == pytest.approx(10 * np.log10(4 / summary['mse']))
-    assert list(stage.show(variables['params'], {'codebook': variables['codebook']}, batch)) == [
-        'original',
-        'top only',
-        'all levels',
-    ]
+    assert stage.shown == ('original', 'top only', 'all levels')
+    original, _, both = stage.show(variables['params'], {'codebook': variables['codebook']}, batch)
+    np.testing.assert_allclose(original, batch['image'] / 127.5 - 1, atol=1e-6)
+    error = np.mean((np.clip(both, -1, 1) - original) ** 2)
+    assert error == pytest.approx(summary['mse'], rel=1e-5)
 
 
 @pytest.mark.slow

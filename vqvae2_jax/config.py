@@ -1,9 +1,10 @@
 """From a config file's nested fields to the typed, checked values that the rest of the package takes.
 
 A config is a plain `ml_collections.ConfigDict` (configs/*.py); docs/configs.md lists every field. Nothing below the
-jobs sees it: they hand plain values to modules. `check` runs before any job, so that a mistake costs seconds, not hours.
+jobs sees it: they hand plain values to modules. `check` runs before any job, so that mistakes cost seconds.
 """
 
+import difflib
 import inspect
 import math
 from typing import Any
@@ -32,6 +33,10 @@ _FROM_ELSEWHERE = {  # fields of the modules that follow from the rest of the co
 }
 
 
+class ConfigError(ValueError):
+    """A config that cannot work; the message names the field."""
+
+
 def level_names(factors: tuple[int, ...]) -> tuple[str, ...]:
     """The names of the levels, finest first: bottom, middle, top as in the paper; bottom, level1, ..., top for more."""
     count = len(factors)
@@ -43,15 +48,18 @@ def level_names(factors: tuple[int, ...]) -> tuple[str, ...]:
 
 def image_spec(config: ConfigDict) -> ImageSpec:
     """config.data as the data package takes it."""
-    _known_fields('data', config.data, inspect.signature(ImageSpec).parameters)
+    _check_fields('data', config.data, inspect.signature(ImageSpec).parameters)
     return ImageSpec(**config.data)
 
 
 def training(config: ConfigDict, section: str) -> Training:
     """How to train the stage `section`: 'vqvae', 'prior.top', 'classifier', ..."""
     fields = config[section].training  # ConfigDict reads dotted paths
-    _known_fields(f'{section}.training', fields, inspect.signature(Training).parameters)
-    return Training(**fields)
+    _check_fields(f'{section}.training', fields, inspect.signature(Training).parameters)
+    try:
+        return Training(**fields)
+    except ValueError as error:
+        raise ConfigError(f'{section}.{error}') from error
 
 
 def make_vqvae(config: ConfigDict) -> VQVAE:
@@ -96,15 +104,23 @@ def settings(config: ConfigDict, section: str) -> dict[str, Any]:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises ValueError naming the first field that cannot work, before any job starts."""
-    expected = ('name', 'seed', 'data', 'vqvae', 'codes', 'prior', 'classifier', 'sample', 'reject')
-    _known_fields('config', config, expected)
+    """Raises ConfigError naming the first field that cannot work, before any job starts."""
+    try:
+        _check(config)
+    except ValueError as error:  # of ImageSpec, map_shapes, ...
+        raise ConfigError(str(error)) from error
+
+
+def _check(config):
+    sections = ('name', 'seed', 'data', 'vqvae', 'codes', 'prior', 'classifier', 'sample', 'reject')
+    _check_names('config', config, sections, required=sections)
     spec = image_spec(config)
+    make_vqvae(config)
     names = level_names(config.vqvae.factors)
     shapes = map_shapes(spec.image_size, config.vqvae.factors)
-    make_vqvae(config)
+    _check_positive('vqvae', config.vqvae, ('hidden', 'residual', 'layers', 'codebook_size', 'codebook_dim'))
     if set(config.prior) != set(names):
-        raise ValueError(
+        raise ConfigError(
             f'config.prior has the levels {sorted(config.prior)}, but vqvae.factors={tuple(config.vqvae.factors)} '
             f'makes {sorted(names)}: name one prior per level'
         )
@@ -115,6 +131,7 @@ def check(config: ConfigDict) -> None:
     if has_classifier(config):
         sections.append('classifier')
         make_classifier(config)
+        _check_classifier(config.classifier)
     for section in sections:
         parallel.check_batch_size(training(config, section).batch_size, f'{section}.training.batch_size')
     parallel.check_batch_size(config.codes.batch_size, 'codes.batch_size')
@@ -122,37 +139,68 @@ def check(config: ConfigDict) -> None:
 
 
 def _check_prior(name, prior, shape):
-    if prior.get('attention_layers', 0) and prior.hidden % prior.heads:
-        raise ValueError(f'prior.{name}.heads={prior.heads} does not divide prior.{name}.hidden={prior.hidden}')
+    section = f'prior.{name}'
+    _check_positive(section, prior, ('hidden', 'residual', 'layers', 'kernel', 'heads'))
+    hidden, layers, kernel, heads = (_value(prior, Prior, k) for k in ('hidden', 'layers', 'kernel', 'heads'))
+    attention = _value(prior, Prior, 'attention_layers')
+    if attention and hidden % heads:
+        raise ConfigError(f'{section}.heads={heads} does not divide {section}.hidden={hidden}')
+    if not 0 <= attention <= layers:
+        raise ConfigError(f'{section}.attention_layers={attention}; there are {section}.layers={layers} to follow')
+    if kernel % 2 == 0:
+        raise ConfigError(f'{section}.kernel={kernel} must be odd, so that it has a middle')
     positions = math.prod(shape)
     if positions >= 2**24:
-        raise ValueError(f'prior.{name}: a {shape[0]}x{shape[1]} map has {positions} positions; 2**24 are too many')
+        raise ConfigError(f'prior.{name}: a {shape[0]}x{shape[1]} map has {positions} positions; 2**24 are too many')
 
 
 def _check_sampling(config, names):
     sample, reject = config.sample, config.reject
-    _known_fields('sample', sample, ('count', 'batch_size', 'seed', 'labels', 'temperature'))
-    _known_fields('reject', reject, ('keep',))
-    _known_fields('codes', config.codes, ('batch_size', 'shard_size'))
+    fields = {'sample': ('count', 'batch_size', 'seed', 'labels', 'temperature'), 'reject': ('keep',)}
+    fields['codes'] = ('batch_size', 'shard_size')
+    for section, names_of_fields in fields.items():
+        _check_names(section, config[section], names_of_fields, required=names_of_fields)
+    _check_positive('sample', sample, ('count',))
+    _check_positive('codes', config.codes, ('shard_size',))
     parallel.check_batch_size(sample.batch_size, 'sample.batch_size')
     if set(sample.temperature) != set(names):
-        raise ValueError(f'sample.temperature names {sorted(sample.temperature)}; the levels are {sorted(names)}')
+        raise ConfigError(f'sample.temperature names {sorted(sample.temperature)}; the levels are {sorted(names)}')
     for name, value in sample.temperature.items():
         if value < 0:
-            raise ValueError(f'sample.temperature.{name} is {value}; it must be 0 (the likeliest code) or more')
+            raise ConfigError(f'sample.temperature.{name} is {value}; it must be 0 (the likeliest code) or more')
     classes = config.data.num_classes
     wrong = [label for label in sample.labels if not 0 <= label < classes]
     if wrong:
-        raise ValueError(f'sample.labels holds {wrong}, but data.num_classes={classes} has labels 0 to {classes - 1}')
+        there = f'has labels 0 to {classes - 1}' if classes else 'means that there are no labels'
+        raise ConfigError(f'sample.labels holds {wrong}, but data.num_classes={classes} {there}')
     if not 0 < reject.keep <= 1:
-        raise ValueError(f'reject.keep is {reject.keep}; it is a share in (0, 1]')
+        raise ConfigError(f'reject.keep is {reject.keep}; it is a share in (0, 1]')
+
+
+def _check_classifier(classifier):
+    widths, blocks = (_value(classifier, ResNet, k) for k in ('widths', 'blocks'))
+    if len(widths) != len(blocks) or not widths:
+        raise ConfigError(f'classifier.widths={tuple(widths)} and classifier.blocks={tuple(blocks)} must be as many')
+    if min(widths) < 4 or min(blocks) < 1:
+        raise ConfigError(f'classifier.widths={tuple(widths)} must be 4 or more, blocks={tuple(blocks)} 1 or more')
+
+
+def _value(fields, module, name):
+    return fields.get(name, inspect.signature(module).parameters[name].default)
+
+
+def _check_positive(path, fields, names):
+    for name in names:
+        if name in fields and fields[name] < 1:
+            raise ConfigError(f'{path}.{name} is {fields[name]}; it must be 1 or more')
 
 
 def _module_fields(path, section, fields, module):
     own = set(_OWN_FIELDS[section])
     elsewhere = set(_FROM_ELSEWHERE[section])
-    allowed = set(inspect.signature(module).parameters) - {'parent', 'name'} - elsewhere
-    _known_fields(path, fields, allowed | own)
+    parameters = inspect.signature(module).parameters
+    allowed = {k: v for k, v in parameters.items() if k not in {'parent', 'name'} | elsewhere}
+    _check_fields(path, fields, allowed, own)
     chosen = {k: v for k, v in fields.items() if k in allowed}
     if 'dtype' in chosen:
         chosen['dtype'] = _dtype(path, chosen['dtype'])
@@ -161,11 +209,23 @@ def _module_fields(path, section, fields, module):
 
 def _dtype(path, name):
     if name not in ('float32', 'bfloat16'):
-        raise ValueError(f"{path}.dtype is {name!r}; it must be 'float32' or 'bfloat16'")
+        raise ConfigError(f"{path}.dtype is {name!r}; it must be 'float32' or 'bfloat16'")
     return jnp.dtype(name)
 
 
-def _known_fields(path, fields, allowed):
-    unknown = sorted(set(fields) - set(allowed))
+def _check_fields(path, fields, parameters, own=()):
+    """The fields are `parameters` of a signature or among `own`; those of both without a default are there."""
+    required = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    _check_names(path, fields, {*parameters, *own}, required | set(own))
+
+
+def _check_names(path, fields, allowed, required):
+    unknown, missing = sorted(set(fields) - set(allowed)), sorted(set(required) - set(fields))
     if unknown:
-        raise ValueError(f'{path} has the unknown field {unknown[0]!r}; its fields are {", ".join(sorted(allowed))}')
+        near = difflib.get_close_matches(unknown[0], allowed, n=1)
+        hint = f'did you mean {near[0]!r}? ' if near else ''
+        raise ConfigError(
+            f'{path} has the unknown field {unknown[0]!r}; {hint}its fields are {", ".join(sorted(allowed))}'
+        )
+    if missing:
+        raise ConfigError(f'{path} lacks the field {missing[0]!r}')

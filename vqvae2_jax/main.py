@@ -13,8 +13,10 @@ from etils import epath
 from ml_collections import config_flags
 
 from vqvae2_jax import config as configs
+from vqvae2_jax.data.decode import UnreadableImage
 from vqvae2_jax.io.provenance import UpstreamChanged
 from vqvae2_jax.jobs.pipeline import JOBS, run_job
+from vqvae2_jax.jobs.train import NonFiniteLoss
 from vqvae2_jax.jobs.workdir import JobError, Run
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -33,7 +35,7 @@ def main(_) -> None:
     try:
         configs.check(config)
         run_job(Run(config, workdir), _JOB.value, _LEVEL.value)
-    except (JobError, UpstreamChanged) as error:
+    except (configs.ConfigError, JobError, UpstreamChanged, UnreadableImage, NonFiniteLoss) as error:
         # These say what to do; a traceback would only hide it.
         sys.exit(f'error: {error}')
 

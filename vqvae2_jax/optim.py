@@ -28,6 +28,9 @@ class Training:
         for field in ('steps', 'batch_size', 'log_every', 'eval_every', 'save_every', 'learning_rate'):
             if getattr(self, field) <= 0:
                 raise ValueError(f'training.{field} must be positive; it is {getattr(self, field)}')
+        for field in ('warmup_steps', 'weight_decay', 'clip_norm', 'eval_examples', 'show_every'):
+            if getattr(self, field) < 0:
+                raise ValueError(f'training.{field} must be 0 or more; it is {getattr(self, field)}')
         if self.decay not in ('constant', 'cosine'):
             raise ValueError(f"training.decay must be 'constant' or 'cosine'; it is {self.decay!r}")
         if not 0 <= self.weight_ema < 1:

@@ -32,10 +32,11 @@ def split_batch() -> NamedSharding:
 def check_batch_size(batch_size: int, field: str) -> None:
     """Raises ValueError when a global batch cannot be cut evenly; `field` names it in the message."""
     devices = jax.device_count()
-    if batch_size % devices:
+    if batch_size < 1 or batch_size % devices:
+        example = max(-(-batch_size // devices), 1) * devices
         raise ValueError(
             f'{field} is {batch_size}, which {devices} devices cannot share evenly: '
-            f'choose a multiple of {devices}, for example --config.{field}={-(-batch_size // devices) * devices}'
+            f'choose a multiple of {devices}, for example --config.{field}={example}'
         )
 
 

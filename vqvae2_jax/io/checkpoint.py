@@ -23,22 +23,34 @@ class Checkpoints:
         """Of the newest whole checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, iterator: grain.DatasetIterator) -> None:
-        """Saves a state and where its data stands, unless that step is saved already."""
+    def save(self, step: int, state: Any, iterator: grain.DatasetIterator, unlogged: list[dict[str, float]]) -> None:
+        """Saves a state, where its data stands and the metrics not yet logged, unless that step is saved already."""
         if self._manager.latest_step() == step:
             return
-        data = grain.checkpoint.CheckpointSave(iterator)
-        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=data), force=True)
+        items = {
+            'state': ocp.args.StandardSave(state),
+            'data': grain.checkpoint.CheckpointSave(iterator),
+            'unlogged': ocp.args.JsonSave(list(unlogged)),  # a copy, since it is written later
+        }
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
-    def restore(self, step: int, like: Any, iterator: grain.DatasetIterator) -> Any:
-        """The state of `step`, laid out as `like` (arrays or shapes with shardings); sets `iterator` to match."""
-        data = grain.checkpoint.CheckpointRestore(iterator)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(_abstract, like)), data=data)
-        return self._manager.restore(step, args=args)['state']
+    def restore(self, step: int, like: Any, iterator: grain.DatasetIterator) -> tuple[Any, list[dict[str, float]]]:
+        """The state, laid out as `like` (arrays or shapes with shardings), and unlogged metrics; sets `iterator`."""
+        items = {
+            'state': ocp.args.StandardRestore(jax.tree.map(_abstract, like)),
+            'data': grain.checkpoint.CheckpointRestore(iterator),
+            'unlogged': ocp.args.JsonRestore(),
+        }
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return restored['state'], restored['unlogged']
+
+    def wait(self) -> None:
+        """Until the last save is whole."""
+        self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the last save."""
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
 
 
@@ -55,12 +67,12 @@ class Weights:
 
     def save(self, step: int, summary: dict[str, float], weights: Any) -> None:
         """Keeps `weights` in place of the ones before, which stay until the new ones are whole."""
-        before = self.best()
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(self._directory / str(step), weights, force=True)
         provenance.write_json(self._directory / 'best.json', {'step': step, 'summary': summary})
-        if before and before['step'] != step:
-            (self._directory / str(before['step'])).rmtree(missing_ok=True)
+        for other in self._directory.iterdir():  # the ones before, and what a kill left behind
+            if other.is_dir() and other.name != str(step):
+                other.rmtree()
 
     def load(self, like: Any = None) -> Any:
         """The kept weights, laid out as `like` (None: as NumPy arrays)."""
@@ -74,6 +86,11 @@ class Weights:
 def write_record(directory, record: dict) -> None:
     """Marks a stage as trained: `trained.json` (docs/files.md)."""
     provenance.write_json(epath.Path(directory) / _RECORD, record)
+
+
+def remove_record(directory) -> None:
+    """Marks a stage as not (or no longer) trained: its weights are about to change."""
+    (epath.Path(directory) / _RECORD).unlink(missing_ok=True)
 
 
 def read_record(directory) -> dict | None:

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM as a question that long work asks between two steps, so that it can save and leave."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterator
 
@@ -13,7 +14,8 @@ class Interrupted(SystemExit):
 def stop_signals() -> Iterator[Callable[[], int]]:
     """Within the context, SIGINT and SIGTERM only set a flag; yields a function that returns the signal or 0.
 
-    A second signal of the same kind acts as usual, for the impatient.
+    Whoever asks leaves the context when it is safe to; its end raises `Interrupted`, so that no signal is swallowed,
+    not even one that came too late to be asked for. A second signal of the same kind acts as usual, for the impatient.
     """
     received = 0
     previous = {}
@@ -22,7 +24,8 @@ def stop_signals() -> Iterator[Callable[[], int]]:
         nonlocal received
         received = number
         signal.signal(number, previous[number])
-        print(f'{signal.Signals(number).name}: saving before the exit ...', flush=True)
+        # Not print: a signal may come in the middle of one, which refuses to be entered twice.
+        os.write(2, f'{signal.Signals(number).name}: saving before the exit ...\n'.encode())
 
     for number in (signal.SIGINT, signal.SIGTERM):
         previous[number] = signal.signal(number, remember)
@@ -31,3 +34,5 @@ def stop_signals() -> Iterator[Callable[[], int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if received:
+        raise Interrupted(128 + received)

@@ -33,6 +33,11 @@ def to_rgb(image) -> np.ndarray:
     return np.broadcast_to(image, (*image.shape[:-1], 3))
 
 
+def visible_scale(images: np.ndarray) -> int:
+    """How much to enlarge images [N, H, W, C] so that people can see the small ones."""
+    return max(1, 56 // images.shape[1])
+
+
 def image_grid(images, columns: int, pad: int = 2, scale: int = 1) -> np.ndarray:
     """Lays images out in rows, in reading order, with white gaps.
 

@@ -9,7 +9,7 @@ from vqvae2_jax.data import codes as store
 from vqvae2_jax.data.images import SPLITS
 from vqvae2_jax.data.loader import eval_batches
 from vqvae2_jax.io import provenance
-from vqvae2_jax.io.interrupt import Interrupted, stop_signals
+from vqvae2_jax.io.interrupt import stop_signals
 from vqvae2_jax.jobs import workdir
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.models.vqvae import map_shapes
@@ -26,7 +26,8 @@ def extract(run: Run) -> None:
     encode = jax.jit(lambda image: model.apply(variables, to_float(image), method='encode'))
     with stop_signals() as stopped:
         for split in SPLITS:
-            _extract_split(run, split, encode, trained.digest, stopped)
+            if not stopped():
+                _extract_split(run, split, encode, trained.digest, stopped)
 
 
 def current_codes_digest(run: Run) -> str:
@@ -54,17 +55,17 @@ def _extract_split(run, split, encode, digest, stopped):
     shards = max(-(-len(source) // size), 1)
     started = {'vqvae': digest, 'shards': shards, 'shard_size': size, 'images': len(source)}
     _check_started(directory, started)
-    if (directory / _META).exists():
+    done = set(store.finished_shards(directory, shards))
+    if (directory / _META).exists() and len(done) == shards:
         print(f'codes {split}: done ({store.read_meta(directory).count} images)', flush=True)
         return
     provenance.write_json(directory / 'started.json', started)
-    done = set(store.finished_shards(directory, shards))
     for shard in range(shards):
         if shard in done:
             continue
         if stopped():
             print(f'codes {split}: {len(done)} of {shards} shards are done; the same command continues', flush=True)
-            raise Interrupted(128 + stopped())
+            return
         limits = {'start': shard * size, 'stop': min((shard + 1) * size, len(source))}
         batches = eval_batches(source, batch_size=config.codes.batch_size, **limits, **run.reading())
         sizes = (config.vqvae.codebook_size,) * len(run.levels)

@@ -16,6 +16,7 @@ from vqvae2_jax.io import pictures, provenance
 from vqvae2_jax.io.checkpoint import read_record
 from vqvae2_jax.io.logging import format_duration, read_metrics
 from vqvae2_jax.jobs import reject, sample, samples, stages, workdir
+from vqvae2_jax.jobs.codes import current_codes_digest
 from vqvae2_jax.jobs.train import make_evaluation
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.metrics import codes as code_metrics
@@ -51,15 +52,17 @@ def evaluate(run: Run) -> None:
 
 def check_upstreams(run: Run) -> None:
     """Refuses when samples or scores were made by other weights than those that the report would describe."""
-    current = {'vqvae': workdir.load_vqvae(run).digest}
-    current |= {
-        workdir.prior_directory(n): prior.digest for n, prior in zip(run.levels, workdir.load_priors(run), strict=True)
-    }
+    current, codes = {'vqvae': workdir.load_vqvae(run).digest}, {'codes': current_codes_digest(run)}
+    for name, prior in zip(run.levels, workdir.load_priors(run), strict=True):
+        directory = workdir.prior_directory(name)
+        current[directory] = prior.digest
+        recorded = {'codes': prior.record['upstream']['codes']}
+        workdir.check_digests(directory, recorded, codes, f'Delete {run.path(directory)} to train it anew.')
     meta = samples.read_meta(run.path(sample.DIRECTORY))
     remedy = f'Delete {run.path(sample.DIRECTORY)} and run --job=sample again.'
     workdir.check_digests('the samples', meta['upstream'], current, remedy)
     if configs.has_classifier(run.config):
-        scores = provenance.read_json(run.path(reject.DIRECTORY, 'meta.json'))
+        scores = reject.read_meta(run)
         current = {'samples': provenance.digest_json(meta)}
         current['classifier'] = workdir.load_trained(run, 'classifier', 'classifier').digest
         workdir.check_digests('the scores', scores['upstream'], current, 'Run --job=reject again.')
@@ -111,7 +114,7 @@ def _reconstruction(run: Run) -> dict:
 
 def _likelihood(run: Run) -> dict:
     size = run.config.vqvae.codebook_size
-    train, test = (CodeSource(run.path('codes', split)) for split in ('train', 'test'))
+    train, test = (run.codes(split) for split in ('train', 'test'))
     train_codes, test_codes = _codes(train, min(len(train), _TRAIN_EXAMPLES)), _codes(test, len(test))
     levels, shapes = {}, []
     for level, (name, prior) in enumerate(zip(run.levels, workdir.load_priors(run), strict=True)):
@@ -160,7 +163,7 @@ def _samples(run: Run) -> dict:
         'classifier_accuracy_on_real_images': real['accuracy'],
         'intended_class': accuracy(scores['predicted'], scores['label']),
         'intended_class_after_rejection': accuracy(kept, accepted['label']),
-        'kept': run.config.reject.keep,
+        'kept': reject.read_meta(run)['keep'],
         'note': 'the classifier that rejects is the one that judges: the number after rejection is optimistic',
         'intended_class_by_class': dict(zip(names, each, strict=True)),
     }
@@ -179,9 +182,9 @@ def _picture_of_levels(run: Run, directory) -> None:
     batch = next(eval_batches(run.images('test'), batch_size=_COLUMNS, **run.reading()))
     weights = jax.device_put((trained.params, trained.variables), parallel.replicated())
     rows = jax.jit(stage.show)(*weights, {'image': batch['image']})
-    rows = [(label, np.asarray(to_uint8(images))) for label, images in rows.items()]
-    scale = sample.grid_scale(rows[0][1])
-    pictures.save_png(directory / 'reconstructions.png', pictures.labelled_rows(rows, scale=scale))
+    rows = [(label, np.asarray(to_uint8(images))) for label, images in zip(stage.shown, rows, strict=True)]
+    picture = pictures.labelled_rows(rows, scale=pictures.visible_scale(rows[0][1]))
+    pictures.save_png(directory / 'reconstructions.png', picture)
 
 
 def _picture_of_samples(run: Run, directory) -> None:
@@ -207,7 +210,8 @@ def _panel(run, stage_directory, title, metric, ylabel, hlines=None, log_y=False
     curves = {}
     for prefix, label in (('train', 'train'), ('validation', 'held out')):
         points = [(line['step'], line[f'{prefix}/{metric}']) for line in lines if f'{prefix}/{metric}' in line]
-        curves[label] = tuple(zip(*points, strict=True))
+        if points:
+            curves[label] = tuple(zip(*points, strict=True))
     return pictures.Panel(title, curves, ylabel, hlines or {}, log_y)
 
 

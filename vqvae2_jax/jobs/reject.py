@@ -8,7 +8,7 @@ from vqvae2_jax import parallel
 from vqvae2_jax.io import pictures, provenance
 from vqvae2_jax.jobs import samples, workdir
 from vqvae2_jax.jobs.sample import DIRECTORY as SAMPLES
-from vqvae2_jax.jobs.sample import by_class, grid_scale
+from vqvae2_jax.jobs.sample import grid_positions
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.sampling.rejection import keep_best
 from vqvae2_jax.stages.stage import to_float
@@ -17,9 +17,9 @@ DIRECTORY = 'rejection'
 
 
 def reject(run: Run) -> None:
-    """Writes rejection/scores.npz and rejection/accepted.npz."""
-    drawn, meta = samples.read_set(run.path(SAMPLES)), samples.read_meta(run.path(SAMPLES))
-    trained, directory = workdir.load_trained(run, 'classifier', 'classifier'), run.path(DIRECTORY)
+    """Writes rejection/scores.npz, accepted.npz and accepted.png."""
+    source, directory = run.path(SAMPLES), run.path(DIRECTORY)
+    trained, meta = workdir.load_trained(run, 'classifier', 'classifier'), samples.read_meta(source)
     record = {
         'schema': 1,
         'keep': run.config.reject.keep,
@@ -30,32 +30,55 @@ def reject(run: Run) -> None:
     if (directory / 'meta.json').exists() and provenance.read_json(directory / 'meta.json') == record:
         print(f'reject: done (see {directory})', flush=True)
         return
-    probabilities = classify(run, trained, drawn['arr_0'])  # [N, S]
-    scores = probabilities[np.arange(len(probabilities)), drawn['label']]
-    kept = keep_best(scores, drawn['label'], run.config.reject.keep)
-    scored = {'label': drawn['label'], 'index': drawn['index'], 'score': scores}
-    samples.write_npz(directory / 'scores.npz', {**scored, 'predicted': probabilities.argmax(axis=-1)})
-    accepted = {name: values[kept] for name, values in {**drawn, **scored}.items()}
+    scored = _score(run, trained, source)
+    kept = keep_best(scored['score'], scored['label'], run.config.reject.keep)
+    accepted = samples.take(source, kept) | {'score': scored['score'][kept]}
+    samples.write_npz(directory / 'scores.npz', scored)
     samples.write_npz(directory / 'accepted.npz', accepted)
-    grid = by_class(accepted['arr_0'], accepted['label'], np.argsort(-accepted['score'], kind='stable'))
-    pictures.save_png(directory / 'accepted.png', pictures.image_grid(grid, columns=10, scale=grid_scale(grid)))
+    best_first = np.argsort(-accepted['score'], kind='stable')
+    grid = accepted['arr_0'][grid_positions(accepted['label'], best_first)]
+    picture = pictures.image_grid(grid, columns=10, scale=pictures.visible_scale(grid))
+    pictures.save_png(directory / 'accepted.png', picture)
     provenance.write_json(directory / 'meta.json', record)
-    print(f'reject: kept {len(kept)} of {len(scores)} samples in {directory}', flush=True)
+    print(f'reject: kept {len(kept)} of {len(scored["score"])} samples in {directory}', flush=True)
 
 
-def classify(run: Run, trained, images: np.ndarray) -> np.ndarray:
-    """Class probabilities float32 [N, S] of uint8 images [N, H, W, C]."""
-    model = configs.make_classifier(run.config)
+def read_meta(run: Run) -> dict:
+    """meta.json of the scores.
+
+    Raises:
+      JobError: there are none.
+    """
+    path = run.path(DIRECTORY, 'meta.json')
+    if not path.exists():
+        raise workdir.JobError(f'{path.parent} holds no scores; run:\n  {workdir.job_command(run, "reject")}')
+    return provenance.read_json(path)
+
+
+def _score(run, trained, source):
+    """label, index, score (probability of the label) and predicted class of every sample, [N] each."""
+    judge, parts = make_judge(run, trained), []
+    for path in samples.shard_paths(source):
+        drawn = samples.read_npz(path)
+        probabilities = judge(drawn['arr_0'])  # [N, S]
+        score = probabilities[np.arange(len(probabilities)), drawn['label']]
+        predicted = probabilities.argmax(axis=-1)
+        parts.append({'label': drawn['label'], 'index': drawn['index'], 'score': score, 'predicted': predicted})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def make_judge(run: Run, trained):
+    """A function from uint8 images [N, H, W, C], any N, to class probabilities float32 [N, S]."""
+    model, size = configs.make_classifier(run.config), run.config.sample.batch_size
     params = jax.device_put(trained.params, parallel.replicated())
     predict = jax.jit(lambda image: jax.nn.softmax(model.apply({'params': params}, to_float(image))))
-    return map_batches(lambda batch: predict(batch['image']), {'image': images}, run.config.sample.batch_size)
 
+    def judge(images):
+        results = []
+        for start in range(0, len(images), size):
+            index = np.minimum(np.arange(start, start + size), len(images) - 1)  # one compiled shape: the end repeats
+            batch = parallel.put_batch({'image': images[index]})
+            results.append(np.asarray(predict(batch['image']))[: len(images) - start])
+        return np.concatenate(results)
 
-def map_batches(function, arrays: dict[str, np.ndarray], batch_size: int) -> np.ndarray:
-    """function over batches of `arrays` [N, ...] on all devices; the last batch is padded and cut again."""
-    results, count = [], len(next(iter(arrays.values())))
-    for start in range(0, count, batch_size):
-        index = np.minimum(np.arange(start, start + batch_size), count - 1)
-        batch = parallel.put_batch({name: values[index] for name, values in arrays.items()})
-        results.append(np.asarray(function(batch))[: count - start])
-    return np.concatenate(results)
+    return judge

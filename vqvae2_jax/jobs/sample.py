@@ -12,7 +12,7 @@ import numpy as np
 from vqvae2_jax import config as configs
 from vqvae2_jax import parallel
 from vqvae2_jax.io import pictures, provenance
-from vqvae2_jax.io.interrupt import Interrupted, stop_signals
+from vqvae2_jax.io.interrupt import stop_signals
 from vqvae2_jax.io.logging import format_duration
 from vqvae2_jax.jobs import samples, workdir
 from vqvae2_jax.jobs.workdir import Run
@@ -30,15 +30,17 @@ def draw_samples(run: Run) -> None:
     _check_started(directory, meta)
     ranges = samples.shard_ranges(sample.count, sample.batch_size)
     missing = [r for r in ranges if not samples.shard_path(directory, *r).exists()]
-    provenance.write_json(directory / 'meta.json', meta)
-    if not missing:
+    if not missing and _is_recorded(directory, meta):
         print(f'sample: done ({sample.count} samples in {directory})', flush=True)
         return
+    (directory / 'samples.png').unlink(missing_ok=True)  # written last: its presence says that nothing is missing
+    provenance.write_json(directory / 'meta.json', meta)
     draw = make_sampler(run, vqvae, priors)
     begin, before = time.monotonic(), _seconds(directory)
     with stop_signals() as stopped:
         for number, (start, stop) in enumerate(missing, start=1):
             samples.write_npz(samples.shard_path(directory, start, stop), _shard(run, draw, start, stop))
+            samples.remove_part(directory, start, stop)
             seconds = time.monotonic() - begin
             provenance.write_json(directory / 'time.json', {'seconds': round(before + seconds, 1)})
             left = format_duration(seconds / number * (len(missing) - number))
@@ -46,9 +48,9 @@ def draw_samples(run: Run) -> None:
                 f'sample  {stop}/{sample.count}  {(number * sample.batch_size) / seconds:.3g} img/s  ETA {left}',
                 flush=True,
             )
-            if stopped() and number < len(missing):
-                print(f'{number} files written; the same command draws the rest', flush=True)
-                raise Interrupted(128 + stopped())
+            if stopped():
+                print(f'{number} of {len(missing)} files written; the same command draws the rest', flush=True)
+                break
     _picture(run, directory)
 
 
@@ -117,31 +119,32 @@ def _check_started(directory, meta):
     workdir.check_same(what, {k: before[k] for k in fields}, {k: meta[k] for k in fields}, remedy)
 
 
+def _is_recorded(directory, meta) -> bool:
+    path = directory / 'meta.json'
+    return path.exists() and samples.read_meta(directory) == meta and (directory / 'samples.png').exists()
+
+
 def _seconds(directory) -> float:
     path = directory / 'time.json'
     return provenance.read_json(path)['seconds'] if path.exists() else 0.0
 
 
 def _picture(run, directory):
-    """samples.png: ten samples of each of the first ten labels, a row each; unconditional ones in reading order."""
-    drawn = samples.read_set(directory)
-    grid = by_class(drawn['arr_0'], drawn['label'], np.arange(len(drawn['label'])))
-    pictures.save_png(directory / 'samples.png', pictures.image_grid(grid, columns=10, scale=grid_scale(grid)))
-    print(f'sample: {len(drawn["label"])} samples in {directory}; look at {directory / "samples.png"}', flush=True)
+    """samples.png: ten samples of each of the first ten labels, a row each."""
+    count = run.config.sample.count
+    labels = sample_labels(run.config, np.arange(count))
+    grid = samples.take(directory, grid_positions(labels, np.arange(count)))['arr_0']
+    picture = pictures.image_grid(grid, columns=10, scale=pictures.visible_scale(grid))
+    pictures.save_png(directory / 'samples.png', picture)
+    print(f'sample: {count} samples in {directory}; look at {directory / "samples.png"}', flush=True)
 
 
-def by_class(
-    images: np.ndarray, labels: np.ndarray, order: np.ndarray, rows: int = 10, columns: int = 10
-) -> np.ndarray:
-    """Images [N, H, W, C] for a grid: a row of `columns` per label, in the order given; all in turn without labels."""
-    present = np.unique(labels)
-    if len(present) == 1:
-        return images[order[: rows * columns]]
-    picked = [[i for i in order if labels[i] == label][:columns] for label in present[:rows]]
-    fewest = min(len(row) for row in picked)
-    return images[[i for row in picked for i in row[:fewest]]] if fewest == columns else images[sum(picked, [])]
+def grid_positions(labels: np.ndarray, order: np.ndarray, rows: int = 10, columns: int = 10) -> np.ndarray:
+    """Which samples make a grid: a row of `columns` for each of the first labels [N], in the order given.
 
-
-def grid_scale(images: np.ndarray) -> int:
-    """How much to enlarge small images so that people can see them."""
-    return max(1, 56 // images.shape[1])
+    Where a label is the only one, or has too few samples to fill its row, the first of `order` in turn.
+    """
+    by_label = [order[labels[order] == label][:columns] for label in np.unique(labels)[:rows]]
+    if len(by_label) == 1 or min(len(row) for row in by_label) < columns:
+        return order[: rows * columns]
+    return np.concatenate(by_label)

@@ -19,6 +19,13 @@ def shard_ranges(count: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+def remove_part(directory: epath.Path, start: int, stop: int) -> None:
+    """Removes the shorter file that samples start .. stop - 1 replace: the last one of a set before it grew."""
+    for other in directory.glob(f'samples-{start:08d}-*.npz'):
+        if other.name < shard_path(directory, start, stop).name:
+            other.unlink()
+
+
 def write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
     """Whole or absent: an interrupted write leaves nothing under this name."""
     buffer = io.BytesIO()
@@ -32,11 +39,11 @@ def read_npz(path: epath.Path) -> dict[str, np.ndarray]:
         return {name: arrays[name] for name in arrays.files}
 
 
-def read_set(directory: epath.Path) -> dict[str, np.ndarray]:
-    """All samples of a finished set: arr_0 uint8 [N, H, W, C], label int32 [N], index int64 [N], codes_l.
+def shard_paths(directory: epath.Path) -> list[epath.Path]:
+    """The files of a finished set, in the order of their samples.
 
     Raises:
-      JobError: shards are missing.
+      JobError: some are missing.
     """
     meta = read_meta(directory)
     paths = [shard_path(directory, *r) for r in shard_ranges(meta['count'], meta['batch_size'])]
@@ -45,8 +52,23 @@ def read_set(directory: epath.Path) -> dict[str, np.ndarray]:
         raise JobError(
             f'{directory} lacks {len(missing)} of {len(paths)} files, first {missing[0]}: run --job=sample again'
         )
-    parts = [read_npz(p) for p in paths]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return paths
+
+
+def take(directory: epath.Path, index: np.ndarray) -> dict[str, np.ndarray]:
+    """The samples `index` [N] of a finished set, reading only the files that hold them.
+
+    Returns:
+      arr_0 uint8 [N, H, W, C], label int32 [N], index int64 [N], codes_l [N, h_l, w_l], in the order asked for.
+    """
+    paths, size = shard_paths(directory), read_meta(directory)['batch_size']
+    index = np.asarray(index)
+    rows = [None] * len(index)
+    for shard in np.unique(index // size):
+        arrays = read_npz(paths[shard])
+        for position in np.flatnonzero(index // size == shard):
+            rows[position] = {name: values[index[position] % size] for name, values in arrays.items()}
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def read_meta(directory: epath.Path) -> dict:

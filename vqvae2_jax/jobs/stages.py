@@ -7,10 +7,9 @@ import jax
 
 from vqvae2_jax import config as configs
 from vqvae2_jax import parallel
-from vqvae2_jax.data.codes import CodeSource
 from vqvae2_jax.data.loader import eval_batches, train_batches
 from vqvae2_jax.io import provenance
-from vqvae2_jax.io.checkpoint import Weights, read_record, write_record
+from vqvae2_jax.io.checkpoint import Weights, read_record, remove_record, write_record
 from vqvae2_jax.jobs import workdir
 from vqvae2_jax.jobs.codes import current_codes_digest
 from vqvae2_jax.jobs.train import Data, fit
@@ -54,10 +53,10 @@ def train_prior(run: Run, level_name: str) -> None:
     """--job=prior --level=..."""
 
     def data():
-        train, validation = (CodeSource(run.path('codes', split)) for split in ('train', 'validation'))
+        train, validation = (run.codes(split) for split in ('train', 'validation'))
         return _data(run, f'prior.{level_name}', train, validation)
 
-    upstream = {'codes': current_codes_digest(run)}
+    upstream = {'codes': current_codes_digest(run), 'vqvae': workdir.load_vqvae(run).digest}
     stage = functools.partial(prior_stage, run, run.levels.index(level_name))
     _train(run, f'prior.{level_name}', workdir.prior_directory(level_name), stage, data, upstream)
 
@@ -89,6 +88,7 @@ def _train(
         print(f'{section}: done ({_line(record)})', flush=True)
         return
     provenance.write_json(path / 'settings.json', {'settings': settings, 'upstream': upstream})
+    remove_record(path)  # of fewer steps: from here on its weights may be replaced
     data = make_data()
     try:
         result = fit(make(), training, data, path, name=section, seed=run.config.seed)
@@ -100,10 +100,11 @@ def _train(
         'schema': 1,
         'stage': section,
         'digest': provenance.digest_arrays(weights.load()),
-        'steps': training.steps,
+        'steps': result['steps'],
         'best_step': best['step'],
         'validation': best['summary'],
-        **result,
+        'seconds': result['seconds'],
+        'parameters': result['parameters'],
         'upstream': upstream,
         'settings': settings,
         'version': provenance.package_version(),

@@ -16,7 +16,7 @@ from vqvae2_jax import optim, parallel
 from vqvae2_jax import state as train_state
 from vqvae2_jax.io import pictures
 from vqvae2_jax.io.checkpoint import Checkpoints, Weights
-from vqvae2_jax.io.interrupt import Interrupted, stop_signals
+from vqvae2_jax.io.interrupt import stop_signals
 from vqvae2_jax.io.logging import RunLog
 from vqvae2_jax.stages.stage import Stage, to_uint8
 
@@ -38,7 +38,7 @@ def fit(stage: Stage, training: optim.Training, data: Data, directory, *, name: 
     """Trains a stage, or goes on where its last checkpoint stands, and keeps the best weights by `stage.select`.
 
     Returns:
-      {'seconds': training time over all restarts, 'parameters': how many}.
+      {'steps': updates done, 'seconds': training time over all restarts, 'parameters': how many}.
 
     Raises:
       NonFiniteLoss: naming the steps.
@@ -46,7 +46,7 @@ def fit(stage: Stage, training: optim.Training, data: Data, directory, *, name: 
     """
     optimizer = optim.make_optimizer(training)
     checkpoints, weights = Checkpoints(directory), Weights(directory)
-    state, start = _first_state(stage, optimizer, data.train, checkpoints, seed)
+    state, start, unlogged = _first_state(stage, optimizer, data.train, checkpoints, seed)
     log = RunLog(
         directory,
         name=name,
@@ -60,12 +60,12 @@ def fit(stage: Stage, training: optim.Training, data: Data, directory, *, name: 
     loop = _Loop(stage, training, data, checkpoints, weights, log, _make_step(stage, optimizer, training.weight_ema))
     try:
         with stop_signals() as stopped:
-            loop.run(state, start, stopped)
+            step = loop.run(state, start, unlogged, stopped)
     finally:
         log.close()
         checkpoints.close()
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    return {'seconds': round(log.seconds(), 1), 'parameters': parameters}
+    return {'steps': step, 'seconds': round(log.seconds(), 1), 'parameters': parameters}
 
 
 class _Loop:
@@ -77,8 +77,8 @@ class _Loop:
         self.evaluate = make_evaluation(stage)
         self.show = jax.jit(stage.show) if stage.show else None
 
-    def run(self, state, step, stopped):
-        training, window, previous = self.training, _Window(), None
+    def run(self, state, step, unlogged, stopped):
+        training, window, previous = self.training, _Window(unlogged), None
         while step < training.steps and not stopped():
             state, metrics = self.train_step(state, parallel.put_batch(next(self.data.train)))
             step += 1
@@ -93,14 +93,14 @@ class _Loop:
                     self.log.write(step, 'train', window.means())
                 self._look(state, step, last)
                 if last or _due(step, training.save_every):
-                    self.checkpoints.save(step, state, self.data.train)
-        if stopped() and step < training.steps:
+                    self.checkpoints.save(step, state, self.data.train, window.rows)
+        if stopped():
             if previous is not None:
                 window.add(*previous)
-            self.checkpoints.save(step, state, self.data.train)
-            self.checkpoints.close()
+            self.checkpoints.save(step, state, self.data.train, window.rows)
+            self.checkpoints.wait()
             print(f'saved at step {step}; the same command continues from there', flush=True)
-            raise Interrupted(128 + stopped())
+        return step
 
     def _look(self, state, step, last):
         training = self.training
@@ -114,15 +114,16 @@ class _Loop:
         if self.show and training.show_every and (last or _due(step, training.show_every)):
             batch = {k: jnp.asarray(v[:_SHOWN]) for k, v in next(self.data.held_out()).items()}
             rows = self.show(state.ema_params, state.variables, batch)
-            picture = pictures.labelled_rows([(k, np.asarray(to_uint8(v))) for k, v in rows.items()], scale=2)
+            rows = [(k, np.asarray(to_uint8(v))) for k, v in zip(self.stage.shown, rows, strict=True)]
+            picture = pictures.labelled_rows(rows, scale=pictures.visible_scale(rows[0][1]))
             self.log.image(step, 'held_out', picture)
 
 
 class _Window:
-    """Metrics since the last log line."""
+    """Metrics since the last log line, of which some may date from before a restart."""
 
-    def __init__(self):
-        self._rows = []
+    def __init__(self, rows: list[dict[str, float]]):
+        self.rows = rows
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         row = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -131,10 +132,10 @@ class _Window:
                 f'the loss is {row["loss"]} at step {step}. Nothing of it was saved: the same command restarts from '
                 'the last checkpoint. Lower training.learning_rate, or set training.clip_norm'
             )
-        self._rows.append(row)
+        self.rows.append(row)
 
     def means(self) -> dict[str, float]:
-        rows, self._rows = self._rows, []
+        rows, self.rows = self.rows, []
         return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
@@ -142,8 +143,8 @@ def _due(step: int, every: int) -> bool:
     return step % every == 0
 
 
-def _first_state(stage, optimizer, iterator, checkpoints, seed) -> tuple[train_state.TrainState, int]:
-    """The newest checkpoint's state, or a new one from the first batch; the iterator stands where it must."""
+def _first_state(stage, optimizer, iterator, checkpoints, seed) -> tuple[train_state.TrainState, int, list[dict]]:
+    """State, step and unlogged metrics of the newest checkpoint, or of the start; the iterator stands where it must."""
     before = iterator.get_state()
     batch = parallel.put_batch(next(iterator))
     iterator.set_state(before)
@@ -155,10 +156,11 @@ def _first_state(stage, optimizer, iterator, checkpoints, seed) -> tuple[train_s
     init = jax.jit(init, out_shardings=parallel.replicated())
     key, step = jax.random.key(seed), checkpoints.latest_step()
     if step is None:
-        return init(key, batch), 0
+        return init(key, batch), 0, []
     shapes = jax.eval_shape(init, key, batch)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.replicated()), shapes)
-    return checkpoints.restore(step, like, iterator), step
+    state, unlogged = checkpoints.restore(step, like, iterator)
+    return state, step, unlogged
 
 
 def _make_step(stage: Stage, optimizer, weight_ema: float):

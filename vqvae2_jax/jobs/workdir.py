@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from vqvae2_jax import config as configs
 from vqvae2_jax.data import images, loader
+from vqvae2_jax.data.codes import CodeSource
 from vqvae2_jax.io import provenance
 from vqvae2_jax.io.checkpoint import Weights, read_record
 
@@ -39,8 +40,26 @@ class Run:
         return configs.level_names(self.config.vqvae.factors)
 
     def images(self, split: str) -> images.ImageSource:
-        """The images of 'train', 'validation' or 'test'."""
-        return images.open_images(configs.image_spec(self.config), split)
+        """The images of 'train', 'validation' or 'test'.
+
+        Raises:
+          JobError: they are not there, or not as config.data says.
+        """
+        try:
+            return images.open_images(configs.image_spec(self.config), split)
+        except (ValueError, OSError, ImportError) as error:
+            raise JobError(str(error)) from error
+
+    def codes(self, split: str) -> CodeSource:
+        """The extracted codes of a split.
+
+        Raises:
+          JobError: they are not there, or damaged.
+        """
+        try:
+            return CodeSource(self.path('codes', split))
+        except (ValueError, OSError) as error:
+            raise JobError(str(error)) from error
 
     def reading(self) -> dict[str, Any]:
         """How to read images: the loader's arguments beside source and batch size."""
@@ -77,11 +96,12 @@ def load_trained(run: Run, directory: str, job: str) -> Trained:
     """The best weights of a finished stage.
 
     Raises:
-      JobError: it is not finished; the message names the job to run.
+      JobError: it is not finished, and the message names the job to run; or its network is not the config's.
     """
     record = read_record(run.path(directory))
     if record is None:
         raise JobError(f'{run.path(directory)} holds no finished training; run it first:\n  {job_command(run, job)}')
+    _check_network(run, run.path(directory), record)
     weights = Weights(run.path(directory)).load()
     return Trained(weights['params'], weights.get('variables') or {}, record)
 
@@ -92,8 +112,29 @@ def load_vqvae(run: Run) -> Trained:
 
 
 def load_priors(run: Run) -> list[Trained]:
-    """Stage 2's weights, finest level first."""
-    return [load_trained(run, prior_directory(name), f'prior --level={name}') for name in run.levels]
+    """Stage 2's weights, finest level first.
+
+    Raises:
+      JobError: as `load_trained`. UpstreamChanged: a prior has learnt the codes of another stage 1.
+    """
+    current, priors = {'stage 1 (vqvae)': load_vqvae(run).digest}, []
+    for name in run.levels:
+        prior, path = load_trained(run, prior_directory(name), f'prior --level={name}'), run.path(prior_directory(name))
+        recorded = {'stage 1 (vqvae)': prior.record['upstream']['vqvae']}
+        check_digests(f'the prior in {path}', recorded, current, f'Delete {path} to train it anew on new codes.')
+        priors.append(prior)
+    return priors
+
+
+def _check_network(run: Run, path: epath.Path, record: dict) -> None:
+    """Refuses weights that the config's network does not fit; how they were trained may differ."""
+    section = record['stage']
+    current = configs.settings(run.config, section)
+    of_network = (f'{section}.', 'data.image_size', 'data.channels', 'data.num_classes')
+    fields = [k for k in current if k.startswith(of_network) and not k.startswith(f'{section}.training.')]
+    remedy = 'Go back to those settings, or give another --workdir.'
+    recorded = {k: record['settings'].get(k) for k in fields}
+    check_same(f'the training in {path}', recorded, {k: current[k] for k in fields}, remedy)
 
 
 def check_same(what: str, recorded: dict, current: dict, remedy: str) -> None:

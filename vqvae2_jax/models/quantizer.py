@@ -99,13 +99,18 @@ def reseed(old: Statistics, vectors: jax.Array, threshold: float, key: jax.Array
 
 
 def _draw(vectors: jax.Array, count: int, key: jax.Array) -> jax.Array:
-    """`count` rows of `vectors` [N, D] at random; where N < count a little noise tells twins apart."""
-    pick, noise = jax.random.split(key)
+    """`count` rows of `vectors` [N, D], one at random from each of `count` equal parts: no row twice, and no sort of N.
+
+    Where N < count some rows do come twice; a little noise tells them apart.
+    """
+    pick, shift, noise = jax.random.split(key, 3)
     available = vectors.shape[0]
-    if available >= count:
-        return vectors[jax.random.choice(pick, available, (count,), replace=False)]
-    rows = vectors[jax.random.randint(pick, (count,), 0, available)]
-    return rows + 0.01 * jnp.std(vectors, axis=0) * jax.random.normal(noise, rows.shape)
+    if available < count:
+        rows = vectors[jax.random.randint(pick, (count,), 0, available)]
+        return rows + 0.01 * jnp.std(vectors, axis=0) * jax.random.normal(noise, rows.shape)
+    width = available // count
+    start = jax.random.randint(shift, (), 0, available - width * count + 1)  # the parts leave a rest
+    return vectors[start + width * jnp.arange(count) + jax.random.randint(pick, (count,), 0, width)]
 
 
 class Quantizer(nn.Module):

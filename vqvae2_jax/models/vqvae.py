@@ -1,7 +1,7 @@
 """The hierarchical VQ-VAE: N levels of codes from one list of downsampling factors (VQ-VAE-2 section 3.1, algorithm 1).
 
-Levels are counted from the finest, 0 (bottom), to the coarsest, L - 1 (top); `factors[l]` is how much smaller level l is
-than level l - 1, or than the image for l = 0: (4, 2) is ImageNet-256, (8, 2, 2) FFHQ-1024.
+Levels are counted from the finest, 0 (bottom), to the coarsest, L - 1 (top); `factors[l]` is how much smaller level l
+is than level l - 1, or than the image for l = 0: (4, 2) is ImageNet-256, (8, 2, 2) FFHQ-1024.
 
 Glossary of shapes: B batch, H W image, C its channels, h_l w_l map of level l, K codebook size, D codebook dimension,
 F hidden channels.

@@ -25,4 +25,4 @@ def make_stage(model: ResNet) -> Stage:
     def evaluate(params, variables, batch):
         return per_example(model.apply({'params': params}, to_float(batch['image'])), batch['label'])
 
-    return Stage(init, loss, evaluate, as_floats, show=None, select='nll')
+    return Stage(init, loss, evaluate, as_floats, 'nll')

@@ -48,6 +48,7 @@ def make_stage(
         codes, labels, coarser = inputs(batch)
         keys = sample_keys(jax.random.key(0), jnp.arange(codes.shape[0]))
         drawn = sample(model, params, keys, labels, coarser)
-        return {'codes of an image': decode((codes, *coarser)), 'codes drawn': decode((drawn, *coarser))}
+        return decode((codes, *coarser)), decode((drawn, *coarser))
 
-    return Stage(init, loss, evaluate, as_floats, show if decode else None, select='nll')
+    shown = ('codes of\nan image', 'codes drawn')
+    return Stage(init, loss, evaluate, as_floats, 'nll', show if decode else None, shown)

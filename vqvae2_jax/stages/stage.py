@@ -21,8 +21,10 @@ class Stage(NamedTuple):
     # params, variables, batch, key -> loss [], (new variables, metrics of scalars)
     evaluate: Callable[[Any, Any, Batch], Metrics]  # params, variables, batch -> one entry [B, ...] per example
     summarize: Callable[[dict], dict[str, float]]  # means over the examples -> the scalars to report
-    show: Callable[[Any, Any, Batch], Metrics] | None  # params, variables, batch -> images in [-1, 1], [N, H, W, C]
     select: str  # the weights with the smallest value of this summary are kept
+    show: Callable[[Any, Any, Batch], tuple[jax.Array, ...]] | None = None
+    # params, variables, batch -> rows of images in [-1, 1], each [N, H, W, C]
+    shown: tuple[str, ...] = ()  # what the rows are
 
 
 def as_floats(means: dict) -> dict[str, float]:

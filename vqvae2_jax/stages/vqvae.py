@@ -61,10 +61,10 @@ def make_stage(model: VQVAE, level_names: tuple[str, ...], commitment_weight: fl
     def show(params, variables, batch):
         image = to_float(batch['image'])
         output = model.apply({'params': params, **variables}, image)
-        previews = {f'{n} only': p for n, p in zip(level_names[1:], output.previews, strict=True)}
-        return {'original': image, **dict(reversed(previews.items())), 'all levels': output.image}
+        return image, *reversed(output.previews), output.image
 
-    return Stage(init, loss, evaluate, _summarize, show, select='mse')
+    shown = ('original', *(f'{name} only' for name in reversed(level_names[1:])), 'all levels')
+    return Stage(init, loss, evaluate, _summarize, 'mse', show, shown)
 
 
 def _summarize(means):

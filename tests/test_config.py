@@ -1,0 +1,190 @@
+"""Configs: every file builds and is documented, every mistake is an error that names its field."""
+
+import importlib
+import inspect
+import math
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vqvae2_jax import config as configs
+from vqvae2_jax.config import ConfigError
+from vqvae2_jax.data.images import ImageSpec
+from vqvae2_jax.models.prior import Prior
+from vqvae2_jax.models.resnet import ResNet
+from vqvae2_jax.models.vqvae import VQVAE, map_shapes
+from vqvae2_jax.optim import Training
+
+ROOT = pathlib.Path(__file__).parents[1]
+NAMES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py') if path.stem != '__init__')
+DOCUMENT = (ROOT / 'docs' / 'configs.md').read_text()
+
+
+def load(name):
+    config = importlib.import_module(f'configs.{name}').get_config()
+    if config.data.name == 'folder' and not config.data.path:
+        config.data.path = '/somewhere'  # which only the user knows
+    return config
+
+
+def parameter_counts(config):
+    """Module -> number of parameters, without making any."""
+    key, size = jax.random.key(0), config.data.image_size
+    image = jax.ShapeDtypeStruct((1, *size, config.data.channels), jnp.float32)
+    shapes = map_shapes(size, config.vqvae.factors)
+    codes = tuple(jax.ShapeDtypeStruct((1, *shape), jnp.int32) for shape in shapes)
+    label = jax.ShapeDtypeStruct((1,), jnp.int32) if config.data.num_classes else None
+    keys = {'params': key, 'reseed': key}
+    made = {'vqvae': jax.eval_shape(configs.make_vqvae(config).init, keys, image)}
+    for level, name in enumerate(configs.level_names(config.vqvae.factors)):
+        init = configs.make_prior(config, level).init
+        made[f'prior.{name}'] = jax.eval_shape(init, key, codes[level], label, codes[level + 1 :])
+    if configs.has_classifier(config):
+        made['classifier'] = jax.eval_shape(configs.make_classifier(config).init, key, image)
+    return {name: sum(math.prod(x.shape) for x in jax.tree.leaves(v['params'])) for name, v in made.items()}
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_config_passes_and_has_the_documented_parameters(name):
+    assert jax.device_count() == 8
+    config = load(name)
+    configs.check(config)
+    assert config.name == name
+    rows = re.findall(rf'^\| {name} \| (\S+) \| ([\d ]+) \|$', DOCUMENT, re.MULTILINE)
+    documented = {module: int(count.replace(' ', '')) for module, count in rows}
+    assert parameter_counts(config) == documented, 'bring the table of docs/configs.md up to date'
+
+
+def documented_fields(section):
+    """The fields in the table under a heading of docs/configs.md."""
+    text = re.search(rf'^### `{re.escape(section)}`$(.*?)(?=^#|\Z)', DOCUMENT, re.MULTILINE | re.DOTALL)[1]
+    return re.findall(r'^\| `(\w+)` \|', text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    'section, source, elsewhere, own',
+    [
+        ('data', ImageSpec, (), ()),
+        ('vqvae', VQVAE, ('channels',), ('commitment_weight', 'training')),
+        ('prior.<level>', Prior, ('shape', 'codebook_size', 'coarser_codebook_sizes', 'num_classes'), ('training',)),
+        ('classifier', ResNet, ('num_classes',), ('flip', 'crop', 'training')),
+        ('<stage>.training', Training, (), ()),
+    ],
+)
+def test_every_field_is_documented_and_every_documented_field_exists(section, source, elsewhere, own):
+    fields = set(inspect.signature(source).parameters) - {'parent', 'name' if section != 'data' else ''}
+    documented = documented_fields(section)
+    assert len(documented) == len(set(documented))
+    assert set(documented) == fields - set(elsewhere) | set(own)
+
+
+@pytest.mark.parametrize('section', ['sample', 'reject', 'codes'])
+def test_the_other_sections_are_documented(config, section):
+    assert set(documented_fields(section)) == set(config[section])
+    assert {'name', 'seed'} == set(documented_fields('config'))
+
+
+# (field, value, what the error says)
+MISTAKES = [
+    ('seeds', 1, "config has the unknown field 'seeds'; did you mean 'seed'?"),
+    ('data.chanels', 3, "data has the unknown field 'chanels'; did you mean 'channels'?"),
+    ('vqvae.hiden', 3, "vqvae has the unknown field 'hiden'; did you mean 'hidden'?"),
+    ('vqvae.channels', 3, "vqvae has the unknown field 'channels'"),  # it is data.channels
+    ('vqvae.training.step', 3, "vqvae.training has the unknown field 'step'; did you mean 'steps'?"),
+    ('codes.shards', 3, "codes has the unknown field 'shards'"),
+    ('prior.top.head', 3, "prior.top has the unknown field 'head'; did you mean 'heads'?"),
+    ('prior.bottom.training.warmup', 3, "prior.bottom.training has the unknown field 'warmup'"),
+    ('classifier.width', (8,), "classifier has the unknown field 'width'; did you mean 'widths'?"),
+    ('sample.size', 3, "sample has the unknown field 'size'"),
+    ('reject.share', 3, "reject has the unknown field 'share'; its fields are keep"),
+    ('prior.middle', {}, "the levels ['bottom', 'middle', 'top'], but vqvae.factors=(2, 2) makes ['bottom', 'top']"),
+    ('sample.temperature.middle', 1.0, 'sample.temperature names'),
+    ('sample.temperature.top', -1.0, 'sample.temperature.top is -1.0; it must be 0'),
+    ('sample.labels', (3, 10), 'sample.labels holds [10], but data.num_classes=10 has labels 0 to 9'),
+    ('sample.count', 0, 'sample.count is 0; it must be 1 or more'),
+    ('sample.batch_size', 12, 'sample.batch_size is 12, which 8 devices cannot share evenly'),
+    ('sample.batch_size', 0, '--config.sample.batch_size=8'),
+    ('codes.batch_size', 12, '--config.codes.batch_size=16'),
+    ('codes.shard_size', 0, 'codes.shard_size is 0'),
+    ('vqvae.training.batch_size', 4, 'vqvae.training.batch_size is 4, which 8 devices'),
+    ('prior.bottom.training.batch_size', 4, 'prior.bottom.training.batch_size is 4'),
+    ('classifier.training.batch_size', 4, 'classifier.training.batch_size is 4'),
+    ('classifier.training.steps', 0, 'classifier.training.steps must be positive; it is 0'),
+    ('prior.top.training.decay', 'linear', "prior.top.training.decay must be 'constant' or 'cosine'; it is 'linear'"),
+    ('prior.top.heads', 3, 'prior.top.heads=3 does not divide prior.top.hidden=8'),
+    ('prior.top.heads', 0, 'prior.top.heads is 0'),
+    ('prior.top.kernel', 4, 'prior.top.kernel=4 must be odd'),
+    ('prior.top.attention_layers', 5, 'prior.top.attention_layers=5; there are prior.top.layers=2'),
+    ('prior.bottom.hidden', 0, 'prior.bottom.hidden is 0'),
+    ('vqvae.codebook_size', 0, 'vqvae.codebook_size is 0'),
+    ('vqvae.factors', (2, 3), 'vqvae.factors: 3 is not a power of two'),
+    ('vqvae.factors', (2, 2, 2), 'data.image_size is 28x28 and must be divisible by 8'),
+    ('vqvae.dtype', 'float16', "vqvae.dtype is 'float16'; it must be 'float32' or 'bfloat16'"),
+    ('prior.top.dtype', 'half', "prior.top.dtype is 'half'"),
+    ('classifier.dtype', 'int8', "classifier.dtype is 'int8'"),
+    ('classifier.blocks', (1,), 'classifier.widths=(8, 16) and classifier.blocks=(1,) must be as many'),
+    ('classifier.widths', (2, 8), 'classifier.widths=(2, 8) must be 4 or more'),
+    ('data.channels', 2, 'data.channels=2: must be 1 or 3'),
+    ('data.name', 'folder', "data.path='': must be the folder"),
+    ('data.on_error', 'ignore', "data.on_error='ignore'"),
+    ('reject.keep', 0.0, 'reject.keep is 0.0; it is a share in (0, 1]'),
+]
+
+
+@pytest.mark.parametrize('field, value, message', MISTAKES)
+def test_mistakes_are_errors_that_name_the_field(config, field, value, message):
+    section, _, name = field.rpartition('.')
+    with (config[section] if section else config).unlocked() as fields:
+        fields[name] = value
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        configs.check(config)
+
+
+@pytest.mark.parametrize(
+    'field, message',
+    [
+        ('reject', "config lacks the field 'reject'"),
+        ('data.name', "data lacks the field 'name'"),
+        ('vqvae.factors', "vqvae lacks the field 'factors'"),
+        ('vqvae.commitment_weight', "vqvae lacks the field 'commitment_weight'"),
+        ('prior.top.training.steps', "prior.top.training lacks the field 'steps'"),
+        ('classifier.flip', "classifier lacks the field 'flip'"),
+        ('codes.shard_size', "codes lacks the field 'shard_size'"),
+        ('sample.seed', "sample lacks the field 'seed'"),
+    ],
+)
+def test_missing_fields_are_errors_that_name_them(config, field, message):
+    section, _, name = field.rpartition('.')
+    with (config[section] if section else config).unlocked() as fields:
+        del fields[name]
+    with pytest.raises(ConfigError, match=message):
+        configs.check(config)
+
+
+def test_labels_of_unlabelled_data_are_refused(config):
+    config.data.num_classes = 0
+    configs.check(config)
+    config.sample.labels = (0,)
+    with pytest.raises(ConfigError, match='data.num_classes=0 means that there are no labels'):
+        configs.check(config)
+
+
+def test_levels_have_the_names_of_the_paper():
+    names = [configs.level_names((2,) * levels) for levels in (1, 2, 3, 4)]
+    assert names == [('top',), ('bottom', 'top'), ('bottom', 'middle', 'top'), ('bottom', 'level1', 'level2', 'top')]
+
+
+def test_settings_hold_what_decides_the_outcome_and_nothing_else(config):
+    before = configs.settings(config, 'prior.top')
+    config.prior.top.training.update(log_every=7, eval_every=7, save_every=7, show_every=7)
+    config.data.workers = 2
+    config.sample.count = 10**6
+    config.prior.bottom.layers = 7
+    assert configs.settings(config, 'prior.top') == before
+    config.prior.top.training.learning_rate = 0.5
+    config.data.split_seed = 1
+    changed = {k: v for k, v in configs.settings(config, 'prior.top').items() if before.get(k) != v}
+    assert changed == {'prior.top.training.learning_rate': 0.5, 'data.split_seed': 1}

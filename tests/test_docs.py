@@ -1,0 +1,112 @@
+"""The documents name what exists: links, paths, and every file and field that a run writes."""
+
+import json
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCUMENTS = sorted([ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')])
+FILES = ROOT / 'docs' / 'files.md'
+# A mentioned path that begins with one of these has to exist.
+FOLDERS = ('vqvae2_jax', 'configs', 'docs', 'tests', 'notebooks', 'benchmarks')
+# Files of a run with classes, and the headings of docs/files.md over the tables that describe them.
+RECORDS = {
+    'vqvae/settings.json': ('Trained', 'settings.json'),
+    'vqvae/trained.json': ('Trained', 'trained.json'),
+    'prior_top/settings.json': ('Trained', 'settings.json'),
+    'prior_top/trained.json': ('Trained', 'trained.json'),
+    'classifier/trained.json': ('Trained', 'trained.json'),
+    'codes/train/started.json': ('Codes', 'started.json'),
+    'codes/test/meta.json': ('Codes', 'meta.json'),
+    'samples/meta.json': ('Samples', 'meta.json'),
+    'rejection/meta.json': ('Rejection', 'meta.json'),
+    'report/report.json': ('Report', 'report.json'),
+}
+
+
+def section(text: str, heading: str) -> str:
+    """The text below the first heading that begins so, up to the next one of that rank or above."""
+    found = re.search(rf'^(#+) {re.escape(heading)}', text, re.MULTILINE)
+    assert found, f'docs/files.md has no heading that begins with {heading!r}'
+    return re.split(rf'^#{{2,{len(found[1])}}} ', text[found.end() :], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def fields(headings: tuple[str, ...]) -> list[str]:
+    """The names in the first column of the tables below a heading within a heading."""
+    text = FILES.read_text()
+    for heading in headings:
+        text = section(text, heading)
+    rows = re.findall(r'^\| (`.*?) \|', text, re.MULTILINE)
+    return [name for row in rows for name in re.findall(r'`([^`]+)`', row)]
+
+
+def differences(record: dict, names: list[str]) -> tuple[set[str], set[str]]:
+    """What a JSON record has that the dotted `names` do not cover, and which of them it lacks; <x> covers any key."""
+    patterns = {name: re.compile(re.sub(r'<\w+>', '[^.]+', name.replace('.', r'\.'))) for name in names}
+    covered, uncovered = set(), set()
+
+    def visit(value, place):
+        found = {name for name, pattern in patterns.items() if pattern.fullmatch(place)}
+        if not found and isinstance(value, dict):
+            for key, item in value.items():
+                visit(item, f'{place}.{key}' if place else key)
+        elif not found:
+            uncovered.add(place)
+        covered.update(found)
+
+    visit(record, '')
+    return uncovered, set(names) - covered
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    targets = re.findall(r'\]\(([^)\s]+)\)', document.read_text())
+    local = [target.partition('#')[0] for target in targets if not re.match(r'[a-z]+:', target)]
+    missing = [target for target in local if not (document.parent / target).exists()]
+    assert not missing, f'{document.name} links to {missing}, which are not there'
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: path.name)
+def test_mentioned_paths_exist(document):
+    paths = re.findall(rf'(?<![\w/.-])(?:{"|".join(FOLDERS)})/[\w./-]*\w', document.read_text())
+    missing = sorted({path for path in paths if not (ROOT / path).exists()})
+    assert not missing, f'{document.name} mentions {missing}, which are not there'
+
+
+@pytest.mark.parametrize(
+    'names, expected',
+    [
+        (['a.<k>', 'c'], (set(), set())),
+        (['a', 'c'], (set(), set())),
+        (['a.<k>'], ({'c'}, set())),
+        (['a.x', 'c', 'd'], ({'a.y'}, {'d'})),
+    ],
+)
+def test_differences_are_found(names, expected):
+    assert differences({'a': {'x': 1, 'y': 2}, 'c': 3}, names) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('file', RECORDS)
+def test_every_field_is_documented(finished, file):
+    more, fewer = differences(json.loads(finished.path(file).read_text()), fields(RECORDS[file]))
+    assert not more and not fewer, f'{file}: docs/files.md lacks {sorted(more)} and has {sorted(fewer)} too many'
+
+
+@pytest.mark.slow
+def test_every_file_is_documented(finished):
+    def without_digits(text):
+        return re.sub(r'\d+', '#', text)
+
+    root, text = pathlib.Path(finished.workdir), without_digits(FILES.read_text())
+    files = [path.relative_to(root) for path in root.rglob('*') if path.is_file()]
+    # What Orbax and tensorboardX lay down below these folders is their own.
+    ours = [path for path in files if not re.search(r'(checkpoints|weights)/\d+/|tensorboard/', path.as_posix())]
+    assert len(ours) > 30, 'the run was not found'
+    unnamed = sorted(path.as_posix() for path in ours if without_digits(path.name) not in text)
+    assert not unnamed, f'docs/files.md does not name {unnamed}'
+    folders = {path.parts[0] for path in ours if len(path.parts) > 1}
+    unnamed = sorted(folder for folder in folders if f'{folder}/' not in text)
+    assert not unnamed, f'docs/files.md does not name the folders {unnamed}'

@@ -1,0 +1,177 @@
+"""What the jobs leave behind: numbers against their definitions, files, and that a second run changes nothing."""
+
+import math
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from vqvae2_jax import config as configs
+from vqvae2_jax.io.provenance import digest_arrays, read_json
+from vqvae2_jax.jobs import samples, workdir
+from vqvae2_jax.jobs.pipeline import run_job
+from vqvae2_jax.metrics.classification import accuracy
+from vqvae2_jax.stages.stage import to_float
+
+
+@pytest.fixture(scope='module')
+def report(finished):
+    return read_json(finished.path('report', 'report.json'))
+
+
+@pytest.fixture(scope='module')
+def images(finished):
+    source = finished.images('test')
+    examples = [source[i] for i in range(len(source))]
+    return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
+
+
+@pytest.fixture(scope='module')
+def output(finished, images):
+    """Stage 1 on all test images at once: no batches, no padding, no mask."""
+    trained = workdir.load_vqvae(finished)
+    model, variables = configs.make_vqvae(finished.config), {'params': trained.params, **trained.variables}
+    return jax.jit(model.apply)(variables, to_float(images['image']))
+
+
+def all_codes(run, split):
+    source = run.codes(split)
+    examples = [source[i] for i in range(len(source))]
+    return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
+
+
+def entropy(codes):
+    p = np.unique(codes, return_counts=True)[1] / codes.size
+    return -np.sum(p * np.log(p))
+
+
+def test_codes_are_those_of_the_images(finished, images, output):
+    stored = all_codes(finished, 'test')
+    assert len(stored['index']) == len(images['index']) == 600
+    for name in ('index', 'label'):
+        np.testing.assert_array_equal(stored[name], images[name])
+    for level in range(2):
+        # Batches of another size round differently; a tie may then fall the other way.
+        assert np.mean(stored[f'codes_{level}'] == output.codes[level]) > 0.999
+    assert [run_split.count for run_split in (finished.codes(s).meta for s in ('train', 'validation'))] == [400, 9000]
+
+
+def test_reported_reconstruction(report, images, output):
+    image = np.asarray(to_float(images['image']), np.float64)
+
+    def psnr(reconstruction):
+        return 10 * np.log10(4 / np.mean((np.clip(np.asarray(reconstruction, np.float64), -1, 1) - image) ** 2))
+
+    found = report['reconstruction']
+    np.testing.assert_allclose(found['psnr'], psnr(output.image), atol=1e-3)
+    np.testing.assert_allclose(found['mse_01'], 10 ** (-found['psnr'] / 10), rtol=1e-6)
+    np.testing.assert_allclose(found['mse_11'], 4 * found['mse_01'])
+    top = found['levels']['top']
+    np.testing.assert_allclose(top['psnr_without_finer_levels'], psnr(output.previews[0]), atol=1e-3)
+    assert 'psnr_without_finer_levels' not in found['levels']['bottom']
+    np.testing.assert_allclose(found['compression_ratio'], 8 * 28 * 28 / (4 * (14 * 14 + 7 * 7)))
+    for level, name in enumerate(('bottom', 'top')):
+        codes = np.asarray(output.codes[level])
+        assert found['levels'][name]['codes'] == list(codes.shape[1:])
+        assert found['levels'][name]['used'] == len(np.unique(codes)) / 16
+        np.testing.assert_allclose(found['levels'][name]['perplexity'], math.exp(entropy(codes)), rtol=1e-2)
+
+
+def test_reported_likelihood(finished, report):
+    train, test = all_codes(finished, 'train'), all_codes(finished, 'test')
+    bits = 0.0
+    for level, (name, trained) in enumerate(zip(finished.levels, workdir.load_priors(finished), strict=True)):
+        prior, found = configs.make_prior(finished.config, level), report['likelihood']['levels'][name]
+
+        def nll(codes, level=level, prior=prior, trained=trained):
+            coarser = tuple(codes[f'codes_{i}'] for i in range(level + 1, 2))
+            here = codes[f'codes_{level}']
+            logits = jax.jit(prior.apply)({'params': trained.params}, here, codes['label'], coarser)
+            log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+            return -np.take_along_axis(log_p, here[..., None], axis=-1).mean()
+
+        np.testing.assert_allclose(found['nll'], nll(test), rtol=1e-4)
+        np.testing.assert_allclose(found['nll_train'], nll(train), rtol=1e-4)
+        here, there = test[f'codes_{level}'], train[f'codes_{level}']
+        np.testing.assert_allclose(found['empirical_entropy'], entropy(here), rtol=1e-6)
+        counts = (there[..., None] == np.arange(16)).sum(axis=0) + 1.0  # [h, w, K], add-one smoothing
+        log_p = np.log(counts / counts.sum(axis=-1, keepdims=True))
+        by_hand = -np.mean([np.take_along_axis(log_p, codes[..., None], axis=-1).mean() for codes in here])
+        np.testing.assert_allclose(found['positional_entropy'], by_hand, rtol=1e-6)
+        assert found['parameters'] == sum(x.size for x in jax.tree.leaves(trained.params))
+        bits += found['nll'] / math.log(2) * here[0].size
+    np.testing.assert_allclose(report['likelihood']['bits_per_image'], bits)
+    np.testing.assert_allclose(report['likelihood']['bits_per_subpixel'], bits / 28**2)
+
+
+def test_reported_samples_and_rejection(finished, report):
+    drawn = samples.take(finished.path('samples'), np.arange(24))
+    scores = samples.read_npz(finished.path('rejection', 'scores.npz'))
+    accepted = samples.read_npz(finished.path('rejection', 'accepted.npz'))
+    np.testing.assert_array_equal(drawn['index'], np.arange(24))
+    np.testing.assert_array_equal(drawn['label'], np.arange(24) % 10)
+    np.testing.assert_array_equal(scores['index'], drawn['index'])
+    trained = workdir.load_trained(finished, 'classifier', 'classifier')
+    model = configs.make_classifier(finished.config)
+    probabilities = jax.nn.softmax(model.apply({'params': trained.params}, to_float(drawn['arr_0'])))
+    np.testing.assert_allclose(scores['score'], np.asarray(probabilities)[np.arange(24), drawn['label']], rtol=1e-4)
+    for label in range(10):  # the better half of every class, rounded up
+        of_class = np.flatnonzero(scores['label'] == label)
+        best = of_class[np.argsort(-scores['score'][of_class])][: math.ceil(len(of_class) / 2)]
+        assert set(accepted['index'][accepted['label'] == label]) == set(best)
+    for name in ('arr_0', 'label', 'codes_0', 'codes_1'):
+        np.testing.assert_array_equal(accepted[name], drawn[name][accepted['index']])
+    found = report['samples']
+    assert found['count'] == 24 and found['kept'] == 0.5
+    assert found['intended_class'] == accuracy(scores['predicted'], scores['label'])
+    kept = scores['predicted'][accepted['index']]
+    assert found['intended_class_after_rejection'] == accuracy(kept, accepted['label'])
+
+
+def test_samples_are_the_decoded_codes(finished):
+    drawn = samples.take(finished.path('samples'), np.arange(16))
+    trained, model = workdir.load_vqvae(finished), configs.make_vqvae(finished.config)
+    variables = {'params': trained.params, **trained.variables}
+    image = np.asarray(model.apply(variables, (drawn['codes_0'], drawn['codes_1']), method='decode'))
+    expected = (np.clip(image, -1, 1) + 1) * 127.5
+    assert np.abs(expected - drawn['arr_0']).max() < 0.51
+    assert len(np.unique(drawn['codes_0'].reshape(16, -1), axis=0)) == 16
+
+
+def test_records_say_where_a_stage_came_from(finished):
+    records = {d: read_json(finished.path(d, 'trained.json')) for d in ('vqvae', 'prior_top', 'prior_bottom')}
+    for directory, record in records.items():
+        trained = workdir.load_trained(finished, directory, 'x')
+        variables = {'params': trained.params, 'variables': trained.variables}
+        assert record['digest'] == digest_arrays(variables)
+        assert record['steps'] == 8 and record['best_step'] in (4, 8) and record['seconds'] > 0
+    for split in ('train', 'validation', 'test'):
+        assert finished.codes(split).meta.vqvae_digest == records['vqvae']['digest']
+    assert records['prior_top']['upstream'] == records['prior_bottom']['upstream']
+    assert records['prior_top']['upstream']['vqvae'] == records['vqvae']['digest']
+    upstream = samples.read_meta(finished.path('samples'))['upstream']
+    assert upstream == {directory: record['digest'] for directory, record in records.items()}
+
+
+def test_pictures_show_something(finished):
+    pictures = [finished.path('report', f'{name}.png') for name in ('reconstructions', 'samples', 'accepted', 'curves')]
+    pictures += list(finished.path('vqvae', 'pictures').glob('*.png'))
+    pictures += list(finished.path('prior_top', 'pictures').glob('*.png'))
+    assert len(pictures) >= 6
+    for path in pictures:
+        pixels = np.asarray(Image.open(path))
+        assert min(pixels.shape[:2]) >= 50 and pixels.std() > 5, path
+
+
+def test_a_second_run_says_done_and_rewrites_nothing(run, capsys):
+    def times():
+        files = [p for p in pathlib.Path(run.workdir).rglob('*') if p.is_file()]
+        return {p: p.stat().st_mtime_ns for p in files}
+
+    before = times()
+    for job in ('vqvae', 'codes', 'prior', 'classifier', 'sample', 'reject'):
+        run_job(run, job)
+        assert 'done' in capsys.readouterr().out, job
+    assert times() == before

@@ -1,0 +1,376 @@
+"""The training loop: what a step changes, what survives a stop, which weights are kept."""
+
+import os
+import signal
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vqvae2_jax import optim, parallel, state
+from vqvae2_jax.data.loader import eval_batches, train_batches
+from vqvae2_jax.io.checkpoint import Checkpoints, Weights
+from vqvae2_jax.io.interrupt import Interrupted
+from vqvae2_jax.io.logging import read_metrics
+from vqvae2_jax.jobs import train
+from vqvae2_jax.jobs.train import Data, NonFiniteLoss, fit, make_evaluation
+from vqvae2_jax.models.vqvae import VQVAE
+from vqvae2_jax.stages import vqvae
+from vqvae2_jax.stages.stage import Stage, as_floats
+
+BATCH = 16
+
+
+class Images:
+    """Forty images of stripes and noise, 8x8."""
+
+    def __len__(self):
+        return 40
+
+    def read(self, index, zoom=1.0, offset=(0.5, 0.5)):
+        noise = np.random.default_rng(index).integers(0, 120, (8, 8, 1))
+        stripes = 120 * (np.arange(8)[:, None, None] % (index % 4 + 2) == 0)
+        return {'image': (noise + stripes).astype(np.uint8), 'label': np.int32(index % 3), 'index': np.int64(index)}
+
+    __getitem__ = read
+
+
+class Watched(grain.DatasetIterator):
+    """Notes which examples each batch holds, and acts before it hands out a batch of a certain number."""
+
+    def __init__(self, iterator, at=None, action=None):
+        super().__init__()
+        self.iterator, self.at, self.action, self.seen = iterator, at, action, {}
+
+    def __next__(self):
+        number = self.iterator.get_state()['next_batch']
+        if number == self.at:
+            self.at = None
+            self.action()
+        batch = next(self.iterator)
+        self.seen[number] = batch['index'].tolist()
+        return batch
+
+    def get_state(self):
+        return self.iterator.get_state()
+
+    def set_state(self, state):
+        self.iterator.set_state(state)
+        self.seen = {number: rows for number, rows in self.seen.items() if number < state['next_batch']}
+
+
+def small_stage():
+    model = VQVAE(
+        (2, 2), channels=1, hidden=8, residual=4, layers=1, codebook_size=12, codebook_dim=4, reseed_threshold=0.3
+    )
+    return vqvae.make_stage(model, ('bottom', 'top'), 0.25, steps_per_epoch=3)
+
+
+# Nothing falls together: a stop between them finds each of log, evaluation and checkpoint at another distance.
+TRAINING = optim.Training(
+    steps=11, batch_size=BATCH, learning_rate=3e-3, warmup_steps=2, decay='cosine', clip_norm=0.5, weight_decay=1e-3,
+    weight_ema=0.9, log_every=3, eval_every=4, save_every=5,
+)  # fmt: skip
+
+
+def train_small(directory, at=None, action=None, training=TRAINING):
+    """fit on the images; returns the iterator. Interrupted and `Killed` end it as they end a process."""
+    images = Images()
+    batches = Watched(train_batches(images, batch_size=BATCH, seed=4, flip=True), at, action)
+    data = Data(batches, lambda: eval_batches(images, batch_size=BATCH))
+    try:
+        fit(small_stage(), training, data, directory, name='test', seed=3)
+    except (Interrupted, Killed) as error:
+        batches.ended = error
+    return batches
+
+
+class Killed(Exception):
+    """No chance to save."""
+
+
+def kill():
+    raise Killed
+
+
+def saved_state(directory, training=TRAINING):
+    """The newest checkpoint's leaves by path, and its step."""
+    iterator, checkpoints = train_batches(Images(), batch_size=BATCH, seed=4, flip=True), Checkpoints(directory)
+    optimizer = optim.make_optimizer(training)
+    restored, step, _ = train._first_state(small_stage(), optimizer, iterator, checkpoints, seed=3)
+    assert iterator.get_state() == {'next_batch': step}
+    iterator.close()
+    checkpoints.close()
+    return leaves(restored), step
+
+
+def leaves(tree):
+    tree = tree.replace(key=jax.random.key_data(tree.key))
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def rows_without_time(directory):
+    return [{k: v for k, v in row.items() if k != 'time'} for row in read_metrics(directory)]
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp('uninterrupted')
+    return directory, train_small(directory)
+
+
+def first_state(stage, training):
+    images = [Images()[i] for i in range(BATCH)]
+    batch = {name: np.stack([image[name] for image in images]) for name in images[0]}
+    params, variables = jax.jit(stage.init)(jax.random.key(0), batch)
+    optimizer = optim.make_optimizer(training)
+    return state.create(params, variables, jax.random.key(1), optimizer), batch, optimizer
+
+
+def test_every_part_of_the_state_moves_in_a_step_and_the_key_stays():
+    stage, training = small_stage(), optim.Training(steps=9, batch_size=BATCH, learning_rate=1e-3)
+    before, batch, optimizer = first_state(stage, training)
+    old = leaves(before)
+    after, metrics = train._make_step(stage, optimizer, training.weight_ema)(before, parallel.put_batch(batch))
+    still = [name for name, value in leaves(after).items() if np.array_equal(value, old[name])]
+    # A code's age stays 0 where it is used in every batch, so ages are looked at one by one.
+    assert [name for name in still if 'age' not in name] == ['.key']
+    assert float(metrics['loss']) > 0 and int(after.step) == 1
+
+
+def test_eight_devices_train_as_one():
+    training = optim.Training(steps=9, batch_size=BATCH, learning_rate=1e-3, weight_ema=0.9)
+    stage = small_stage()
+    one, batch, optimizer = first_state(stage, training)
+    many = jax.device_put(jax.tree.map(jnp.copy, one), parallel.replicated())
+    step = train._make_step(stage, optimizer, training.weight_ema)
+
+    @jax.jit
+    def plain_step(state_, batch):
+        key = jax.random.fold_in(state_.key, state_.step)
+        gradients, (variables, _) = jax.grad(stage.loss, has_aux=True)(state_.params, state_.variables, batch, key)
+        return state.update(state_, gradients, variables, optimizer, training.weight_ema)
+
+    for _ in range(3):
+        one, (many, _) = plain_step(one, batch), step(many, parallel.put_batch(batch))
+    assert jax.device_count() == 8 and len(many.step.sharding.device_set) == 8
+    one, many = leaves(one), leaves(many)
+    assert one.keys() == many.keys()
+    for name, value in one.items():
+        np.testing.assert_allclose(many[name], value, atol=1e-5, rtol=1e-4, err_msg=name)
+    counts = [value for name, value in many.items() if name.endswith("['counts']")]
+    np.testing.assert_allclose(sorted(c.sum() for c in counts), [BATCH * 2 * 2, BATCH * 4 * 4], rtol=1e-5)
+
+
+@pytest.mark.parametrize('stop_signal, at', [(signal.SIGTERM, 6), (signal.SIGINT, 7)])
+def test_stopped_and_continued_equals_never_stopped(tmp_path, uninterrupted, stop_signal, at):
+    directory, whole = uninterrupted
+    stopped = train_small(tmp_path, at, lambda: os.kill(os.getpid(), stop_signal))
+    assert stopped.ended.code == 128 + stop_signal
+    assert Checkpoints(tmp_path).latest_step() == at + 1  # the step at hand is finished, and nothing is lost
+    assert signal.getsignal(stop_signal) is not signal.SIG_IGN
+    continued = train_small(tmp_path)
+    assert min(continued.seen) == at + 1
+    assert stopped.seen | continued.seen == whole.seen
+    assert_same_run(tmp_path, directory)
+
+
+@pytest.mark.parametrize('at', [3, 10])
+def test_killed_and_continued_equals_never_stopped(tmp_path, uninterrupted, at):
+    directory, whole = uninterrupted
+    killed = train_small(tmp_path, at, kill)
+    assert isinstance(killed.ended, Killed)
+    continued = train_small(tmp_path)
+    assert min(continued.seen) == at // 5 * 5  # after the last periodic checkpoint, or anew
+    assert killed.seen | continued.seen == whole.seen
+    assert_same_run(tmp_path, directory)
+
+
+def assert_same_run(directory, reference):
+    (found, step), (expected, expected_step) = saved_state(directory), saved_state(reference)
+    assert step == expected_step == TRAINING.steps and found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    assert rows_without_time(directory) == rows_without_time(reference)
+    assert Weights(directory).best() == Weights(reference).best()
+    jax.tree.map(np.testing.assert_array_equal, Weights(directory).load(), Weights(reference).load())
+
+
+def test_a_signal_during_the_last_step_is_not_swallowed(tmp_path):
+    last = train_small(tmp_path, TRAINING.steps - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert last.ended.code == 143
+    assert not train_small(tmp_path).seen  # all was done
+
+
+def test_data_differ_between_epochs(uninterrupted):
+    order = sum((rows for _, rows in sorted(uninterrupted[1].seen.items())), [])
+    assert sorted(order[:40]) == sorted(order[40:80]) == list(range(40))
+    assert order[:40] != order[40:80]
+
+
+# A stage that can be worked out by hand: Adam moves w by the learning rate in every step.
+
+
+class Numbers(grain.DatasetIterator):
+    """Batch n is eight times the number n."""
+
+    def __init__(self, at=None, action=None):
+        super().__init__()
+        self.number, self.at, self.action = 0, at, action
+
+    def __next__(self):
+        if self.number == self.at:
+            self.action()
+        self.number += 1
+        return {'x': np.full(8, self.number - 1, np.float32)}
+
+    def get_state(self):
+        return {'number': self.number}
+
+    def set_state(self, state):
+        self.number = state['number']
+
+
+def toy_stage(judge=lambda w: jnp.abs(w - 3), bad_batch=-1):
+    def loss(params, variables, batch, key):
+        bad = jnp.mean(batch['x']) == bad_batch
+        value = jnp.where(bad, jnp.nan, -jnp.sum(params['w']))
+        return value, (variables, {'loss': value})
+
+    def evaluate(params, variables, batch):
+        return {'distance': judge(params['w'][0]) + 0 * batch['x'], 'x': batch['x']}
+
+    def init(key, batch):
+        return {'w': jnp.zeros(2)}, {}
+
+    return Stage(init, loss, evaluate, as_floats, show=None, select='distance')
+
+
+def train_toy(directory, stage, data=None, **training):
+    fields = {'steps': 8, 'learning_rate': 1.0, 'weight_ema': 0.0, 'eval_every': 1, 'save_every': 2, **training}
+    held_out = [{'x': np.arange(8, dtype=np.float32), 'mask': np.ones(8, bool)}]
+    data = Data(data or Numbers(), lambda: iter(held_out))
+    return fit(stage, optim.Training(batch_size=8, **fields), data, directory, name='toy', seed=0)
+
+
+def test_the_best_weights_are_kept_and_not_the_last(tmp_path):
+    result = train_toy(tmp_path, toy_stage())
+    assert result['steps'] == 8 and result['parameters'] == 2
+    assert Weights(tmp_path).best()['step'] == 3
+    np.testing.assert_allclose(Weights(tmp_path).load()['params']['w'], [3, 3], atol=1e-4)
+    distances = [row['validation/distance'] for row in read_metrics(tmp_path) if 'validation/distance' in row]
+    np.testing.assert_allclose(distances, [2, 1, 0, 1, 2, 3, 4, 5], atol=1e-3)
+
+
+@pytest.mark.parametrize('at', [4, 5])
+def test_a_restart_keeps_the_best_weights(tmp_path, at):
+    train_toy(tmp_path / 'whole', toy_stage())
+    with pytest.raises(Killed):
+        train_toy(tmp_path / 'run', toy_stage(), Numbers(at, kill))
+    kept = Weights(tmp_path / 'run').best()
+    train_toy(tmp_path / 'run', toy_stage())
+    assert Weights(tmp_path / 'run').best() == kept == Weights(tmp_path / 'whole').best()
+    expected = Weights(tmp_path / 'whole').load()['params']['w']
+    np.testing.assert_array_equal(Weights(tmp_path / 'run').load()['params']['w'], expected)
+    assert sorted(p.name for p in (tmp_path / 'run' / 'weights').iterdir()) == ['3', 'best.json']
+
+
+def test_of_equals_the_later_weights_are_kept(tmp_path):
+    train_toy(tmp_path, toy_stage(judge=lambda w: 0 * w))
+    assert Weights(tmp_path).best()['step'] == 8
+    np.testing.assert_allclose(Weights(tmp_path).load()['params']['w'], [8, 8], atol=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_loses_nothing(tmp_path):
+    with pytest.raises(NonFiniteLoss, match='the loss is nan at step 6'):
+        train_toy(tmp_path, toy_stage(bad_batch=5))
+    assert Checkpoints(tmp_path).latest_step() == 4
+    assert max(row['step'] for row in read_metrics(tmp_path)) == 5
+    train_toy(tmp_path, toy_stage())  # the cause removed, the same command goes on
+    assert Checkpoints(tmp_path).latest_step() == 8
+    np.testing.assert_allclose(Weights(tmp_path).load()['params']['w'], [3, 3], atol=1e-4)
+
+
+def test_evaluation_is_exact_on_a_ragged_last_batch():
+    source = [{'x': np.float32(value), 'index': np.int64(i)} for i, value in enumerate(np.arange(21) ** 2)]
+    mean = make_evaluation(toy_stage())
+    found = mean({'w': jnp.ones(2)}, {}, eval_batches(source, batch_size=8))
+    np.testing.assert_allclose(found['x'], np.mean(np.arange(21) ** 2), rtol=1e-6)
+    assert found['distance'] == 2
+    with pytest.raises(ValueError, match='no readable example'):
+        mean({'w': jnp.ones(2)}, {}, [{'x': np.ones(8, np.float32), 'mask': np.zeros(8, bool)}])
+
+
+def test_the_schedule_is_its_closed_form():
+    fields = {'steps': 110, 'batch_size': 8, 'learning_rate': 0.4, 'warmup_steps': 10}
+    constant = optim.learning_rate_schedule(optim.Training(**fields))
+    cosine = optim.learning_rate_schedule(optim.Training(**fields, decay='cosine'))
+    for step in (0, 1, 9, 10, 60, 109, 110):
+        warm = 0.4 * min(step / 10, 1)
+        np.testing.assert_allclose(constant(step), warm, rtol=1e-6)
+        expected = warm if step < 10 else 0.2 * (1 + np.cos(np.pi * (step - 10) / 100))
+        np.testing.assert_allclose(cosine(step), expected, rtol=1e-5, atol=1e-7)
+    no_warmup = optim.Training(steps=9, batch_size=8, learning_rate=0.4)
+    assert optim.learning_rate_schedule(no_warmup)(0) == np.float32(0.4)
+
+
+@pytest.mark.parametrize('weight_ema', [0.0, 0.5, 0.9])
+def test_the_average_of_the_weights_is_its_closed_form(weight_ema):
+    optimizer = optax.sgd(1.0)
+    now = state.create({'w': jnp.zeros(())}, {}, jax.random.key(0), optimizer)
+    average = 0.0
+    for step in range(30):
+        now = state.update(now, {'w': jnp.float32(-(step + 1))}, {}, optimizer, weight_ema)
+        weight = (step + 1) * (step + 2) / 2
+        decay = min(weight_ema, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * weight
+        np.testing.assert_allclose(now.params['w'], weight)
+        np.testing.assert_allclose(now.ema_params['w'], average, rtol=1e-5)
+
+
+def test_clipping_and_weight_decay_act():
+    params, gradients = {'w': jnp.array([2.0, 2.0])}, {'w': jnp.array([30.0, 40.0])}
+
+    def first_moment(clip_norm, scale=1.0):
+        training = optim.Training(steps=9, batch_size=8, learning_rate=0.1, clip_norm=clip_norm)
+        optimizer = optim.make_optimizer(training)
+        scaled = jax.tree.map(lambda g: scale * g, gradients)
+        _, opt_state = optimizer.update(scaled, optimizer.init(params), params)
+        return 10 * optax.tree.get(opt_state, 'mu')['w']
+
+    np.testing.assert_allclose(first_moment(0.0), [30, 40], rtol=1e-5)
+    np.testing.assert_allclose(first_moment(1.0), [0.6, 0.8], rtol=1e-5)  # of norm 1, in the same direction
+    np.testing.assert_allclose(first_moment(1.0, scale=0.01), [0.3, 0.4], rtol=1e-5)
+    decayed = optim.make_optimizer(optim.Training(steps=9, batch_size=8, learning_rate=0.1, weight_decay=0.5))
+    updates, _ = decayed.update(jax.tree.map(jnp.zeros_like, params), decayed.init(params), params)
+    np.testing.assert_allclose(updates['w'], [-0.1, -0.1], rtol=1e-5)  # decoupled: learning rate * decay * weight
+
+
+@pytest.mark.parametrize(
+    'field, value',
+    [
+        *((name, 0) for name in ('steps', 'batch_size', 'log_every', 'eval_every', 'save_every', 'learning_rate')),
+        *((name, -1) for name in ('warmup_steps', 'weight_decay', 'clip_norm', 'eval_examples', 'show_every')),
+        ('decay', 'linear'),
+        ('weight_ema', 1.0),
+        ('weight_ema', -0.1),
+    ],
+)
+def test_impossible_training_is_refused_by_its_field(field, value):
+    fields = {'steps': 9, 'batch_size': 8, 'learning_rate': 0.1, field: value}
+    with pytest.raises(ValueError, match=rf'training\.{field} must .* it is {value!r}'):
+        optim.Training(**fields)
+
+
+def test_the_identity_leaves_out_how_often_one_looks():
+    base = {'steps': 9, 'batch_size': 8, 'learning_rate': 0.1}
+    identity = optim.Training(**base).identity()
+    looking = optim.Training(**base | {'steps': 20}, log_every=1, eval_every=2, save_every=3, show_every=4)
+    assert looking.identity() == identity
+    for field, value in (('b2', 0.9), ('clip_norm', 1.0), ('weight_ema', 0.5), ('batch_size', 16)):
+        assert optim.Training(**base | {field: value}).identity() != identity
+    cosine = [optim.Training(**base | {'steps': steps}, decay='cosine').identity() for steps in (9, 20)]
+    assert cosine[0] != cosine[1]  # its schedule ends at `steps`
