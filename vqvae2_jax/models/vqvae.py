@@ -16,6 +16,7 @@ from einops import rearrange
 from jax.lax import stop_gradient
 
 from vqvae2_jax.models.quantizer import Quantizer
+from vqvae2_jax.models.upsample import Upsample
 
 
 class VQVAEOutput(NamedTuple):
@@ -112,14 +113,8 @@ class Decoder(nn.Module):
         x = nn.relu(ResidualStack(self.layers, self.residual, self.dtype)(x))
         halvings = self.factor.bit_length() - 1
         for _ in range(halvings - 1):
-            x = nn.relu(upsample(self.hidden // 2, self.dtype)(x))
-        return upsample(self.features, self.dtype)(x)
-
-
-def upsample(features: int, dtype: jnp.dtype, name: str | None = None) -> nn.ConvTranspose:
-    """Transposed 4x4 convolution that doubles the map."""
-    # transpose_kernel is PyTorch's layout: without it an imported kernel is mirrored and no shape says so.
-    return nn.ConvTranspose(features, (4, 4), (2, 2), transpose_kernel=True, dtype=dtype, name=name)
+            x = nn.relu(Upsample(self.hidden // 2, self.dtype)(x))
+        return Upsample(self.features, self.dtype)(x)
 
 
 class Preview(nn.Module):
@@ -170,7 +165,7 @@ class VQVAE(nn.Module):
         self.decoders = [Decoder(self.factors[level], features[level], **shape) for level in levels]
         # upsamplers[l] brings all that is coarser than level l to its map.
         self.upsamplers = [
-            [upsample(self.codebook_dim, self.dtype) for _ in range(factor.bit_length() - 1)]
+            [Upsample(self.codebook_dim, self.dtype) for _ in range(factor.bit_length() - 1)]
             for factor in self.factors[1:]
         ]
         self.previewers = [

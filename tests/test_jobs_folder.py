@@ -1,0 +1,77 @@
+"""Somebody's own images: a folder of non-square RGB pictures without labels, one of them broken, three levels."""
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from vqvae2_jax import config as configs
+from vqvae2_jax.data.decode import UnreadableImage
+from vqvae2_jax.io.provenance import read_json
+from vqvae2_jax.jobs import samples
+from vqvae2_jax.jobs.pipeline import run_job
+from vqvae2_jax.jobs.workdir import JobError, Run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Sixty pictures of 20x30 pixels and a broken one."""
+    (tmp_path / 'images').mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        pixels = rng.integers(0, 255, (2, 3, 3), np.uint8).repeat(10, axis=0).repeat(10, axis=1)
+        Image.fromarray(pixels).save(tmp_path / 'images' / f'{number:03d}.png')
+    (tmp_path / 'images' / 'broken.jpg').write_bytes(b'\xff\xd8\xff and no more')
+    return tmp_path / 'images'
+
+
+@pytest.fixture
+def folder_run(config, folder, tmp_path):
+    data = dict(name='folder', path=str(folder), image_size=(16, 24), channels=3, num_classes=0, on_error='skip')
+    config.data.update(data, held_out=(0.3, 0.3))
+    config.vqvae.factors = (2, 2, 2)
+    with config.unlocked():
+        config.prior.middle = config.prior.bottom.copy_and_resolve_references()
+        config.sample.temperature.middle = 1.0
+    for prior in config.prior.values():
+        prior.layers = 1
+    for section in ('vqvae', 'prior.top', 'prior.middle', 'prior.bottom'):
+        config[section].training.update(steps=2, batch_size=8, log_every=1, eval_every=2, save_every=2, show_every=0)
+    config.vqvae.training.show_every = 2
+    config.codes.update(batch_size=8, shard_size=16)
+    config.sample.update(count=8, batch_size=8)
+    configs.check(config)
+    return Run(config, epath.Path(tmp_path) / 'run')
+
+
+@pytest.mark.slow
+def test_a_folder_becomes_a_report(folder_run, capsys):
+    run_job(folder_run, 'pipeline')
+    report = read_json(folder_run.path('report', 'report.json'))
+    assert report['skipped_files'] == 1 and [p.endswith('broken.jpg') for p in folder_run.skipped()] == [True]
+    assert 'skipped          1 unreadable files' in capsys.readouterr().out
+    assert list(report['likelihood']['levels']) == list(report['reconstruction']['levels'])
+    shapes = {name: level['codes'] for name, level in report['reconstruction']['levels'].items()}
+    assert shapes == {'bottom': [8, 12], 'middle': [4, 6], 'top': [2, 3]}
+    found = [folder_run.codes(split).meta.count for split in ('train', 'validation', 'test')]
+    assert sum(found) == 60 and sum(report['protocol']['counts'].values()) == 61  # the broken one has no codes
+    drawn = samples.take(folder_run.path('samples'), np.arange(8))
+    assert drawn['arr_0'].shape == (8, 16, 24, 3) and not drawn['label'].any()
+    assert 'intended_class' not in report['samples'] and not folder_run.path('classifier').exists()
+    written = {p.name for p in folder_run.path('report').iterdir()}
+    assert written == {'report.json', 'curves.png', 'reconstructions.png', 'samples.png'}
+    with pytest.raises(JobError, match='data.num_classes=0: there are no classes'):
+        run_job(folder_run, 'classifier')
+
+
+def test_a_broken_file_is_an_error_with_its_path(folder_run):
+    folder_run.config.data.on_error = 'raise'
+    folder_run.config.vqvae.training.update(steps=40, eval_every=40, save_every=40)
+    with pytest.raises(UnreadableImage, match=r'broken\.jpg.*on_error=skip'):
+        run_job(folder_run, 'vqvae')
+
+
+def test_a_folder_that_is_not_there_is_an_error_with_its_path(folder_run):
+    folder_run.config.data.path = '/nowhere'
+    with pytest.raises(JobError, match="data.path: there is no folder '/nowhere'"):
+        run_job(folder_run, 'vqvae')

@@ -1,0 +1,70 @@
+"""The front door as a user meets it: a process, its messages, its exit status."""
+
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from etils import epath
+
+from configs import tiny
+from vqvae2_jax.io.checkpoint import Checkpoints, read_record
+from vqvae2_jax.jobs.pipeline import run_job
+from vqvae2_jax.jobs.workdir import Run
+
+ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
+
+def start(*arguments):
+    command = [sys.executable, '-m', 'vqvae2_jax.main', *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['--config=configs/tiny.py', '--config.vqvae.hiden=3'], 'hidden'),
+        (['--config=configs/missing.py'], 'configs/missing.py'),
+        (['--config=configs/tiny.py', '--job=prior', '--level=middle'], 'the levels of this config are top, bottom'),
+        (['--config=configs/tiny.py', '--config.sample.batch_size=12'], '--config.sample.batch_size=16'),
+    ],
+)
+def test_mistakes_end_in_one_line(tmp_path, arguments, message):
+    process = start(*arguments, f'--workdir={tmp_path}')
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 1
+    errors = [line for line in output.splitlines() if line.startswith('error: ')]
+    assert len(errors) == 1 and message in errors[0], output
+    assert 'Traceback' not in output
+
+
+OVERRIDES = {'steps': 200, 'save_every': 10_000, 'eval_every': 100, 'show_every': 0, 'log_every': 20}
+
+
+def test_a_terminated_process_saves_and_the_same_command_continues_to_the_same_weights(tmp_path):
+    flags = [f'--config.vqvae.training.{field}={value}' for field, value in OVERRIDES.items()]
+    command = ['--config=configs/tiny.py', f'--workdir={tmp_path}/run', '--job=vqvae', *flags]
+    process = start(*command)
+    for line in process.stdout:
+        if re.match(r'vqvae  (20|40)/200', line):
+            process.send_signal(signal.SIGTERM)
+            break
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    step = int(re.search(r'saved at step (\d+); the same command continues', output)[1])
+    assert 20 <= step < 200 and Checkpoints(tmp_path / 'run' / 'vqvae').latest_step() == step
+
+    process = start(*command)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and f'continuing from step {step}' in output, output
+
+    config = tiny.get_config()
+    config.vqvae.training.update(OVERRIDES)
+    run_job(Run(config, epath.Path(tmp_path) / 'whole'), 'vqvae')
+    continued, whole = (read_record(os.path.join(tmp_path, name, 'vqvae')) for name in ('run', 'whole'))
+    assert continued['digest'] == whole['digest']
+    assert continued['validation'] == whole['validation']

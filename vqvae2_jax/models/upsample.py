@@ -1,0 +1,41 @@
+"""The transposed 4x4 convolution that doubles a map, computed as a dense 2x2 convolution.
+
+Each 2x2 block of output pixels depends on a 2x2 neighbourhood of the input: a 2x2 convolution makes the block as
+channels, and the blocks are then laid out as an image. The same numbers and parameters as `nn.ConvTranspose`
+(tests/test_upsample.py) without its dilated gradient, for which XLA's CPU backend has only a slow loop
+(benchmarks/upsample.py).
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+
+class Upsample(nn.Module):
+    """Transposed 4x4 convolution with stride 2 and padding 1.
+
+    The kernel is that of PyTorch's ConvTranspose2d, [4, 4, C, F] in place of [C, F, 4, 4]: pixel i of the input reaches
+    the pixels 2 i - 1 + k of the output through kernel row k.
+
+    Shapes: B batch, H W map, C channels in, F `features`.
+    """
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, H, W, C] -> [B, 2 H, 2 W, F]."""
+        kernel = self.param('kernel', nn.initializers.lecun_normal(), (4, 4, x.shape[-1], self.features))
+        bias = self.param('bias', nn.initializers.zeros, (self.features,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        height, width = x.shape[1:3]
+        # Output 2 m + i takes the inputs m + i - 1 and m + i, through kernel rows 3 - i and 1 - i.
+        kernel = rearrange(kernel[::-1, ::-1], '(s i) (t j) c f -> s t c (i j f)', i=2, j=2)  # [2, 2, C, 4 F]
+        # Padded beforehand: the same padding inside the convolution costs its kernel's gradient the fast path on CPUs.
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+        y = rearrange(y, 'b h w (i j f) -> i j b h w f', i=2, j=2)  # [2, 2, B, H + 1, W + 1, F]
+        pixels = [[y[i, j, :, i : i + height, j : j + width] for j in range(2)] for i in range(2)]
+        return rearrange(jnp.array(pixels), 'i j b h w f -> b (h i) (w j) f') + bias
