@@ -102,10 +102,9 @@ def test_interrupted_sampling_continues_and_a_set_may_grow(run, finished, monkey
     written = act_after(monkeypatch, samples, 'write_npz', 1, terminate)
     with pytest.raises(Interrupted):
         run_job(run, 'sample')
-    run.path('rejection').rmtree()
     assert written == ['samples-00000000-00000016.npz']
     with pytest.raises(JobError, match='lacks 1 of 2 files'):
-        run_job(run, 'reject')
+        read_all(run, 24)
     run_job(run, 'sample')
     assert written == ['samples-00000000-00000016.npz', 'samples-00000016-00000024.npz']
     assert_same_samples(read_all(run, 24), read_all(finished, 24))
@@ -187,6 +186,13 @@ def test_new_samples_are_never_drawn_from_priors_of_another_stage_1(run):
     run.path('samples').rmtree()
     with pytest.raises(UpstreamChanged, match=rf'(?s){old}.*{"f" * 64}.*Delete .*prior_bottom'):
         run_job(run, 'sample')
+
+
+def test_a_new_prior_never_learns_the_codes_of_another_stage_1(run):
+    old = retrain(run, 'vqvae')
+    run.path('prior_top').rmtree()
+    with pytest.raises(UpstreamChanged, match=rf'(?s)codes.*{old}.*{"f" * 64}.*--job=codes'):
+        run_job(run, 'prior', 'top')
 
 
 def test_changed_codes_are_refused_by_the_priors_and_the_report(run):

@@ -68,11 +68,25 @@ def test_ema_follows_its_closed_form_in_float64():
         np.testing.assert_array_equal(np.asarray(output.codes).reshape(-1), codes)
         np.testing.assert_allclose(np.asarray(output.vectors).reshape(-1, D), book[codes], rtol=1e-4, atol=1e-4)
         hits = np.eye(K)[codes]
-        counts = 0.99 * counts + 0.01 * hits.sum(0)
-        sums = 0.99 * sums + 0.01 * hits.T @ flat
+        decay = min(0.99, (1 + step) / (10 + step))
+        counts = decay * counts + (1 - decay) * hits.sum(0)
+        sums = decay * sums + (1 - decay) * hits.T @ flat
         smoothed = (counts + 1e-5) / (counts.sum() + K * 1e-5) * counts.sum()
         book = sums / smoothed[:, None]
         np.testing.assert_allclose(variables['codebook']['embedding'], book, rtol=2e-4, atol=2e-5)
+
+
+def test_averages_forget_fast_at_first_and_then_by_the_decay():
+    quantizer, variables, inputs = _start(reseed_threshold=0.0, decay=0.5)
+    for _ in range(12):
+        before = variables['codebook']
+        _, variables = _step(quantizer, variables, inputs)
+    after, hits = variables['codebook'], 4 * 3 * 2
+    assert int(after['updates']) == 12
+    codes = np.asarray(quantizer.apply({'codebook': before}, inputs).codes)
+    expected = 0.5 * np.asarray(before['counts']) + 0.5 * np.bincount(codes.reshape(-1), minlength=K)
+    np.testing.assert_allclose(after['counts'], expected, rtol=1e-5)
+    np.testing.assert_allclose(after['counts'].sum(), hits, rtol=1e-5)
 
 
 def test_laplace_smoothing_matters_for_rare_codes():

@@ -265,6 +265,15 @@ def test_the_best_weights_are_kept_and_not_the_last(tmp_path):
     np.testing.assert_allclose(distances, [2, 1, 0, 1, 2, 3, 4, 5], atol=1e-3)
 
 
+def test_the_weights_kept_are_the_averages(tmp_path):
+    train_toy(tmp_path, toy_stage(), steps=3, weight_ema=0.9)
+    average = 0.0
+    for step in range(3):
+        decay = (1 + step) / (10 + step)
+        average = decay * average + (1 - decay) * (step + 1)
+    np.testing.assert_allclose(Weights(tmp_path).load()['params']['w'], [average] * 2, rtol=1e-4)
+
+
 @pytest.mark.parametrize('at', [4, 5])
 def test_a_restart_keeps_the_best_weights(tmp_path, at):
     train_toy(tmp_path / 'whole', toy_stage())

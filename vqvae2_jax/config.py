@@ -19,8 +19,8 @@ from vqvae2_jax.models.resnet import ResNet
 from vqvae2_jax.models.vqvae import VQVAE, map_shapes
 from vqvae2_jax.optim import Training
 
-# Fields of config.data that change how images are read, not which images they are.
-_READING = ('workers', 'on_error')
+# Fields of config.data that change how and from where images are read, not which images they are.
+_READING = ('path', 'workers', 'on_error')
 _OWN_FIELDS = {  # of each stage's section, beside the fields of its module
     'vqvae': ('commitment_weight', 'training'),
     'prior': ('training',),

@@ -30,6 +30,7 @@ def reject(run: Run) -> None:
     if (directory / 'meta.json').exists() and provenance.read_json(directory / 'meta.json') == record:
         print(f'reject: done (see {directory})', flush=True)
         return
+    (directory / 'meta.json').unlink(missing_ok=True)  # until the files below belong together again
     scored = _score(run, trained, source)
     kept = keep_best(scored['score'], scored['label'], run.config.reject.keep)
     accepted = samples.take(source, kept) | {'score': scored['score'][kept]}

@@ -1,9 +1,10 @@
 """Vector quantization with a codebook that follows the encoder by exponential moving averages.
 
-VQ-VAE-2 section 2.1 and VQ-VAE (2017) appendix A.1, with three departures that the field learnt the hard way:
-the codebook starts from encoder outputs of the first batch, its counts start where they match those vectors (a count of
-zero sends unused codes to zero, or blows them up by 1 / epsilon), and codes that fall out of use are re-seeded from the
-current batch together with their statistics.
+VQ-VAE-2 section 2.1 and VQ-VAE (2017) appendix A.1, with four departures that the field learnt the hard way: the
+codebook starts from encoder outputs of the first batch; its counts start where they match those vectors (a count of
+zero sends unused codes to zero, or blows them up by 1 / epsilon); the averages forget fast at first, while the encoder
+runs away from any codebook that lags a hundred steps behind (Sonnet's zero-debiasing does the same); and codes that
+fall out of use are re-seeded from the current batch together with their statistics.
 
 Glossary of shapes: B batch, H W map, N = B * H * W vectors, K codebook size, D codebook dimension.
 """
@@ -57,7 +58,12 @@ def initial_statistics(vectors: jax.Array, codebook_size: int, key: jax.Array) -
     return Statistics(codebook, counts, counts[:, None] * codebook)
 
 
-def ema_update(old: Statistics, vectors: jax.Array, codes: jax.Array, decay: float, epsilon: float) -> Statistics:
+def warm_decay(decay: float, updates: jax.Array) -> jax.Array:
+    """The decay after `updates` steps: the averages span the last tenth of them, until that is the span of `decay`."""
+    return jnp.minimum(decay, (1 + updates) / (10 + updates))
+
+
+def ema_update(old: Statistics, vectors: jax.Array, codes: jax.Array, decay: jax.Array, epsilon: float) -> Statistics:
     """VQ-VAE-2 equation 3 with Laplace smoothing of the counts.
 
     N_i <- decay N_i + (1 - decay) n_i,  m_i <- decay m_i + (1 - decay) sum of vectors,  e_i = m_i / smoothed N_i.
@@ -67,6 +73,8 @@ def ema_update(old: Statistics, vectors: jax.Array, codes: jax.Array, decay: flo
       old: statistics before the step.
       vectors: float32 [N, D].
       codes: int32 [N].
+      decay: gamma, in [0, 1).
+      epsilon: of the smoothing.
     """
     size = old.counts.shape[0]
     chosen = jax.nn.one_hot(codes, size, dtype=jnp.float32)  # [N, K]; a product, not a scatter: deterministic on GPUs
@@ -114,10 +122,10 @@ def _draw(vectors: jax.Array, count: int, key: jax.Array) -> jax.Array:
 
 
 class Quantizer(nn.Module):
-    """EMA codebook in the mutable collection `codebook`: embedding [K, D], counts [K], sums [K, D], age [K].
+    """EMA codebook in the mutable collection `codebook`.
 
-    `age` counts the training steps since a code was last chosen, so that the share of codes used over the
-    last epoch is the share whose age is below an epoch's steps.
+    embedding [K, D], counts [K] and sums [K, D] are the `Statistics`; updates [] counts training steps, age [K] steps
+    since a code was last chosen: the share of codes used over an epoch is the share whose age is below its steps.
     """
 
     codebook_size: int
@@ -144,6 +152,7 @@ class Quantizer(nn.Module):
         counts = self.variable('codebook', 'counts', lambda: first.counts)
         sums = self.variable('codebook', 'sums', lambda: first.sums)
         age = self.variable('codebook', 'age', lambda: jnp.zeros((self.codebook_size,), jnp.int32))
+        updates = self.variable('codebook', 'updates', lambda: jnp.zeros((), jnp.int32))
 
         codes = nearest(stop_gradient(inputs), codebook.value)  # [B, H, W]
         vectors = jnp.take(codebook.value, codes, axis=0)  # [B, H, W, D]
@@ -154,9 +163,11 @@ class Quantizer(nn.Module):
         replaced = jnp.zeros((self.codebook_size,), bool)
         if train and not self.is_initializing():
             old = Statistics(codebook.value, counts.value, sums.value)
-            new = ema_update(old, flat, codes.reshape(-1), self.decay, self.epsilon)
+            decay = warm_decay(self.decay, updates.value)
+            new = ema_update(old, flat, codes.reshape(-1), decay, self.epsilon)
             new, replaced = reseed(new, flat, self.reseed_threshold, self.make_rng('reseed'))
             codebook.value, counts.value, sums.value = new
+            updates.value = updates.value + 1
             age.value = jnp.where(histogram > 0, 0, age.value + 1)
         telemetry = {'perplexity': perplexity, 'reseeded': jnp.sum(replaced), 'age': age.value}
         return Quantized(inputs + stop_gradient(vectors - inputs), codes, commitment, telemetry)
