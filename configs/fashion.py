@@ -107,7 +107,7 @@ def get_config() -> ConfigDict:
 
     config.sample = ConfigDict()
     config.sample.count = 1000
-    config.sample.batch_size = 250
+    config.sample.batch_size = 200
     config.sample.seed = 0
     config.sample.labels = ()  # all classes in turn
     config.sample.temperature = dict(top=0.9, bottom=0.8)  # cleaner pictures; 1.0 is the priors' own distribution

@@ -214,7 +214,7 @@ def count_records(path: str) -> int:
         count = reader.num_records()
         reader.close()
     except RuntimeError as error:
-        raise ValueError(f'{path} is damaged: {error or "no valid ArrayRecord file"}. {_AGAIN}') from error
+        raise ValueError(f'{path} is damaged: {error or "no valid ArrayRecord file"}. Delete it. {_AGAIN}') from error
     return count
 
 

@@ -1,0 +1,144 @@
+"""Any image file becomes upright 8-bit pixels of the size asked for."""
+
+import io
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vqvae2_jax.data import decode
+
+
+def encoded(image, format='PNG', **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def decoded(data, channels=3):
+    return np.asarray(decode.decode_image(data, channels, 'test.png')).astype(int)
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_grayscale(channels):
+    out = decoded(encoded(Image.new('L', (4, 3), 77)), channels)
+    assert out.shape == ((3, 4) if channels == 1 else (3, 4, 3))
+    assert (out == 77).all()
+
+
+def test_one_bit():
+    assert (decoded(encoded(Image.new('1', (4, 4), 1))) == 255).all()
+
+
+def test_sixteen_bit_is_scaled_not_clipped():
+    samples = np.array([[0, 257, 32768, 65535]], np.uint16)
+    np.testing.assert_array_equal(decoded(encoded(Image.fromarray(samples)), 1), [[0, 1, 128, 255]])
+
+
+@pytest.mark.parametrize('transparent', [False, True])
+def test_palette(transparent):
+    image = Image.new('P', (2, 1))
+    image.putpalette([200, 10, 20, 30, 40, 50])
+    image.putpixel((1, 0), 1)
+    out = decoded(encoded(image, **({'transparency': 0} if transparent else {})))
+    np.testing.assert_array_equal(out[0], [[255] * 3 if transparent else [200, 10, 20], [30, 40, 50]])
+
+
+def test_palette_with_partial_transparency():
+    image = Image.new('P', (1, 1))
+    image.putpalette([100, 0, 0])
+    np.testing.assert_allclose(decoded(encoded(image, transparency=bytes([128])))[0, 0], [177, 127, 127], atol=1)
+
+
+def test_alpha_is_composited_on_white():
+    image = Image.new('RGBA', (2, 1), (10, 20, 30, 0))
+    image.putpixel((1, 0), (10, 20, 30, 255))
+    np.testing.assert_array_equal(decoded(encoded(image))[0], [[255] * 3, [10, 20, 30]])
+    np.testing.assert_allclose(decoded(encoded(Image.new('LA', (1, 1), (50, 128))), 1), 152, atol=1)
+
+
+def test_transparent_colour():
+    image = Image.new('RGB', (2, 1), (1, 2, 3))
+    image.putpixel((1, 0), (9, 9, 9))
+    np.testing.assert_array_equal(decoded(encoded(image, transparency=(1, 2, 3)))[0], [[255] * 3, [9] * 3])
+
+
+def test_cmyk_jpeg():
+    data = encoded(Image.new('CMYK', (8, 8), (0, 255, 255, 0)), 'JPEG', quality=95)  # Magenta and yellow ink: red.
+    np.testing.assert_allclose(decoded(data)[4, 4], [255, 0, 0], atol=12)
+
+
+def test_exif_orientation_six():
+    image = Image.new('RGB', (32, 16), 'black')  # Stored lying on its side; its left half becomes the top.
+    image.paste('white', (0, 0, 16, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    out = decoded(encoded(image, 'JPEG', exif=exif))
+    assert out.shape == (32, 16, 3)
+    assert out[:12].mean() > 250 and out[20:].mean() < 5
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_every_exif_orientation_matches_pillow(orientation):
+    from PIL import ImageOps
+
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(pixels), exif=exif)
+    np.testing.assert_array_equal(decoded(data), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))))
+
+
+@pytest.mark.parametrize('format', decode.FORMATS)
+def test_truncated_bytes_are_refused(format):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    data = encoded(noise, format)
+    for broken in (data[: len(data) // 2], data[:20], b'', b'not an image'):
+        with pytest.raises(decode.UnreadableImage, match=r'here/x\.png.*on_error=skip'):
+            decode.decode_image(broken, 3, 'here/x.png')
+
+
+def test_unreadable_image_survives_pickling():
+    error = pickle.loads(pickle.dumps(decode.UnreadableImage('a.png', 'broken')))
+    assert (error.where, error.reason) == ('a.png', 'broken') and 'a.png' in str(error)
+
+
+# --- size -------------------------------------------------------------------------------------------------------------
+
+
+def test_fit_leaves_an_image_of_the_right_size_alone():
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
+    np.testing.assert_array_equal(decode.fit(Image.fromarray(pixels), (6, 9)), pixels)
+
+
+def test_fit_is_antialiased():
+    fine = ((np.indices((256, 256)).sum(0) % 2) * 255).astype(np.uint8)
+    out = decode.fit(Image.fromarray(fine), (32, 32))
+    assert out.shape == (32, 32, 1)
+    assert np.abs(out[2:-2, 2:-2].astype(int) - 127.5).max() <= 2
+
+
+@pytest.mark.parametrize('stored', [(30, 90), (90, 30), (7, 11), (400, 300)])
+def test_fit_keeps_the_aspect_and_the_centre(stored):
+    height, width = stored
+    y, x = np.indices(stored) + 0.5
+    scale = max(20 / height, 40 / width)
+    for axis, (ramp, side) in enumerate(((y, height), (x, width))):
+        slope = scale * 4  # So that each pixel of the result is 4 brighter than the one before.
+        stored = np.clip(np.round(127.5 + slope * (ramp - side / 2)), 0, 255).astype(np.uint8)
+        profile = decode.fit(Image.fromarray(stored), (20, 40))[..., 0].mean(1 - axis)
+        middle = slice(len(profile) // 4, -(len(profile) // 4))
+        assert profile.mean() == pytest.approx(127.5, abs=1)
+        np.testing.assert_allclose(np.diff(profile[middle]).mean(), 4, rtol=0.06)
+
+
+def test_fit_crops_where_told():
+    pixels = np.zeros((80, 80), np.uint8)
+    pixels[:10, :10], pixels[-10:, -10:] = 200, 100
+    image = Image.fromarray(pixels)
+    at = {offset: decode.fit(image, (70, 70), 8 / 7, offset)[..., 0] for offset in [(0, 0), (0.5, 0.5), (1, 1), (0, 1)]}
+    np.testing.assert_array_equal(at[0, 0], pixels[:70, :70])
+    np.testing.assert_array_equal(at[0.5, 0.5], pixels[5:75, 5:75])
+    np.testing.assert_array_equal(at[1, 1], pixels[10:, 10:])
+    np.testing.assert_array_equal(at[0, 1], pixels[:70, 10:])
