@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
         learning_rate=5e-4,
         warmup_steps=500,
         decay='cosine',
-        weight_ema=0.999,
+        weight_ema=0.99,  # the span of the codebook's averages
         log_every=100,
         eval_every=2_000,
         show_every=4_000,

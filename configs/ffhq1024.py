@@ -1,9 +1,10 @@
 """VQ-VAE-2 on FFHQ at 1024x1024 (Razavi et al. 2019, arXiv 1906.00446): the paper's three-level model.
 
-  python -m vqvae2_jax.main --config=configs/ffhq1024.py --workdir=gs://bucket/ffhq1024 --config.data.path=/data/ffhq
+  python -m vqvae2_jax.main --config=configs/ffhq1024.py --config.data.path=/data/ffhq
 
 Reproduces: tables 2 and 4 of the paper's appendix, figures 3, 7 and 8. The paper has no number for FFHQ, only pictures.
-Measured here: not run yet.
+Measured here: not run yet; at these batch sizes the priors need parameters and activations spread over a pod, which
+this project cannot do yet.
 
 Numbers marked [A] are the paper's appendix A; "open" is what the paper leaves open and this project chose.
 Faces have no classes: the priors are unconditional and there is no rejection.
@@ -49,7 +50,7 @@ def get_config() -> ConfigDict:
         learning_rate=3e-4,  # open, as in imagenet256.py
         warmup_steps=0,
         decay='constant',
-        weight_ema=0.9999,
+        weight_ema=0.99,  # open; the span of the codebook's averages, which must match the weights
         log_every=100,
         eval_every=5_000,
         eval_examples=640,

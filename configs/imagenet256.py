@@ -1,14 +1,15 @@
 """VQ-VAE-2 on ImageNet at 256x256 (Razavi et al. 2019, arXiv 1906.00446): the paper's model.
 
-  python -m vqvae2_jax.main --config=configs/imagenet256.py --workdir=gs://bucket/in256 --config.data.path=/data/tfds
+  python -m vqvae2_jax.main --config=configs/imagenet256.py --config.data.path=/data/tfds
 
 Reproduces: tables 1 and 2 of the paper's appendix (VQ-VAE, top and bottom prior), figures 1, 5 and 6. The paper's
 numbers: validation MSE 0.0050 (its pixel range is not stated; [-1, 1] is plausible), validation NLL 3.41 (top) and 3.45
-(bottom), units not stated, nats per code assumed. Measured here: not run yet.
+(bottom), units not stated, nats per code assumed. Measured here: not run yet; at these batch sizes the priors need
+parameters and activations spread over a pod, which this project cannot do yet.
 
 Numbers marked [A] are the paper's appendix A, [T] its text. What is marked "open" the paper leaves open; the value
 is this project's choice and says where it comes from.
-Your own 256-pixel images: --config.data.name=folder --config.data.path=... --config.data.num_classes=...
+For your own images start from configs/folder256.py.
 """
 
 from ml_collections import ConfigDict
@@ -51,7 +52,7 @@ def get_config() -> ConfigDict:
         learning_rate=3e-4,  # open: Adam at 3e-4 is Sonnet's VQ-VAE example
         warmup_steps=0,
         decay='constant',  # open
-        weight_ema=0.9999,  # open: the paper states no averaging of weights
+        weight_ema=0.99,  # open; the span of the codebook's averages, which must match the weights
         log_every=100,
         eval_every=10_000,
         eval_examples=12_800,

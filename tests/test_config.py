@@ -130,6 +130,22 @@ MISTAKES = [
     ('data.channels', 2, 'data.channels=2: must be 1 or 3'),
     ('data.name', 'folder', "data.path='': must be the folder"),
     ('data.on_error', 'ignore', "data.on_error='ignore'"),
+    ('vqvae.codebook_size', 1, 'vqvae.codebook_size is 1; it must be 2 or more'),
+    ('vqvae.decay', 1.0, 'vqvae.decay is 1.0; it must be 0 or more and less than 1'),
+    ('vqvae.reseed_threshold', -0.1, 'vqvae.reseed_threshold is -0.1; it must be 0 or more and less than 1'),
+    ('vqvae.level_loss', -1.0, 'vqvae.level_loss is -1.0; it must be 0 or more'),
+    ('vqvae.commitment_weight', -1.0, 'vqvae.commitment_weight is -1.0'),
+    ('prior.top.dropout', 1.0, 'prior.top.dropout is 1.0; it must be 0 or more and less than 1'),
+    ('prior.bottom.attention_dropout', float('nan'), 'prior.bottom.attention_dropout is nan'),
+    ('prior.top.attention_layers', -1, 'prior.top.attention_layers is -1'),
+    ('prior.bottom.output_layers', -1, 'prior.bottom.output_layers is -1'),
+    ('prior.bottom.condition_layers', -1, 'prior.bottom.condition_layers is -1'),
+    ('classifier.dropout', -0.5, 'classifier.dropout is -0.5'),
+    ('classifier.stem_stride', 0, 'classifier.stem_stride is 0'),
+    ('prior.top.training.b2', 1.0, 'prior.top.training.b2 is 1.0; it must be 0 or more and less than 1'),
+    ('classifier.training.warmup_steps', 9, 'training.warmup_steps=9 exceeds classifier.training.steps=8'),
+    ('classifier.blocks', (1, 1.5), "classifier cannot be built as configured: 'float' object"),
+    ('vqvae.factors', (), 'vqvae.factors is empty'),
     ('reject.keep', 0.0, 'reject.keep is 0.0; it is a share in (0, 1]'),
 ]
 
@@ -188,3 +204,31 @@ def test_settings_hold_what_decides_the_outcome_and_nothing_else(config):
     config.data.split_seed = 1
     changed = {k: v for k, v in configs.settings(config, 'prior.top').items() if before.get(k) != v}
     assert changed == {'prior.top.training.learning_rate': 0.5, 'data.split_seed': 1}
+
+
+@pytest.mark.parametrize(
+    'section, field, default',
+    [
+        ('data', 'split_seed', 0),
+        ('vqvae', 'reseed_threshold', 0.03),
+        ('vqvae', 'dtype', 'float32'),
+        ('vqvae.training', 'b2', 0.999),
+    ],
+)
+def test_settings_hold_the_value_of_a_field_left_out(config, section, field, default):
+    """So that a record notices when the package's default changes, and does not mind when somebody spells it out."""
+    with config[section].unlocked():
+        config[section][field] = default
+        spelled = configs.settings(config, 'vqvae')
+        del config[section][field]
+    assert configs.settings(config, 'vqvae') == spelled
+    assert spelled[f'{section}.{field}'] == default
+
+
+def test_settings_follow_a_changed_default(config, monkeypatch):
+    signature = inspect.signature(ResNet)
+    changed = [p.replace(default=3) if p.name == 'stem_stride' else p for p in signature.parameters.values()]
+    with config.classifier.unlocked():
+        del config.classifier['stem_stride']
+    monkeypatch.setattr(ResNet, '__signature__', signature.replace(parameters=changed), raising=False)
+    assert configs.settings(config, 'classifier')['classifier.stem_stride'] == 3

@@ -1,5 +1,7 @@
 """Somebody's own images: a folder of non-square RGB pictures without labels, one of them broken, three levels."""
 
+import shutil
+
 import numpy as np
 import pytest
 from etils import epath
@@ -7,7 +9,7 @@ from PIL import Image
 
 from vqvae2_jax import config as configs
 from vqvae2_jax.data.decode import UnreadableImage
-from vqvae2_jax.io.provenance import read_json
+from vqvae2_jax.io.provenance import UpstreamChanged, read_json
 from vqvae2_jax.jobs import samples
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import JobError, Run
@@ -75,3 +77,17 @@ def test_a_folder_that_is_not_there_is_an_error_with_its_path(folder_run):
     folder_run.config.data.path = '/nowhere'
     with pytest.raises(JobError, match="data.path: there is no folder '/nowhere'"):
         run_job(folder_run, 'vqvae')
+
+
+def test_a_file_more_is_refused_with_both_digests(folder_run, folder):
+    """It deals all images anew to the splits: the test split would hold some that were trained on."""
+    run_job(folder_run, 'vqvae')
+    recorded = read_json(folder_run.path('vqvae', 'trained.json'))['upstream']['images']
+    shutil.copy(folder / '000.png', folder / 'new.png')
+    again = Run(folder_run.config, folder_run.workdir)  # another process
+    for job in ('vqvae', 'codes'):
+        with pytest.raises(
+            UpstreamChanged, match=rf'(?s)images.*{recorded}.*{again.images_digest()}.*[Dd]elete .*vqvae'
+        ):
+            run_job(again, job)
+    assert not folder_run.path('codes').exists()

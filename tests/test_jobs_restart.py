@@ -1,4 +1,4 @@
-"""Stopped jobs continue; a job whose upstream or settings changed refuses and says what to do."""
+"""Stopped jobs continue, growing sets grow, and what is there is not done again."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ import pytest
 from vqvae2_jax.data import codes as store
 from vqvae2_jax.io.interrupt import Interrupted
 from vqvae2_jax.io.logging import RunLog
-from vqvae2_jax.io.provenance import UpstreamChanged, read_json, write_json
+from vqvae2_jax.io.provenance import UpstreamChanged
 from vqvae2_jax.jobs import samples, workdir
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import JobError
@@ -121,6 +121,26 @@ def test_interrupted_sampling_continues_and_a_set_may_grow(run, finished, monkey
         run_job(run, 'evaluate')
 
 
+def test_a_set_of_samples_never_shrinks(run):
+    before = sorted(p.name for p in run.path('samples').iterdir())
+    run.config.sample.count = 8
+    with pytest.raises(
+        JobError, match=r'(?s)set of 24 samples, more than sample.count=8.*count=24, or delete .*samples'
+    ):
+        run_job(run, 'sample')
+    assert sorted(p.name for p in run.path('samples').iterdir()) == before
+
+
+def test_growth_that_was_interrupted_leaves_no_sample_twice(run, monkeypatch):
+    run.config.sample.count = 40
+    act_after(monkeypatch, samples, 'write_npz', 1, terminate)
+    with pytest.raises(Interrupted):
+        run_job(run, 'sample')
+    run.config.sample.count = 48
+    run_job(run, 'sample')
+    assert sorted(run.path('samples').glob('*.npz')) == samples.shard_paths(run.path('samples'))
+
+
 def test_a_signal_during_the_last_file_is_not_swallowed(run, monkeypatch):
     run.path('samples').rmtree()
     act_after(monkeypatch, samples, 'write_npz', 2, terminate)
@@ -153,115 +173,7 @@ def test_samples_of_other_settings_are_not_mixed(run, field, value, message):
         run_job(run, 'sample')
 
 
-# Refusals.
-
-
-def retrain(run, directory):
-    """As if `directory` had been trained anew: other weights, hence another digest."""
-    path = run.path(directory, 'trained.json')
-    record = read_json(path)
-    old, record['digest'] = record['digest'], 'f' * 64
-    write_json(path, record)
-    return old
-
-
-@pytest.mark.parametrize(
-    'directory, jobs',
-    [
-        ('vqvae', ('codes', 'prior', 'sample', 'evaluate')),
-        ('prior_top', ('sample', 'evaluate')),
-        ('classifier', ('evaluate',)),
-    ],
-)
-def test_a_changed_upstream_is_refused_with_both_digests(run, directory, jobs):
-    old = retrain(run, directory)
-    for job in jobs:
-        with pytest.raises(UpstreamChanged) as error:
-            run_job(run, job)
-        assert old in str(error.value) and 'f' * 64 in str(error.value), job
-
-
-def test_new_samples_are_never_drawn_from_priors_of_another_stage_1(run):
-    old = retrain(run, 'vqvae')
-    run.path('samples').rmtree()
-    with pytest.raises(UpstreamChanged, match=rf'(?s){old}.*{"f" * 64}.*Delete .*prior_bottom'):
-        run_job(run, 'sample')
-
-
-def test_a_new_prior_never_learns_the_codes_of_another_stage_1(run):
-    old = retrain(run, 'vqvae')
-    run.path('prior_top').rmtree()
-    with pytest.raises(UpstreamChanged, match=rf'(?s)codes.*{old}.*{"f" * 64}.*--job=codes'):
-        run_job(run, 'prior', 'top')
-
-
-def test_changed_codes_are_refused_by_the_priors_and_the_report(run):
-    path = run.path('codes', 'validation', 'meta.json')
-    path.write_text(path.read_text().replace('9000', '8999'))
-    for job in ('prior', 'evaluate'):
-        with pytest.raises(UpstreamChanged, match=r'(?s)codes.*recorded.*now.*prior_'):
-            run_job(run, job)
-
-
-def test_new_scores_follow_from_new_samples(run, capsys):
-    run.path('samples').rmtree()
-    run.config.sample.seed = 5
-    run_job(run, 'sample')
-    with pytest.raises(UpstreamChanged, match='--job=reject'):
-        run_job(run, 'evaluate')
-    run_job(run, 'reject')
-    assert 'kept 14 of 24' in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    'job, field, value, message',
-    [
-        ('vqvae', 'vqvae.hidden', 12, 'vqvae.hidden: 8 there, 12 now'),
-        ('vqvae', 'seed', 3, 'seed: 0 there, 3 now'),
-        ('vqvae', 'vqvae.training.learning_rate', 0.5, 'learning_rate: 0.001 there, 0.5 now'),
-        ('codes', 'vqvae.codebook_size', 12, 'vqvae.codebook_size: 16 there, 12 now'),
-        ('prior', 'prior.top.layers', 1, 'prior.top.layers: 2 there, 1 now'),
-        ('sample', 'prior.bottom.hidden', 4, 'prior.bottom.hidden: 8 there, 4 now'),
-        ('reject', 'classifier.widths', (8, 8), r'classifier.widths: \[8, 16\] there, \[8, 8\] now'),
-        ('evaluate', 'vqvae.codebook_dim', 4, 'vqvae.codebook_dim: 8 there, 4 now'),
-    ],
-)
-def test_changed_settings_are_refused_with_both_values(run, job, field, value, message):
-    section, _, name = field.rpartition('.')
-    (run.config[section] if section else run.config)[name] = value
-    with pytest.raises(JobError, match=message):
-        run_job(run, job)
-
-
-@pytest.mark.parametrize(
-    'missing, job, remedy',
-    [
-        ('vqvae', 'codes', '--job=vqvae'),
-        ('codes', 'prior', '--job=codes'),
-        ('prior_bottom', 'sample', '--job=prior --level=bottom'),
-        ('samples', 'reject', '--job=sample'),
-        ('classifier', 'reject', '--job=classifier'),
-        ('rejection', 'evaluate', '--job=reject'),
-        ('samples', 'evaluate', '--job=sample'),
-    ],
-)
-def test_what_is_missing_names_the_job_that_makes_it(run, missing, job, remedy):
-    run.path(missing).rmtree()
-    with pytest.raises(JobError, match=remedy):
-        run_job(run, job)
-
-
-def test_the_report_tells_of_the_rejection_that_was_done(run):
-    run.config.reject.keep = 0.9
-    run_job(run, 'evaluate')
-    assert read_json(run.path('report', 'report.json'))['samples']['kept'] == 0.5
-
-
-def test_unknown_levels_are_listed(run):
-    with pytest.raises(JobError, match='--level=middle: the levels of this config are top, bottom'):
-        run_job(run, 'prior', 'middle')
-    with pytest.raises(JobError, match='--level belongs to --job=prior'):
-        run_job(run, 'codes', 'top')
+# Training.
 
 
 def test_training_goes_on_where_a_constant_rate_allows_it(run, monkeypatch):

@@ -19,9 +19,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
-def start(*arguments):
+def start(*arguments, **options):
     command = [sys.executable, '-m', 'vqvae2_jax.main', *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
 @pytest.mark.parametrize(
@@ -31,10 +31,11 @@ def start(*arguments):
         (['--config=configs/missing.py'], 'configs/missing.py'),
         (['--config=configs/tiny.py', '--job=prior', '--level=middle'], 'the levels of this config are top, bottom'),
         (['--config=configs/tiny.py', '--config.sample.batch_size=12'], '--config.sample.batch_size=16'),
+        (['--config=configs/tiny.py', '--workdir=gs://bucket/run'], '--workdir=gs://bucket/run: only local folders'),
     ],
 )
 def test_mistakes_end_in_one_line(tmp_path, arguments, message):
-    process = start(*arguments, f'--workdir={tmp_path}')
+    process = start(f'--workdir={tmp_path}', *arguments)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 1
     errors = [line for line in output.splitlines() if line.startswith('error: ')]
@@ -68,3 +69,21 @@ def test_a_terminated_process_saves_and_the_same_command_continues_to_the_same_w
     continued, whole = (read_record(os.path.join(tmp_path, name, 'vqvae')) for name in ('run', 'whole'))
     assert continued['digest'] == whole['digest']
     assert continued['validation'] == whole['validation']
+
+
+@pytest.mark.parametrize('stop_signal', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_with_workers_saves(tmp_path, stop_signal):
+    """As a terminal sends Ctrl-C: to the worker processes too."""
+    flags = [f'--config.vqvae.training.{field}={value}' for field, value in OVERRIDES.items()]
+    flags += ['--config.data.workers=1', f'--workdir={tmp_path}/run', '--job=vqvae']
+    process = start('--config=configs/tiny.py', *flags, start_new_session=True)
+    for line in process.stdout:
+        if re.match(r'vqvae  (20|40)/200', line):
+            os.killpg(process.pid, stop_signal)
+            break
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + stop_signal, output
+    step = int(re.search(r'saved at step (\d+); the same command continues', output)[1])
+    assert 20 <= step < 200 and Checkpoints(tmp_path / 'run' / 'vqvae').latest_step() == step
+    if stop_signal == signal.SIGINT:
+        assert 'Worker process' not in output and 'KeyboardInterrupt' not in output, output

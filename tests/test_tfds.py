@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -50,14 +51,28 @@ def tfds_spec(path, **fields):
 def test_tfds(tfds_dir):
     source = open_images(tfds_spec(tfds_dir, splits=('train[:50%]', 'train[50%:]', 'test')), 'validation')
     assert len(source) == 5 and source.class_names == ('even', 'odd')
+    assert sorted(source.positions) == list(range(5)) and source.positions.tolist() != list(range(5))
+    last = source.positions.tolist().index(4)
     for copy in (source, pickle.loads(pickle.dumps(source))):
-        example = copy[4]
+        example = copy[last]
         np.testing.assert_array_equal(example['image'], np.broadcast_to(np.uint8([90, 0, 0]), (6, 8, 3)))
-        assert example['label'] == 1 and example['index'] == 4
+        assert example['label'] == 1 and example['index'] == last
     gray = open_images(tfds_spec(tfds_dir, channels=1, num_classes=0, held_out=(0.2, 0.2)), 'train')
     assert len(gray) == 6 and gray[0]['image'].shape == (6, 8, 1) and gray[0]['label'] == 0
     with pytest.raises(ValueError, match='tiny/train.* record 3'):
-        open_images(tfds_spec(tfds_dir, splits=('train',) * 3), 'train')[3]
+        list(open_images(tfds_spec(tfds_dir, splits=('train',) * 3), 'train'))
+
+
+def test_the_digest_of_a_tfds_split_is_of_its_dataset_split_and_positions(tfds_dir, tmp_path):
+    def digest(split='train', **fields):
+        return open_images(tfds_spec(**{'path': tfds_dir, **fields}), split).digest
+
+    halves = {'splits': ('train[:50%]', 'train[50%:]', 'test')}
+    cases = [({},), ({}, 'test'), ({'split_seed': 1},), ({'num_classes': 0},), (halves,), (halves, 'validation')]
+    found = [digest(*split, **fields) for fields, *split in cases]
+    assert len(set(found)) == len(found)
+    shutil.copytree(tfds_dir, tmp_path / 'moved')
+    assert found[0] == digest(name='tiny:1.0.0', image_size=(4, 4), path=str(tmp_path / 'moved'))
 
 
 def test_tfds_errors(tfds_dir, tmp_path):

@@ -67,6 +67,8 @@ def test_the_image_depends_on_every_level_and_a_preview_on_the_coarser_ones_only
         changed = list(codes)
         changed[level] = (codes[level] + 1) % 16
         assert not np.allclose(model.apply(variables, tuple(changed), method='decode'), reference)
+        preview, same = (model.apply(variables, tuple(c[1:]), 1, method='preview') for c in (changed, codes))
+        assert np.allclose(preview, same) == (level == 0)
 
 
 def test_finer_codes_see_the_decoded_coarser_ones():

@@ -9,7 +9,9 @@ import inspect
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from vqvae2_jax import parallel
@@ -30,6 +32,25 @@ _FROM_ELSEWHERE = {  # fields of the modules that follow from the rest of the co
     'vqvae': ('channels',),
     'prior': ('shape', 'codebook_size', 'coarser_codebook_sizes', 'num_classes'),
     'classifier': ('num_classes',),
+}
+_MODULES = {'vqvae': VQVAE, 'prior': Prior, 'classifier': ResNet}
+_SHARE = (0, 1)
+_RANGES = {  # (lowest, below what): the fields that must lie there
+    'vqvae': {
+        (1, math.inf): ('residual', 'layers', 'codebook_dim'),
+        (2, math.inf): ('hidden', 'codebook_size'),  # half of hidden comes first; one code says nothing
+        (0, math.inf): ('level_loss', 'commitment_weight'),
+        _SHARE: ('decay', 'reseed_threshold'),
+    },
+    'prior': {
+        (1, math.inf): ('hidden', 'residual', 'layers', 'kernel', 'heads'),
+        (0, math.inf): ('attention_layers', 'output_layers', 'condition_layers'),
+        _SHARE: ('dropout', 'attention_dropout'),
+    },
+    'classifier': {(1, math.inf): ('stem_stride',), _SHARE: ('dropout',)},
+    'training': {_SHARE: ('b2',)},  # beside what Training itself refuses
+    'codes': {(1, math.inf): ('shard_size',)},
+    'sample': {(1, math.inf): ('count',)},
 }
 
 
@@ -94,13 +115,25 @@ def has_classifier(config: ConfigDict) -> bool:
 def settings(config: ConfigDict, section: str) -> dict[str, Any]:
     """What decides the outcome of training `section`, for the record: its data, module and training, flat.
 
-    Left out is what only says how often to log, evaluate or save, and how many workers read.
+    Fields that the config leaves out are there with their defaults: what is recorded is what is built. Left out is what
+    only says how often to log, evaluate or save, and how many workers read.
     """
+    kind = section.partition('.')[0]
+    elsewhere = _FROM_ELSEWHERE[kind]
     found = {'seed': config.seed}
-    found |= {f'data.{k}': v for k, v in config.data.items() if k not in _READING}
-    found |= {f'{section}.{k}': v for k, v in config[section].items() if k != 'training'}
+    found |= {f'data.{k}': v for k, v in vars(image_spec(config)).items() if k not in _READING}
+    module = _defaults(_MODULES[kind], elsewhere) | dict(config[section])
+    found |= {f'{section}.{k}': v for k, v in module.items() if k != 'training'}
     found |= {f'{section}.training.{k}': v for k, v in training(config, section).identity().items()}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+
+
+def _defaults(module, elsewhere):
+    """The values in JSON's terms that `module` takes for fields that are not given."""
+    parameters = inspect.signature(module).parameters.items()
+    values = {k: p.default for k, p in parameters if k not in elsewhere and k not in ('parent', 'name')}
+    values = {k: v for k, v in values.items() if v is not inspect.Parameter.empty}
+    return {k: np.dtype(v).name if k == 'dtype' else v for k, v in values.items()}
 
 
 def check(config: ConfigDict) -> None:
@@ -116,9 +149,11 @@ def _check(config):
     _check_names('config', config, sections, required=sections)
     spec = image_spec(config)
     make_vqvae(config)
+    if not config.vqvae.factors:
+        raise ConfigError('vqvae.factors is empty; there is a level for each of them')
     names = level_names(config.vqvae.factors)
     shapes = map_shapes(spec.image_size, config.vqvae.factors)
-    _check_positive('vqvae', config.vqvae, ('hidden', 'residual', 'layers', 'codebook_size', 'codebook_dim'))
+    _check_ranges('vqvae', config.vqvae)
     if set(config.prior) != set(names):
         raise ConfigError(
             f'config.prior has the levels {sorted(config.prior)}, but vqvae.factors={tuple(config.vqvae.factors)} '
@@ -133,19 +168,46 @@ def _check(config):
         make_classifier(config)
         _check_classifier(config.classifier)
     for section in sections:
-        parallel.check_batch_size(training(config, section).batch_size, f'{section}.training.batch_size')
+        _check_training(section, training(config, section))
     parallel.check_batch_size(config.codes.batch_size, 'codes.batch_size')
     _check_sampling(config, names)
+    _check_networks(config, names, shapes)
+
+
+def _check_networks(config, names, shapes):
+    """Goes through every module's shapes, without numbers: what does not fit together shows now, not hours later."""
+    key = jax.random.key(0)
+    image = jax.ShapeDtypeStruct((1, *config.data.image_size, config.data.channels), jnp.float32)
+    codes = tuple(jax.ShapeDtypeStruct((1, *shape), jnp.int32) for shape in shapes)
+    label = jax.ShapeDtypeStruct((1,), jnp.int32) if config.data.num_classes else None
+    networks = {'vqvae': (make_vqvae(config), ({'params': key, 'reseed': key}, image))}
+    for level, name in enumerate(names):
+        networks[f'prior.{name}'] = make_prior(config, level), (key, codes[level], label, codes[level + 1 :])
+    if has_classifier(config):
+        networks['classifier'] = make_classifier(config), (key, image)
+    for section, (model, inputs) in networks.items():
+        try:
+            jax.eval_shape(model.init, *inputs)
+        except Exception as error:  # JAX, Flax and the modules raise many kinds; all are the config's doing here
+            raise ConfigError(f'{section} cannot be built as configured: {error}') from error
+
+
+def _check_training(section, fields):
+    path = f'{section}.training'
+    parallel.check_batch_size(fields.batch_size, f'{path}.batch_size')
+    _check_ranges(path, vars(fields))
+    if fields.warmup_steps > fields.steps:
+        raise ConfigError(f'{path}.warmup_steps={fields.warmup_steps} exceeds {path}.steps={fields.steps}')
 
 
 def _check_prior(name, prior, shape):
     section = f'prior.{name}'
-    _check_positive(section, prior, ('hidden', 'residual', 'layers', 'kernel', 'heads'))
+    _check_ranges(section, prior)
     hidden, layers, kernel, heads = (_value(prior, Prior, k) for k in ('hidden', 'layers', 'kernel', 'heads'))
     attention = _value(prior, Prior, 'attention_layers')
     if attention and hidden % heads:
         raise ConfigError(f'{section}.heads={heads} does not divide {section}.hidden={hidden}')
-    if not 0 <= attention <= layers:
+    if attention > layers:
         raise ConfigError(f'{section}.attention_layers={attention}; there are {section}.layers={layers} to follow')
     if kernel % 2 == 0:
         raise ConfigError(f'{section}.kernel={kernel} must be odd, so that it has a middle')
@@ -160,8 +222,8 @@ def _check_sampling(config, names):
     fields['codes'] = ('batch_size', 'shard_size')
     for section, names_of_fields in fields.items():
         _check_names(section, config[section], names_of_fields, required=names_of_fields)
-    _check_positive('sample', sample, ('count',))
-    _check_positive('codes', config.codes, ('shard_size',))
+    _check_ranges('sample', sample)
+    _check_ranges('codes', config.codes)
     parallel.check_batch_size(sample.batch_size, 'sample.batch_size')
     if set(sample.temperature) != set(names):
         raise ConfigError(f'sample.temperature names {sorted(sample.temperature)}; the levels are {sorted(names)}')
@@ -178,6 +240,7 @@ def _check_sampling(config, names):
 
 
 def _check_classifier(classifier):
+    _check_ranges('classifier', classifier)
     widths, blocks = (_value(classifier, ResNet, k) for k in ('widths', 'blocks'))
     if len(widths) != len(blocks) or not widths:
         raise ConfigError(f'classifier.widths={tuple(widths)} and classifier.blocks={tuple(blocks)} must be as many')
@@ -189,10 +252,13 @@ def _value(fields, module, name):
     return fields.get(name, inspect.signature(module).parameters[name].default)
 
 
-def _check_positive(path, fields, names):
-    for name in names:
-        if name in fields and fields[name] < 1:
-            raise ConfigError(f'{path}.{name} is {fields[name]}; it must be 1 or more')
+def _check_ranges(path, fields):
+    kind = next(part for part in reversed(path.split('.')) if part in _RANGES)
+    for (low, high), names in _RANGES[kind].items():
+        for name in names:
+            if name in fields and not low <= fields[name] < high:
+                limit = '' if high == math.inf else f' and less than {high}'
+                raise ConfigError(f'{path}.{name} is {fields[name]}; it must be {low} or more{limit}')
 
 
 def _module_fields(path, section, fields, module):

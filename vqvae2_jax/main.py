@@ -22,7 +22,7 @@ from vqvae2_jax.jobs.workdir import JobError, Run
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'Path of the config file; --config.a.b=value overrides a field.'
 )
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; runs/<config.name> when not given. May be gs://...')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; runs/<config.name> when not given.')
 _JOB = flags.DEFINE_enum('job', 'pipeline', JOBS, 'What to do; pipeline: all jobs whose results are missing, in order.')
 _LEVEL = flags.DEFINE_string('level', None, 'With --job=prior: which level (top, bottom, ...); all when not given.')
 
@@ -31,7 +31,10 @@ def main(_) -> None:
     if not flags.FLAGS['verbosity'].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells at length of every file
     config = _CONFIG.value
-    workdir = epath.Path(_WORKDIR.value or os.path.join('runs', config.name)).resolve()
+    workdir = _WORKDIR.value or os.path.join('runs', config.name)
+    if '://' in workdir:  # resolved, it would be a local folder of that name
+        sys.exit(f'error: --workdir={workdir}: only local folders are supported; mount the bucket, or copy afterwards')
+    workdir = epath.Path(workdir).resolve()
     try:
         configs.check(config)
         run_job(Run(config, workdir), _JOB.value, _LEVEL.value)

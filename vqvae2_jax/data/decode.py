@@ -10,7 +10,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 FORMATS = ('JPEG', 'PNG', 'WEBP')
-CROP_ZOOM = 8 / 7  # Random crops are taken from an image this many times the target size (256 -> 224, as is usual).
+# Random crops are taken from an image of 1 up to this many times the target size (256 -> 224 is usual), so that images
+# at the scale of evaluation and sampling are among what training sees.
+CROP_ZOOM = 8 / 7
 
 # What Pillow raises on bytes that are not, or only partly, an image.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)

@@ -41,7 +41,7 @@ class FolderPool:
 
     strata = None
 
-    def __init__(self, root: str, num_classes: int, class_names: tuple[str, ...] | None = None):
+    def __init__(self, root: str, num_classes: int, class_names: tuple[str, ...] | None = None, subfolder: str = ''):
         """Lists the folder.
 
         Args:
@@ -49,6 +49,7 @@ class FolderPool:
           num_classes: 0 ignores the folder structure, every label is 0; otherwise the number of class folders (1 also
             fits a flat folder).
           class_names: the classes to use (those of the training split); None takes the folders found.
+          subfolder: of data.path, which `root` is.
 
         Raises:
           FileNotFoundError: no such folder.
@@ -57,6 +58,7 @@ class FolderPool:
         if not os.path.isdir(root):
             raise FileNotFoundError(f'data.path: there is no folder {root!r}.')
         self.root = os.path.normpath(root)
+        self.subfolder = subfolder
         self.files = list_images(root)
         if not self.files:
             raise ValueError(f'data.path: no images in {root!r} (looked for {", ".join(SUFFIXES)} in any case).')
@@ -106,6 +108,10 @@ class FolderPool:
     def where(self, position: int) -> str:
         return os.path.join(self.root, self.files[position])
 
+    def identity(self, positions: np.ndarray) -> bytes:
+        names = '\0'.join([self.subfolder, *(self.files[i] for i in positions), ''])  # no file name holds a NUL
+        return names.encode('utf-8', 'surrogateescape') + self.labels[positions].astype('<i4').tobytes()
+
     def read(self, position: int, channels: int) -> tuple[Image.Image, int]:
         path = self.where(position)
         with open(path, 'rb') as file:
@@ -126,7 +132,7 @@ def open_folder(path: str, num_classes: int, subfolder: str | None, train_subfol
     train = os.path.join(path, train_subfolder)
     # A flat training split has no class folders to hand on.
     class_names = tuple(subfolders(train)) if num_classes and subfolder != train_subfolder else None
-    return FolderPool(os.path.join(path, subfolder), num_classes, class_names or None)
+    return FolderPool(os.path.join(path, subfolder), num_classes, class_names or None, subfolder)
 
 
 def _few(names, limit: int = 12) -> str:

@@ -4,10 +4,13 @@
 cheaply into grain's worker processes. Pixels are decoded and resized on access.
 
 A pool is everything there is; a split is a list of positions in it. With data.splits=() the splits are cut at random,
-reproducibly, from one pool; otherwise each split has a pool of its own.
+reproducibly, from one pool; otherwise each split has a pool of its own. Either way the order of a split is random, so
+that its first examples, which are all that some numbers and pictures look at, are a fair sample of it.
 """
 
 import dataclasses
+import functools
+import hashlib
 import numbers
 import operator
 from typing import Protocol
@@ -36,9 +39,9 @@ class ImageSpec:
       splits: () cuts one pool at random by held_out (TFDS: the pool is 'train'); otherwise the names of (train,
         validation, test): subfolders, or TFDS split strings such as 'train[:95%]'. The same name may serve twice.
       held_out: shares of the pool for (validation, test).
-      split_seed: seed of that cut.
+      split_seed: seed of that cut, and of the order of every split.
       flip: training only: mirror half of the images.
-      crop: training only: crop at a random place from decode.CROP_ZOOM times the size.
+      crop: training only: crop at a random place from 1 to decode.CROP_ZOOM times the size.
       on_error: what to do with an undecodable image: 'raise', or 'skip' it in the loader.
       workers: grain worker processes.
 
@@ -107,6 +110,9 @@ class Pool(Protocol):
     def where(self, position: int) -> str:
         """Path or name of an image, for people."""
 
+    def identity(self, positions: np.ndarray) -> bytes:
+        """What tells these images, in this order and so labelled, from others; the same wherever the data lie."""
+
     def read(self, position: int, channels: int) -> tuple[Image.Image, int]:
         """The upright image in mode 'L' or 'RGB', and its label; raises UnreadableImage."""
 
@@ -133,6 +139,11 @@ class ImageSource:
     def class_names(self) -> tuple[str, ...]:
         """Names by label; () if unlabelled."""
         return self.pool.class_names
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 (64 hex digits) of which images these are, in order, and their labels; no pixel is read for it."""
+        return hashlib.sha256(self.pool.identity(self.positions)).hexdigest()
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -179,7 +190,7 @@ def open_images(spec: ImageSpec, split: str) -> ImageSource:
     else:
         pool = TfdsPool(spec.name, spec.path, named, spec.num_classes)
     if named:
-        positions = np.arange(len(pool))
+        positions = np.random.RandomState(spec.split_seed).permutation(len(pool))  # a pool's order is class by class
     else:
         positions = random_split(len(pool), spec.held_out, spec.split_seed, pool.strata)[split]
     if not len(positions):

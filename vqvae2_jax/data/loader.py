@@ -10,6 +10,7 @@ training means that a neighbour is seen once more, and in evaluation is masked o
 
 import gc
 import os
+import signal
 
 import grain
 import numpy as np
@@ -149,7 +150,7 @@ class BatchIterator(grain.DatasetIterator):
                 flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, which nobody parses in a notebook or a test.
             dataset = remaining.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_WORKER_BUFFER)
-            self._reading = iter(dataset.mp_prefetch(options))
+            self._reading = iter(dataset.mp_prefetch(options, _leave_ctrl_c_to_the_parent if workers else None))
             self._reading.start_prefetch()
 
     def close(self) -> None:
@@ -163,6 +164,14 @@ class BatchIterator(grain.DatasetIterator):
             self._reading = None
             if self._workers:
                 gc.collect()  # Grain leaves its last batches in reference cycles, and with them shared memory.
+
+
+def _leave_ctrl_c_to_the_parent(worker: int, workers: int):
+    """Run in each worker process: a terminal sends Ctrl-C to all, but the parent still has to save and to close them.
+
+    SIGTERM is not ignored, as Python ends daemonic processes by it when it exits, and then waits for them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Reader:
@@ -184,20 +193,24 @@ class _Reader:
         return self.readable(index)[0]
 
     def augmented(self, index: int, rng: np.random.Generator) -> dict:
-        example = self.readable(index, tuple(rng.random(2)) if self._crop else None)[0]
+        crop = (rng.uniform(1, CROP_ZOOM), tuple(rng.random(2))) if self._crop else None
+        example = self.readable(index, crop)[0]
         if self._flip and rng.random() < 0.5:
             example['image'] = example['image'][:, ::-1]
         return example
 
-    def readable(self, index: int, offset: tuple[float, float] | None = None) -> tuple[dict, bool]:
-        """The first readable example at or after index (cyclic), and whether that is the one at index."""
+    def readable(self, index: int, crop: tuple[float, tuple[float, float]] | None = None) -> tuple[dict, bool]:
+        """The first readable example at or after index (cyclic), and whether that is the one at index.
+
+        `crop` is the zoom and offset of source.read.
+        """
         count = len(self._source)
         for shift in range(count):
             candidate = (index + shift) % count
             try:
-                if offset is None:
+                if crop is None:
                     return self._source[candidate], shift == 0
-                return self._source.read(candidate, CROP_ZOOM, offset), shift == 0
+                return self._source.read(candidate, *crop), shift == 0
             except UnreadableImage as error:
                 if not self._skip:
                     raise

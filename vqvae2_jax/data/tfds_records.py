@@ -4,6 +4,7 @@ The records are tf.train.Example messages. Only the features 'image' and 'label'
 through the same decoder as image files do.
 """
 
+import numpy as np
 from PIL import Image
 
 from vqvae2_jax.data.decode import UnreadableImage, decode_image
@@ -48,6 +49,7 @@ class TfdsPool:
         if not isinstance(image, tfds.features.Image) or image.np_dtype not in ('uint8', 'uint16'):
             raise ValueError(f"data.name={name!r} has no 8- or 16-bit image feature called 'image': it has {features}.")
         self.name = name
+        self._full_name = builder.info.full_name  # with the version, which `name` need not hold
         self.split = split or _DEFAULT_SPLIT
         self.class_names = _class_names(tfds, name, features, num_classes)
         try:
@@ -62,6 +64,10 @@ class TfdsPool:
 
     def where(self, position: int) -> str:
         return f'{self.name}/{self.split} record {position}'
+
+    def identity(self, positions: np.ndarray) -> bytes:
+        what = f'{self._full_name}/{self.split} of {len(self)}, {len(self.class_names)} classes\n'
+        return what.encode() + positions.astype('<i8').tobytes()
 
     def read(self, position: int, channels: int) -> tuple[Image.Image, int]:
         from tensorflow_datasets.proto import tf_example_pb2

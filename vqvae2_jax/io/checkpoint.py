@@ -4,6 +4,7 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -61,26 +62,30 @@ class Weights:
         self._directory = epath.Path(directory).resolve() / 'weights'
 
     def best(self) -> dict | None:
-        """{'step', 'summary'} of the weights kept, or None."""
+        """{'step', 'summary', 'directory'} of the weights kept, or None."""
         path = self._directory / 'best.json'
         return provenance.read_json(path) if path.exists() else None
 
     def save(self, step: int, summary: dict[str, float], weights: Any) -> None:
         """Keeps `weights` in place of the ones before, which stay until the new ones are whole."""
+        name = str(step)
+        while (self._directory / name).exists():  # a resumed run meets its best step again, which best.json names
+            name += '-again'
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(self._directory / str(step), weights, force=True)
-        provenance.write_json(self._directory / 'best.json', {'step': step, 'summary': summary})
+            checkpointer.save(self._directory / name, weights)
+        record = {'step': step, 'summary': summary, 'directory': name}
+        provenance.write_json(self._directory / 'best.json', record)
         for other in self._directory.iterdir():  # the ones before, and what a kill left behind
-            if other.is_dir() and other.name != str(step):
+            if other.is_dir() and other.name != name:
                 other.rmtree()
 
-    def load(self, like: Any = None) -> Any:
-        """The kept weights, laid out as `like` (None: as NumPy arrays)."""
-        step = self.best()['step']
+    def load(self) -> Any:
+        """The kept weights as NumPy arrays, on whatever devices they were saved."""
+        path = self._directory / self.best()['directory']
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(
-                self._directory / str(step), None if like is None else jax.tree.map(_abstract, like)
-            )
+            saved = checkpointer.metadata(path).item_metadata
+            like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), getattr(saved, 'tree', saved))
+            return checkpointer.restore(path, like)
 
 
 def write_record(directory, record: dict) -> None:

@@ -15,12 +15,13 @@ from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.models.vqvae import map_shapes
 from vqvae2_jax.stages.stage import to_float
 
-_META = 'meta.json'
+_META, _STARTED = 'meta.json', 'started.json'
 
 
 def extract(run: Run) -> None:
     """Writes codes/<split> for all splits that have images; finished shards are kept."""
     trained = workdir.load_vqvae(run)
+    workdir.check_images(run, 'vqvae', trained.record)
     model = configs.make_vqvae(run.config)
     variables = jax.device_put({'params': trained.params, **trained.variables}, parallel.replicated())
     encode = jax.jit(lambda image: model.apply(variables, to_float(image), method='encode'))
@@ -33,19 +34,36 @@ def extract(run: Run) -> None:
 def current_codes_digest(run: Run) -> str:
     """What the priors' training depends on: the codes of all splits, by their records; checked against stage 1.
 
+    It covers what is in the codes and which images they are of.
+
     Raises:
       JobError: codes are missing. UpstreamChanged: they were made by another stage 1.
     """
-    vqvae = workdir.load_vqvae(run)
-    metas = {}
+    vqvae = workdir.vqvae_record(run)
+    found = {}
     for split in SPLITS:
         directory = run.path('codes', split)
         if not (directory / _META).exists():
-            raise workdir.JobError(f'{directory} holds no finished codes; run:\n  {workdir.job_command(run, "codes")}')
+            raise workdir.JobError(f'{directory} holds no finished codes; {workdir.job_command("codes")}')
         meta = store.read_meta(directory)
-        _check_vqvae(directory, meta.vqvae_digest, vqvae.digest)
-        metas[split] = meta.to_json()
-    return provenance.digest_json(metas)
+        _check_vqvae(directory, meta.vqvae_digest, vqvae['digest'])
+        found[split] = {'meta': meta.to_json(), 'images': _images_digest(directory)}
+    return provenance.digest_json(found)
+
+
+def check_images(run: Run, split: str) -> None:
+    """Refuses codes of other images than those of the split now.
+
+    Raises:
+      UpstreamChanged: with both digests.
+    """
+    directory = run.path('codes', split)
+    _check_images(directory, _images_digest(directory), run.images(split).digest)
+
+
+def _images_digest(directory):
+    path = directory / _STARTED
+    return provenance.read_json(path).get('images_digest') if path.exists() else None
 
 
 def _extract_split(run, split, encode, digest, stopped):
@@ -53,13 +71,14 @@ def _extract_split(run, split, encode, digest, stopped):
     source = run.images(split)
     size = config.codes.shard_size
     shards = max(-(-len(source) // size), 1)
-    started = {'vqvae': digest, 'shards': shards, 'shard_size': size, 'images': len(source)}
+    started = {'vqvae': digest, 'shards': shards, 'shard_size': size}
+    started |= {'images': len(source), 'images_digest': source.digest}
     _check_started(directory, started)
     done = set(store.finished_shards(directory, shards))
     if (directory / _META).exists() and len(done) == shards:
         print(f'codes {split}: done ({store.read_meta(directory).count} images)', flush=True)
         return
-    provenance.write_json(directory / 'started.json', started)
+    provenance.write_json(directory / _STARTED, started)
     for shard in range(shards):
         if shard in done:
             continue
@@ -102,17 +121,23 @@ def _finish(run, source, split, shards, digest):
 
 
 def _check_started(directory, started):
-    path = directory / 'started.json'
+    path = directory / _STARTED
     if not path.exists():
         return
     before = provenance.read_json(path)
-    _check_vqvae(directory, before.pop('vqvae'), started['vqvae'])
+    _check_vqvae(directory, before['vqvae'], started['vqvae'])
+    _check_images(directory, before.get('images_digest'), started['images_digest'])
     workdir.check_same(
         f'the extraction in {directory}',
         before,
-        {k: v for k, v in started.items() if k != 'vqvae'},
+        started,
         f'Go back to those settings, or delete {directory} to extract anew.',
     )
+
+
+def _check_images(directory, recorded, current):
+    remedy = f'Bring back those images, or delete {directory} to extract anew.'
+    workdir.check_digests(f'{directory}', {'images': recorded}, {'images': current}, remedy)
 
 
 def _check_vqvae(directory, recorded, current):

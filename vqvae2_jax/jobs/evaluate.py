@@ -1,5 +1,6 @@
 """--job=evaluate: report.json and the pictures of a run, from the test split: nothing was trained or chosen on it."""
 
+import contextlib
 import datetime
 import os
 import platform
@@ -15,8 +16,7 @@ from vqvae2_jax.data.loader import eval_batches
 from vqvae2_jax.io import pictures, provenance
 from vqvae2_jax.io.checkpoint import read_record
 from vqvae2_jax.io.logging import format_duration, read_metrics
-from vqvae2_jax.jobs import reject, sample, samples, stages, workdir
-from vqvae2_jax.jobs.codes import current_codes_digest
+from vqvae2_jax.jobs import codes, reject, sample, samples, stages, workdir
 from vqvae2_jax.jobs.train import make_evaluation
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.metrics import codes as code_metrics
@@ -33,17 +33,18 @@ def evaluate(run: Run) -> None:
     """Writes report/: report.json, reconstructions.png, samples.png, accepted.png, curves.png; prints the summary."""
     directory = run.path(DIRECTORY)
     check_upstreams(run)
+    vqvae = workdir.load_vqvae(run)
     report = {
         'schema': 1,
         'config': run.config.name,
         'protocol': _protocol(run),
-        'reconstruction': _reconstruction(run),
+        'reconstruction': _reconstruction(run, vqvae),
         'likelihood': _likelihood(run),
         'samples': _samples(run),
         'seconds': _seconds(run),
         'skipped_files': len(run.skipped()),
     }
-    _picture_of_levels(run, directory)
+    _picture_of_levels(run, vqvae, directory)
     _picture_of_samples(run, directory)
     _curves(run, directory, report['likelihood'])
     provenance.write_json(directory / 'report.json', report)
@@ -52,19 +53,22 @@ def evaluate(run: Run) -> None:
 
 def check_upstreams(run: Run) -> None:
     """Refuses when samples or scores were made by other weights than those that the report would describe."""
-    current, codes = {'vqvae': workdir.load_vqvae(run).digest}, {'codes': current_codes_digest(run)}
-    for name, prior in zip(run.levels, workdir.load_priors(run), strict=True):
+    vqvae, learnt = workdir.vqvae_record(run), {'codes': codes.current_codes_digest(run)}
+    workdir.check_images(run, 'vqvae', vqvae)
+    codes.check_images(run, 'test')
+    current = {'vqvae': vqvae['digest']}
+    for name, prior in zip(run.levels, workdir.prior_records(run), strict=True):
         directory = workdir.prior_directory(name)
-        current[directory] = prior.digest
-        recorded = {'codes': prior.record['upstream']['codes']}
-        workdir.check_digests(directory, recorded, codes, f'Delete {run.path(directory)} to train it anew.')
+        current[directory] = prior['digest']
+        recorded = {'codes': prior['upstream']['codes']}
+        workdir.check_digests(directory, recorded, learnt, f'Delete {run.path(directory)} to train it anew.')
     meta = samples.read_meta(run.path(sample.DIRECTORY))
     remedy = f'Delete {run.path(sample.DIRECTORY)} and run --job=sample again.'
     workdir.check_digests('the samples', meta['upstream'], current, remedy)
     if configs.has_classifier(run.config):
-        scores = reject.read_meta(run)
-        current = {'samples': provenance.digest_json(meta)}
-        current['classifier'] = workdir.load_trained(run, 'classifier', 'classifier').digest
+        classifier, scores = workdir.trained_record(run, 'classifier', 'classifier'), reject.read_meta(run)
+        workdir.check_images(run, 'classifier', classifier)
+        current = {'samples': provenance.digest_json(meta), 'classifier': classifier['digest']}
         workdir.check_digests('the scores', scores['upstream'], current, 'Run --job=reject again.')
 
 
@@ -85,8 +89,8 @@ def _protocol(run: Run) -> dict:
     }
 
 
-def _reconstruction(run: Run) -> dict:
-    config, trained = run.config, workdir.load_vqvae(run)
+def _reconstruction(run: Run, trained) -> dict:
+    config = run.config
     stage = stages.vqvae_stage(run)
     batches = eval_batches(run.images('test'), batch_size=config.vqvae.training.batch_size, **run.reading())
     summary = make_evaluation(stage)(trained.params, trained.variables, batches)
@@ -118,7 +122,7 @@ def _likelihood(run: Run) -> dict:
     train_codes, test_codes = _codes(train, min(len(train), _TRAIN_EXAMPLES)), _codes(test, len(test))
     levels, shapes = {}, []
     for level, (name, prior) in enumerate(zip(run.levels, workdir.load_priors(run), strict=True)):
-        stage = stages.prior_stage(run, level)
+        stage = stages.prior_stage(run, level, show=False)
         batch_size = run.config.prior[name].training.batch_size
         measure = make_evaluation(stage)
 
@@ -177,9 +181,10 @@ def _seconds(run: Run) -> dict[str, float]:
     return seconds | {'sample': provenance.read_json(run.path(sample.DIRECTORY, 'time.json'))['seconds']}
 
 
-def _picture_of_levels(run: Run, directory) -> None:
-    trained, stage = workdir.load_vqvae(run), stages.vqvae_stage(run)
-    batch = next(eval_batches(run.images('test'), batch_size=_COLUMNS, **run.reading()))
+def _picture_of_levels(run: Run, trained, directory) -> None:
+    stage = stages.vqvae_stage(run)
+    with contextlib.closing(eval_batches(run.images('test'), batch_size=_COLUMNS, **run.reading())) as batches:
+        batch = next(batches)
     weights = jax.device_put((trained.params, trained.variables), parallel.replicated())
     rows = jax.jit(stage.show)(*weights, {'image': batch['image']})
     rows = [(label, np.asarray(to_uint8(images))) for label, images in zip(stage.shown, rows, strict=True)]

@@ -52,7 +52,7 @@ def read_meta(run: Run) -> dict:
     """
     path = run.path(DIRECTORY, 'meta.json')
     if not path.exists():
-        raise workdir.JobError(f'{path.parent} holds no scores; run:\n  {workdir.job_command(run, "reject")}')
+        raise workdir.JobError(f'{path.parent} holds no scores; {workdir.job_command("reject")}')
     return provenance.read_json(path)
 
 

@@ -40,7 +40,6 @@ def draw_samples(run: Run) -> None:
     with stop_signals() as stopped:
         for number, (start, stop) in enumerate(missing, start=1):
             samples.write_npz(samples.shard_path(directory, start, stop), _shard(run, draw, start, stop))
-            samples.remove_part(directory, start, stop)
             seconds = time.monotonic() - begin
             provenance.write_json(directory / 'time.json', {'seconds': round(before + seconds, 1)})
             left = format_duration(seconds / number * (len(missing) - number))
@@ -51,6 +50,7 @@ def draw_samples(run: Run) -> None:
             if stopped():
                 print(f'{number} of {len(missing)} files written; the same command draws the rest', flush=True)
                 break
+    samples.remove_others(directory, ranges)
     _picture(run, directory)
 
 
@@ -114,6 +114,11 @@ def _check_started(directory, meta):
     before = samples.read_meta(directory)
     remedy = f'Give another --workdir, go back to those settings, or delete {directory} to draw anew.'
     workdir.check_digests(f'the samples in {directory}', before['upstream'], meta['upstream'], remedy)
+    if meta['count'] < before['count']:  # else samples beyond the new count would stay in the folder
+        raise workdir.JobError(
+            f'{directory} is a set of {before["count"]} samples, more than sample.count={meta["count"]}: '
+            f'set --config.sample.count={before["count"]}, or delete {directory} to draw anew'
+        )
     fields = ('batch_size', 'seed', 'labels', 'temperature', 'num_classes')  # the count may grow
     what = f'the set of samples in {directory}'
     workdir.check_same(what, {k: before[k] for k in fields}, {k: meta[k] for k in fields}, remedy)

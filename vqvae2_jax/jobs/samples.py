@@ -19,11 +19,12 @@ def shard_ranges(count: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def remove_part(directory: epath.Path, start: int, stop: int) -> None:
-    """Removes the shorter file that samples start .. stop - 1 replace: the last one of a set before it grew."""
-    for other in directory.glob(f'samples-{start:08d}-*.npz'):
-        if other.name < shard_path(directory, start, stop).name:
-            other.unlink()
+def remove_others(directory: epath.Path, ranges: list[tuple[int, int]]) -> None:
+    """Removes files that are not of the set, as the last, shorter one of a set before it grew: none is there twice."""
+    own = {shard_path(directory, *r).name for r in ranges}
+    for path in directory.glob('samples-*.npz'):
+        if path.name not in own:
+            path.unlink()
 
 
 def write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:

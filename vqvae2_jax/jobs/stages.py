@@ -26,10 +26,10 @@ def vqvae_stage(run: Run) -> Stage:
     return vqvae.make_stage(model, run.levels, run.config.vqvae.commitment_weight, steps_per_epoch)
 
 
-def prior_stage(run: Run, level: int) -> Stage:
-    """One level's prior."""
+def prior_stage(run: Run, level: int, show: bool = True) -> Stage:
+    """One level's prior; with `show` it draws pictures, for which stage 1 is loaded."""
     model = configs.make_prior(run.config, level)
-    return prior.make_stage(model, level, len(run.levels), _decoder(run, level))
+    return prior.make_stage(model, level, len(run.levels), _decoder(run, level) if show else None)
 
 
 def classifier_stage(run: Run) -> Stage:
@@ -46,6 +46,7 @@ def train_vqvae(run: Run) -> None:
         'vqvae',
         functools.partial(vqvae_stage, run),
         functools.partial(_image_data, run, 'vqvae', **augment),
+        {'images': run.images_digest()},
     )
 
 
@@ -54,9 +55,10 @@ def train_prior(run: Run, level_name: str) -> None:
 
     def data():
         train, validation = (run.codes(split) for split in ('train', 'validation'))
-        return _data(run, f'prior.{level_name}', train, validation)
+        # Codes are read from memory-mapped files: worker processes would only cost.
+        return _data(run, f'prior.{level_name}', train, validation, reading={})
 
-    upstream = {'codes': current_codes_digest(run), 'vqvae': workdir.load_vqvae(run).digest}
+    upstream = {'codes': current_codes_digest(run), 'vqvae': workdir.vqvae_record(run)['digest']}
     stage = functools.partial(prior_stage, run, run.levels.index(level_name))
     _train(run, f'prior.{level_name}', workdir.prior_directory(level_name), stage, data, upstream)
 
@@ -67,7 +69,8 @@ def train_classifier(run: Run) -> None:
         raise workdir.JobError(f'data.num_classes={run.config.data.num_classes}: there are no classes to tell apart')
     augment = {'flip': run.config.classifier.flip, 'crop': run.config.classifier.crop}
     data = functools.partial(_image_data, run, 'classifier', **augment)
-    _train(run, 'classifier', 'classifier', functools.partial(classifier_stage, run), data)
+    upstream = {'images': run.images_digest()}
+    _train(run, 'classifier', 'classifier', functools.partial(classifier_stage, run), data, upstream)
 
 
 def _train(
@@ -76,10 +79,9 @@ def _train(
     directory: str,
     make: Callable[[], Stage],
     make_data: Callable[[], Data],
-    upstream: dict[str, str] | None = None,
+    upstream: dict[str, str],
 ) -> None:
     """Trains `section` into `directory` unless it is done, and records it."""
-    upstream = upstream or {}
     settings, training = configs.settings(run.config, section), configs.training(run.config, section)
     path = run.path(directory)
     _check_started(path, section, settings, upstream)
@@ -127,17 +129,17 @@ def _check_started(path, section, settings, upstream):
 
 
 def _image_data(run: Run, section: str, **augment) -> Data:
-    return _data(run, section, run.images('train'), run.images('validation'), **augment)
+    return _data(run, section, run.images('train'), run.images('validation'), run.reading(), **augment)
 
 
-def _data(run: Run, section: str, source, validation, **augment) -> Data:
+def _data(run: Run, section: str, source, validation, reading, **augment) -> Data:
     training = configs.training(run.config, section)
     stop = min(training.eval_examples or len(validation), len(validation))
     shared = {
         'batch_size': training.batch_size,
         'process_index': jax.process_index(),
         'process_count': jax.process_count(),
-        **run.reading(),
+        **reading,
     }
     return Data(
         train=train_batches(source, seed=run.config.seed, **augment, **shared),

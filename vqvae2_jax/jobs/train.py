@@ -3,6 +3,7 @@
 A step is dispatched before the metrics of the one before it are read, so that the device never waits for Python.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from vqvae2_jax import optim, parallel
 from vqvae2_jax import state as train_state
@@ -27,11 +29,11 @@ class Data(NamedTuple):
     """Batches of one stage."""
 
     train: grain.DatasetIterator  # endless; its state is saved
-    held_out: Callable[[], Iterator[dict]]  # one pass over the validation examples, with 'mask'
+    held_out: Callable[[], Iterator[dict]]  # one pass over the validation examples, with 'mask'; has close()
 
 
 class NonFiniteLoss(FloatingPointError):
-    """A loss was NaN or infinite; nothing after the last checkpoint was saved."""
+    """A loss, a gradient or another metric was NaN or infinite; nothing after the last checkpoint was saved."""
 
 
 def fit(stage: Stage, training: optim.Training, data: Data, directory, *, name: str, seed: int) -> dict:
@@ -80,7 +82,10 @@ class _Loop:
     def run(self, state, step, unlogged, stopped):
         training, window, previous = self.training, _Window(unlogged), None
         while step < training.steps and not stopped():
-            state, metrics = self.train_step(state, parallel.put_batch(next(self.data.train)))
+            batch = self._next_batch(stopped)
+            if batch is None:
+                break
+            state, metrics = self.train_step(state, batch)
             step += 1
             if previous is not None:
                 window.add(*previous)  # step - 1, while this step runs
@@ -91,7 +96,7 @@ class _Loop:
                 previous = None
                 if last or _due(step, training.log_every):
                     self.log.write(step, 'train', window.means())
-                self._look(state, step, last)
+                self._look(state, step, last, stopped)
                 if last or _due(step, training.save_every):
                     self.checkpoints.save(step, state, self.data.train, window.rows)
         if stopped():
@@ -102,17 +107,37 @@ class _Loop:
             print(f'saved at step {step}; the same command continues from there', flush=True)
         return step
 
-    def _look(self, state, step, last):
+    def _next_batch(self, stopped):
+        """None: the signal to stop went to the whole process group and ended the workers that read the data."""
+        try:
+            return parallel.put_batch(next(self.data.train))
+        except Exception:
+            if not stopped():
+                raise
+            return None
+
+    def _on_held_out(self, work, stopped):
+        """What `work` makes of one pass over the validation examples, which is closed even if not read to its end."""
+        before = stopped()
+        try:
+            with contextlib.closing(self.data.held_out()) as batches:
+                return work(batches)
+        except Exception:
+            if stopped() == before:
+                raise
+        return self._on_held_out(work, stopped)  # a signal ended the workers, but what was due here must not be skipped
+
+    def _look(self, state, step, last, stopped):
         training = self.training
         if last or _due(step, training.eval_every):
-            summary = self.evaluate(state.ema_params, state.variables, self.data.held_out())
+            summary = self._on_held_out(lambda b: self.evaluate(state.ema_params, state.variables, b), stopped)
             self.log.write(step, 'validation', summary)
             best = self.weights.best()
             # Equal counts as better, so that a run resumed from before its best step keeps the weights it finds again.
             if best is None or summary[self.stage.select] <= best['summary'][self.stage.select]:
                 self.weights.save(step, summary, {'params': state.ema_params, 'variables': state.variables})
         if self.show and training.show_every and (last or _due(step, training.show_every)):
-            batch = {k: jnp.asarray(v[:_SHOWN]) for k, v in next(self.data.held_out()).items()}
+            batch = {k: jnp.asarray(v[:_SHOWN]) for k, v in self._on_held_out(next, stopped).items()}
             rows = self.show(state.ema_params, state.variables, batch)
             rows = [(k, np.asarray(to_uint8(v))) for k, v in zip(self.stage.shown, rows, strict=True)]
             picture = pictures.labelled_rows(rows, scale=pictures.visible_scale(rows[0][1]))
@@ -127,9 +152,10 @@ class _Window:
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         row = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not math.isfinite(row['loss']):
+        # All of them: a loss is taken before its update, so that it alone would let a state of NaNs be saved.
+        if wrong := [f'{name} is {value}' for name, value in row.items() if not math.isfinite(value)]:
             raise NonFiniteLoss(
-                f'the loss is {row["loss"]} at step {step}. Nothing of it was saved: the same command restarts from '
+                f'{", ".join(wrong)} at step {step}. Nothing of it was saved: the same command restarts from '
                 'the last checkpoint. Lower training.learning_rate, or set training.clip_norm'
             )
         self.rows.append(row)
@@ -170,6 +196,7 @@ def _make_step(stage: Stage, optimizer, weight_ema: float):
         key = jax.random.fold_in(state.key, state.step)
         loss = jax.value_and_grad(stage.loss, has_aux=True)
         (_, (variables, metrics)), gradients = loss(state.params, state.variables, batch, key)
+        metrics = {**metrics, 'gradient_norm': optax.tree.norm(gradients)}
         return train_state.update(state, gradients, variables, optimizer, weight_ema), metrics
 
     whole, split = parallel.replicated(), parallel.split_batch()

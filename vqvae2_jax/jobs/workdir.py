@@ -29,6 +29,7 @@ class Run:
 
     config: ConfigDict
     workdir: epath.Path
+    _images: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # opened: listing takes long
 
     def path(self, *parts: str) -> epath.Path:
         """A file or folder below the workdir."""
@@ -46,9 +47,16 @@ class Run:
           JobError: they are not there, or not as config.data says.
         """
         try:
-            return images.open_images(configs.image_spec(self.config), split)
+            key = configs.image_spec(self.config), split  # the config may change under way
+            if key not in self._images:
+                self._images[key] = images.open_images(*key)
+            return self._images[key]
         except (ValueError, OSError, ImportError) as error:
             raise JobError(str(error)) from error
+
+    def images_digest(self) -> str:
+        """Identifies the images that stages are trained and chosen on."""
+        return provenance.digest_json({split: self.images(split).digest for split in ('train', 'validation')})
 
     def codes(self, split: str) -> CodeSource:
         """The extracted codes of a split.
@@ -87,23 +95,35 @@ def prior_directory(level_name: str) -> str:
     return f'prior_{level_name}'
 
 
-def job_command(run: Run, job: str) -> str:
-    """How to start a job by hand, for messages."""
-    return f'python -m vqvae2_jax.main --config=configs/{run.config.name}.py --workdir={run.workdir} --job={job}'
+def job_command(job: str) -> str:
+    """How to start a job by hand, for messages; the user knows the rest of the command, overrides and all."""
+    return f'add --job={job} to your command'
 
 
-def load_trained(run: Run, directory: str, job: str) -> Trained:
-    """The best weights of a finished stage.
+def trained_record(run: Run, directory: str, job: str) -> dict:
+    """trained.json of a finished stage.
 
     Raises:
-      JobError: it is not finished, and the message names the job to run; or its network is not the config's.
+      JobError: it is not finished, and the message names the job to run; or its network or its data are not the
+        config's.
     """
     record = read_record(run.path(directory))
     if record is None:
-        raise JobError(f'{run.path(directory)} holds no finished training; run it first:\n  {job_command(run, job)}')
-    _check_network(run, run.path(directory), record)
+        raise JobError(f'{run.path(directory)} holds no finished training; to run it, {job_command(job)}')
+    _check_settings(run, run.path(directory), record)
+    return record
+
+
+def load_trained(run: Run, directory: str, job: str) -> Trained:
+    """The best weights of a finished stage; raises as `trained_record`."""
+    record = trained_record(run, directory, job)
     weights = Weights(run.path(directory)).load()
     return Trained(weights['params'], weights.get('variables') or {}, record)
+
+
+def vqvae_record(run: Run) -> dict:
+    """Stage 1's record; raises as `trained_record`."""
+    return trained_record(run, 'vqvae', 'vqvae')
 
 
 def load_vqvae(run: Run) -> Trained:
@@ -111,27 +131,46 @@ def load_vqvae(run: Run) -> Trained:
     return load_trained(run, 'vqvae', 'vqvae')
 
 
-def load_priors(run: Run) -> list[Trained]:
-    """Stage 2's weights, finest level first.
+def prior_records(run: Run) -> list[dict]:
+    """Stage 2's records, finest level first.
 
     Raises:
-      JobError: as `load_trained`. UpstreamChanged: a prior has learnt the codes of another stage 1.
+      JobError: as `trained_record`. UpstreamChanged: a prior has learnt the codes of another stage 1.
     """
-    current, priors = {'stage 1 (vqvae)': load_vqvae(run).digest}, []
+    current, records = {'stage 1 (vqvae)': vqvae_record(run)['digest']}, []
     for name in run.levels:
-        prior, path = load_trained(run, prior_directory(name), f'prior --level={name}'), run.path(prior_directory(name))
-        recorded = {'stage 1 (vqvae)': prior.record['upstream']['vqvae']}
+        path = run.path(prior_directory(name))
+        record = trained_record(run, prior_directory(name), f'prior --level={name}')
+        recorded = {'stage 1 (vqvae)': record['upstream']['vqvae']}
         check_digests(f'the prior in {path}', recorded, current, f'Delete {path} to train it anew on new codes.')
-        priors.append(prior)
-    return priors
+        records.append(record)
+    return records
 
 
-def _check_network(run: Run, path: epath.Path, record: dict) -> None:
-    """Refuses weights that the config's network does not fit; how they were trained may differ."""
+def load_priors(run: Run) -> list[Trained]:
+    """Stage 2's weights, finest level first; raises as `prior_records`."""
+    prior_records(run)
+    return [load_trained(run, prior_directory(name), f'prior --level={name}') for name in run.levels]
+
+
+def check_images(run: Run, directory: str, record: dict) -> None:
+    """Refuses a stage trained on other images than those there now: among its own might be today's test images.
+
+    Raises:
+      UpstreamChanged: with both digests. JobError: the images are not there.
+    """
+    path = run.path(directory)
+    remedy = f'Bring back those images, or delete {path} to train it anew.'
+    recorded, current = {'images': record['upstream'].get('images')}, {'images': run.images_digest()}
+    check_digests(f'the training in {path}', recorded, current, remedy)
+
+
+def _check_settings(run: Run, path: epath.Path, record: dict) -> None:
+    """Refuses weights that the config's network or data do not fit; how they were trained may differ."""
     section = record['stage']
+    of_training = ('seed', 'data.flip', 'data.crop', f'{section}.training.')
     current = configs.settings(run.config, section)
-    of_network = (f'{section}.', 'data.image_size', 'data.channels', 'data.num_classes')
-    fields = [k for k in current if k.startswith(of_network) and not k.startswith(f'{section}.training.')]
+    fields = [k for k in current if not k.startswith(of_training)]
     remedy = 'Go back to those settings, or give another --workdir.'
     recorded = {k: record['settings'].get(k) for k in fields}
     check_same(f'the training in {path}', recorded, {k: current[k] for k in fields}, remedy)

@@ -4,6 +4,8 @@ Groups, not batches, are normalised: no running statistics, an image's logits do
 number of devices.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -45,4 +47,4 @@ class ResNet(nn.Module):
         return shortcut + nn.Conv(width, (3, 3), use_bias=False, dtype=self.dtype)(self._norm(y))
 
     def _norm(self, x):
-        return nn.relu(nn.GroupNorm(num_groups=min(32, x.shape[-1] // 4), dtype=self.dtype)(x))
+        return nn.relu(nn.GroupNorm(num_groups=math.gcd(32, x.shape[-1]), dtype=self.dtype)(x))

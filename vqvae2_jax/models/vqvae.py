@@ -16,6 +16,7 @@ from einops import rearrange
 from jax.lax import stop_gradient
 
 from vqvae2_jax.models.quantizer import Quantizer
+from vqvae2_jax.models.residual import ResidualStack
 from vqvae2_jax.models.upsample import Upsample
 
 
@@ -59,22 +60,6 @@ def _product(factors: tuple[int, ...]) -> int:
     for factor in factors:
         result *= factor
     return result
-
-
-class ResidualStack(nn.Module):
-    """`layers` blocks of ReLU, 3x3 to `residual`, ReLU, 1x1 back to the width of the input, added to it."""
-
-    layers: int
-    residual: int
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        features = x.shape[-1]
-        for _ in range(self.layers):
-            y = nn.Conv(self.residual, (3, 3), dtype=self.dtype)(nn.relu(x))
-            x = x + nn.Conv(features, (1, 1), dtype=self.dtype)(nn.relu(y))
-        return x
 
 
 class Encoder(nn.Module):

@@ -29,5 +29,5 @@ def keep_best(scores: np.ndarray, labels: np.ndarray, share: float) -> np.ndarra
     for label in np.unique(labels):
         positions = np.flatnonzero(labels == label)
         best = positions[np.argsort(-scores[positions], kind='stable')]
-        kept.append(best[: math.ceil(share * len(positions))])
+        kept.append(best[: math.ceil(round(share * len(positions), 9))])  # 0.07 * 100 is 7.000000000000001
     return np.sort(np.concatenate(kept)) if kept else np.zeros(0, np.int64)

@@ -1,0 +1,52 @@
+"""Your own images at 256x256 on one accelerator: the structure of configs/imagenet256.py, narrowed and shortened.
+
+  python -m vqvae2_jax.main --config=configs/folder256.py --workdir=runs/mine --config.data.path=/path/to/images \\
+      --config.data.num_classes=10
+
+One subfolder per class; --config.data.num_classes=0 for images without classes. Widths, steps and rates are this
+project's choice for some thousand to some hundred thousand images. Measured: not run yet on an accelerator.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import imagenet256
+
+
+def get_config() -> ConfigDict:
+    config = imagenet256.get_config()
+    config.name = 'folder256'
+    config.data.update(name='folder', splits=(), num_classes=0, flip=True, workers=4)
+    config.vqvae.update(level_loss=1.0)  # the top level carries the image from the first steps on
+    config.vqvae.training.update(
+        steps=30_000,
+        batch_size=32,
+        learning_rate=5e-4,
+        warmup_steps=500,
+        decay='cosine',
+        eval_every=1_000,
+        show_every=2_000,
+    )
+    config.vqvae.training.update(save_every=1_000, eval_examples=512)
+    config.codes.update(batch_size=64, shard_size=4_096)
+
+    config.prior.top.update(hidden=256, residual=256, layers=12, attention_layers=3, output_layers=4, dropout=0.2)
+    config.prior.bottom.update(hidden=192, residual=192, layers=12, condition_layers=8)
+    for prior in config.prior.values():
+        prior.training.update(
+            steps=30_000, batch_size=32, learning_rate=5e-4, warmup_steps=1_000, weight_ema=0.999, eval_examples=512
+        )
+        prior.training.update(eval_every=1_000, show_every=10_000, save_every=1_000)
+
+    config.classifier.update(widths=(64, 128, 256), blocks=(1, 1, 1), dropout=0.2)
+    config.classifier.training.update(
+        steps=10_000,
+        batch_size=64,
+        warmup_steps=500,
+        weight_ema=0.999,
+        eval_every=500,
+        save_every=500,
+        eval_examples=512,
+    )
+    config.sample.update(count=1_000, batch_size=64)
+    config.reject.update(keep=0.5)
+    return config

@@ -1,0 +1,81 @@
+"""The optimizer: its schedule, the average of the weights, clipping, and which settings are refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vqvae2_jax import optim, state
+
+
+def test_the_schedule_is_its_closed_form():
+    fields = {'steps': 110, 'batch_size': 8, 'learning_rate': 0.4, 'warmup_steps': 10}
+    constant = optim.learning_rate_schedule(optim.Training(**fields))
+    cosine = optim.learning_rate_schedule(optim.Training(**fields, decay='cosine'))
+    for step in (0, 1, 9, 10, 60, 109, 110):
+        warm = 0.4 * min(step / 10, 1)
+        np.testing.assert_allclose(constant(step), warm, rtol=1e-6)
+        expected = warm if step < 10 else 0.2 * (1 + np.cos(np.pi * (step - 10) / 100))
+        np.testing.assert_allclose(cosine(step), expected, rtol=1e-5, atol=1e-7)
+    no_warmup = optim.Training(steps=9, batch_size=8, learning_rate=0.4)
+    assert optim.learning_rate_schedule(no_warmup)(0) == np.float32(0.4)
+
+
+@pytest.mark.parametrize('weight_ema', [0.0, 0.5, 0.9])
+def test_the_average_of_the_weights_is_its_closed_form(weight_ema):
+    optimizer = optax.sgd(1.0)
+    now = state.create({'w': jnp.zeros(())}, {}, jax.random.key(0), optimizer)
+    average = 0.0
+    for step in range(30):
+        now = state.update(now, {'w': jnp.float32(-(step + 1))}, {}, optimizer, weight_ema)
+        weight = (step + 1) * (step + 2) / 2
+        decay = min(weight_ema, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * weight
+        np.testing.assert_allclose(now.params['w'], weight)
+        np.testing.assert_allclose(now.ema_params['w'], average, rtol=1e-5)
+
+
+def test_clipping_and_weight_decay_act():
+    params, gradients = {'w': jnp.array([2.0, 2.0])}, {'w': jnp.array([30.0, 40.0])}
+
+    def first_moment(clip_norm, scale=1.0):
+        training = optim.Training(steps=9, batch_size=8, learning_rate=0.1, clip_norm=clip_norm)
+        optimizer = optim.make_optimizer(training)
+        scaled = jax.tree.map(lambda g: scale * g, gradients)
+        _, opt_state = optimizer.update(scaled, optimizer.init(params), params)
+        return 10 * optax.tree.get(opt_state, 'mu')['w']
+
+    np.testing.assert_allclose(first_moment(0.0), [30, 40], rtol=1e-5)
+    np.testing.assert_allclose(first_moment(1.0), [0.6, 0.8], rtol=1e-5)  # of norm 1, in the same direction
+    np.testing.assert_allclose(first_moment(1.0, scale=0.01), [0.3, 0.4], rtol=1e-5)
+    decayed = optim.make_optimizer(optim.Training(steps=9, batch_size=8, learning_rate=0.1, weight_decay=0.5))
+    updates, _ = decayed.update(jax.tree.map(jnp.zeros_like, params), decayed.init(params), params)
+    np.testing.assert_allclose(updates['w'], [-0.1, -0.1], rtol=1e-5)  # decoupled: learning rate * decay * weight
+
+
+@pytest.mark.parametrize(
+    'field, value',
+    [
+        *((name, 0) for name in ('steps', 'batch_size', 'log_every', 'eval_every', 'save_every', 'learning_rate')),
+        *((name, -1) for name in ('warmup_steps', 'weight_decay', 'clip_norm', 'eval_examples', 'show_every')),
+        ('decay', 'linear'),
+        ('weight_ema', 1.0),
+        ('weight_ema', -0.1),
+    ],
+)
+def test_impossible_training_is_refused_by_its_field(field, value):
+    fields = {'steps': 9, 'batch_size': 8, 'learning_rate': 0.1, field: value}
+    with pytest.raises(ValueError, match=rf'training\.{field} must .* it is {value!r}'):
+        optim.Training(**fields)
+
+
+def test_the_identity_leaves_out_how_often_one_looks():
+    base = {'steps': 9, 'batch_size': 8, 'learning_rate': 0.1}
+    identity = optim.Training(**base).identity()
+    looking = optim.Training(**base | {'steps': 20}, log_every=1, eval_every=2, save_every=3, show_every=4)
+    assert looking.identity() == identity
+    for field, value in (('b2', 0.9), ('clip_norm', 1.0), ('weight_ema', 0.5), ('batch_size', 16)):
+        assert optim.Training(**base | {field: value}).identity() != identity
+    cosine = [optim.Training(**base | {'steps': steps}, decay='cosine').identity() for steps in (9, 20)]
+    assert cosine[0] != cosine[1]  # its schedule ends at `steps`
