@@ -27,7 +27,7 @@ def start(*arguments, **options):
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        (['--config=configs/tiny.py', '--config.vqvae.hiden=3'], 'hidden'),
+        (['--config=configs/tiny.py', '--config.vqvae.hiden=3'], "error: 'hiden' Did you mean"),
         (['--config=configs/missing.py'], 'configs/missing.py'),
         (['--config=configs/tiny.py', '--job=prior', '--level=middle'], 'the levels of this config are top, bottom'),
         (['--config=configs/tiny.py', '--config.sample.batch_size=12'], '--config.sample.batch_size=16'),

@@ -51,7 +51,10 @@ def _parse(arguments: list[str]) -> list[str]:
             sys.exit('error: --config is missing, for example --config=configs/fashion.py')
         _CONFIG.value.to_dict()  # a config file that could not be read fails here, not at the flag
     except (AttributeError, KeyError, OSError, flags.Error) as error:
-        sys.exit(f'error: {" ".join(str(error).split()).strip(chr(34))}')
+        while error.args and isinstance(error.args[0], BaseException):  # ml_collections wraps one in another
+            error = error.args[0]
+        message = error.args[0] if isinstance(error, KeyError) else error  # str(KeyError) is quoted and escaped
+        sys.exit(f'error: {" ".join(str(message).split())}')
     if len(rest) > 1:
         sys.exit(f'error: {rest[1]!r} is no flag; flags look like --config=configs/fashion.py')
     return rest
