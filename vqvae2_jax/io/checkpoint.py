@@ -8,6 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from vqvae2_jax import parallel
 from vqvae2_jax.io import provenance
 
 _RECORD = 'trained.json'
@@ -72,7 +73,9 @@ class Weights:
         while (self._directory / name).exists():  # a resumed run meets its best step again, which best.json names
             name += '-again'
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(self._directory / name, weights)
+            checkpointer.save(self._directory / name, weights)  # all processes together
+        if not parallel.is_writer():
+            return
         record = {'step': step, 'summary': summary, 'directory': name}
         provenance.write_json(self._directory / 'best.json', record)
         for other in self._directory.iterdir():  # the ones before, and what a kill left behind

@@ -45,7 +45,7 @@ def train_vqvae(run: Run) -> None:
         'vqvae',
         'vqvae',
         functools.partial(vqvae_stage, run),
-        functools.partial(_image_data, run, 'vqvae', **augment),
+        functools.partial(image_data, run, 'vqvae', **augment),
         {'images': run.images_digest()},
     )
 
@@ -68,7 +68,7 @@ def train_classifier(run: Run) -> None:
     if not configs.has_classifier(run.config):
         raise workdir.JobError(f'data.num_classes={run.config.data.num_classes}: there are no classes to tell apart')
     augment = {'flip': run.config.classifier.flip, 'crop': run.config.classifier.crop}
-    data = functools.partial(_image_data, run, 'classifier', **augment)
+    data = functools.partial(image_data, run, 'classifier', **augment)
     upstream = {'images': run.images_digest()}
     _train(run, 'classifier', 'classifier', functools.partial(classifier_stage, run), data, upstream)
 
@@ -128,7 +128,8 @@ def _check_started(path, section, settings, upstream):
     )
 
 
-def _image_data(run: Run, section: str, **augment) -> Data:
+def image_data(run: Run, section: str, **augment) -> Data:
+    """This process's part of the images that `section` trains on."""
     return _data(run, section, run.images('train'), run.images('validation'), run.reading(), **augment)
 
 
