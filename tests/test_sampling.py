@@ -76,6 +76,8 @@ def test_draws_follow_the_distribution():
     keys = sample_keys(jax.random.key(0), jnp.arange(20000))
     drawn = draw(keys, jnp.array(5), jnp.tile(logits, (20000, 1)), 1.0)
     np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 20000, [0.1, 0.2, 0.7], atol=0.015)
+    warm = draw(keys, jnp.array(5), jnp.tile(logits, (20000, 1)), 2.0)  # p^(1/2), normalised
+    np.testing.assert_allclose(np.bincount(warm, minlength=3) / 20000, [0.198, 0.279, 0.523], atol=0.015)
     again = draw(keys, jnp.array(6), jnp.tile(logits, (20000, 1)), 1.0)
     assert 0.4 < np.mean(np.asarray(drawn) == np.asarray(again)) < 0.68  # another position is another draw (0.54)
 
