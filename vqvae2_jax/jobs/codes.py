@@ -23,7 +23,7 @@ def extract(run: Run) -> None:
     trained = workdir.load_vqvae(run)
     workdir.check_images(run, 'vqvae', trained.record)
     model = configs.make_vqvae(run.config)
-    variables = jax.device_put({'params': trained.params, **trained.variables}, parallel.replicated())
+    variables = trained.on_devices()
     encode = jax.jit(lambda image: model.apply(variables, to_float(image), method='encode'))
     with stop_signals() as stopped:
         for split in SPLITS:

@@ -61,7 +61,7 @@ def make_sampler(run: Run, vqvae, priors):
     modules = tuple(configs.make_prior(config, level) for level in range(len(run.levels)))
     whole, split = parallel.replicated(), parallel.split_batch()
     weights = jax.device_put([prior.params for prior in priors], whole)
-    decoder = jax.device_put({'params': vqvae.params, **vqvae.variables}, whole)
+    decoder = vqvae.on_devices()
     key = jax.random.key(config.sample.seed)
     temperatures = tuple(float(config.sample.temperature[name]) for name in run.levels)
 

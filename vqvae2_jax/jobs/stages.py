@@ -6,7 +6,6 @@ from collections.abc import Callable
 import jax
 
 from vqvae2_jax import config as configs
-from vqvae2_jax import parallel
 from vqvae2_jax.data.loader import eval_batches, train_batches
 from vqvae2_jax.io import provenance
 from vqvae2_jax.io.checkpoint import Weights, read_record, remove_record, write_record
@@ -150,8 +149,7 @@ def _data(run: Run, section: str, source, validation, reading, **augment) -> Dat
 
 def _decoder(run: Run, level: int):
     """Codes of `level` and coarser ones to images, by the trained stage 1."""
-    model, trained = configs.make_vqvae(run.config), workdir.load_vqvae(run)
-    variables = jax.device_put({'params': trained.params, **trained.variables}, parallel.replicated())
+    model, variables = configs.make_vqvae(run.config), workdir.load_vqvae(run).on_devices()
 
     def decode(codes):
         if level:

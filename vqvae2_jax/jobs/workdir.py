@@ -7,10 +7,12 @@ upstream is not the recorded one refuses, showing both.
 import dataclasses
 from typing import Any
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
 from vqvae2_jax import config as configs
+from vqvae2_jax import parallel
 from vqvae2_jax.data import images, loader
 from vqvae2_jax.data.codes import CodeSource
 from vqvae2_jax.io import provenance
@@ -89,6 +91,10 @@ class Trained:
     @property
     def digest(self) -> str:
         return self.record['digest']
+
+    def on_devices(self) -> dict[str, Any]:
+        """All collections as `module.apply` takes them, whole on every device."""
+        return jax.device_put({'params': self.params, **self.variables}, parallel.replicated())
 
 
 def prior_directory(level_name: str) -> str:
