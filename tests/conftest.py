@@ -19,7 +19,7 @@ import pytest  # noqa: E402
 from etils import epath  # noqa: E402
 
 from configs import tiny  # noqa: E402
-from vqvae2_jax import config as configs  # noqa: E402
+from vqvae2_jax import checks  # noqa: E402
 from vqvae2_jax.jobs.pipeline import run_job  # noqa: E402
 from vqvae2_jax.jobs.workdir import Run  # noqa: E402
 
@@ -45,7 +45,7 @@ def small_config():
 def finished(tmp_path_factory):
     """The whole pipeline, run once; tests that change files take `run`."""
     run = Run(small_config(), epath.Path(tmp_path_factory.mktemp('pipeline')) / 'run')
-    configs.check(run.config)
+    checks.check(run.config)
     run_job(run, 'pipeline')
     return run
 

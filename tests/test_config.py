@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from vqvae2_jax import checks
 from vqvae2_jax import config as configs
 from vqvae2_jax.config import ConfigError
 from vqvae2_jax.data.images import ImageSpec
-from vqvae2_jax.models.prior import Prior
 from vqvae2_jax.models.resnet import ResNet
 from vqvae2_jax.models.vqvae import VQVAE, map_shapes
+from vqvae2_jax.models.wavefront import WavefrontPrior
 from vqvae2_jax.optim import Training
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -51,11 +52,14 @@ def parameter_counts(config):
 def test_every_config_passes_and_has_the_documented_parameters(name):
     assert jax.device_count() == 8
     config = load(name)
-    configs.check(config)
+    checks.check(config)
     assert config.name == name
     rows = re.findall(rf'^\| {name} \| (\S+) \| ([\d ]+) \|$', DOCUMENT, re.MULTILINE)
     documented = {module: int(count.replace(' ', '')) for module, count in rows}
     assert parameter_counts(config) == documented, 'bring the table of docs/configs.md up to date'
+
+
+PRIOR_ELSEWHERE = ('shape', 'codebook_size', 'coarser_codebook_sizes', 'num_classes')
 
 
 def documented_fields(section):
@@ -69,7 +73,7 @@ def documented_fields(section):
     [
         ('data', ImageSpec, (), ()),
         ('vqvae', VQVAE, ('channels',), ('commitment_weight', 'training')),
-        ('prior.<level>', Prior, ('shape', 'codebook_size', 'coarser_codebook_sizes', 'num_classes'), ('training',)),
+        ('prior.<level>', WavefrontPrior, PRIOR_ELSEWHERE, ('order', 'training')),
         ('classifier', ResNet, ('num_classes',), ('flip', 'crop', 'training')),
         ('<stage>.training', Training, (), ()),
     ],
@@ -81,9 +85,9 @@ def test_every_field_is_documented_and_every_documented_field_exists(section, so
     assert set(documented) == fields - set(elsewhere) | set(own)
 
 
-@pytest.mark.parametrize('section', ['sample', 'reject', 'codes'])
+@pytest.mark.parametrize('section', ['sample', 'reject', 'codes', 'edit', 'likelihood'])
 def test_the_other_sections_are_documented(config, section):
-    assert set(documented_fields(section)) == set(config[section])
+    assert set(documented_fields(section)) == set(configs.complete(config)[section])
     assert {'name', 'seed'} == set(documented_fields('config'))
 
 
@@ -102,6 +106,13 @@ MISTAKES = [
     ('reject.share', 3, "reject has the unknown field 'share'; its fields are keep"),
     ('prior.middle', {}, "the levels ['bottom', 'middle', 'top'], but vqvae.factors=(2, 2) makes ['bottom', 'top']"),
     ('sample.temperature.middle', 1.0, 'sample.temperature names'),
+    ('sample.top_k', {'midle': 3}, 'sample.top_k names'),
+    ('sample.top_k', {'top': -1}, 'sample.top_k.top is -1; it must be 0'),
+    ('sample.top_p', {'top': 0.0}, 'sample.top_p.top is 0.0; it is a share'),
+    ('sample.guidance', {'bottom': 2.0}, 'sample.guidance.bottom is 2.0, but prior.bottom.label_dropout is 0'),
+    ('sample.dtype', 'float16', "sample.dtype is 'float16'; it must be"),
+    ('prior.top.order', 'snake', "prior.top.order is 'snake'; it must be one of raster, wavefront"),
+    ('prior.top.label_dropout', 1.0, 'prior.top.label_dropout is 1.0; it must be 0 or more and less than 1'),
     ('sample.temperature.top', -1.0, 'sample.temperature.top is -1.0; it must be 0'),
     ('sample.labels', (3, 10), 'sample.labels holds [10], but data.num_classes=10 has labels 0 to 9'),
     ('sample.count', 0, 'sample.count is 0; it must be 1 or more'),
@@ -146,6 +157,9 @@ MISTAKES = [
     ('classifier.training.warmup_steps', 9, 'training.warmup_steps=9 exceeds classifier.training.steps=8'),
     ('classifier.blocks', (1, 1.5), "classifier cannot be built as configured: 'float' object"),
     ('vqvae.factors', (), 'vqvae.factors is empty'),
+    ('edit.count', 0, 'edit.count is 0'),
+    ('edit.masks', '', "edit has the unknown field 'masks'; did you mean 'mask'?"),
+    ('likelihood.split', 'tests', "likelihood.split is 'tests'; there are train, validation, test"),
     ('reject.keep', 0.0, 'reject.keep is 0.0; it is a share in (0, 1]'),
 ]
 
@@ -153,10 +167,11 @@ MISTAKES = [
 @pytest.mark.parametrize('field, value, message', MISTAKES)
 def test_mistakes_are_errors_that_name_the_field(config, field, value, message):
     section, _, name = field.rpartition('.')
+    config = configs.complete(config)
     with (config[section] if section else config).unlocked() as fields:
         fields[name] = value
     with pytest.raises(ConfigError, match=re.escape(message)):
-        configs.check(config)
+        checks.check(config)
 
 
 @pytest.mark.parametrize(
@@ -177,15 +192,15 @@ def test_missing_fields_are_errors_that_name_them(config, field, message):
     with (config[section] if section else config).unlocked() as fields:
         del fields[name]
     with pytest.raises(ConfigError, match=message):
-        configs.check(config)
+        checks.check(config)
 
 
 def test_labels_of_unlabelled_data_are_refused(config):
     config.data.num_classes = 0
-    configs.check(config)
+    checks.check(config)
     config.sample.labels = (0,)
     with pytest.raises(ConfigError, match='data.num_classes=0 means that there are no labels'):
-        configs.check(config)
+        checks.check(config)
 
 
 def test_levels_have_the_names_of_the_paper():
@@ -232,3 +247,35 @@ def test_settings_follow_a_changed_default(config, monkeypatch):
         del config.classifier['stem_stride']
     monkeypatch.setattr(ResNet, '__signature__', signature.replace(parameters=changed), raising=False)
     assert configs.settings(config, 'classifier')['classifier.stem_stride'] == 3
+
+
+@pytest.mark.parametrize('slope', [0, 8])
+def test_slopes_that_the_map_has_no_room_for_are_refused(config, slope):
+    config = configs.complete(config)
+    config.prior.top.update(order='wavefront', slope=slope)
+    with pytest.raises(ConfigError, match=rf'prior.top.slope is {slope}; .*between 1 and the width, 7'):
+        checks.check(config)
+    config.prior.top.slope = 7
+    checks.check(config)
+
+
+def test_label_dropout_needs_classes(config):
+    config = configs.complete(config)
+    config.prior.top.label_dropout = 0.1
+    checks.check(config)
+    config.sample.guidance.top = 2.0
+    checks.check(config)
+    config.data.num_classes = 0
+    with pytest.raises(ConfigError, match='label_dropout=0.1, but data.num_classes=0'):
+        checks.check(config)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_completed_config_says_the_same_and_has_every_field(name):
+    config, complete = load(name), configs.complete(load(name))
+    for section in ['vqvae', *(f'prior.{level}' for level in config.prior)]:
+        assert configs.settings(complete, section) == configs.settings(config, section)
+        assert complete[section].training.b2 == 0.999
+    assert complete.prior.top.slope == 2 and complete.data.split_seed == 0
+    assert all(set(complete.sample[field]) == set(config.prior) for field in configs.CONTROLS)
+    assert configs.complete(complete).to_dict() == complete.to_dict()

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from vqvae2_jax import config as configs
+from vqvae2_jax import checks
 from vqvae2_jax.data.decode import UnreadableImage
 from vqvae2_jax.io.provenance import UpstreamChanged, read_json
 from vqvae2_jax.jobs import samples
@@ -42,7 +42,7 @@ def folder_run(config, folder, tmp_path):
     config.vqvae.training.show_every = 2
     config.codes.update(batch_size=8, shard_size=16)
     config.sample.update(count=8, batch_size=8)
-    configs.check(config)
+    checks.check(config)
     return Run(config, epath.Path(tmp_path) / 'run')
 
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from vqvae2_jax.models.causal import CausalAttention
-from vqvae2_jax.models.prior import Prior
+from vqvae2_jax.models.order import Order
+from vqvae2_jax.models.raster import RasterPrior
+from vqvae2_jax.models.wavefront import WavefrontPrior
 from vqvae2_jax.stages.prior import make_stage
 
 CASES = {
@@ -18,12 +20,30 @@ CASES = {
     'classes': {'shape': (4, 4), 'num_classes': 3},
     'coarser level': {'shape': (4, 6), 'coarser_codebook_sizes': (5,), 'condition_layers': 1, 'num_classes': 3},
     'two coarser levels': {'shape': (4, 4), 'coarser_codebook_sizes': (5, 5), 'condition_layers': 1},
+    'wavefront': {'shape': (5, 4), 'slope': 2},
+    'slope 1': {'shape': (4, 5), 'slope': 1, 'kernel': 5},
+    'slope 3, attention': {
+        'shape': (4, 6),
+        'slope': 3,
+        'kernel': 5,
+        'attention_layers': 1,
+        'heads': 2,
+        'output_layers': 1,
+    },
+    'slope 2, coarser level': {
+        'shape': (6, 4),
+        'slope': 2,
+        'coarser_codebook_sizes': (5,),
+        'condition_layers': 1,
+        'num_classes': 3,
+    },
 }
 
 
 def make_prior(case, seed=0, batch=2, **fields):
     """A small prior with every parameter moved off its start, so that no path is closed by a zero."""
-    prior = Prior(**{'codebook_size': 6, 'hidden': 8, 'residual': 8, 'layers': 2, 'kernel': 3, **CASES[case], **fields})
+    fields = {'codebook_size': 6, 'hidden': 8, 'residual': 8, 'layers': 2, 'kernel': 3, **CASES[case], **fields}
+    prior = WavefrontPrior(**fields) if 'slope' in fields else RasterPrior(**fields)
     keys = jax.random.split(jax.random.key(seed), 3)
     codes = jax.random.randint(keys[0], (batch, *prior.shape), 0, 6)
     labels = jnp.arange(batch) % 3 if prior.num_classes else None
@@ -40,15 +60,15 @@ def make_prior(case, seed=0, batch=2, **fields):
 
 @pytest.mark.parametrize('case', CASES)
 def test_every_position_sees_exactly_the_earlier_ones(case):
-    """By perturbation of every position: no later logit changes before it, and all reachable later ones do."""
+    """By perturbation of every position: no logit of its own or an earlier step changes, and its neighbours' do."""
     prior, params, codes, labels, coarser = make_prior(case, batch=1)
     logits = jax.jit(lambda c: prior.apply({'params': params}, c, labels, coarser))
     reference = np.asarray(logits(codes)).reshape(-1, 6)
-    positions = reference.shape[0]
+    positions, steps = reference.shape[0], prior.order.step_of().reshape(-1)
     for p in range(positions):
         changed = codes.reshape(-1).at[p].set((codes.reshape(-1)[p] + 1) % 6).reshape(codes.shape)
         difference = np.abs(np.asarray(logits(changed)).reshape(-1, 6) - reference).max(axis=-1)
-        assert (difference[: p + 1] == 0).all(), f'{case}: position {p} is seen at or before itself'
+        assert (difference[steps <= steps[p]] == 0).all(), f'{case}: position {p} is seen at or before its own step'
         width = prior.shape[1]
         neighbours = [p + 1] * ((p + 1) % width > 0) + [p + width] * (p + width < positions)  # right of it, below it
         assert all(difference[n] > 0 for n in neighbours), f'{case}: one of {neighbours} does not see {p}'
@@ -70,7 +90,9 @@ def test_no_blind_spot(case):
 
 def test_likelihood_sums_to_one_over_all_maps():
     """By enumeration of all 3^4 maps of 2x2 codes with K = 3."""
-    prior = Prior(shape=(2, 2), codebook_size=3, hidden=8, residual=8, layers=2, kernel=3, attention_layers=1, heads=2)
+    prior = RasterPrior(
+        shape=(2, 2), codebook_size=3, hidden=8, residual=8, layers=2, kernel=3, attention_layers=1, heads=2
+    )
     maps = jnp.array(list(itertools.product(range(3), repeat=4))).reshape(-1, 2, 2)
     params = prior.init(jax.random.key(0), maps)['params']
     params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
@@ -111,16 +133,14 @@ def test_dropout_acts_in_training_only():
 
 
 def test_dropped_logits_are_unseen_and_never_empty_a_row():
-    attention = CausalAttention(heads=1, positions=6, dropout=0.9)
+    attention = CausalAttention(heads=1, order=Order.raster((2, 3)), dropout=0.9)
     x = jax.random.normal(jax.random.key(0), (1, 2, 3, 4))
-    variables = attention.init(jax.random.key(1), x, jnp.arange(6))
+    variables = attention.init(jax.random.key(1), x)
     variables = jax.tree.map(lambda v: v + 0.5, variables)
-    out = [
-        attention.apply(variables, x, jnp.arange(6), train=True, rngs={'dropout': jax.random.key(i)}) for i in range(3)
-    ]
+    out = [attention.apply(variables, x, train=True, rngs={'dropout': jax.random.key(i)}) for i in range(3)]
     assert np.isfinite(np.stack(out)).all() and np.abs(out[0] - out[1]).max() > 0
     # The first position has only itself, which is never dropped; an empty row would let it see all the others.
-    whole = attention.apply(variables, x, jnp.arange(6))
+    whole = attention.apply(variables, x)
     np.testing.assert_allclose(out[0][0, 0, 0], whole[0, 0, 0], rtol=1e-5)
 
 

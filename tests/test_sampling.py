@@ -4,9 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.test_prior import CASES, make_prior
-from vqvae2_jax.sampling.ancestral import draw, sample, sample_by_rerunning, sample_keys, sample_levels
+from vqvae2_jax import parallel
+from vqvae2_jax.sampling.ancestral import sample, sample_by_rerunning, sample_keys, sample_levels
+from vqvae2_jax.sampling.control import Control, draw
 from vqvae2_jax.sampling.rejection import keep_best
 
 
@@ -14,10 +18,99 @@ from vqvae2_jax.sampling.rejection import keep_best
 def test_cached_sampling_draws_the_same_codes_as_rerunning_the_network(case):
     prior, params, _, labels, coarser = make_prior(case, batch=3)
     keys = sample_keys(jax.random.key(7), jnp.arange(3))
-    fast = jax.jit(lambda: sample(prior, params, keys, labels, coarser, 1.3))()
-    slow = jax.jit(lambda: sample_by_rerunning(prior, params, keys, labels, coarser, 1.3))()
-    np.testing.assert_array_equal(fast, slow)
-    assert len(np.unique(fast)) > 2
+    fast = jax.jit(lambda: sample(prior, params, keys, labels, coarser, Control(1.3)))()
+    slow = jax.jit(lambda: sample_by_rerunning(prior, params, keys, labels, coarser, Control(1.3)))()
+    np.testing.assert_array_equal(fast.codes, slow.codes)
+    np.testing.assert_allclose(fast.log_probs, slow.log_probs, atol=1e-4)
+    assert len(np.unique(fast.codes)) > 2
+
+
+@pytest.mark.slow
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_shape_kernel_depth_and_slope_is_exact(data):
+    height, width = data.draw(st.integers(1, 5)), data.draw(st.integers(2, 6))
+    fields = {
+        'shape': (height, width),
+        'slope': data.draw(st.integers(1, width)),
+        'kernel': data.draw(st.sampled_from([3, 5, 7])),
+        'layers': data.draw(st.integers(1, 3)),
+        'attention_layers': data.draw(st.integers(0, 1)),
+        'heads': 2,
+    }
+    prior, params, *_ = make_prior('classes', seed=height * 7 + width, batch=2, **fields)
+    keys, labels = sample_keys(jax.random.key(1), jnp.arange(2)), jnp.array([0, 2])
+    fast = jax.jit(lambda: sample(prior, params, keys, labels))()
+    slow = jax.jit(lambda: sample_by_rerunning(prior, params, keys, labels))()
+    np.testing.assert_array_equal(fast.codes, slow.codes, err_msg=str(fields))
+    np.testing.assert_allclose(fast.log_probs, slow.log_probs, atol=1e-4)
+
+
+@pytest.mark.parametrize('case', ['coarser level', 'slope 3, attention'])
+def test_log_probs_are_those_of_the_whole_network_on_the_finished_map(case):
+    prior, params, _, labels, coarser = make_prior(case, batch=2)
+    keys = sample_keys(jax.random.key(5), jnp.arange(2))
+    sampled = jax.jit(lambda: sample(prior, params, keys, labels, coarser, Control(0.7, top_k=3)))()
+    whole = jax.nn.log_softmax(prior.apply({'params': params}, sampled.codes, labels, coarser))
+    expected = jnp.take_along_axis(whole, sampled.codes[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(sampled.log_probs, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize('case', ['attention', 'slope 3, attention'])
+def test_kept_codes_stay_and_the_rest_is_drawn_given_the_earlier_ones(case):
+    prior, params, codes, labels, coarser = make_prior(case, batch=2)
+    keys = sample_keys(jax.random.key(5), jnp.arange(2))
+    keep = jax.random.bernoulli(jax.random.key(6), 0.5, codes.shape)
+    run = jax.jit(lambda given: sample(prior, params, keys, labels, coarser, given=given).codes)
+    completed = run(jnp.where(keep, codes, -1))
+    assert (completed[keep] == codes[keep]).all() and (completed[~keep] != codes[~keep]).any()
+    slow = jax.jit(lambda given: sample_by_rerunning(prior, params, keys, labels, coarser, given=given).codes)
+    np.testing.assert_array_equal(completed, slow(jnp.where(keep, codes, -1)))
+    np.testing.assert_array_equal(run(jnp.full_like(codes, -1)), sample(prior, params, keys, labels, coarser).codes)
+
+
+def test_what_a_cache_holds_of_later_steps_is_never_read():
+    """Keys of later steps are poisoned with NaN, values with a number that would drown all others."""
+    prior, params, codes, labels, coarser = make_prior('slope 3, attention')
+    order = prior.order
+
+    def run(poison):
+        cache, logits = {}, []
+        previous = jnp.zeros((2, order.rows), jnp.int32)
+        for step in range(order.steps):
+            arguments = (previous, jnp.int32(step), None)
+            out, cache = prior.apply(
+                {'params': params, **cache}, *arguments, method='diagonal', mutable=['diagonals', 'attention']
+            )
+            rows, columns, inside = order.positions(step, np)
+            previous = codes[:, rows, columns]
+            logits.append(jnp.where(inside[:, None], out, 0))
+            if poison:
+                held = cache['attention']['attention_0']
+                later = (jnp.arange(held['keys'].shape[1]) >= (step + 1) * order.rows)[:, None, None]
+                cache['attention']['attention_0'] = {
+                    'keys': jnp.where(later, jnp.nan, held['keys']),
+                    'values': jnp.where(later, 1e30, held['values']),
+                }
+        return np.stack(logits)
+
+    clean = run(poison=False)
+    np.testing.assert_array_equal(run(poison=True), clean)
+    whole = np.asarray(prior.apply({'params': params}, codes, labels, coarser))
+    steps = order.step_of()
+    slots = np.arange(prior.shape[0])[:, None] - order.first_row(steps, np)
+    np.testing.assert_allclose(np.moveaxis(clean[steps, :, slots], 2, 0), whole, atol=1e-4)
+
+
+@pytest.mark.parametrize('case', ['classes', 'wavefront'])
+def test_eight_devices_draw_what_one_draws(case):
+    prior, params, *_ = make_prior(case)
+    index = jnp.arange(8)
+    run = jax.jit(lambda i: sample(prior, params, sample_keys(jax.random.key(2), i), i % 3).codes)
+    alone = run(jax.device_put(index, jax.devices()[0]))
+    spread = run(jax.device_put(index, parallel.split_batch()))
+    assert len(spread.sharding.device_set) == 8
+    np.testing.assert_array_equal(alone, spread)
 
 
 @pytest.mark.parametrize('case', ['attention', 'coarser level'])
@@ -48,7 +141,7 @@ def test_streamed_logits_equal_the_whole_network(case):
 def test_sample_i_is_the_same_in_any_batch_and_order():
     prior, params, _, _, _ = make_prior('classes')
     key = jax.random.key(3)
-    run = jax.jit(lambda index: sample(prior, params, sample_keys(key, index), index % 3))
+    run = jax.jit(lambda index: sample(prior, params, sample_keys(key, index), index % 3).codes)
     together = run(jnp.arange(6))
     np.testing.assert_array_equal(run(jnp.array([4, 1]))[::-1], together[jnp.array([1, 4])])
     assert (np.asarray(together[0]) != np.asarray(together[3])).any()  # same class, another sample
@@ -62,7 +155,7 @@ def test_temperature_is_traced_and_zero_takes_the_likeliest():
     @jax.jit
     def run(keys, temperature):
         traces.append(1)
-        return sample(prior, params, keys, temperature=temperature)
+        return sample(prior, params, keys, control=Control(temperature)).codes
 
     cold, also_cold = run(keys, 0.0), run(sample_keys(jax.random.key(1), jnp.arange(4)), 0.0)
     np.testing.assert_array_equal(cold, also_cold)
@@ -74,11 +167,15 @@ def test_temperature_is_traced_and_zero_takes_the_likeliest():
 def test_draws_follow_the_distribution():
     logits = jnp.log(jnp.array([0.1, 0.2, 0.7]))
     keys = sample_keys(jax.random.key(0), jnp.arange(20000))
-    drawn = draw(keys, jnp.array(5), jnp.tile(logits, (20000, 1)), 1.0)
+
+    def drawn_at(position, temperature):
+        return draw(keys, jnp.array([position]), jnp.tile(logits, (20000, 1, 1)), Control(temperature))[:, 0]
+
+    drawn = drawn_at(5, 1.0)
     np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 20000, [0.1, 0.2, 0.7], atol=0.015)
-    warm = draw(keys, jnp.array(5), jnp.tile(logits, (20000, 1)), 2.0)  # p^(1/2), normalised
+    warm = drawn_at(5, 2.0)  # p^(1/2), normalised
     np.testing.assert_allclose(np.bincount(warm, minlength=3) / 20000, [0.198, 0.279, 0.523], atol=0.015)
-    again = draw(keys, jnp.array(6), jnp.tile(logits, (20000, 1)), 1.0)
+    again = drawn_at(6, 1.0)
     assert 0.4 < np.mean(np.asarray(drawn) == np.asarray(again)) < 0.68  # another position is another draw (0.54)
 
 
@@ -87,7 +184,7 @@ def test_samples_follow_the_prior():
     prior, params, codes, _, _ = make_prior('convolutions', batch=1)
     probability = jax.nn.softmax(prior.apply({'params': params}, codes)[0, 0, 0])
     keys = sample_keys(jax.random.key(0), jnp.arange(4000))
-    drawn = jax.jit(lambda: sample(prior, params, keys))()[:, 0, 0]
+    drawn = jax.jit(lambda: sample(prior, params, keys))().codes[:, 0, 0]
     np.testing.assert_allclose(np.bincount(drawn, minlength=6) / 4000, probability, atol=0.03)
 
 
@@ -95,12 +192,12 @@ def test_levels_are_drawn_from_the_coarsest_and_condition_the_finer():
     top, top_params, *_ = make_prior('classes', shape=(2, 3), codebook_size=5)
     bottom, bottom_params, *_ = make_prior('coarser level')
     index, labels, key = jnp.arange(4), jnp.arange(4) % 3, jax.random.key(11)
-    codes = sample_levels((bottom, top), (bottom_params, top_params), key, index, labels, (1.0, 0.7))
+    codes = sample_levels((bottom, top), (bottom_params, top_params), key, index, labels, (Control(), Control(0.7)))
     assert [c.shape for c in codes] == [(4, 4, 6), (4, 2, 3)]
-    by_hand = sample(top, top_params, sample_keys(jax.random.fold_in(key, 1), index), labels, (), 0.7)
+    by_hand = sample(top, top_params, sample_keys(jax.random.fold_in(key, 1), index), labels, (), Control(0.7)).codes
     np.testing.assert_array_equal(codes[1], by_hand)
     keys = sample_keys(jax.random.fold_in(key, 0), index)
-    np.testing.assert_array_equal(codes[0], sample(bottom, bottom_params, keys, labels, (by_hand,)))
+    np.testing.assert_array_equal(codes[0], sample(bottom, bottom_params, keys, labels, (by_hand,)).codes)
 
 
 def test_rejection_keeps_the_best_of_every_class():

@@ -10,8 +10,9 @@ import sys
 
 from absl import app, flags, logging
 from etils import epath
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
+from vqvae2_jax import checks
 from vqvae2_jax import config as configs
 from vqvae2_jax.data.decode import UnreadableImage
 from vqvae2_jax.io.provenance import UpstreamChanged
@@ -22,9 +23,16 @@ from vqvae2_jax.jobs.workdir import JobError, Run
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'Path of the config file; --config.a.b=value overrides a field.'
 )
+_read_config = flags.FLAGS['config'].parser.parse
+# A field that a config leaves to its default can be set by a flag too.
+flags.FLAGS['config'].parser.parse = lambda path: _complete(_read_config(path))
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; runs/<config.name> when not given.')
 _JOB = flags.DEFINE_enum('job', 'pipeline', JOBS, 'What to do; pipeline: all jobs whose results are missing, in order.')
 _LEVEL = flags.DEFINE_string('level', None, 'With --job=prior: which level (top, bottom, ...); all when not given.')
+
+
+def _complete(config):
+    return configs.complete(config) if isinstance(config, ConfigDict) else config  # else it says what is wrong later
 
 
 def main(_) -> None:
@@ -36,7 +44,7 @@ def main(_) -> None:
         sys.exit(f'error: --workdir={workdir}: only local folders are supported; mount the bucket, or copy afterwards')
     workdir = epath.Path(workdir).resolve()
     try:
-        configs.check(config)
+        checks.check(config)
         run_job(Run(config, workdir), _JOB.value, _LEVEL.value)
     except (configs.ConfigError, JobError, UpstreamChanged, UnreadableImage, NonFiniteLoss) as error:
         # These say what to do; a traceback would only hide it.

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import numbers
 import operator
+import os
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +21,7 @@ from PIL import Image
 
 from vqvae2_jax.data.decode import fit
 from vqvae2_jax.data.fashion import FashionPool
-from vqvae2_jax.data.folder import open_folder
+from vqvae2_jax.data.folder import SUFFIXES, open_folder
 from vqvae2_jax.data.tfds_records import TfdsPool
 
 SPLITS = ('train', 'validation', 'test')
@@ -199,6 +200,20 @@ def open_images(spec: ImageSpec, split: str) -> ImageSource:
             'change it, or name the splits in data.splits.'
         )
     return ImageSource(pool, positions, spec.image_size, spec.channels, spec.on_error)
+
+
+def open_all(path: str, image_size: tuple[int, int], channels: int, on_error: str = 'raise') -> ImageSource:
+    """All images below a folder, or one file, unlabelled and sorted by name.
+
+    Raises:
+      ValueError, FileNotFoundError: as `open_images`.
+    """
+    folder, file = os.path.split(path) if os.path.isfile(path) else (path, None)
+    pool = open_folder(folder or '.', 0, None, None)
+    positions = [i for i, name in enumerate(pool.files) if file in (None, name)]
+    if not positions:
+        raise ValueError(f'{path!r} is no image: images are called *{", *".join(SUFFIXES)}')
+    return ImageSource(pool, np.array(positions, np.int64), image_size, channels, on_error)
 
 
 def random_split(

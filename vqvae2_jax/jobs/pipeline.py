@@ -6,13 +6,15 @@ from collections.abc import Callable
 from vqvae2_jax import config as configs
 from vqvae2_jax.io.logging import format_duration
 from vqvae2_jax.jobs.codes import extract
+from vqvae2_jax.jobs.edit import edit
 from vqvae2_jax.jobs.evaluate import evaluate
+from vqvae2_jax.jobs.likelihood import write_likelihood
 from vqvae2_jax.jobs.reject import reject
 from vqvae2_jax.jobs.sample import draw_samples
 from vqvae2_jax.jobs.stages import train_classifier, train_prior, train_vqvae
 from vqvae2_jax.jobs.workdir import JobError, Run
 
-JOBS = ('pipeline', 'vqvae', 'codes', 'prior', 'classifier', 'sample', 'reject', 'evaluate')
+JOBS = ('pipeline', 'vqvae', 'codes', 'prior', 'classifier', 'sample', 'reject', 'evaluate', 'edit', 'likelihood')
 
 
 def run_job(run: Run, job: str, level: str | None = None) -> None:
@@ -44,6 +46,9 @@ def _plan(run: Run, job: str, level: str | None) -> list[tuple[str, Callable[[],
         'reject': [('reject', lambda: reject(run))],
         'evaluate': [('evaluate', lambda: evaluate(run))],
     }
+    aside = {'edit': [('edit', lambda: edit(run))], 'likelihood': [('likelihood', lambda: write_likelihood(run))]}
+    if job in aside:
+        return aside[job]
     if job != 'pipeline':
         return steps[job]
     skipped = () if configs.has_classifier(run.config) else ('classifier', 'reject')

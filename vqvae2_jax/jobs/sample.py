@@ -38,8 +38,8 @@ def draw_samples(run: Run) -> None:
     draw = make_sampler(run, vqvae, priors)
     begin, before = time.monotonic(), _seconds(directory)
     with stop_signals() as stopped:
-        for number, (start, stop) in enumerate(missing, start=1):
-            samples.write_npz(samples.shard_path(directory, start, stop), _shard(run, draw, start, stop))
+        for number, (start, stop, arrays) in enumerate(_shards(run, draw, missing), start=1):
+            samples.write_npz(samples.shard_path(directory, start, stop), arrays)
             seconds = time.monotonic() - begin
             provenance.write_json(directory / 'time.json', {'seconds': round(before + seconds, 1)})
             left = format_duration(seconds / number * (len(missing) - number))
@@ -58,20 +58,25 @@ def make_sampler(run: Run, vqvae, priors):
     """A jitted (index int [B], label int [B]) -> (images uint8 [B, H, W, C], codes per level)."""
     config = run.config
     model = configs.make_vqvae(config)
-    modules = tuple(configs.make_prior(config, level) for level in range(len(run.levels)))
+    dtype = config.sample.get('dtype')
+    modules = [configs.make_prior(config, level) for level in range(len(run.levels))]
+    weights = [prior.params for prior in priors]
+    if dtype:  # of weights, caches and arithmetic; the logits stay float32
+        modules = [module.clone(dtype=jnp.dtype(dtype)) for module in modules]
+        weights = jax.tree.map(lambda x: x.astype(dtype), weights)
     whole, split = parallel.replicated(), parallel.split_batch()
-    weights = jax.device_put([prior.params for prior in priors], whole)
+    weights = jax.device_put(weights, whole)
     decoder = vqvae.on_devices()
     key = jax.random.key(config.sample.seed)
-    temperatures = tuple(float(config.sample.temperature[name]) for name in run.levels)
+    controls = tuple(configs.make_control(config, name) for name in run.levels)
 
-    def draw(weights, decoder, temperatures, index, label):
+    def draw(weights, decoder, controls, index, label):
         label = label if config.data.num_classes else None
-        codes = sample_levels(modules, weights, key, index, label, temperatures)
+        codes = sample_levels(modules, weights, key, index, label, controls)
         return to_uint8(model.apply(decoder, codes, method='decode')), codes
 
     draw = jax.jit(draw, in_shardings=(whole, whole, whole, split, split), out_shardings=split)
-    return lambda index, label: draw(weights, decoder, jnp.asarray(temperatures), index, label)
+    return lambda index, label: draw(weights, decoder, controls, index, label)
 
 
 def sample_labels(config, index: np.ndarray) -> np.ndarray:
@@ -80,15 +85,27 @@ def sample_labels(config, index: np.ndarray) -> np.ndarray:
     return choices[index % len(choices)]
 
 
-def _shard(run, draw, start, stop):
-    # The last shard may be smaller than a batch; drawing past the end keeps one compiled program.
-    index = np.arange(start, start + run.config.sample.batch_size)
-    label = sample_labels(run.config, index)
-    batch = parallel.put_batch({'index': index.astype(np.int32), 'label': label})
-    images, codes = jax.device_get(draw(batch['index'], batch['label']))
+def _shards(run, draw, ranges):
+    """(start, stop, arrays) of every range; while the caller writes one, the devices draw the next."""
+    waiting = None
+    for start, stop in ranges:
+        # The last shard may be smaller than a batch; drawing past the end keeps one compiled program.
+        index = np.arange(start, start + run.config.sample.batch_size)
+        label = sample_labels(run.config, index)
+        batch = parallel.put_batch({'index': index.astype(np.int32), 'label': label})
+        current = start, stop, index, label, draw(batch['index'], batch['label'])
+        if waiting:
+            yield _arrays(*waiting)
+        waiting = current
+    if waiting:
+        yield _arrays(*waiting)
+
+
+def _arrays(start, stop, index, label, drawn):
+    images, codes = jax.device_get(drawn)
     arrays = {'arr_0': images, 'label': label, 'index': index.astype(np.int64)}
     arrays |= {f'codes_{level}': c for level, c in enumerate(codes)}
-    return {name: a[: stop - start] for name, a in arrays.items()}
+    return start, stop, {name: a[: stop - start] for name, a in arrays.items()}
 
 
 def _meta(run, vqvae, priors):
@@ -102,6 +119,11 @@ def _meta(run, vqvae, priors):
         'seed': sample.seed,
         'labels': list(sample.labels),
         'temperature': dict(sample.temperature),
+        **{
+            field: {name: sample.get(field, {}).get(name, default) for name in run.levels}
+            for field, default in configs.CONTROLS.items()
+        },
+        'dtype': sample.get('dtype', ''),
         'num_classes': run.config.data.num_classes,
         'upstream': upstream,
         'version': provenance.package_version(),
@@ -119,9 +141,9 @@ def _check_started(directory, meta):
             f'{directory} is a set of {before["count"]} samples, more than sample.count={meta["count"]}: '
             f'set --config.sample.count={before["count"]}, or delete {directory} to draw anew'
         )
-    fields = ('batch_size', 'seed', 'labels', 'temperature', 'num_classes')  # the count may grow
+    fields = set(meta) - {'schema', 'count', 'upstream', 'version'}  # the count may grow
     what = f'the set of samples in {directory}'
-    workdir.check_same(what, {k: before[k] for k in fields}, {k: meta[k] for k in fields}, remedy)
+    workdir.check_same(what, {k: before.get(k) for k in fields}, {k: meta[k] for k in fields}, remedy)
 
 
 def _is_recorded(directory, meta) -> bool:

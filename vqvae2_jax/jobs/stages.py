@@ -58,7 +58,8 @@ def train_prior(run: Run, level_name: str) -> None:
         return _data(run, f'prior.{level_name}', train, validation, reading={})
 
     upstream = {'codes': current_codes_digest(run), 'vqvae': workdir.vqvae_record(run)['digest']}
-    stage = functools.partial(prior_stage, run, run.levels.index(level_name))
+    show = configs.training(run.config, f'prior.{level_name}').show_every > 0
+    stage = functools.partial(prior_stage, run, run.levels.index(level_name), show)
     _train(run, f'prior.{level_name}', workdir.prior_directory(level_name), stage, data, upstream)
 
 

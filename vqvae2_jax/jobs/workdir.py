@@ -15,6 +15,7 @@ from vqvae2_jax import config as configs
 from vqvae2_jax import parallel
 from vqvae2_jax.data import images, loader
 from vqvae2_jax.data.codes import CodeSource
+from vqvae2_jax.data.images import ImageSource
 from vqvae2_jax.io import provenance
 from vqvae2_jax.io.checkpoint import Weights, read_record
 
@@ -42,7 +43,7 @@ class Run:
         """Names of the levels, finest first."""
         return configs.level_names(self.config.vqvae.factors)
 
-    def images(self, split: str) -> images.ImageSource:
+    def images(self, split: str) -> ImageSource:
         """The images of 'train', 'validation' or 'test'.
 
         Raises:
@@ -54,6 +55,18 @@ class Run:
                 self._images[key] = images.open_images(*key)
             return self._images[key]
         except (ValueError, OSError, ImportError) as error:
+            raise JobError(str(error)) from error
+
+    def folder(self, path: str) -> ImageSource:
+        """All images below a folder that is no part of the config's data, or one file, in the config's size.
+
+        Raises:
+          JobError: they are not there.
+        """
+        data = self.config.data
+        try:
+            return images.open_all(path, tuple(data.image_size), data.channels)
+        except (ValueError, OSError) as error:
             raise JobError(str(error)) from error
 
     def images_digest(self) -> str:

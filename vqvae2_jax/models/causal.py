@@ -4,16 +4,21 @@ A layer sees its past as zeros (whole maps: training) or as what the cache holds
 call). Nothing else differs, so a streamed network draws what the whole network would.
 
 Streaming is on for the collections that the caller makes mutable:
-  `rows`      the last rows that each convolution of the vertical stack has seen
-  `columns`   the last columns that each convolution of the horizontal stack has seen; empty again at every new row
-  `attention` keys and values of all positions so far
+  `rows`      the last rows that each convolution of a vertical stack has seen
+  `columns`   the last columns that each convolution of a horizontal stack has seen; empty again at every new row
+  `diagonals` the last steps that each convolution in wavefront order has seen, in the rows that are at work
+  `attention` keys and values of all steps so far
 
-Glossary of shapes: B batch, H W map (1 where streamed), F features, N attention heads, P positions of the whole map.
+Glossary of shapes: B batch, H W map (the part of it at hand, where streamed), F features, N attention heads, P
+positions of the whole map, T steps of the order, n positions of a step.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from vqvae2_jax.models.order import Order
 
 _AXIS_OF = {'rows': 1, 'columns': 2}
 
@@ -48,21 +53,85 @@ class CausalConv(nn.Module):
         return nn.Conv(self.features, self.kernel, padding=padding, kernel_init=self.kernel_init, dtype=self.dtype)(x)
 
 
-class CausalAttention(nn.Module):
-    """Multi-head attention in raster order: position p attends to the features at positions 0 .. p.
+class WavefrontConv(nn.Module):
+    """Convolution whose output sees what a kernel x kernel window holds of its own and of earlier steps.
 
-    The features at p already describe only codes before p (the prior shifts its input), so p itself may be
-    attended and no row of the mask is empty.
+    As a stream it takes the features of one step after the other and gives those of the same step, or, where `strict`,
+    of the next one: then the first features are those of "step -1", which lie outside the map and count for nothing.
+    """
+
+    features: int
+    kernel: int
+    order: Order
+    strict: bool = False
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # [B, H, W, F'] -> [B, H, W, features], or streamed [B, n, 1, F'] -> [B, n, 1, features]
+        taps = self.order.taps(self.kernel, self.strict)
+        weights = self.param('kernel', self.kernel_init, (len(taps), x.shape[-1], self.features))
+        bias = self.param('bias', nn.initializers.zeros, (self.features,))
+        x, weights, bias = nn.dtypes.promote_dtype(x, weights, bias, dtype=self.dtype)
+        if self.is_mutable_collection('diagonals') and not self.is_initializing():
+            return self._stream(x, taps) @ weights.reshape(-1, self.features) + bias
+        above, below, left, right = (max(s * tap[axis] for tap in taps) for axis in (0, 1) for s in (-1, 1))
+        below, right = max(below, 0), max(right, 0)
+        window = jnp.zeros((above + below + 1, left + right + 1, *weights.shape[1:]), weights.dtype)
+        rows, columns = (jnp.array([tap[axis] for tap in taps]) for axis in (0, 1))
+        window = window.at[above + rows, left + columns].set(weights)
+        padding = ((above, below), (left, right))
+        layout = ('NHWC', 'HWIO', 'NHWC')
+        return jax.lax.conv_general_dilated(x, window, (1, 1), padding, dimension_numbers=layout) + bias
+
+    def _stream(self, x, taps):
+        # [B, n, 1, F'] -> [B, n, 1, taps * F'], what each tap sees
+        order, last = self.order, -int(self.strict)  # tap offsets count from the step that comes out
+        above, below = -min(i for i, _ in taps), max(max(i for i, _ in taps), 0)
+        back = last - min(j + order.slope * i for i, j in taps)  # earlier steps to remember
+        past = self.variable(
+            'diagonals', 'past', jnp.zeros, (x.shape[0], above + order.rows, back, x.shape[-1]), x.dtype
+        )
+        calls = self.variable('diagonals', 'calls', jnp.zeros, (), jnp.int32)
+        step = calls.value + last  # whose features x are
+        calls.value = calls.value + 1
+
+        _, _, inside = order.positions(step)
+        new = jnp.where(inside[:, None, None], x, 0)  # outside of the map there are zeros, as in training
+        kept = self._down(past.value, step)
+        # The rows above those at work are finished: their later columns lie outside.
+        seen = jnp.concatenate([kept, jnp.pad(new, ((0, 0), (above, 0), (0, 0), (0, 0)))], axis=2)
+        past.value = seen[:, :, 1:]
+        if self.strict:
+            seen = self._down(seen, step + 1)
+        seen = jnp.pad(seen, ((0, 0), (0, below), (0, 0), (0, 0)))  # rows that have not begun
+        tap_rows = [slice(above + i, above + i + order.rows) for i, _ in taps]
+        tap_steps = [back + j + order.slope * i - last for i, j in taps]
+        return jnp.concatenate([seen[:, r, s] for r, s in zip(tap_rows, tap_steps, strict=True)], axis=-1)[:, :, None]
+
+    def _down(self, rows, step):
+        """Rows as they lay at work before `step` -> as they lie in it: at most one row further down."""
+        moved = self.order.first_row(step) - self.order.first_row(step - 1)
+        longer = jnp.pad(rows, ((0, 0), (0, 1), (0, 0), (0, 0)))
+        return jax.lax.dynamic_slice_in_dim(longer, moved, rows.shape[1], axis=1)
+
+
+class CausalAttention(nn.Module):
+    """Multi-head attention in an order: a position attends to the features of its own and of earlier steps.
+
+    The features at a position already describe only codes of earlier steps, so its own may be attended and no row of
+    the mask is empty.
     """
 
     heads: int
-    positions: int  # P, of the whole map
+    order: Order
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, position: jax.Array, *, train: bool = False) -> jax.Array:
-        """x [B, H, W, F] with H * W features at raster indices `position` int32 [H * W]; the same shape out."""
+    def __call__(self, x: jax.Array, step: jax.Array | None = None, *, train: bool = False) -> jax.Array:
+        """x [B, H, W, F] -> the same shape; streamed, the features [B, n, 1, F] of `step`."""
         batch, height, width, features = x.shape
         if features % self.heads:
             raise ValueError(f'heads={self.heads} does not divide the hidden width {features}')
@@ -71,22 +140,26 @@ class CausalAttention(nn.Module):
             nn.Dense(features, dtype=self.dtype, name=n)(x).reshape(shape) for n in ('query', 'key', 'value')
         )
         if self.is_mutable_collection('attention') and not self.is_initializing():
-            key, value = self._remember('keys', key, position), self._remember('values', value, position)
+            steps = np.arange(self.order.steps)[:, None]
+            _, _, inside = self.order.positions(steps, np)
+            visible = (inside & (steps <= step)).reshape(1, -1)  # [1, T n]
+            key, value = self._remember('keys', key, step), self._remember('values', value, step)
+        else:
+            steps = self.order.step_of().reshape(-1)
+            visible = jnp.asarray(steps[None, :] <= steps[:, None])  # [P, P]
         logits = jnp.einsum('bqnd,bknd->bnqk', query, key, preferred_element_type=jnp.float32) * shape[-1] ** -0.5
-        here = jnp.arange(key.shape[1])[None, :]  # [1, P]
-        visible = (here <= position[:, None])[None, None]  # [1, 1, Q, P]
         if train and self.dropout > 0:
             # "Dropout on the logits" (section 3.2.1): a dropped logit is one that the softmax does not see. A
             # position always keeps itself, so that no row is empty.
             kept = jax.random.bernoulli(self.make_rng('dropout'), 1 - self.dropout, logits.shape)
-            visible = visible & (kept | (here == position[:, None])[None, None])
+            visible = visible & (kept | jnp.eye(height * width, dtype=bool))
         weights = nn.softmax(jnp.where(visible, logits, jnp.finfo(logits.dtype).min)).astype(value.dtype)
         attended = jnp.einsum('bnqk,bknd->bqnd', weights, value).reshape(x.shape)
         return nn.Dense(features, kernel_init=nn.initializers.zeros, dtype=self.dtype, name='out')(attended)
 
-    def _remember(self, name: str, new: jax.Array, position: jax.Array) -> jax.Array:
-        # [B, 1, N, d] -> [B, P, N, d], with the new entry written at its position
-        batch, _, heads, width = new.shape
-        cache = self.variable('attention', name, jnp.zeros, (batch, self.positions, heads, width), new.dtype)
-        cache.value = jax.lax.dynamic_update_slice_in_dim(cache.value, new, position[0], axis=1)
+    def _remember(self, name: str, new: jax.Array, step: jax.Array) -> jax.Array:
+        # [B, n, N, d] -> [B, T n, N, d], with the new entries written at their step
+        batch, rows, *rest = new.shape
+        cache = self.variable('attention', name, jnp.zeros, (batch, self.order.steps * rows, *rest), new.dtype)
+        cache.value = jax.lax.dynamic_update_slice_in_dim(cache.value, new, step * rows, axis=1)
         return cache.value

@@ -1,36 +1,37 @@
 """Exact ancestral sampling: every code is drawn from the prior given all codes drawn before it.
 
-`sample` streams: row by row through the vertical stack, position by position through the horizontal one, each layer
-remembering what it has seen. `sample_by_rerunning` is the slow definition, which runs the whole network for every
-position; both draw the same codes.
+`sample` streams, each layer remembering what it has seen: in raster order row by row through the vertical stack and
+position by position through the horizontal one; in wavefront order one step, which is many positions, after the other.
+`sample_by_rerunning` is the slow definition, which runs the whole network for every step; both draw the same codes.
 
 Randomness is a function of (key of the sample, position) alone, so sample i is the same in any batch, on any number of
 devices.
 
-Glossary of shapes: B batch, H W map, K codebook size.
+Glossary of shapes: B batch, H W map, K codebook size, T steps of an order, n positions of a step.
 """
+
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vqvae2_jax.models.prior import Prior
+from vqvae2_jax.models.wavefront import WavefrontPrior
+from vqvae2_jax.sampling.control import PLAIN, Control, draw, guide
+
+
+class Sampled(NamedTuple):
+    """What was drawn."""
+
+    codes: jax.Array  # int32 [B, H, W]
+    log_probs: jax.Array  # float32 [B, H, W], the prior's own (temperature 1, unguided, all codes), in nats
 
 
 def sample_keys(key: jax.Array, index: jax.Array) -> jax.Array:
     """One key for each sample index, [B]."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
-
-
-def draw(keys: jax.Array, position: jax.Array, logits: jax.Array, temperature: jax.Array | float) -> jax.Array:
-    """One code int32 [B] from softmax(logits [B, K] / temperature); temperature 0 takes the likeliest."""
-
-    def one(key, row):
-        cold = jnp.asarray(temperature) <= 0
-        tempered = row / jnp.where(cold, 1.0, temperature)
-        drawn = jax.random.categorical(jax.random.fold_in(key, position), tempered)
-        return jnp.where(cold, jnp.argmax(row), drawn).astype(jnp.int32)
-
-    return jax.vmap(one)(keys, logits)
 
 
 def sample(
@@ -39,30 +40,135 @@ def sample(
     keys: jax.Array,
     labels: jax.Array | None = None,
     coarser: tuple[jax.Array, ...] = (),
-    temperature: jax.Array | float = 1.0,
-) -> jax.Array:
-    """Codes int32 [B, H, W], one position after the other in raster order, with caches.
+    control: Control = PLAIN,
+    given: jax.Array | None = None,
+) -> Sampled:
+    """Codes drawn in the prior's order, with caches.
 
     Args:
       prior: the module; `params`: its parameters.
       keys: [B], one key per sample (`sample_keys`).
       labels: int32 [B] where the prior has classes.
       coarser: int32 [B, h_l, w_l] of every coarser level, finest first.
-      temperature: divides the logits; may be traced.
+      control: temperature and the like; traced, but for whether there is guidance at all.
+      given: int32 [B, H, W], codes to keep, and -1 where one is to be drawn. A draw sees the kept codes of earlier
+        steps, not those still to come.
+
+    Raises:
+      ValueError: guidance without a prior trained for it.
     """
-    batch, (height, width) = keys.shape[0], prior.shape
-    outside = prior.codebook_size
+    choose = functools.partial(_choose, prior, keys, control, given)
+    labels, coarser = _branches(prior, labels, coarser, control)
+    condition = prior.apply({'params': params}, labels, coarser, method='condition')
+    stream = _wavefront if isinstance(prior, WavefrontPrior) else _raster
+    repeat = 1 if control.guidance is None else 2
+    return stream(prior, params, condition, choose, keys.shape[0], repeat)
+
+
+def sample_by_rerunning(
+    prior, params, keys, labels=None, coarser=(), control=PLAIN, given=None
+) -> Sampled:  # fmt: skip
+    """The slow definition of `sample`: the same arguments and the same result, the whole network run for every step."""
+    height, width = prior.shape
+    choose = functools.partial(_choose, prior, keys, control, given)
+    labels, coarser = _branches(prior, labels, coarser, control)
+    rows, columns = (jnp.asarray(axis.reshape(-1)) for axis in np.mgrid[:height, :width])
+    steps = prior.order.step_of().reshape(-1)
+
+    def one_step(sampled, step):
+        maps = sampled.codes.reshape(-1, height, width)
+        maps = jnp.concatenate([maps] * (1 if control.guidance is None else 2))
+        logits = prior.apply({'params': params}, maps, labels, coarser)  # [B, H, W, K]
+        drawn = choose(rows, columns, logits.reshape(logits.shape[0], height * width, -1))
+        return jax.tree.map(lambda new, old: jnp.where(steps == step, new, old), drawn, sampled), None
+
+    start = Sampled(jnp.zeros((len(keys), height * width), jnp.int32), jnp.zeros((len(keys), height * width)))
+    sampled, _ = jax.lax.scan(one_step, start, jnp.arange(prior.order.steps))
+    return jax.tree.map(lambda x: x.reshape(-1, height, width), sampled)
+
+
+def sample_levels(priors, params, key, index, labels=None, controls=None, given=None) -> tuple[jax.Array, ...]:
+    """Codes of every level, finest first, the coarsest drawn first.
+
+    Args:
+      priors, params: one per level, finest first.
+      key: of the whole run.
+      index: int32 [B], which samples to draw.
+      labels: int32 [B] where the priors have classes.
+      controls: a Control per level; None: the priors as they are.
+      given: per level None or codes to keep, as in `sample`.
+    """
+    controls = controls or (PLAIN,) * len(priors)
+    given = given or (None,) * len(priors)
+    codes: tuple[jax.Array, ...] = ()
+    for level in reversed(range(len(priors))):
+        keys = sample_keys(jax.random.fold_in(key, level), index)
+        drawn = sample(priors[level], params[level], keys, labels, codes, controls[level], given[level])
+        codes = (drawn.codes, *codes)
+    return codes
+
+
+def _branches(prior, labels, coarser, control):
+    """Twice the batch where there is guidance: with its classes, and without."""
+    if control.guidance is None:
+        return labels, coarser
+    if not prior.label_dropout:
+        raise ValueError('guidance needs a prior that was trained with label_dropout above 0, on images with classes')
+    labels = jnp.concatenate([labels, jnp.full_like(labels, prior.num_classes)])
+    return labels, tuple(jnp.concatenate([c, c]) for c in coarser)
+
+
+def _choose(prior, keys, control, given, rows, columns, logits) -> Sampled:
+    """Codes and their log-probabilities [B, n] for logits [B or 2 B, n, K] at the positions rows, columns [n]."""
+    codes = draw(keys, rows * prior.shape[1] + columns, guide(logits, control), control)
+    if given is not None:
+        here = given[:, rows, columns]
+        codes = jnp.where(here >= 0, here, codes)
+    log_probs = jax.nn.log_softmax(logits[: len(keys)])
+    return Sampled(codes, jnp.take_along_axis(log_probs, codes[..., None], axis=-1)[..., 0])
+
+
+def _wavefront(prior, params, condition, choose, batch, repeat) -> Sampled:
+    order = prior.order
+
+    def network(cache, previous, step):
+        previous = jnp.concatenate([previous] * repeat)
+        return prior.apply(
+            {'params': params, **cache},
+            previous,
+            step,
+            condition,
+            method='diagonal',
+            mutable=['diagonals', 'attention'],
+        )
+
+    def one_step(carry, step):
+        previous, cache = carry
+        logits, cache = network(cache, previous, step)
+        rows, columns, _ = order.positions(step)
+        drawn = choose(rows, columns, logits)
+        return (drawn.codes, cache), drawn
+
+    start = jnp.zeros((batch, order.rows), jnp.int32)
+    _, empty = jax.eval_shape(lambda: network({}, start, jnp.int32(0)))
+    _, drawn = jax.lax.scan(one_step, (start, _zeros(empty)), jnp.arange(order.steps))
+    steps = order.step_of()  # [H, W]
+    slots = np.arange(prior.shape[0])[:, None] - order.first_row(steps, np)
+    return jax.tree.map(lambda x: jnp.moveaxis(x[steps, :, slots], 2, 0), drawn)  # [T, B, n] -> [H, W, B] -> [B, H, W]
+
+
+def _raster(prior, params, condition, choose, batch, repeat) -> Sampled:
+    width, outside = prior.shape[1], prior.codebook_size
     variables = {'params': params}
-    condition = prior.apply(variables, labels, coarser, method='condition')
 
     def vertical(cache, above, row):
-        part = _rows(condition, row)
-        arguments = (above[:, None], row[None], part)
+        arguments = (jnp.concatenate([above] * repeat)[:, None], row[None], _rows(condition, row))
         return prior.apply(variables | cache, *arguments, method='vertical', mutable=['rows'])
 
     def horizontal(cache, left, row, column, features):
         part = _columns(_rows(condition, row), column)
-        arguments = (left[:, None, None], row[None], column[None], [_columns(f, column) for f in features], part)
+        left = jnp.concatenate([left] * repeat)[:, None]
+        arguments = (left, row[None], column[None], [_columns(f, column) for f in features], part)
         return prior.apply(variables | cache, *arguments, method='horizontal', mutable=['columns', 'attention'])
 
     def one_row(carry, row):
@@ -72,56 +178,24 @@ def sample(
         def one_column(carry, column):
             left, cache = carry
             logits, cache = horizontal(cache, left, row, column, features)
-            code = draw(keys, row * width + column, logits[:, 0, 0], temperature)
-            return (code, cache), code
+            drawn = choose(row[None], column[None], logits[:, 0])
+            return (drawn.codes, cache), jax.tree.map(lambda x: x[:, 0], drawn)
 
-        start = (jnp.full((batch,), outside, jnp.int32), {**empty_columns, **attention})
-        (_, cache), codes = jax.lax.scan(one_column, start, jnp.arange(width))
-        codes = codes.T  # [W, B] -> [B, W]
-        return (codes, rows, {k: v for k, v in cache.items() if k == 'attention'}), codes
+        start = (jnp.full((batch, 1), outside, jnp.int32), {**empty_columns, **attention})
+        (_, cache), drawn = jax.lax.scan(one_column, start, jnp.arange(width))
+        drawn = jax.tree.map(jnp.transpose, drawn)  # [W, B] -> [B, W]
+        return (drawn.codes, rows, {k: v for k, v in cache.items() if k == 'attention'}), drawn
 
     above = jnp.full((batch, width), outside, jnp.int32)
     zero = jnp.zeros((), jnp.int32)
     features, empty_rows = jax.eval_shape(lambda: vertical({}, above, zero))
     features, empty_rows = _zeros(features), _zeros(empty_rows)
-    _, empty = jax.eval_shape(lambda: horizontal({}, above[:, 0], zero, zero, features))
+    _, empty = jax.eval_shape(lambda: horizontal({}, above[:, :1], zero, zero, features))
     empty = _zeros(empty)
     empty_columns = {k: v for k, v in empty.items() if k == 'columns'}
     empty_attention = {k: v for k, v in empty.items() if k == 'attention'}
-    _, codes = jax.lax.scan(one_row, (above, empty_rows, empty_attention), jnp.arange(height))
-    return codes.swapaxes(0, 1)  # [H, B, W] -> [B, H, W]
-
-
-def sample_by_rerunning(prior, params, keys, labels=None, coarser=(), temperature=1.0) -> jax.Array:
-    """The slow definition of `sample`: the same arguments and the same codes, the whole network run per position."""
-    height, width = prior.shape
-
-    def one_position(codes, position):
-        row, column = position // width, position % width
-        logits = prior.apply({'params': params}, codes, labels, coarser)  # [B, H, W, K]
-        code = draw(keys, position, logits[:, row, column], temperature)
-        return codes.at[:, row, column].set(code), None
-
-    start = jnp.zeros((keys.shape[0], height, width), jnp.int32)
-    return jax.lax.scan(one_position, start, jnp.arange(height * width))[0]
-
-
-def sample_levels(priors, params, key, index, labels=None, temperatures=None) -> tuple[jax.Array, ...]:
-    """Codes of every level, finest first, the coarsest drawn first.
-
-    Args:
-      priors, params: one per level, finest first.
-      key: of the whole run.
-      index: int32 [B], which samples to draw.
-      labels: int32 [B] where the priors have classes.
-      temperatures: one per level, may be traced; None is 1 everywhere.
-    """
-    temperatures = (1.0,) * len(priors) if temperatures is None else temperatures
-    codes: tuple[jax.Array, ...] = ()
-    for level in reversed(range(len(priors))):
-        keys = sample_keys(jax.random.fold_in(key, level), index)
-        codes = (sample(priors[level], params[level], keys, labels, codes, temperatures[level]), *codes)
-    return codes
+    _, drawn = jax.lax.scan(one_row, (above, empty_rows, empty_attention), jnp.arange(prior.shape[0]))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), drawn)  # [H, B, W] -> [B, H, W]
 
 
 def _rows(x, row):

@@ -47,7 +47,7 @@ def make_stage(
     def show(params, variables, batch):
         codes, labels, coarser = inputs(batch)
         keys = sample_keys(jax.random.key(0), jnp.arange(codes.shape[0]))
-        drawn = sample(model, params, keys, labels, coarser)
+        drawn = sample(model, params, keys, labels, coarser).codes
         return decode((codes, *coarser)), decode((drawn, *coarser))
 
     shown = ('codes of\nan image', 'codes drawn')

@@ -1,0 +1,152 @@
+"""How fast codes are drawn: caches against rerunning the network, many positions at once against one by one.
+
+  python benchmarks/sampling.py                       # batch 1 and 8; about a quarter of an hour on two cores
+  python benchmarks/sampling.py --batch 64 --only wavefront
+
+The networks have the size of rosinality/vq-vae-2-pytorch's defaults: 256 channels, 16 residual blocks, kernel 5; top
+32x32 with 4 attentions, bottom 64x64 without, conditioned on the top. Weights are random: what is drawn means nothing,
+the work is the same. Every time is of one warm call of a compiled program, in seconds for the whole batch.
+
+"Rerunning" is what that repository's sampler does: the network runs over all rows so far for every position. It is
+timed on eight of the map's heights, from which the time of the others is interpolated.
+"""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqvae2_jax.models.raster import RasterPrior
+from vqvae2_jax.models.wavefront import WavefrontPrior
+from vqvae2_jax.sampling.ancestral import sample, sample_keys
+
+NETWORK = dict(codebook_size=512, hidden=256, residual=256, layers=16, kernel=5)
+LEVELS = {
+    'top': dict(shape=(32, 32), attention_layers=4, heads=8),
+    'bottom': dict(shape=(64, 64), coarser_codebook_sizes=(512,), condition_layers=3),
+}
+
+
+def seconds(function, *arguments, repeat=1):
+    """The median time of a warm call."""
+    jax.block_until_ready(function(*arguments))  # compiles
+    times = []
+    for _ in range(repeat):
+        begin = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times))
+
+
+def build(level, batch, dtype, slope=None, **fields):
+    """A prior, its weights, and inputs of a batch."""
+    fields = {**NETWORK, **LEVELS[level], **fields, 'dtype': dtype}
+    prior = RasterPrior(**fields) if slope is None else WavefrontPrior(**fields, slope=slope)
+    height, width = prior.shape
+    coarser = (jnp.zeros((batch, height // 2, width // 2), jnp.int32),) if prior.coarser_codebook_sizes else ()
+    codes = jnp.zeros((batch, height, width), jnp.int32)
+    params = jax.jit(prior.init)(jax.random.key(0), codes, None, coarser)['params']
+    return prior, jax.tree.map(lambda x: x.astype(dtype), params), codes, coarser
+
+
+def cached(level, batch, dtype, slope=None, **fields):
+    """Seconds to draw a batch of maps."""
+    prior, params, _, coarser = build(level, batch, dtype, slope, **fields)
+    draw = jax.jit(lambda params, keys, coarser: sample(prior, params, keys, None, coarser).codes)
+    return seconds(draw, params, sample_keys(jax.random.key(0), jnp.arange(batch)), coarser)
+
+
+def rerunning(level, batch, dtype):
+    """Seconds that rerunning the rows so far would take for every position of a batch of maps."""
+    prior, params, codes, coarser = build(level, batch, dtype)
+    height, width = prior.shape
+    heights = np.linspace(2, height, 8).round().astype(int) // 2 * 2
+    times = []
+    for rows in heights:
+        part = prior.clone(shape=(int(rows), width))
+        weights = {**params, 'row_embed': {'embedding': params['row_embed']['embedding'][:rows]}}
+        above = tuple(c[:, : rows // 2] for c in coarser)
+        run = jax.jit(lambda w, c, a, part=part: part.apply({'params': w}, c, None, a)[:, -1])
+        times.append(seconds(run, weights, codes[:, :rows], above, repeat=3))
+    return float(width * np.interp(np.arange(1, height + 1), heights, times).sum())
+
+
+def floor(level, dtype, bandwidth):
+    """Seconds to read the weights that the raster sampler needs at a position, once."""
+    prior, params, *_ = build(level, 1, dtype)
+    size = {
+        name: sum(leaf.nbytes for leaf in jax.tree.leaves(branch))
+        for name, branch in params.items()
+        if name.startswith(('vertical', 'horizontal', 'attention', 'output', 'logits'))
+    }
+    per_row = sum(bytes_ for name, bytes_ in size.items() if name.startswith('vertical'))
+    per_position = sum(size.values()) - per_row + per_row / prior.shape[1]
+    return per_position / bandwidth
+
+
+def measure_bandwidth():
+    """Bytes a second of reading memory: the sum of 512 MiB."""
+    x = jnp.ones((2**27,), jnp.float32)
+    return x.nbytes / seconds(jax.jit(jnp.sum), x, repeat=5)
+
+
+def raster_against_rerunning(batches, dtype, bandwidth):
+    print('\n| level | batch | rerunning rows so far (s) | cached raster (s) | ratio | ms a step | floor, ms |')
+    print('|---|---|---|---|---|---|---|')
+    for batch in batches:
+        total = np.zeros(2)
+        for level in LEVELS:
+            slow, fast = rerunning(level, batch, dtype), cached(level, batch, dtype)
+            total += slow, fast
+            step, least = fast / np.prod(LEVELS[level]['shape']), floor(level, dtype, bandwidth)
+            print(
+                f'| {level} | {batch} | {slow:.0f} | {fast:.1f} | {slow / fast:.0f}x | {1e3 * step:.2f} '
+                f'| {1e3 * least:.2f} |',
+                flush=True,
+            )
+        print(f'| both | {batch} | {total[0]:.0f} | {total[1]:.1f} | {total[0] / total[1]:.0f}x | | |', flush=True)
+
+
+def growth_with_the_map(dtype):
+    plain = dict(attention_layers=0, coarser_codebook_sizes=(), condition_layers=0)
+    small = cached('top', 1, dtype, **plain)
+    large = cached('top', 1, dtype, **plain, shape=(64, 64))
+    print(f'\n64x64 against 32x32, the same convolutional network, batch 1: {large / small:.2f}x the time', flush=True)
+
+
+def wavefront_against_raster(batches, dtype, slopes):
+    print('\n| level | batch | order | steps | s for the batch | raster over it |')
+    print('|---|---|---|---|---|---|')
+    for level in LEVELS:
+        for batch in batches:
+            raster = cached(level, batch, dtype)
+            rows = [('raster', np.prod(LEVELS[level]['shape']), raster)]
+            for slope in slopes:
+                steps = WavefrontPrior(**NETWORK, **LEVELS[level], slope=slope).order.steps
+                rows.append((f'slope {slope}', steps, cached(level, batch, dtype, slope)))
+            for name, steps, time_ in rows:
+                print(f'| {level} | {batch} | {name} | {steps} | {time_:.2f} | {raster / time_:.1f}x |', flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--batch', type=int, nargs='+', default=[1, 8])
+    parser.add_argument('--slope', type=int, nargs='+', default=[1, 2, 3])
+    parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
+    parser.add_argument('--only', choices=('raster', 'growth', 'wavefront'))
+    options = parser.parse_args()
+    dtype = jnp.dtype(options.dtype)
+    bandwidth = measure_bandwidth()
+    print(f'{jax.devices()[0].device_kind}, JAX {jax.__version__}, {dtype.name}; memory {bandwidth / 1e9:.1f} GB/s')
+    if options.only in (None, 'raster'):
+        raster_against_rerunning(options.batch, dtype, bandwidth)
+    if options.only in (None, 'growth'):
+        growth_with_the_map(dtype)
+    if options.only in (None, 'wavefront'):
+        wavefront_against_raster(options.batch, dtype, options.slope)
+
+
+if __name__ == '__main__':
+    main()

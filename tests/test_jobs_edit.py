@@ -1,0 +1,138 @@
+"""The jobs beside the pipeline: parts of images drawn anew, and how likely images are."""
+
+import csv
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from vqvae2_jax import config as configs
+from vqvae2_jax.io.provenance import read_json
+from vqvae2_jax.jobs import samples, workdir
+from vqvae2_jax.jobs.edit import read_mask
+from vqvae2_jax.jobs.pipeline import run_job
+from vqvae2_jax.jobs.workdir import JobError
+from vqvae2_jax.stages.stage import to_float
+
+
+@pytest.fixture
+def folder(run, tmp_path):
+    """Two images of the test split as files of a folder, and the images."""
+    source = run.images('test')
+    (tmp_path / 'own').mkdir()
+    images = [source[i]['image'] for i in range(2)]
+    for i, image in enumerate(images):
+        Image.fromarray(image[..., 0]).save(tmp_path / 'own' / f'{"ab"[i]}.png')
+    return str(tmp_path / 'own'), images
+
+
+def encode(run, image):
+    trained = workdir.load_vqvae(run)
+    model = configs.make_vqvae(run.config)
+    variables = {'params': trained.params, **trained.variables}
+    return jax.jit(lambda x: model.apply(variables, to_float(x), method='encode'))(image[None])
+
+
+def set_edit(run, **options):
+    with run.config.unlocked():
+        run.config.edit = options
+
+
+def test_the_lower_half_is_drawn_anew_and_the_rest_stays(run, folder):
+    path, images = folder
+    set_edit(run, path=path, mask='0.5,0,1,1', label=3, count=8)
+    run_job(run, 'edit')
+    for name, image in zip(('0000-a', '0001-b'), images, strict=True):
+        found = samples.read_npz(run.path('edits', f'{name}.npz'))
+        kept = encode(run, image)
+        assert found['arr_0'].shape == (8, *image.shape) and found['mask'][14:].all() and not found['mask'][:14].any()
+        for level, codes in enumerate(kept):
+            drawn, half = found[f'codes_{level}'], codes.shape[1] // 2  # an odd map's middle row is drawn too
+            np.testing.assert_array_equal(drawn[:, :half], np.broadcast_to(codes[:, :half], drawn[:, :half].shape))
+            assert len(np.unique(drawn[:, half:].reshape(8, -1), axis=0)) > 1
+        picture = np.asarray(Image.open(run.path('edits', f'{name}.png')))
+        assert picture.shape[1] > 10 * 28  # original, what is kept, eight variants
+
+
+def test_one_level_alone_is_drawn_anew(run, folder):
+    path, images = folder
+    set_edit(run, path=f'{path}/a.png', levels=('bottom',), label=1, count=8)
+    run_job(run, 'edit')
+    assert [p.name for p in sorted(run.path('edits').iterdir())] == ['0000-a.npz', '0000-a.png']
+    found, kept = samples.read_npz(run.path('edits', '0000-a.npz')), encode(run, images[0])
+    np.testing.assert_array_equal(found['codes_1'], np.broadcast_to(kept[1], found['codes_1'].shape))
+    assert (found['codes_0'] != np.asarray(kept[0])).any()
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        ({}, 'edit.path is empty'),
+        ({'path': '/nowhere'}, "there is no folder '/nowhere'"),
+        (
+            {'path': 'own', 'levels': ('middle',), 'label': 1},
+            r"edit.levels holds \['middle'\]; the levels are top, bottom",
+        ),
+        ({'path': 'own'}, 'edit.label is -1: give the class to draw, 0 to 9'),
+        ({'path': 'own', 'label': 1, 'mask': '0.5,0,1'}, "edit.mask is '0.5,0,1': give"),
+        ({'path': 'own', 'label': 1, 'mask': '0.5,0,0.2,1'}, 'top < bottom'),
+    ],
+)
+def test_what_cannot_be_edited_is_refused(run, folder, options, message):
+    if options.get('path') == 'own':
+        options = options | {'path': folder[0]}
+    set_edit(run, **options)
+    with pytest.raises(JobError, match=message):
+        run_job(run, 'edit')
+
+
+def test_masks_from_shares_and_from_images(tmp_path):
+    assert read_mask('', (4, 6)).all()
+    box = read_mask('0.25,0.5,0.75,1', (4, 6))
+    assert box[1:3, 3:].all() and box.sum() == 6
+    Image.fromarray(np.array([[0, 255], [0, 0]], np.uint8)).save(tmp_path / 'mask.png')
+    np.testing.assert_array_equal(
+        read_mask(str(tmp_path / 'mask.png'), (4, 4)), np.kron([[0, 1], [0, 0]], np.ones((2, 2)))
+    )
+
+
+def rows(run, name):
+    with run.path('likelihood', name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_likelihood_of_a_split_agrees_with_the_report(run):
+    run_job(run, 'likelihood')
+    found, report = rows(run, 'test.csv'), read_json(run.path('report', 'report.json'))['likelihood']
+    assert len(found) == len({row['image'] for row in found}) == 600
+    bits = [float(row['bits']) for row in found]
+    assert bits == sorted(bits, reverse=True)
+    np.testing.assert_allclose(np.mean(bits), report['bits_per_image'], rtol=1e-4)
+    for name, level in report['levels'].items():
+        nats = np.mean([float(row[f'nats_{name}']) for row in found])
+        size = run.codes('test')[0][f'codes_{run.levels.index(name)}'].size
+        np.testing.assert_allclose(nats / size, level['nll'], rtol=1e-4)
+
+
+def test_likelihood_of_files_is_the_mean_over_the_classes(run, folder):
+    path, images = folder
+    with run.config.unlocked():
+        run.config.likelihood = {'path': path}
+    run_job(run, 'likelihood')
+    found = {row['image']: row for row in rows(run, 'own.csv')}
+    assert set(found) == {f'{path}/a.png', f'{path}/b.png'}
+    priors = workdir.load_priors(run)
+    for name, image in zip('ab', images, strict=True):
+        codes, joint = encode(run, image), np.zeros(10)
+        for level, prior in enumerate(priors):
+            model = configs.make_prior(run.config, level)
+            for label in range(10):
+                logits = model.apply({'params': prior.params}, codes[level], np.array([label]), codes[level + 1 :])
+                log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)
+                joint[label] += np.take_along_axis(log_probs, np.asarray(codes[level])[..., None], -1).sum()
+        expected = -(np.logaddexp.reduce(joint) - np.log(10)) / np.log(2)
+        row = found[f'{path}/{name}.png']
+        np.testing.assert_allclose(float(row['bits']), expected, rtol=1e-4)
+        total = sum(float(row[f'nats_{level}']) for level in run.levels)
+        np.testing.assert_allclose(total / np.log(2), expected, rtol=1e-4)

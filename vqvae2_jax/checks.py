@@ -1,0 +1,201 @@
+"""What is wrong with a config, found before any job starts, so that mistakes cost seconds."""
+
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vqvae2_jax import config as configs
+from vqvae2_jax import parallel
+from vqvae2_jax.config import ConfigError
+from vqvae2_jax.data.images import SPLITS
+from vqvae2_jax.models.prior import Prior
+from vqvae2_jax.models.resnet import ResNet
+from vqvae2_jax.models.vqvae import map_shapes
+from vqvae2_jax.models.wavefront import WavefrontPrior
+
+_SHARE = (0, 1)
+_RANGES = {  # (lowest, below what): the fields that must lie there
+    'vqvae': {
+        (1, math.inf): ('residual', 'layers', 'codebook_dim'),
+        (2, math.inf): ('hidden', 'codebook_size'),  # half of hidden comes first; one code says nothing
+        (0, math.inf): ('level_loss', 'commitment_weight'),
+        _SHARE: ('decay', 'reseed_threshold'),
+    },
+    'prior': {
+        (1, math.inf): ('hidden', 'residual', 'layers', 'kernel', 'heads'),
+        (0, math.inf): ('attention_layers', 'output_layers', 'condition_layers'),
+        _SHARE: ('dropout', 'attention_dropout', 'label_dropout'),
+    },
+    'classifier': {(1, math.inf): ('stem_stride',), _SHARE: ('dropout',)},
+    'training': {_SHARE: ('b2',)},  # beside what Training itself refuses
+    'codes': {(1, math.inf): ('shard_size',)},
+    'sample': {(1, math.inf): ('count',)},
+}
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ConfigError naming the first field that cannot work, before any job starts."""
+    try:
+        _check(config)
+    except ValueError as error:  # of ImageSpec, map_shapes, ...
+        raise ConfigError(str(error)) from error
+
+
+def _check(config):
+    sections = ('name', 'seed', 'data', 'vqvae', 'codes', 'prior', 'classifier', 'sample', 'reject')
+    configs.check_names('config', config, (*sections, *configs.ASIDE), required=sections)
+    spec = configs.image_spec(config)
+    _check_aside(config)
+    configs.make_vqvae(config)
+    if not config.vqvae.factors:
+        raise ConfigError('vqvae.factors is empty; there is a level for each of them')
+    names = configs.level_names(config.vqvae.factors)
+    shapes = map_shapes(spec.image_size, config.vqvae.factors)
+    _check_ranges('vqvae', config.vqvae)
+    if set(config.prior) != set(names):
+        raise ConfigError(
+            f'config.prior has the levels {sorted(config.prior)}, but vqvae.factors={tuple(config.vqvae.factors)} '
+            f'makes {sorted(names)}: name one prior per level'
+        )
+    sections = ['vqvae', *(f'prior.{name}' for name in names)]
+    for level, name in enumerate(names):
+        configs.make_prior(config, level)
+        _check_prior(name, config.prior[name], shapes[level], spec.num_classes)
+    if configs.has_classifier(config):
+        sections.append('classifier')
+        configs.make_classifier(config)
+        _check_classifier(config.classifier)
+    for section in sections:
+        _check_training(section, configs.training(config, section))
+    parallel.check_batch_size(config.codes.batch_size, 'codes.batch_size')
+    _check_sampling(config, names)
+    _check_networks(config, names, shapes)
+
+
+def _check_aside(config):
+    for job, defaults in configs.ASIDE.items():
+        configs.check_names(job, configs.options(config, job), defaults, required=())
+    edit, likelihood = (configs.options(config, job) for job in ('edit', 'likelihood'))
+    if edit.count < 1:
+        raise ConfigError(f'edit.count is {edit.count}; it must be 1 or more')
+    if likelihood.split not in SPLITS:
+        raise ConfigError(f'likelihood.split is {likelihood.split!r}; there are {", ".join(SPLITS)}')
+
+
+def _check_networks(config, names, shapes):
+    """Goes through every module's shapes, without numbers: what does not fit together shows now, not hours later."""
+    key = jax.random.key(0)
+    image = jax.ShapeDtypeStruct((1, *config.data.image_size, config.data.channels), jnp.float32)
+    codes = tuple(jax.ShapeDtypeStruct((1, *shape), jnp.int32) for shape in shapes)
+    label = jax.ShapeDtypeStruct((1,), jnp.int32) if config.data.num_classes else None
+    networks = {'vqvae': (configs.make_vqvae(config), ({'params': key, 'reseed': key}, image))}
+    for level, name in enumerate(names):
+        networks[f'prior.{name}'] = configs.make_prior(config, level), (key, codes[level], label, codes[level + 1 :])
+    if configs.has_classifier(config):
+        networks['classifier'] = configs.make_classifier(config), (key, image)
+    for section, (model, inputs) in networks.items():
+        try:
+            jax.eval_shape(model.init, *inputs)
+        except Exception as error:  # JAX, Flax and the modules raise many kinds; all are the config's doing here
+            raise ConfigError(f'{section} cannot be built as configured: {error}') from error
+
+
+def _check_training(section, fields):
+    path = f'{section}.training'
+    parallel.check_batch_size(fields.batch_size, f'{path}.batch_size')
+    _check_ranges(path, vars(fields))
+    if fields.warmup_steps > fields.steps:
+        raise ConfigError(f'{path}.warmup_steps={fields.warmup_steps} exceeds {path}.steps={fields.steps}')
+
+
+def _check_prior(name, prior, shape, classes):
+    section = f'prior.{name}'
+    _check_ranges(section, prior)
+    hidden, layers, kernel, heads = (_value(prior, Prior, k) for k in ('hidden', 'layers', 'kernel', 'heads'))
+    attention = _value(prior, Prior, 'attention_layers')
+    if attention and hidden % heads:
+        raise ConfigError(f'{section}.heads={heads} does not divide {section}.hidden={hidden}')
+    if attention > layers:
+        raise ConfigError(f'{section}.attention_layers={attention}; there are {section}.layers={layers} to follow')
+    if kernel % 2 == 0:
+        raise ConfigError(f'{section}.kernel={kernel} must be odd, so that it has a middle')
+    slope = _value(prior, WavefrontPrior, 'slope')
+    if prior.get('order') == 'wavefront' and not 1 <= slope <= shape[1]:
+        raise ConfigError(
+            f'{section}.slope is {slope}; on a {shape[0]}x{shape[1]} map it lies between 1 and the width, {shape[1]}'
+        )
+    if prior.get('label_dropout') and not classes:
+        raise ConfigError(f'{section}.label_dropout={prior.label_dropout}, but data.num_classes=0: nothing to hide')
+    positions = math.prod(shape)
+    if positions >= 2**24:
+        raise ConfigError(f'prior.{name}: a {shape[0]}x{shape[1]} map has {positions} positions; 2**24 are too many')
+
+
+def _check_sampling(config, names):
+    sample, reject = config.sample, config.reject
+    fields = {'sample': ('count', 'batch_size', 'seed', 'labels', 'temperature'), 'reject': ('keep',)}
+    fields['codes'] = ('batch_size', 'shard_size')
+    optional = {'sample': ('dtype', *configs.CONTROLS)}
+    for section, required in fields.items():
+        configs.check_names(section, config[section], (*required, *optional.get(section, ())), required)
+    if sample.get('dtype'):
+        configs.dtype_of('sample', sample.dtype)
+    _check_ranges('sample', sample)
+    _check_ranges('codes', config.codes)
+    parallel.check_batch_size(sample.batch_size, 'sample.batch_size')
+    if set(sample.temperature) != set(names):
+        raise ConfigError(f'sample.temperature names {sorted(sample.temperature)}; the levels are {sorted(names)}')
+    for field in configs.CONTROLS:
+        if not set(sample.get(field, ())) <= set(names):
+            raise ConfigError(f'sample.{field} names {sorted(sample[field])}; the levels are {sorted(names)}')
+    for name in names:
+        _check_control(f'prior.{name}', config.prior[name], name, configs.make_control(config, name))
+    classes = config.data.num_classes
+    wrong = [label for label in sample.labels if not 0 <= label < classes]
+    if wrong:
+        there = f'has labels 0 to {classes - 1}' if classes else 'means that there are no labels'
+        raise ConfigError(f'sample.labels holds {wrong}, but data.num_classes={classes} {there}')
+    if not 0 < reject.keep <= 1:
+        raise ConfigError(f'reject.keep is {reject.keep}; it is a share in (0, 1]')
+
+
+def _check_control(section, prior, name, control):
+    if control.temperature < 0:
+        raise ConfigError(
+            f'sample.temperature.{name} is {control.temperature}; it must be 0 (the likeliest code) or more'
+        )
+    if control.top_k < 0:
+        raise ConfigError(f'sample.top_k.{name} is {control.top_k}; it must be 0 (all codes) or more')
+    if not 0 < control.top_p <= 1:
+        raise ConfigError(f'sample.top_p.{name} is {control.top_p}; it is a share in (0, 1]')
+    if control.guidance is not None and not prior.get('label_dropout', 0.0):
+        raise ConfigError(
+            f'sample.guidance.{name} is {control.guidance}, but {section}.label_dropout is 0: guidance '
+            f'compares the prior with itself without class, so train it with '
+            f'{section}.label_dropout=0.1 or so, or leave guidance at 1'
+        )
+
+
+def _check_classifier(classifier):
+    _check_ranges('classifier', classifier)
+    widths, blocks = (_value(classifier, ResNet, k) for k in ('widths', 'blocks'))
+    if len(widths) != len(blocks) or not widths:
+        raise ConfigError(f'classifier.widths={tuple(widths)} and classifier.blocks={tuple(blocks)} must be as many')
+    if min(widths) < 4 or min(blocks) < 1:
+        raise ConfigError(f'classifier.widths={tuple(widths)} must be 4 or more, blocks={tuple(blocks)} 1 or more')
+
+
+def _value(fields, module, name):
+    return fields.get(name, inspect.signature(module).parameters[name].default)
+
+
+def _check_ranges(path, fields):
+    kind = next(part for part in reversed(path.split('.')) if part in _RANGES)
+    for (low, high), names in _RANGES[kind].items():
+        for name in names:
+            if name in fields and not low <= fields[name] < high:
+                limit = '' if high == math.inf else f' and less than {high}'
+                raise ConfigError(f'{path}.{name} is {fields[name]}; it must be {low} or more{limit}')

@@ -1,0 +1,65 @@
+"""--job=likelihood: nats of every level and bits of every image, of a split or of a folder; a score for outliers."""
+
+import csv
+import io
+import math
+import os
+
+import jax
+import numpy as np
+
+from vqvae2_jax import config as configs
+from vqvae2_jax import parallel
+from vqvae2_jax.data.loader import eval_batches
+from vqvae2_jax.io import provenance
+from vqvae2_jax.jobs import workdir
+from vqvae2_jax.jobs.workdir import Run
+from vqvae2_jax.sampling.likelihood import log_likelihood
+from vqvae2_jax.stages.stage import to_float
+
+DIRECTORY = 'likelihood'
+
+
+def write_likelihood(run: Run) -> None:
+    """Writes likelihood/<split or folder>.csv, a line per image, the least likely first."""
+    options = configs.options(run.config, 'likelihood')
+    source = run.folder(options.path) if options.path else run.images(options.split)
+    known = not options.path and bool(run.config.data.num_classes)  # a folder's images may be of any class
+    measure = make_likelihood(run, known)
+    rows = []
+    for batch in eval_batches(source, batch_size=run.config.codes.batch_size, **run.reading()):
+        inputs = parallel.put_batch({name: batch[name] for name in ('image', 'label')})
+        nats = -np.asarray(measure(inputs['image'], inputs['label']), np.float64)  # [L, B]
+        for i in np.flatnonzero(batch['mask']):
+            bits = nats[:, i].sum() / math.log(2)
+            rows.append((source.where(batch['index'][i]), *nats[:, i], bits))
+    rows.sort(key=lambda row: -row[-1])
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(('image', *(f'nats_{name}' for name in run.levels), 'bits'))
+    writer.writerows((name, *(f'{x:.3f}' for x in numbers)) for name, *numbers in rows)
+    name = os.path.basename(os.path.abspath(options.path)) if options.path else options.split
+    path = run.path(DIRECTORY, f'{name}.csv')
+    provenance.write_bytes(path, text.getvalue().encode())
+    bits = np.array([row[-1] for row in rows])
+    print(f'likelihood: {len(rows)} images, {bits.mean():.1f} bits each ({bits.min():.1f} to {bits.max():.1f})')
+    print(f'the least likely: {rows[0][0]}\nall of them: {path}', flush=True)
+
+
+def make_likelihood(run: Run, labelled: bool):
+    """A jitted (image uint8 [B, H, W, C], label int [B]) -> log-likelihood in nats [L, B], finest level first.
+
+    Not `labelled`: the class is unknown, and the labels are not looked at.
+    """
+    vqvae, priors = workdir.load_vqvae(run), workdir.load_priors(run)
+    model = configs.make_vqvae(run.config)
+    modules = [configs.make_prior(run.config, level) for level in range(len(run.levels))]
+    weights = jax.device_put([prior.params for prior in priors], parallel.replicated())
+    encoder = vqvae.on_devices()
+
+    @jax.jit
+    def measure(encoder, weights, image, label):
+        codes = model.apply(encoder, to_float(image), method='encode')
+        return log_likelihood(modules, weights, codes, label if labelled else None)
+
+    return lambda image, label: measure(encoder, weights, image, label)

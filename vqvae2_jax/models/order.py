@@ -1,0 +1,72 @@
+"""The order in which a map's positions are drawn: the one definition behind masks, caches and schedules.
+
+Position (i, j) belongs to step j + slope * i, and may depend on the positions of earlier steps alone. Those of one step
+are independent given all earlier ones, so a sampler draws them together and stays exact: a wavefront that runs over the
+map, `slope` columns behind in every next row. With the slope equal to the map's width a step is one position, and the
+order is raster order.
+
+Glossary: H W map, T steps, n rows that have a position in the same step, at most.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """Position (i, j) of a map of `shape` is drawn in step j + slope * i."""
+
+    shape: tuple[int, int]  # H, W
+    slope: int
+
+    def __post_init__(self):
+        if not 1 <= self.slope <= self.shape[1]:
+            raise ValueError(
+                f'slope is {self.slope}, and the map {self.shape[0]}x{self.shape[1]}: '
+                f'choose 1 to {self.shape[1]} (its width: raster order)'
+            )
+
+    @classmethod
+    def raster(cls, shape: tuple[int, int]) -> 'Order':
+        """One position after the other, row by row."""
+        return cls(shape, shape[1])
+
+    @property
+    def steps(self) -> int:
+        """T = W + slope * (H - 1)."""
+        return self.shape[1] + self.slope * (self.shape[0] - 1)
+
+    @property
+    def rows(self) -> int:
+        """n: a row is at work for W steps, and the next one begins `slope` steps later."""
+        return min(-(-self.shape[1] // self.slope), self.shape[0])
+
+    def step_of(self) -> np.ndarray:
+        """int [H, W]."""
+        return np.arange(self.shape[1]) + self.slope * np.arange(self.shape[0])[:, None]
+
+    def first_row(self, step, xp=jnp):
+        """The first row that is not finished before `step`: rows first_row ... + n - 1 are at work."""
+        return xp.maximum((step - self.shape[1]) // self.slope + 1, 0)
+
+    def positions(self, step, xp=jnp):
+        """Row and column int [n] of the positions of `step` [], clipped to the map, and bool [n]: which lie on it.
+
+        With xp=np for static steps; steps of [T, 1] give [T, n].
+        """
+        rows = self.first_row(step, xp) + xp.arange(self.rows)
+        columns = step - self.slope * rows
+        inside = (rows < self.shape[0]) & (columns >= 0) & (columns < self.shape[1])
+        return xp.minimum(rows, self.shape[0] - 1), xp.clip(columns, 0, self.shape[1] - 1), inside
+
+    def taps(self, kernel: int, strict: bool = False) -> tuple[tuple[int, int], ...]:
+        """The (row, column) offsets within a kernel x kernel window that belong to the same or an earlier step.
+
+        Args:
+          kernel: odd.
+          strict: to an earlier step only.
+        """
+        reach = range(-(kernel // 2), kernel // 2 + 1)
+        return tuple((i, j) for i in reach for j in reach if j + self.slope * i <= -int(strict))

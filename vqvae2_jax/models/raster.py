@@ -1,0 +1,79 @@
+"""The prior in raster order: two stacks of residual gated convolutions (Gated PixelCNN), with attention.
+
+The vertical stack sees all rows above, the horizontal one the codes to the left and, through the vertical one,
+everything above; no position is out of reach. The code map is shifted by one row for the vertical stack and by one
+column for the horizontal one.
+
+Glossary of shapes: B batch, H W this level's map (h w: the part of it at hand), K codebook size, F hidden.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from vqvae2_jax.models.causal import CausalConv
+from vqvae2_jax.models.order import Order
+from vqvae2_jax.models.prior import Prior
+
+
+class RasterPrior(Prior):
+    """The paper's order: row by row, position by position."""
+
+    def setup(self):
+        super().setup()
+        half = self.kernel // 2 + 1
+        self.embed = self._embed(self.codebook_size + 1)  # the last one stands for "outside the map"
+        vertical = functools.partial(CausalConv, kernel=(half, self.kernel), stream='rows')
+        horizontal = functools.partial(CausalConv, kernel=(1, half), stream='columns')
+        self.vertical_blocks = self._blocks(self.layers, vertical)
+        self.horizontal_blocks = self._blocks(self.layers, horizontal)
+
+    @property
+    def order(self) -> Order:
+        return Order.raster(self.shape)
+
+    def _whole(self, codes, condition, *, train):
+        rows, columns = jnp.arange(self.shape[0]), jnp.arange(self.shape[1])
+        outside = self.codebook_size
+        above = jnp.pad(codes, ((0, 0), (1, 0), (0, 0)), constant_values=outside)[:, :-1]  # [B, H, W]
+        left = jnp.pad(codes, ((0, 0), (0, 0), (1, 0)), constant_values=outside)[:, :, :-1]  # [B, H, W]
+        vertical = self.vertical(above, rows, condition, train=train)
+        return self._horizontal(left, rows, columns, vertical, condition, train=train)
+
+    def vertical(self, above, rows, condition, *, train: bool = False) -> tuple[jax.Array, ...]:
+        """What each layer knows of all rows above.
+
+        Args:
+          above: int32 [B, h, W], for each row at hand the codes of the row before it (K: outside the map).
+          rows: int32 [h], their indices.
+          condition: [B, h or 1, W or 1, F] or None.
+
+        Returns:
+          [B, h, W, F] for each layer.
+        """
+        x = self.embed(above) + self.row_embed(rows)[:, None] + self.column_embed(jnp.arange(self.shape[1]))
+        outputs = []
+        for block in self.vertical_blocks:
+            x = block(x, condition=condition, train=train)
+            outputs.append(x)
+        return tuple(outputs)
+
+    def horizontal(self, left, rows, columns, vertical, condition) -> jax.Array:
+        """Logits float32 [B, h, w, K].
+
+        Args:
+          left: int32 [B, h, w], for each position the code to its left (K: outside the map).
+          rows, columns: int32 [h], [w], the positions' indices.
+          vertical: each layer's [B, h, w, F] from `vertical`.
+          condition: [B, h or 1, w or 1, F] or None.
+        """
+        return self._head(self._horizontal(left, rows, columns, vertical, condition), condition)
+
+    def _horizontal(self, left, rows, columns, vertical, condition, *, train=False):
+        x = self.embed(left) + self.row_embed(rows)[:, None] + self.column_embed(columns)  # [B, h, w, F]
+        step = rows[0] * self.shape[1] + columns[0]  # where one position is at hand
+        for depth, (block, above) in enumerate(zip(self.horizontal_blocks, vertical, strict=True), start=1):
+            x = block(x, beside=above, condition=condition, train=train)
+            x = self._attend(x, depth, step, train)
+        return x

@@ -1,0 +1,63 @@
+"""The prior in wavefront order: one stack of residual gated convolutions, all positions of a step at once.
+
+A convolution sees what its window holds of the same and of earlier steps: the rows above up to `slope` columns further
+right in each, and, where the slope is small, those below. The first one, over the codes, sees earlier steps only. With
+depth all earlier positions come into reach: position (i, j) does not see what lies more than `slope` columns to the
+right in the row above, and sees in exchange what lies below, more than `slope` columns to the left.
+
+Glossary of shapes: B batch, H W this level's map, K codebook size, F hidden, n positions of a step.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from vqvae2_jax.models.causal import WavefrontConv
+from vqvae2_jax.models.order import Order
+from vqvae2_jax.models.prior import Prior
+
+
+class WavefrontPrior(Prior):
+    """Fewer steps than positions: W + slope (H - 1) of them, each exact."""
+
+    slope: int = 2  # how many columns each row is behind the one above
+
+    def setup(self):
+        super().setup()
+        if self.kernel < 3:
+            raise ValueError(f'kernel must be 3 or more in wavefront order; it is {self.kernel}')
+        self.embed = self._embed(self.codebook_size)
+        conv = functools.partial(WavefrontConv, kernel=self.kernel, order=self.order)
+        self.first = conv(self.hidden, strict=True, dtype=self.dtype)
+        self.blocks = self._blocks(self.layers, conv)
+
+    @property
+    def order(self) -> Order:
+        return Order(self.shape, self.slope)
+
+    def _whole(self, codes, condition, *, train):
+        rows, columns = jnp.arange(self.shape[0])[:, None], jnp.arange(self.shape[1])
+        return self._stack(codes, rows, columns, condition, train=train)
+
+    def diagonal(self, previous: jax.Array, step: jax.Array, condition: jax.Array | None) -> jax.Array:
+        """Logits float32 [B, n, K] of the positions of `step`, in `Order.positions`; those off the map mean nothing.
+
+        Args:
+          previous: int32 [B, n], the codes of the step before (any where it has no position).
+          step: int32 [].
+          condition: [B, H or 1, W or 1, F] of the whole map, or None.
+        """
+        rows, columns, _ = self.order.positions(step)
+        if condition is not None and condition.shape[1] > 1:
+            condition = condition[:, rows, columns][:, :, None]  # [B, n, 1, F]
+        x = self._stack(previous[..., None], rows[:, None], columns[:, None], condition, step)
+        return self._head(x, condition)[:, :, 0]
+
+    def _stack(self, codes, rows, columns, condition, step=None, *, train=False):
+        # rows and columns broadcast to the positions [h, w] at hand
+        x = self.first(self.embed(codes)) + self.row_embed(rows) + self.column_embed(columns)  # [B, h, w, F]
+        for depth, block in enumerate(self.blocks, start=1):
+            x = block(x, condition=condition, train=train)
+            x = self._attend(x, depth, step, train)
+        return x
