@@ -130,16 +130,54 @@ def wavefront_against_raster(batches, dtype, slopes):
                 print(f'| {level} | {batch} | {name} | {steps} | {time_:.2f} | {raster / time_:.1f}x |', flush=True)
 
 
+def memory(dtype, slopes):
+    """Caches and other temporaries of the compiled sampler: what 8 more images of a batch add, over 8."""
+    print('\n| level | order | MB an image | MB of weights |\n|---|---|---|---|')
+    for level in LEVELS:
+        for slope in (None, *slopes):
+            fields = {**NETWORK, **LEVELS[level], 'dtype': dtype}
+            prior = RasterPrior(**fields) if slope is None else WavefrontPrior(**fields, slope=slope)
+            used = {batch: temporary_bytes(prior, batch, dtype) for batch in (8, 16)}
+            weights = jax.tree.leaves(abstract_weights(prior, 1, dtype))
+            size = sum(x.size * x.dtype.itemsize for x in weights) / 1e6
+            name = 'raster' if slope is None else f'slope {slope}'
+            print(f'| {level} | {name} | {(used[16] - used[8]) / 8e6:.1f} | {size:.0f} |', flush=True)
+
+
+def abstract_inputs(prior, batch):
+    height, width = prior.shape
+    codes = jax.ShapeDtypeStruct((batch, height, width), jnp.int32)
+    coarser = jax.ShapeDtypeStruct((batch, height // 2, width // 2), jnp.int32)
+    return codes, (coarser,) if prior.coarser_codebook_sizes else ()
+
+
+def abstract_weights(prior, batch, dtype):
+    codes, coarser = abstract_inputs(prior, batch)
+    params = jax.eval_shape(prior.init, jax.random.key(0), codes, None, coarser)['params']
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
+
+
+def temporary_bytes(prior, batch, dtype):
+    def draw(params, index, coarser):
+        return sample(prior, params, sample_keys(jax.random.key(0), index), None, coarser).codes
+
+    index = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    lowered = jax.jit(draw).lower(abstract_weights(prior, batch, dtype), index, abstract_inputs(prior, batch)[1])
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--batch', type=int, nargs='+', default=[1, 8])
     parser.add_argument('--slope', type=int, nargs='+', default=[1, 2, 3])
     parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
-    parser.add_argument('--only', choices=('raster', 'growth', 'wavefront'))
+    parser.add_argument('--only', choices=('memory', 'raster', 'growth', 'wavefront'))
     options = parser.parse_args()
     dtype = jnp.dtype(options.dtype)
     bandwidth = measure_bandwidth()
     print(f'{jax.devices()[0].device_kind}, JAX {jax.__version__}, {dtype.name}; memory {bandwidth / 1e9:.1f} GB/s')
+    if options.only in (None, 'memory'):
+        memory(dtype, options.slope)
     if options.only in (None, 'raster'):
         raster_against_rerunning(options.batch, dtype, bandwidth)
     if options.only in (None, 'growth'):
