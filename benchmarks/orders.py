@@ -4,9 +4,9 @@
   python benchmarks/orders.py --config=configs/fashion.py --workdir=runs/fashion --level=bottom
 
 Every order is trained twice: with as many updates as raster, and for as long as raster took. Prints a line for each:
-steps of sampling, seconds an update, updates, held-out nats per code (best of the training; mean and range over the
-seeds), and the difference from raster. Stopped, the same command continues. Fields of the prior can be overridden, as
-in --set attention_layers=2 heads=4 training.steps=800.
+steps of sampling, seconds an update (compilation and evaluations shared out), updates, held-out nats per code (best of
+the training; mean and range over the seeds), and the difference from raster. Stopped, the same command continues.
+Fields of the prior can be overridden, as in --set attention_layers=2 heads=4 training.steps=800.
 """
 
 import argparse
@@ -17,13 +17,15 @@ import pathlib
 import numpy as np
 from etils import epath
 
+from vqvae2_jax import checks
 from vqvae2_jax import config as configs
 from vqvae2_jax.data.loader import eval_batches, train_batches
 from vqvae2_jax.io import provenance
 from vqvae2_jax.io.checkpoint import Weights
+from vqvae2_jax.jobs.codes import current_codes_digest
 from vqvae2_jax.jobs.stages import prior_stage
 from vqvae2_jax.jobs.train import Data, fit
-from vqvae2_jax.jobs.workdir import Run
+from vqvae2_jax.jobs.workdir import Run, check_same
 from vqvae2_jax.models.order import Order
 
 
@@ -41,12 +43,18 @@ def load_config(path, level, changes):
 
 def train(run, level, order, steps, seed, directory):
     """Trains one prior, unless it is done; {'nll', 'seconds', 'steps'}."""
-    done = directory / 'result.json'
-    if done.exists():
-        return provenance.read_json(done)
     section = run.config.prior[level]
     section.update({'order': 'raster'} if order == 'raster' else {'order': 'wavefront', 'slope': int(order)})
     section.training.update(steps=steps, eval_every=max(steps // 10, 1), show_every=0)
+    checks.check(run.config)
+    made_from = configs.settings(run.config, f'prior.{level}') | {'steps': steps, 'codes': current_codes_digest(run)}
+    done, started = directory / 'result.json', directory / 'settings.json'
+    if started.exists():
+        remedy = f'Go back to those, delete {directory}, or give another --out.'
+        check_same(f'the training in {directory}', provenance.read_json(started), made_from, remedy)
+    provenance.write_json(started, made_from)
+    if done.exists():
+        return provenance.read_json(done)
     training = configs.training(run.config, f'prior.{level}')
     train_codes, held_out = run.codes('train'), run.codes('validation')
     data = Data(

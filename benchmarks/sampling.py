@@ -5,13 +5,14 @@
 
 The networks have the size of rosinality/vq-vae-2-pytorch's defaults: 256 channels, 16 residual blocks, kernel 5; top
 32x32 with 4 attentions, bottom 64x64 without, conditioned on the top. Weights are random: what is drawn means nothing,
-the work is the same. Every time is of one warm call of a compiled program, in seconds for the whole batch.
+the work is the same. Times are of calls of compiled programs, in seconds for the whole batch.
 
 "Rerunning" is what that repository's sampler does: the network runs over all rows so far for every position. It is
 timed on eight of the map's heights, from which the time of the others is interpolated.
 """
 
 import argparse
+import functools
 import time
 
 import jax
@@ -29,15 +30,15 @@ LEVELS = {
 }
 
 
-def seconds(function, *arguments, repeat=1):
-    """The median time of a warm call."""
-    jax.block_until_ready(function(*arguments))  # compiles
+def seconds(function, *arguments):
+    """The time of a call of the compiled function: the best of five, or the only one where that takes long."""
+    compiled = jax.jit(function).lower(*arguments).compile()
     times = []
-    for _ in range(repeat):
+    while not times or (len(times) < 5 and sum(times) < 5):
         begin = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
+        jax.block_until_ready(compiled(*arguments))
         times.append(time.perf_counter() - begin)
-    return float(np.median(times))
+    return min(times)
 
 
 def build(level, batch, dtype, slope=None, **fields):
@@ -51,10 +52,14 @@ def build(level, batch, dtype, slope=None, **fields):
     return prior, jax.tree.map(lambda x: x.astype(dtype), params), codes, coarser
 
 
+@functools.cache
 def cached(level, batch, dtype, slope=None, **fields):
     """Seconds to draw a batch of maps."""
     prior, params, _, coarser = build(level, batch, dtype, slope, **fields)
-    draw = jax.jit(lambda params, keys, coarser: sample(prior, params, keys, None, coarser).codes)
+
+    def draw(params, keys, coarser):
+        return sample(prior, params, keys, None, coarser).codes
+
     return seconds(draw, params, sample_keys(jax.random.key(0), jnp.arange(batch)), coarser)
 
 
@@ -68,8 +73,12 @@ def rerunning(level, batch, dtype):
         part = prior.clone(shape=(int(rows), width))
         weights = {**params, 'row_embed': {'embedding': params['row_embed']['embedding'][:rows]}}
         above = tuple(c[:, : rows // 2] for c in coarser)
-        run = jax.jit(lambda w, c, a, part=part: part.apply({'params': w}, c, None, a)[:, -1])
-        times.append(seconds(run, weights, codes[:, :rows], above, repeat=3))
+        condition = part.apply({'params': weights}, None, above, method='condition')  # once per image there too
+
+        def run(weights, codes, condition, part=part):
+            return part.apply({'params': weights}, codes, condition, method='given_condition')[:, -1]
+
+        times.append(seconds(run, weights, codes[:, :rows], condition))
     return float(width * np.interp(np.arange(1, height + 1), heights, times).sum())
 
 
@@ -89,7 +98,7 @@ def floor(level, dtype, bandwidth):
 def measure_bandwidth():
     """Bytes a second of reading memory: the sum of 512 MiB."""
     x = jnp.ones((2**27,), jnp.float32)
-    return x.nbytes / seconds(jax.jit(jnp.sum), x, repeat=5)
+    return x.nbytes / seconds(jnp.sum, x)
 
 
 def raster_against_rerunning(batches, dtype, bandwidth):

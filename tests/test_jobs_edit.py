@@ -59,7 +59,7 @@ def test_one_level_alone_is_drawn_anew(run, folder):
     path, images = folder
     set_edit(run, path=f'{path}/a.png', levels=('bottom',), label=1, count=8)
     run_job(run, 'edit')
-    assert [p.name for p in sorted(run.path('edits').iterdir())] == ['0000-a.npz', '0000-a.png']
+    assert [p.name for p in sorted(run.path('edits').iterdir())] == ['0000-a.npz', '0000-a.png', 'settings.json']
     found, kept = samples.read_npz(run.path('edits', '0000-a.npz')), encode(run, images[0])
     np.testing.assert_array_equal(found['codes_1'], np.broadcast_to(kept[1], found['codes_1'].shape))
     assert (found['codes_0'] != np.asarray(kept[0])).any()
@@ -69,7 +69,7 @@ def test_one_level_alone_is_drawn_anew(run, folder):
     'options, message',
     [
         ({}, 'edit.path is empty'),
-        ({'path': '/nowhere'}, "there is no folder '/nowhere'"),
+        ({'path': '/nowhere'}, "edit.path: there is no file or folder '/nowhere'"),
         (
             {'path': 'own', 'levels': ('middle',), 'label': 1},
             r"edit.levels holds \['middle'\]; the levels are top, bottom",
@@ -77,6 +77,8 @@ def test_one_level_alone_is_drawn_anew(run, folder):
         ({'path': 'own'}, 'edit.label is -1: give the class to draw, 0 to 9'),
         ({'path': 'own', 'label': 1, 'mask': '0.5,0,1'}, "edit.mask is '0.5,0,1': give"),
         ({'path': 'own', 'label': 1, 'mask': '0.5,0,0.2,1'}, 'top < bottom'),
+        ({'path': 'own', 'label': 1, 'mask': '0.5,0.5,0.501,0.501'}, 'edit.mask .* covers no pixel'),
+        ({'path': 'own', 'label': 1, 'mask': __file__}, 'edit.mask: cannot decode'),
     ],
 )
 def test_what_cannot_be_edited_is_refused(run, folder, options, message):
@@ -91,10 +93,13 @@ def test_masks_from_shares_and_from_images(tmp_path):
     assert read_mask('', (4, 6)).all()
     box = read_mask('0.25,0.5,0.75,1', (4, 6))
     assert box[1:3, 3:].all() and box.sum() == 6
-    Image.fromarray(np.array([[0, 255], [0, 0]], np.uint8)).save(tmp_path / 'mask.png')
-    np.testing.assert_array_equal(
-        read_mask(str(tmp_path / 'mask.png'), (4, 4)), np.kron([[0, 1], [0, 0]], np.ones((2, 2)))
-    )
+    corner = np.kron([[0, 1], [0, 0]], np.ones((2, 2))).astype(np.uint8)
+    Image.fromarray(255 * corner).save(tmp_path / 'mask.png')
+    np.testing.assert_array_equal(read_mask(str(tmp_path / 'mask.png'), (4, 4)), corner)
+    wide = np.zeros((4, 12), np.uint8)
+    wide[:, 4:8] = 255  # the part of a wide image that its crop to a square keeps
+    Image.fromarray(wide).save(tmp_path / 'wide.png')
+    assert read_mask(str(tmp_path / 'wide.png'), (4, 4)).all()
 
 
 def rows(run, name):
@@ -120,7 +125,7 @@ def test_likelihood_of_files_is_the_mean_over_the_classes(run, folder):
     with run.config.unlocked():
         run.config.likelihood = {'path': path}
     run_job(run, 'likelihood')
-    found = {row['image']: row for row in rows(run, 'own.csv')}
+    found = {row['image']: row for row in rows(run, 'of-own.csv')}
     assert set(found) == {f'{path}/a.png', f'{path}/b.png'}
     priors = workdir.load_priors(run)
     for name, image in zip('ab', images, strict=True):

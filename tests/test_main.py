@@ -27,10 +27,17 @@ def start(*arguments, **options):
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        (['--config=configs/tiny.py', '--config.vqvae.hiden=3'], "error: 'hiden' Did you mean"),
+        (['--config=configs/tiny.py', '--config.vqvae.hiden=3'], "the unknown field 'hiden'; did you mean 'hidden'?"),
+        (['--config=configs/tiny.py', '--config.sample.temperature.tpo=1.0'], "'tpo'; did you mean 'top'?"),
+        (['--config=configs/tiny.py', '--config.sample.temperature=1.0'], '--config.sample.temperature.bottom='),
+        (['--config=configs/tiny.py', '--config.seed.a=1'], 'seed is a value, without fields'),
         (['--config=configs/missing.py'], 'configs/missing.py'),
         (['--config=configs/tiny.py', '--job=prior', '--level=middle'], 'the levels of this config are top, bottom'),
         (['--config=configs/tiny.py', '--config.sample.batch_size=12'], '--config.sample.batch_size=16'),
+        (  # fields that the config leaves at their defaults
+            ['--config=configs/tiny.py', '--config.prior.top.order=wavefront', '--config.prior.top.slope=9'],
+            'prior.top.slope is 9; on a 7x7 map it lies between 1 and the width, 7',
+        ),
         (['--config=configs/tiny.py', '--workdir=gs://bucket/run'], '--workdir=gs://bucket/run: only local folders'),
     ],
 )

@@ -1,5 +1,7 @@
 """Orders: every position in exactly one step, and masks that follow from the same definition."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -36,10 +38,11 @@ def test_every_position_is_drawn_once_and_in_its_step(order):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(orders(), st.sampled_from([1, 3, 5, 7]), st.booleans())
 def test_taps_are_the_part_of_the_window_that_is_not_later(order, kernel, strict):
-    taps, half = order.taps(kernel, strict), kernel // 2
+    taps, half, wide = order.taps(kernel, strict), kernel // 2, max(kernel // 2, order.slope)
+    assert set(taps) <= set(itertools.product(range(-half, half + 1), range(-wide, wide + 1)))
     step = order.step_of()
     for i in range(-half, half + 1):
-        for j in range(-half, half + 1):
+        for j in range(-wide, wide + 1):
             if abs(i) < order.shape[0] and abs(j) < order.shape[1]:  # it leads from some position to another
                 here = step[max(-i, 0) : order.shape[0] - max(i, 0), max(-j, 0) : order.shape[1] - max(j, 0)]
                 there = step[max(i, 0) : order.shape[0] + min(i, 0), max(j, 0) : order.shape[1] + min(j, 0)]

@@ -59,7 +59,7 @@ def make_prior(case, seed=0, batch=2, **fields):
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_every_position_sees_exactly_the_earlier_ones(case):
+def test_no_position_sees_its_own_or_a_later_step(case):
     """By perturbation of every position: no logit of its own or an earlier step changes, and its neighbours' do."""
     prior, params, codes, labels, coarser = make_prior(case, batch=1)
     logits = jax.jit(lambda c: prior.apply({'params': params}, c, labels, coarser))
@@ -74,18 +74,19 @@ def test_every_position_sees_exactly_the_earlier_ones(case):
         assert all(difference[n] > 0 for n in neighbours), f'{case}: one of {neighbours} does not see {p}'
 
 
-@pytest.mark.parametrize('case', ['convolutions', 'attention'])
-def test_no_blind_spot(case):
-    """Deep enough, the last position sees every earlier one, those to its upper right too."""
-    prior, params, codes, labels, coarser = make_prior(case, batch=1, layers=6)
-
+@pytest.mark.parametrize('case, fields', [('convolutions', {}), *(('wavefront', {'slope': n}) for n in (1, 2, 3))])
+def test_no_blind_spot(case, fields):
+    """Deep enough, a position sees all of the earlier steps: in raster order those to the upper right, too."""
+    prior, params, codes, labels, coarser = make_prior(case, batch=1, layers=6, **fields)
     height, width = prior.shape
-    middle = (height - 1, 0)  # all rows above lie to its right
-    logits = jax.jit(lambda c: prior.apply({'params': params}, c, labels, coarser)[0, middle[0], middle[1]])
-    reference = logits(codes)
-    for row, column in itertools.product(range(height - 1), range(width)):
-        changed = codes.at[0, row, column].set((codes[0, row, column] + 1) % 6)
-        assert np.abs(logits(changed) - reference).max() > 0, f'{case}: {middle} does not see {(row, column)}'
+    steps = prior.order.step_of()
+    for position in ((height - 1, 0), (height // 2, width // 2), (1, width - 1)):
+        logits = jax.jit(lambda c, p=position: prior.apply({'params': params}, c, labels, coarser)[0, p[0], p[1]])
+        reference, seen = logits(codes), np.zeros(prior.shape, bool)
+        for row, column in itertools.product(range(height), range(width)):
+            changed = codes.at[0, row, column].set((codes[0, row, column] + 1) % 6)
+            seen[row, column] = np.abs(logits(changed) - reference).max() > 0
+        np.testing.assert_array_equal(seen, steps < steps[position], err_msg=f'{case} {fields}: {position}')
 
 
 def test_likelihood_sums_to_one_over_all_maps():

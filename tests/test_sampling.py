@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.test_prior import CASES, make_prior
 from vqvae2_jax import parallel
+from vqvae2_jax.models.wavefront import WavefrontPrior
 from vqvae2_jax.sampling.ancestral import sample, sample_by_rerunning, sample_keys, sample_levels
 from vqvae2_jax.sampling.control import Control, draw
 from vqvae2_jax.sampling.rejection import keep_best
@@ -38,12 +39,21 @@ def test_any_shape_kernel_depth_and_slope_is_exact(data):
         'attention_layers': data.draw(st.integers(0, 1)),
         'heads': 2,
     }
-    prior, params, *_ = make_prior('classes', seed=height * 7 + width, batch=2, **fields)
-    keys, labels = sample_keys(jax.random.key(1), jnp.arange(2)), jnp.array([0, 2])
+    prior, params, _, labels, _ = make_prior('classes', seed=height * 7 + width, batch=2, **fields)
+    keys = sample_keys(jax.random.key(1), jnp.arange(2))
     fast = jax.jit(lambda: sample(prior, params, keys, labels))()
     slow = jax.jit(lambda: sample_by_rerunning(prior, params, keys, labels))()
     np.testing.assert_array_equal(fast.codes, slow.codes, err_msg=str(fields))
     np.testing.assert_allclose(fast.log_probs, slow.log_probs, atol=1e-4)
+
+
+def test_a_map_of_one_row_is_conditioned_on_a_coarser_one():
+    fields = {'shape': (1, 4), 'slope': 2, 'coarser_codebook_sizes': (5,), 'codebook_size': 6, 'hidden': 8}
+    prior = WavefrontPrior(**fields, residual=8, layers=2, kernel=3)
+    keys, coarser = sample_keys(jax.random.key(1), jnp.arange(2)), (jnp.array([[[0, 3]], [[4, 1]]]),)
+    params = prior.init(jax.random.key(0), jnp.zeros((2, 1, 4), jnp.int32), None, coarser)['params']
+    fast, slow = (draws(prior, params, keys, None, coarser).codes for draws in (sample, sample_by_rerunning))
+    np.testing.assert_array_equal(fast, slow)
 
 
 @pytest.mark.parametrize('case', ['coarser level', 'slope 3, attention'])

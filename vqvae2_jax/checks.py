@@ -146,6 +146,7 @@ def _check_sampling(config, names):
     _check_ranges('sample', sample)
     _check_ranges('codes', config.codes)
     parallel.check_batch_size(sample.batch_size, 'sample.batch_size')
+    configs.make_control(config, names[0])
     if set(sample.temperature) != set(names):
         raise ConfigError(f'sample.temperature names {sorted(sample.temperature)}; the levels are {sorted(names)}')
     for field in configs.CONTROLS:
@@ -163,7 +164,7 @@ def _check_sampling(config, names):
 
 
 def _check_control(section, prior, name, control):
-    if control.temperature < 0:
+    if not control.temperature >= 0:
         raise ConfigError(
             f'sample.temperature.{name} is {control.temperature}; it must be 0 (the likeliest code) or more'
         )

@@ -76,7 +76,7 @@ def make_vqvae(config: ConfigDict) -> VQVAE:
 
 
 def complete(config: ConfigDict) -> ConfigDict:
-    """The config with every field that it leaves out at its default, so that a flag can set it."""
+    """The config itself, with every field that it leaves out put in at its default, so that a flag can set it."""
     stages = [name for name in ('vqvae', 'classifier') if config.get(name)]
     stages += [f'prior.{name}' for name in config.get('prior', ())]
     with config.unlocked():
@@ -92,7 +92,8 @@ def complete(config: ConfigDict) -> ConfigDict:
         if 'sample' in config:
             _fill(config.sample, {'dtype': '', **{field: {} for field in CONTROLS}})
             for field, default in CONTROLS.items():
-                _fill(config.sample[field], dict.fromkeys(config.get('prior', ()), default))
+                if isinstance(config.sample[field], ConfigDict):  # else `check` says what is wrong
+                    _fill(config.sample[field], dict.fromkeys(config.get('prior', ()), default))
     return config
 
 
@@ -126,12 +127,21 @@ def _stage_fields(path, fields):
 
 def options(config: ConfigDict, job: str) -> ConfigDict:
     """The section of a job of `ASIDE`, complete."""
-    return ConfigDict(ASIDE[job] | dict(config.get(job, {})))
+    given = config.get(job, ConfigDict())
+    if not isinstance(given, ConfigDict):
+        raise ConfigError(f'{job} is {given!r}; it is a section with the fields {", ".join(sorted(ASIDE[job]))}')
+    return ConfigDict(ASIDE[job] | dict(given))
 
 
 def make_control(config: ConfigDict, level_name: str) -> Control:
     """How the codes of a level are drawn."""
     sample = config.sample
+    for field in ('temperature', *CONTROLS):
+        if not isinstance(sample.get(field, ConfigDict()), ConfigDict):
+            raise ConfigError(
+                f'sample.{field} is {sample[field]!r}; give a value for each level, '
+                f'as in dict({level_name}={sample[field]!r})'
+            )
     chosen = {field: sample.get(field, {}).get(level_name, default) for field, default in CONTROLS.items()}
     guidance = chosen.pop('guidance')
     guidance = None if guidance == 1.0 else float(guidance)  # 1: the prior as it is, at half the work
@@ -187,12 +197,10 @@ def _defaults(module, elsewhere=()):
 
 
 def _module_fields(path, section, fields, module):
-    own = set(_OWN_FIELDS[section])
-    fields = {k: v for k, v in _stage_fields(path, fields).items() if k != 'order'}
-    elsewhere = set(_FROM_ELSEWHERE[section])
-    parameters = inspect.signature(module).parameters
-    allowed = {k: v for k, v in parameters.items() if k not in {'parent', 'name'} | elsewhere}
-    _check_fields(path, fields, allowed, own)
+    elsewhere = {'parent', 'name', *_FROM_ELSEWHERE[section]}
+    allowed = {k: v for k, v in inspect.signature(module).parameters.items() if k not in elsewhere}
+    optional = ('order', 'slope') if section == 'prior' else ()
+    _check_fields(path, fields, allowed, _OWN_FIELDS[section], optional)
     chosen = {k: v for k, v in fields.items() if k in allowed}
     if 'dtype' in chosen:
         chosen['dtype'] = dtype_of(path, chosen['dtype'])
@@ -205,10 +213,10 @@ def dtype_of(path, name):
     return jnp.dtype(name)
 
 
-def _check_fields(path, fields, parameters, own=()):
-    """The fields are `parameters` of a signature or among `own`; those of both without a default are there."""
+def _check_fields(path, fields, parameters, own=(), optional=()):
+    """The fields are `parameters`, `own` or `optional`; all of `own`, and those without a default, are there."""
     required = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
-    check_names(path, fields, {*parameters, *own}, required | set(own))
+    check_names(path, fields, {*parameters, *own, *optional}, required | set(own))
 
 
 def check_names(path, fields, allowed, required):

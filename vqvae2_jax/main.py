@@ -51,6 +51,30 @@ def main(_) -> None:
         sys.exit(f'error: {error}')
 
 
+def _explain_field(arguments: list[str]) -> None:
+    """Exits with a message about the first --config.a.b that is no field, or is a whole section; else does nothing."""
+    paths = [a.partition('=')[2] for a in arguments if a.startswith('--config=')]
+    config = flags.FLAGS['config'].parser.parse(paths[-1]) if paths else None
+    if not isinstance(config, ConfigDict):
+        return
+    for argument in arguments:
+        if not argument.startswith('--config.'):
+            continue
+        section, place = config, []
+        for name in argument.removeprefix('--config.').partition('=')[0].split('.'):
+            if not isinstance(section, ConfigDict):
+                sys.exit(f'error: {".".join(place)} is a value, without fields')
+            try:
+                configs.check_names('.'.join(place) or 'config', [name], list(section), ())
+            except configs.ConfigError as error:
+                sys.exit(f'error: {error}')
+            section = section[name]
+            place.append(name)
+        if isinstance(section, ConfigDict):
+            field, first = '.'.join(place), next(iter(section))
+            sys.exit(f'error: {field} has the fields {", ".join(section)}: set one, as in --config.{field}.{first}=')
+
+
 def _parse(arguments: list[str]) -> list[str]:
     """absl's parser, with a mistyped config field or a missing file reported in one line."""
     try:
@@ -59,6 +83,7 @@ def _parse(arguments: list[str]) -> list[str]:
             sys.exit('error: --config is missing, for example --config=configs/fashion.py')
         _CONFIG.value.to_dict()  # a config file that could not be read fails here, not at the flag
     except (AttributeError, KeyError, OSError, flags.Error) as error:
+        _explain_field(arguments)
         while error.args and isinstance(error.args[0], BaseException):  # ml_collections wraps one in another
             error = error.args[0]
         message = error.args[0] if isinstance(error, KeyError) else error  # str(KeyError) is quoted and escaped

@@ -119,6 +119,18 @@ class FolderPool:
         return decode_image(data, channels, path), int(self.labels[position])
 
 
+class FilesPool(FolderPool):
+    """One file of a folder, or all images below it, unlabelled, as a pool."""
+
+    def __init__(self, root: str, file: str | None = None):
+        """Raises ValueError where there are no images."""
+        self.root, self.subfolder, self.class_names = root or '.', '', ()
+        self.files = [file] if file else list_images(self.root)
+        if not self.files:
+            raise ValueError(f'no images in {root!r} (looked for {", ".join(SUFFIXES)} in any case).')
+        self.labels = np.zeros(len(self.files), np.int32)
+
+
 def open_folder(path: str, num_classes: int, subfolder: str | None, train_subfolder: str | None) -> FolderPool:
     """Opens data.path, or one split's subfolder of it with the classes of the training split."""
     if subfolder is None:

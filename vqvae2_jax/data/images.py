@@ -21,7 +21,7 @@ from PIL import Image
 
 from vqvae2_jax.data.decode import fit
 from vqvae2_jax.data.fashion import FashionPool
-from vqvae2_jax.data.folder import SUFFIXES, open_folder
+from vqvae2_jax.data.folder import FilesPool, open_folder
 from vqvae2_jax.data.tfds_records import TfdsPool
 
 SPLITS = ('train', 'validation', 'test')
@@ -202,18 +202,16 @@ def open_images(spec: ImageSpec, split: str) -> ImageSource:
     return ImageSource(pool, positions, spec.image_size, spec.channels, spec.on_error)
 
 
-def open_all(path: str, image_size: tuple[int, int], channels: int, on_error: str = 'raise') -> ImageSource:
-    """All images below a folder, or one file, unlabelled and sorted by name.
+def open_all(path: str, spec: ImageSpec) -> ImageSource:
+    """All images below a folder, or one file, unlabelled and sorted by name, in the size and channels of the spec.
 
     Raises:
-      ValueError, FileNotFoundError: as `open_images`.
+      ValueError: there are none. FileNotFoundError: no such file or folder.
     """
-    folder, file = os.path.split(path) if os.path.isfile(path) else (path, None)
-    pool = open_folder(folder or '.', 0, None, None)
-    positions = [i for i, name in enumerate(pool.files) if file in (None, name)]
-    if not positions:
-        raise ValueError(f'{path!r} is no image: images are called *{", *".join(SUFFIXES)}')
-    return ImageSource(pool, np.array(positions, np.int64), image_size, channels, on_error)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f'there is no file or folder {path!r}.')
+    pool = FilesPool(*(os.path.split(path) if os.path.isfile(path) else (path, None)))
+    return ImageSource(pool, np.arange(len(pool)), tuple(spec.image_size), spec.channels, spec.on_error)
 
 
 def random_split(

@@ -5,16 +5,16 @@ autoregressive order looks back only: what is drawn fits the kept codes of earli
 and to the left), and does not know those that come later.
 """
 
+import functools
 import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from vqvae2_jax import config as configs
-from vqvae2_jax import parallel
-from vqvae2_jax.io import pictures
+from vqvae2_jax.data.decode import UnreadableImage, decode_image, fit
+from vqvae2_jax.io import pictures, provenance
 from vqvae2_jax.jobs import samples, workdir
 from vqvae2_jax.jobs.workdir import JobError, Run
 from vqvae2_jax.sampling.ancestral import sample_levels
@@ -29,7 +29,7 @@ def edit(run: Run) -> None:
     options = configs.options(run.config, 'edit')
     if not options.path:
         raise JobError('edit.path is empty: give --config.edit.path=IMAGE, or a folder of images')
-    source = run.folder(options.path)
+    source = run.folder(options.path, 'edit.path')
     levels = tuple(options.levels) or run.levels
     if unknown := sorted(set(levels) - set(run.levels)):
         raise JobError(f'edit.levels holds {unknown}; the levels are {", ".join(reversed(run.levels))}')
@@ -38,31 +38,48 @@ def edit(run: Run) -> None:
         raise JobError(f'edit.label is {options.label}: give the class to draw, 0 to {classes - 1}')
     mask = read_mask(options.mask, run.config.data.image_size)
     draw = make_editor(run, levels)
+    provenance.write_json(run.path(DIRECTORY, 'settings.json'), _settings(run, options, levels))
     for number in range(len(source)):
-        image = source[number]['image']
-        index = number * options.count + np.arange(options.count)
-        images, codes = jax.device_get(draw(image, mask, options.label, index.astype(np.int32)))
+        try:
+            image = source[number]['image']
+        except UnreadableImage as error:
+            if source.on_error == 'raise':
+                raise
+            print(f'edit: skipped {error.where}: {error.reason}', flush=True)
+            continue
+        images, codes = jax.device_get(draw(number, image, mask, options.label, np.arange(options.count)))
         name = os.path.splitext(os.path.basename(source.where(number)))[0]
         _write(run.path(DIRECTORY), f'{number:04d}-{name}', image, mask, images, codes)
     print(f'edit: {options.count} variants of {len(source)} images in {run.path(DIRECTORY)}', flush=True)
 
 
-def make_editor(run: Run, levels: tuple[str, ...]):
-    """A function (image uint8 [H, W, C], mask bool [H, W], label, index int [B]) -> (images uint8 [B, ...], codes).
+def _settings(run, options, levels):
+    """For the record: how the latest variants were drawn."""
+    upstream = {'vqvae': workdir.vqvae_record(run)['digest']}
+    records = zip(run.levels, workdir.prior_records(run), strict=True)
+    return {
+        'schema': 1,
+        **options.to_dict(),
+        'levels': list(levels),
+        'seed': run.config.sample.seed,
+        'control': {name: configs.make_control(run.config, name)._asdict() for name in run.levels},
+        'upstream': upstream | {workdir.prior_directory(name): record['digest'] for name, record in records},
+        'version': provenance.package_version(),
+    }
 
-    Where the mask is True the codes of `levels` are drawn anew; variant i depends on the seed and on index[i].
+
+def make_editor(run: Run, levels: tuple[str, ...]):
+    """A function (number, image uint8 [H, W, C], mask bool [H, W], label, index int [B]) -> (images [B, ...], codes).
+
+    Where the mask is True the codes of `levels` are drawn anew; a variant depends on the seed, `number` and its index.
     """
     config = run.config
-    vqvae, priors = workdir.load_vqvae(run), workdir.load_priors(run)
-    model = configs.make_vqvae(config)
-    modules = [configs.make_prior(config, level) for level in range(len(run.levels))]
+    model, decoder, modules, weights = workdir.load_generator(run, config.sample.get('dtype'))
     controls = tuple(configs.make_control(config, name) for name in run.levels)
-    weights = jax.device_put([prior.params for prior in priors], parallel.replicated())
-    decoder = vqvae.on_devices()
     key = jax.random.key(config.sample.seed)
 
     @jax.jit
-    def draw(decoder, weights, controls, image, mask, label, index):
+    def draw(decoder, weights, controls, number, image, mask, label, index):
         kept = model.apply(decoder, to_float(image[None]), method='encode')
         kept = [jnp.repeat(codes, len(index), axis=0) for codes in kept]
         given = [
@@ -70,10 +87,10 @@ def make_editor(run: Run, levels: tuple[str, ...]):
             for name, codes in zip(run.levels, kept, strict=True)
         ]
         labels = jnp.full((len(index),), label) if config.data.num_classes else None
-        codes = sample_levels(modules, weights, key, index, labels, controls, given)
+        codes = sample_levels(modules, weights, jax.random.fold_in(key, number), index, labels, controls, given)
         return to_uint8(model.apply(decoder, codes, method='decode')), codes
 
-    return lambda image, mask, label, index: draw(decoder, weights, controls, image, mask, label, index)
+    return functools.partial(draw, decoder, weights, controls)
 
 
 def read_mask(mask: str, size: tuple[int, int]) -> np.ndarray:
@@ -86,8 +103,7 @@ def read_mask(mask: str, size: tuple[int, int]) -> np.ndarray:
     if not mask:
         return np.ones(size, bool)
     if os.path.isfile(mask):
-        with Image.open(mask) as image:  # white: draw anew
-            return np.asarray(image.convert('L').resize((width, height), Image.Resampling.NEAREST)) >= _GREY
+        return _mask_of_file(mask, size)
     try:
         top, left, bottom, right = (float(share) for share in mask.split(','))
     except ValueError:
@@ -97,8 +113,26 @@ def read_mask(mask: str, size: tuple[int, int]) -> np.ndarray:
     if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
         raise JobError(f'edit.mask is {mask!r}: 0 <= top < bottom <= 1 and 0 <= left < right <= 1 must hold')
     rows, columns = (np.arange(n) + 0.5 for n in size)
-    inside = (rows >= top * height) & (rows < bottom * height)
-    return inside[:, None] & (columns >= left * width) & (columns < right * width)
+    inside = ((rows >= top * height) & (rows < bottom * height))[:, None]
+    inside = inside & (columns >= left * width) & (columns < right * width)
+    return _not_empty(inside, mask)
+
+
+def _mask_of_file(path, size):
+    try:
+        with open(path, 'rb') as file:
+            image = decode_image(file.read(), 1, path)
+    except UnreadableImage as error:
+        raise JobError(f'edit.mask: cannot decode the image {path}: {error.reason}') from error
+    return _not_empty(fit(image, size)[..., 0] >= _GREY, path)  # cropped and resized as the images are
+
+
+def _not_empty(mask, given):
+    if not mask.any():
+        raise JobError(
+            f'edit.mask {given!r} covers no pixel of {mask.shape[0]}x{mask.shape[1]}: nothing would be drawn'
+        )
+    return mask
 
 
 def _covered(mask, shape):

@@ -151,7 +151,7 @@ def _codes(source: CodeSource, count: int) -> dict[str, np.ndarray]:
 
 def _samples(run: Run) -> dict:
     meta = samples.read_meta(run.path(sample.DIRECTORY))
-    found = {'count': meta['count'], 'temperature': meta['temperature'], 'seed': meta['seed']}
+    found = {name: meta[name] for name in ('count', 'seed', 'temperature', *configs.CONTROLS, 'dtype')}
     if not configs.has_classifier(run.config):
         return found
     trained = workdir.load_trained(run, 'classifier', 'classifier')

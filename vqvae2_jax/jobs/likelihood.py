@@ -13,7 +13,7 @@ from vqvae2_jax import parallel
 from vqvae2_jax.data.loader import eval_batches
 from vqvae2_jax.io import provenance
 from vqvae2_jax.jobs import workdir
-from vqvae2_jax.jobs.workdir import Run
+from vqvae2_jax.jobs.workdir import SKIPPED, JobError, Run
 from vqvae2_jax.sampling.likelihood import log_likelihood
 from vqvae2_jax.stages.stage import to_float
 
@@ -21,9 +21,9 @@ DIRECTORY = 'likelihood'
 
 
 def write_likelihood(run: Run) -> None:
-    """Writes likelihood/<split or folder>.csv, a line per image, the least likely first."""
+    """Writes likelihood/<split>.csv or of-<folder>.csv, a line per image, the least likely first."""
     options = configs.options(run.config, 'likelihood')
-    source = run.folder(options.path) if options.path else run.images(options.split)
+    source = run.folder(options.path, 'likelihood.path') if options.path else run.images(options.split)
     known = not options.path and bool(run.config.data.num_classes)  # a folder's images may be of any class
     measure = make_likelihood(run, known)
     rows = []
@@ -33,13 +33,17 @@ def write_likelihood(run: Run) -> None:
         for i in np.flatnonzero(batch['mask']):
             bits = nats[:, i].sum() / math.log(2)
             rows.append((source.where(batch['index'][i]), *nats[:, i], bits))
+    if not rows:
+        raise JobError(
+            f'likelihood: none of the {len(source)} images could be read; they are listed in {run.path(SKIPPED)}'
+        )
     rows.sort(key=lambda row: -row[-1])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(('image', *(f'nats_{name}' for name in run.levels), 'bits'))
     writer.writerows((name, *(f'{x:.3f}' for x in numbers)) for name, *numbers in rows)
-    name = os.path.basename(os.path.abspath(options.path)) if options.path else options.split
-    path = run.path(DIRECTORY, f'{name}.csv')
+    own = f'of-{os.path.basename(os.path.abspath(options.path))}'  # no split is called so
+    path = run.path(DIRECTORY, f'{own if options.path else options.split}.csv')
     provenance.write_bytes(path, text.getvalue().encode())
     bits = np.array([row[-1] for row in rows])
     print(f'likelihood: {len(rows)} images, {bits.mean():.1f} bits each ({bits.min():.1f} to {bits.max():.1f})')
@@ -51,11 +55,7 @@ def make_likelihood(run: Run, labelled: bool):
 
     Not `labelled`: the class is unknown, and the labels are not looked at.
     """
-    vqvae, priors = workdir.load_vqvae(run), workdir.load_priors(run)
-    model = configs.make_vqvae(run.config)
-    modules = [configs.make_prior(run.config, level) for level in range(len(run.levels))]
-    weights = jax.device_put([prior.params for prior in priors], parallel.replicated())
-    encoder = vqvae.on_devices()
+    model, encoder, modules, weights = workdir.load_generator(run)
 
     @jax.jit
     def measure(encoder, weights, image, label):

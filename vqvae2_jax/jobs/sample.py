@@ -1,12 +1,12 @@
 """--job=sample: class-conditional samples from all priors, decoded, in resumable shards.
 
-Sample i depends on the seed, i and its label alone: not on the batch it is drawn in, on the count or on the devices.
+Sample i depends on the seed, i, its label and the settings of `sample`: not on the batch it is drawn in, on the count
+or on the devices.
 """
 
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vqvae2_jax import config as configs
@@ -25,8 +25,7 @@ DIRECTORY = 'samples'
 def draw_samples(run: Run) -> None:
     """Draws what is missing of sample.count samples."""
     sample, directory = run.config.sample, run.path(DIRECTORY)
-    vqvae, priors = workdir.load_vqvae(run), workdir.load_priors(run)
-    meta = _meta(run, vqvae, priors)
+    meta = _meta(run)
     _check_started(directory, meta)
     ranges = samples.shard_ranges(sample.count, sample.batch_size)
     missing = [r for r in ranges if not samples.shard_path(directory, *r).exists()]
@@ -35,7 +34,7 @@ def draw_samples(run: Run) -> None:
         return
     (directory / 'samples.png').unlink(missing_ok=True)  # written last: its presence says that nothing is missing
     provenance.write_json(directory / 'meta.json', meta)
-    draw = make_sampler(run, vqvae, priors)
+    draw = make_sampler(run)
     begin, before = time.monotonic(), _seconds(directory)
     with stop_signals() as stopped:
         for number, (start, stop, arrays) in enumerate(_shards(run, draw, missing), start=1):
@@ -54,19 +53,11 @@ def draw_samples(run: Run) -> None:
     _picture(run, directory)
 
 
-def make_sampler(run: Run, vqvae, priors):
+def make_sampler(run: Run):
     """A jitted (index int [B], label int [B]) -> (images uint8 [B, H, W, C], codes per level)."""
     config = run.config
-    model = configs.make_vqvae(config)
-    dtype = config.sample.get('dtype')
-    modules = [configs.make_prior(config, level) for level in range(len(run.levels))]
-    weights = [prior.params for prior in priors]
-    if dtype:  # of weights, caches and arithmetic; the logits stay float32
-        modules = [module.clone(dtype=jnp.dtype(dtype)) for module in modules]
-        weights = jax.tree.map(lambda x: x.astype(dtype), weights)
+    model, decoder, modules, weights = workdir.load_generator(run, config.sample.get('dtype'))
     whole, split = parallel.replicated(), parallel.split_batch()
-    weights = jax.device_put(weights, whole)
-    decoder = vqvae.on_devices()
     key = jax.random.key(config.sample.seed)
     controls = tuple(configs.make_control(config, name) for name in run.levels)
 
@@ -108,10 +99,11 @@ def _arrays(start, stop, index, label, drawn):
     return start, stop, {name: a[: stop - start] for name, a in arrays.items()}
 
 
-def _meta(run, vqvae, priors):
+def _meta(run):
     sample = run.config.sample
-    upstream = {'vqvae': vqvae.digest}
-    upstream |= {workdir.prior_directory(n): p.digest for n, p in zip(run.levels, priors, strict=True)}
+    upstream = {'vqvae': workdir.vqvae_record(run)['digest']}
+    records = zip(run.levels, workdir.prior_records(run), strict=True)
+    upstream |= {workdir.prior_directory(name): record['digest'] for name, record in records}
     return {
         'schema': 1,
         'count': sample.count,

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -57,17 +58,16 @@ class Run:
         except (ValueError, OSError, ImportError) as error:
             raise JobError(str(error)) from error
 
-    def folder(self, path: str) -> ImageSource:
+    def folder(self, path: str, field: str) -> ImageSource:
         """All images below a folder that is no part of the config's data, or one file, in the config's size.
 
         Raises:
-          JobError: they are not there.
+          JobError: they are not there; the message names the config's `field`.
         """
-        data = self.config.data
         try:
-            return images.open_all(path, tuple(data.image_size), data.channels)
+            return images.open_all(path, configs.image_spec(self.config))
         except (ValueError, OSError) as error:
-            raise JobError(str(error)) from error
+            raise JobError(f'{field}: {error}') from error
 
     def images_digest(self) -> str:
         """Identifies the images that stages are trained and chosen on."""
@@ -170,6 +170,22 @@ def load_priors(run: Run) -> list[Trained]:
     """Stage 2's weights, finest level first; raises as `prior_records`."""
     prior_records(run)
     return [load_trained(run, prior_directory(name), f'prior --level={name}') for name in run.levels]
+
+
+def load_generator(run: Run, dtype: str | None = None):
+    """What draws and judges images: stage 1's module and collections, all priors' modules and weights, on the devices.
+
+    Args:
+      dtype: of the priors' weights, caches and arithmetic (logits stay float32); None or '': each prior's own.
+    """
+    priors = load_priors(run)
+    modules = [configs.make_prior(run.config, level) for level in range(len(run.levels))]
+    weights = [prior.params for prior in priors]
+    if dtype:
+        modules = [module.clone(dtype=jnp.dtype(dtype)) for module in modules]
+        weights = jax.tree.map(lambda x: x.astype(dtype), weights)
+    weights = jax.device_put(weights, parallel.replicated())
+    return configs.make_vqvae(run.config), load_vqvae(run).on_devices(), modules, weights
 
 
 def check_images(run: Run, directory: str, record: dict) -> None:

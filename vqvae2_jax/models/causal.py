@@ -54,7 +54,7 @@ class CausalConv(nn.Module):
 
 
 class WavefrontConv(nn.Module):
-    """Convolution whose output sees what a kernel x kernel window holds of its own and of earlier steps.
+    """Convolution whose output sees what a window (`Order.taps`) holds of its own and of earlier steps.
 
     As a stream it takes the features of one step after the other and gives those of the same step, or, where `strict`,
     of the next one: then the first features are those of "step -1", which lie outside the map and count for nothing.
@@ -76,10 +76,9 @@ class WavefrontConv(nn.Module):
         x, weights, bias = nn.dtypes.promote_dtype(x, weights, bias, dtype=self.dtype)
         if self.is_mutable_collection('diagonals') and not self.is_initializing():
             return self._stream(x, taps) @ weights.reshape(-1, self.features) + bias
-        above, below, left, right = (max(s * tap[axis] for tap in taps) for axis in (0, 1) for s in (-1, 1))
-        below, right = max(below, 0), max(right, 0)
+        rows, columns = np.array(taps).T
+        above, below, left, right = -rows.min(), rows.max(), -columns.min(), columns.max()
         window = jnp.zeros((above + below + 1, left + right + 1, *weights.shape[1:]), weights.dtype)
-        rows, columns = (jnp.array([tap[axis] for tap in taps]) for axis in (0, 1))
         window = window.at[above + rows, left + columns].set(weights)
         padding = ((above, below), (left, right))
         layout = ('NHWC', 'HWIO', 'NHWC')
@@ -88,7 +87,7 @@ class WavefrontConv(nn.Module):
     def _stream(self, x, taps):
         # [B, n, 1, F'] -> [B, n, 1, taps * F'], what each tap sees
         order, last = self.order, -int(self.strict)  # tap offsets count from the step that comes out
-        above, below = -min(i for i, _ in taps), max(max(i for i, _ in taps), 0)
+        above, below = -min(i for i, _ in taps), max(i for i, _ in taps)
         back = last - min(j + order.slope * i for i, j in taps)  # earlier steps to remember
         past = self.variable(
             'diagonals', 'past', jnp.zeros, (x.shape[0], above + order.rows, back, x.shape[-1]), x.dtype

@@ -62,11 +62,15 @@ class Order:
         return xp.minimum(rows, self.shape[0] - 1), xp.clip(columns, 0, self.shape[1] - 1), inside
 
     def taps(self, kernel: int, strict: bool = False) -> tuple[tuple[int, int], ...]:
-        """The (row, column) offsets within a kernel x kernel window that belong to the same or an earlier step.
+        """The (row, column) offsets within a window that belong to the same or an earlier step.
+
+        The window is `kernel` rows high and as wide, or wide enough to reach `slope` columns to either side: with
+        (-1, slope), (1, -slope) and (0, -1) among them, layers upon layers reach every earlier position.
 
         Args:
           kernel: odd.
           strict: to an earlier step only.
         """
-        reach = range(-(kernel // 2), kernel // 2 + 1)
-        return tuple((i, j) for i in reach for j in reach if j + self.slope * i <= -int(strict))
+        half, wide = kernel // 2, max(kernel // 2, self.slope)
+        rows, columns = range(-half, half + 1), range(-wide, wide + 1)
+        return tuple((i, j) for i in rows for j in columns if j + self.slope * i <= -int(strict))

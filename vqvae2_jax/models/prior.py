@@ -111,7 +111,10 @@ class Prior(nn.Module):
           coarser: int32 [B, h_l, w_l] of every coarser level, finest first.
           train: dropout on; needs rng `dropout`.
         """
-        condition = self.condition(labels, coarser, train=train)
+        return self.given_condition(codes, self.condition(labels, coarser, train=train), train=train)
+
+    def given_condition(self, codes, condition, *, train: bool = False) -> jax.Array:
+        """As the call, with what `condition` gives in place of labels and coarser codes."""
         return self._head(self._whole(codes, condition, train=train), condition, train=train)
 
     def _whole(self, codes, condition, *, train):

@@ -1,9 +1,10 @@
 """The prior in wavefront order: one stack of residual gated convolutions, all positions of a step at once.
 
-A convolution sees what its window holds of the same and of earlier steps: the rows above up to `slope` columns further
-right in each, and, where the slope is small, those below. The first one, over the codes, sees earlier steps only. With
-depth all earlier positions come into reach: position (i, j) does not see what lies more than `slope` columns to the
-right in the row above, and sees in exchange what lies below, more than `slope` columns to the left.
+A convolution sees what its window holds of the same and of earlier steps: the rows above as far as `slope` columns
+further right in each, and those below from `slope` columns further left on. The first one, over the codes, sees earlier
+steps only. With depth all earlier positions come into reach. Of the row above, position (i, j) sees the codes up to
+column j + slope - 1, where raster order sees the whole row; in exchange it sees those of the row below up to column
+j - slope - 1.
 
 Glossary of shapes: B batch, H W this level's map, K codebook size, F hidden, n positions of a step.
 """
@@ -49,7 +50,7 @@ class WavefrontPrior(Prior):
           condition: [B, H or 1, W or 1, F] of the whole map, or None.
         """
         rows, columns, _ = self.order.positions(step)
-        if condition is not None and condition.shape[1] > 1:
+        if condition is not None and condition.shape[1:3] != (1, 1):
             condition = condition[:, rows, columns][:, :, None]  # [B, n, 1, F]
         x = self._stack(previous[..., None], rows[:, None], columns[:, None], condition, step)
         return self._head(x, condition)[:, :, 0]

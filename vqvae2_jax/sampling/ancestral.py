@@ -112,8 +112,8 @@ def _branches(prior, labels, coarser, control):
     """Twice the batch where there is guidance: with its classes, and without."""
     if control.guidance is None:
         return labels, coarser
-    if not prior.label_dropout:
-        raise ValueError('guidance needs a prior that was trained with label_dropout above 0, on images with classes')
+    if not prior.label_dropout or labels is None:
+        raise ValueError('guidance needs labels, and a prior that was trained with label_dropout above 0')
     labels = jnp.concatenate([labels, jnp.full_like(labels, prior.num_classes)])
     return labels, tuple(jnp.concatenate([c, c]) for c in coarser)
 

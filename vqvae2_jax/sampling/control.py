@@ -1,6 +1,6 @@
 """How one code is drawn from a prior's logits: temperature, top-k, top-p, classifier-free guidance.
 
-Every value may be traced, so that none of them makes a new program.
+Every value may be traced, so that none of them makes a new program; only whether there is guidance at all does.
 
 Glossary of shapes: B batch, n positions drawn together, K codebook size.
 """
