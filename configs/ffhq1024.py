@@ -3,8 +3,9 @@
   python -m vqvae2_jax.main --config=configs/ffhq1024.py --config.data.path=/data/ffhq
 
 Reproduces: tables 2 and 4 of the paper's appendix, figures 3, 7 and 8. The paper has no number for FFHQ, only pictures.
-Measured here: not run yet; at these batch sizes the priors need parameters and activations spread over a pod, which
-this project cannot do yet.
+Measured here: stage 1 alone, on a CPU: 600 updates of 2 images (rate 1e-3, level_loss=1, float32) on 27 photographs
+bring held-out ones to 19.1 dB, plainly recognisable, their colours still pale (2 cores of an AMD EPYC, 2026-11-20). At
+the batch sizes below the priors need parameters and activations spread over a pod, which this project cannot do yet.
 
 Numbers marked [A] are the paper's appendix A; "open" is what the paper leaves open and this project chose.
 Faces have no classes: the priors are unconditional and there is no rejection.
