@@ -41,53 +41,77 @@ def seconds(function, *arguments):
     return min(times)
 
 
-def build(level, batch, dtype, slope=None, **fields):
-    """A prior, its weights, and inputs of a batch."""
+def make(level, dtype, slope=None, **fields):
+    """The prior of a level; without a slope in raster order."""
     fields = {**NETWORK, **LEVELS[level], **fields, 'dtype': dtype}
-    prior = RasterPrior(**fields) if slope is None else WavefrontPrior(**fields, slope=slope)
+    return RasterPrior(**fields) if slope is None else WavefrontPrior(**fields, slope=slope)
+
+
+def name_of(slope):
+    return 'raster' if slope is None else f'slope {slope}'
+
+
+def inputs(prior, batch, array=jnp.zeros):
+    """Codes and the tuple of coarser codes; with array=jax.ShapeDtypeStruct, their shapes."""
     height, width = prior.shape
-    coarser = (jnp.zeros((batch, height // 2, width // 2), jnp.int32),) if prior.coarser_codebook_sizes else ()
-    codes = jnp.zeros((batch, height, width), jnp.int32)
-    params = jax.jit(prior.init)(jax.random.key(0), codes, None, coarser)['params']
-    return prior, jax.tree.map(lambda x: x.astype(dtype), params), codes, coarser
+    coarser = [array((batch, height // 2, width // 2), jnp.int32) for _ in prior.coarser_codebook_sizes]
+    return array((batch, height, width), jnp.int32), tuple(coarser)
+
+
+def weights(prior):
+    """The prior's parameters, in its dtype."""
+    codes, coarser = inputs(prior, 1)
+    params = prior.init(jax.random.key(0), codes, None, coarser)['params']
+    return jax.tree.map(lambda x: x.astype(prior.dtype), params)
+
+
+def sampler(prior):
+    """A function (params, index int [B], coarser) -> codes."""
+
+    def draw(params, index, coarser):
+        return sample(prior, params, sample_keys(jax.random.key(0), index), None, coarser).codes
+
+    return draw
 
 
 @functools.cache
 def cached(level, batch, dtype, slope=None, **fields):
     """Seconds to draw a batch of maps."""
-    prior, params, _, coarser = build(level, batch, dtype, slope, **fields)
-
-    def draw(params, keys, coarser):
-        return sample(prior, params, keys, None, coarser).codes
-
-    return seconds(draw, params, sample_keys(jax.random.key(0), jnp.arange(batch)), coarser)
+    prior = make(level, dtype, slope, **fields)
+    return seconds(sampler(prior), jax.jit(lambda: weights(prior))(), jnp.arange(batch), inputs(prior, batch)[1])
 
 
 def rerunning(level, batch, dtype):
     """Seconds that rerunning the rows so far would take for every position of a batch of maps."""
-    prior, params, codes, coarser = build(level, batch, dtype)
+    prior = make(level, dtype)
+    params, (codes, coarser) = jax.jit(lambda: weights(prior))(), inputs(prior, batch)
     height, width = prior.shape
     heights = np.linspace(2, height, 8).round().astype(int) // 2 * 2
     times = []
     for rows in heights:
         part = prior.clone(shape=(int(rows), width))
-        weights = {**params, 'row_embed': {'embedding': params['row_embed']['embedding'][:rows]}}
+        cut = {**params, 'row_embed': {'embedding': params['row_embed']['embedding'][:rows]}}
         above = tuple(c[:, : rows // 2] for c in coarser)
-        condition = part.apply({'params': weights}, None, above, method='condition')  # once per image there too
+        condition = part.apply({'params': cut}, None, above, method='condition')  # once per image there too
 
-        def run(weights, codes, condition, part=part):
-            return part.apply({'params': weights}, codes, condition, method='given_condition')[:, -1]
+        def run(params, codes, condition, part=part):
+            return part.apply({'params': params}, codes, condition, method='given_condition')[:, -1]
 
-        times.append(seconds(run, weights, codes[:, :rows], condition))
+        times.append(seconds(run, cut, codes[:, :rows], condition))
     return float(width * np.interp(np.arange(1, height + 1), heights, times).sum())
+
+
+def size_of(tree):
+    """Bytes of arrays or of shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def floor(level, dtype, bandwidth):
     """Seconds to read the weights that the raster sampler needs at a position, once."""
-    prior, params, *_ = build(level, 1, dtype)
+    prior = make(level, dtype)
     size = {
-        name: sum(leaf.nbytes for leaf in jax.tree.leaves(branch))
-        for name, branch in params.items()
+        name: size_of(branch)
+        for name, branch in jax.eval_shape(lambda: weights(prior)).items()
         if name.startswith(('vertical', 'horizontal', 'attention', 'output', 'logits'))
     }
     per_row = sum(bytes_ for name, bytes_ in size.items() if name.startswith('vertical'))
@@ -131,12 +155,13 @@ def wavefront_against_raster(batches, dtype, slopes):
     for level in LEVELS:
         for batch in batches:
             raster = cached(level, batch, dtype)
-            rows = [('raster', np.prod(LEVELS[level]['shape']), raster)]
-            for slope in slopes:
-                steps = WavefrontPrior(**NETWORK, **LEVELS[level], slope=slope).order.steps
-                rows.append((f'slope {slope}', steps, cached(level, batch, dtype, slope)))
-            for name, steps, time_ in rows:
-                print(f'| {level} | {batch} | {name} | {steps} | {time_:.2f} | {raster / time_:.1f}x |', flush=True)
+            for slope in (None, *slopes):
+                steps = make(level, dtype, slope).order.steps
+                time_ = cached(level, batch, dtype, slope)
+                print(
+                    f'| {level} | {batch} | {name_of(slope)} | {steps} | {time_:.2f} | {raster / time_:.1f}x |',
+                    flush=True,
+                )
 
 
 def memory(dtype, slopes):
@@ -144,35 +169,17 @@ def memory(dtype, slopes):
     print('\n| level | order | MB an image | MB of weights |\n|---|---|---|---|')
     for level in LEVELS:
         for slope in (None, *slopes):
-            fields = {**NETWORK, **LEVELS[level], 'dtype': dtype}
-            prior = RasterPrior(**fields) if slope is None else WavefrontPrior(**fields, slope=slope)
-            used = {batch: temporary_bytes(prior, batch, dtype) for batch in (8, 16)}
-            weights = jax.tree.leaves(abstract_weights(prior, 1, dtype))
-            size = sum(x.size * x.dtype.itemsize for x in weights) / 1e6
-            name = 'raster' if slope is None else f'slope {slope}'
-            print(f'| {level} | {name} | {(used[16] - used[8]) / 8e6:.1f} | {size:.0f} |', flush=True)
+            prior = make(level, dtype, slope)
+            params = jax.eval_shape(lambda prior=prior: weights(prior))
+            used = {batch: temporary_bytes(prior, params, batch) for batch in (8, 16)}
+            per_image = (used[16] - used[8]) / 8
+            print(f'| {level} | {name_of(slope)} | {per_image / 1e6:.1f} | {size_of(params) / 1e6:.0f} |', flush=True)
 
 
-def abstract_inputs(prior, batch):
-    height, width = prior.shape
-    codes = jax.ShapeDtypeStruct((batch, height, width), jnp.int32)
-    coarser = jax.ShapeDtypeStruct((batch, height // 2, width // 2), jnp.int32)
-    return codes, (coarser,) if prior.coarser_codebook_sizes else ()
-
-
-def abstract_weights(prior, batch, dtype):
-    codes, coarser = abstract_inputs(prior, batch)
-    params = jax.eval_shape(prior.init, jax.random.key(0), codes, None, coarser)['params']
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
-
-
-def temporary_bytes(prior, batch, dtype):
-    def draw(params, index, coarser):
-        return sample(prior, params, sample_keys(jax.random.key(0), index), None, coarser).codes
-
-    index = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    lowered = jax.jit(draw).lower(abstract_weights(prior, batch, dtype), index, abstract_inputs(prior, batch)[1])
-    return lowered.compile().memory_analysis().temp_size_in_bytes
+def temporary_bytes(prior, params, batch):
+    index, (_, coarser) = jax.ShapeDtypeStruct((batch,), jnp.int32), inputs(prior, batch, jax.ShapeDtypeStruct)
+    compiled = jax.jit(sampler(prior)).lower(params, index, coarser).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def main():

@@ -24,18 +24,26 @@ def get_config() -> ConfigDict:
         warmup_steps=500,
         decay='cosine',
         eval_every=1_000,
+        eval_examples=512,
         show_every=2_000,
+        save_every=1_000,
     )
-    config.vqvae.training.update(save_every=1_000, eval_examples=512)
     config.codes.update(batch_size=64, shard_size=4_096)
 
     config.prior.top.update(hidden=256, residual=256, layers=12, attention_layers=3, output_layers=4, dropout=0.2)
     config.prior.bottom.update(hidden=192, residual=192, layers=12, condition_layers=8)
     for prior in config.prior.values():
         prior.training.update(
-            steps=30_000, batch_size=32, learning_rate=5e-4, warmup_steps=1_000, weight_ema=0.999, eval_examples=512
+            steps=30_000,
+            batch_size=32,
+            learning_rate=5e-4,
+            warmup_steps=1_000,
+            weight_ema=0.999,
+            eval_every=1_000,
+            eval_examples=512,
+            show_every=10_000,
+            save_every=1_000,
         )
-        prior.training.update(eval_every=1_000, show_every=10_000, save_every=1_000)
 
     config.classifier.update(widths=(64, 128, 256), blocks=(1, 1, 1), dropout=0.2)
     config.classifier.training.update(

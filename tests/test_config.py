@@ -190,6 +190,7 @@ def test_mistakes_are_errors_that_name_the_field(config, field, value, message):
         ('classifier.flip', "classifier lacks the field 'flip'"),
         ('codes.shard_size', "codes lacks the field 'shard_size'"),
         ('sample.seed', "sample lacks the field 'seed'"),
+        ('sample.temperature.bottom', r"sample.temperature names \['top'\]; the levels are"),
     ],
 )
 def test_missing_fields_are_errors_that_name_them(config, field, message):

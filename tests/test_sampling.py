@@ -107,8 +107,7 @@ def test_what_a_cache_holds_of_later_steps_is_never_read():
     clean = run(poison=False)
     np.testing.assert_array_equal(run(poison=True), clean)
     whole = np.asarray(prior.apply({'params': params}, codes, labels, coarser))
-    steps = order.step_of()
-    slots = np.arange(prior.shape[0])[:, None] - order.first_row(steps, np)
+    steps, slots = order.step_of(), order.slot_of()
     np.testing.assert_allclose(np.moveaxis(clean[steps, :, slots], 2, 0), whole, atol=1e-4)
 
 

@@ -146,12 +146,9 @@ def _check_sampling(config, names):
     _check_ranges('sample', sample)
     _check_ranges('codes', config.codes)
     parallel.check_batch_size(sample.batch_size, 'sample.batch_size')
-    configs.make_control(config, names[0])
-    if set(sample.temperature) != set(names):
-        raise ConfigError(f'sample.temperature names {sorted(sample.temperature)}; the levels are {sorted(names)}')
+    _check_levels(sample, 'temperature', names, required=names)
     for field in configs.CONTROLS:
-        if not set(sample.get(field, ())) <= set(names):
-            raise ConfigError(f'sample.{field} names {sorted(sample[field])}; the levels are {sorted(names)}')
+        _check_levels(sample, field, names, required=())
     for name in names:
         _check_control(f'prior.{name}', config.prior[name], name, configs.make_control(config, name))
     classes = config.data.num_classes
@@ -161,6 +158,15 @@ def _check_sampling(config, names):
         raise ConfigError(f'sample.labels holds {wrong}, but data.num_classes={classes} {there}')
     if not 0 < reject.keep <= 1:
         raise ConfigError(f'reject.keep is {reject.keep}; it is a share in (0, 1]')
+
+
+def _check_levels(sample, field, names, required):
+    values = sample.get(field, ConfigDict())
+    if not isinstance(values, ConfigDict):
+        example = f'dict({names[0]}={values!r})'
+        raise ConfigError(f'sample.{field} is {values!r}; give a value for each level, as in {example}')
+    if not set(required) <= set(values) <= set(names):
+        raise ConfigError(f'sample.{field} names {sorted(values)}; the levels are {sorted(names)}')
 
 
 def _check_control(section, prior, name, control):

@@ -84,10 +84,10 @@ def complete(config: ConfigDict) -> ConfigDict:
             config[job] = options(config, job)
         _fill(config.get('data', ConfigDict()), _defaults(ImageSpec))
         for section in stages:
-            kind = section.partition('.')[0]
-            _fill(config[section], _stage_defaults(section, config[section]))
-            if kind == 'prior':
-                _fill(config[section], _defaults(WavefrontPrior, _FROM_ELSEWHERE[kind]))
+            if section.startswith('prior'):  # in either order, so that a flag can change it
+                _fill(config[section], {'order': 'raster', **_defaults(WavefrontPrior, _FROM_ELSEWHERE['prior'])})
+            else:
+                _fill(config[section], _stage_defaults(section, config[section]))
             _fill(config[section].get('training', ConfigDict()), _defaults(Training))
         if 'sample' in config:
             _fill(config.sample, {'dtype': '', **{field: {} for field in CONTROLS}})
@@ -133,19 +133,19 @@ def options(config: ConfigDict, job: str) -> ConfigDict:
     return ConfigDict(ASIDE[job] | dict(given))
 
 
+def controls(config: ConfigDict) -> dict[str, dict]:
+    """{field: {level: value}} of sample.temperature, top_k, top_p and guidance, complete."""
+    sample = config.sample
+    found = {k: dict.fromkeys(config.prior, default) | dict(sample.get(k, {})) for k, default in CONTROLS.items()}
+    return {'temperature': dict(sample.temperature), **found}
+
+
 def make_control(config: ConfigDict, level_name: str) -> Control:
     """How the codes of a level are drawn."""
-    sample = config.sample
-    for field in ('temperature', *CONTROLS):
-        if not isinstance(sample.get(field, ConfigDict()), ConfigDict):
-            raise ConfigError(
-                f'sample.{field} is {sample[field]!r}; give a value for each level, '
-                f'as in dict({level_name}={sample[field]!r})'
-            )
-    chosen = {field: sample.get(field, {}).get(level_name, default) for field, default in CONTROLS.items()}
+    chosen = {field: values[level_name] for field, values in controls(config).items()}
     guidance = chosen.pop('guidance')
     guidance = None if guidance == 1.0 else float(guidance)  # 1: the prior as it is, at half the work
-    return Control(float(sample.temperature[level_name]), **chosen, guidance=guidance)
+    return Control(float(chosen.pop('temperature')), **chosen, guidance=guidance)
 
 
 def make_prior(config: ConfigDict, level: int) -> Prior:

@@ -31,15 +31,52 @@ def list_images(root: str) -> list[str]:
     return sorted(found)
 
 
+def find_images(root: str, field: str) -> list[str]:
+    """`list_images`, at least one.
+
+    Raises:
+      ValueError: there are none; the message names the config's `field`.
+    """
+    if files := list_images(root):
+        return files
+    raise ValueError(f'{field}: no images in {root!r} (looked for {", ".join(SUFFIXES)} in any case).')
+
+
 def subfolders(root: str) -> list[str]:
     """Names of the folders directly in `root`, sorted, hidden ones left out."""
     return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.'))
 
 
-class FolderPool:
-    """The images below one folder as a pool (see images.Pool). Holds file names, not pixels."""
+class FilesPool:
+    """Image files of one folder as an unlabelled pool (see images.Pool). Holds their names, not pixels."""
 
     strata = None
+    subfolder = ''  # of data.path, which `root` is
+
+    def __init__(self, root: str, files: list[str]):
+        """`files` are relative to `root`."""
+        self.root, self.files, self.class_names = root, files, ()
+        self.labels = np.zeros(len(files), np.int32)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def where(self, position: int) -> str:
+        return os.path.join(self.root, self.files[position])
+
+    def identity(self, positions: np.ndarray) -> bytes:
+        names = '\0'.join([self.subfolder, *(self.files[i] for i in positions), ''])  # no file name holds a NUL
+        return names.encode('utf-8', 'surrogateescape') + self.labels[positions].astype('<i4').tobytes()
+
+    def read(self, position: int, channels: int) -> tuple[Image.Image, int]:
+        path = self.where(position)
+        with open(path, 'rb') as file:
+            data = file.read()
+        return decode_image(data, channels, path), int(self.labels[position])
+
+
+class FolderPool(FilesPool):
+    """The images below one folder as a pool, labelled by its class folders where there are any."""
 
     def __init__(self, root: str, num_classes: int, class_names: tuple[str, ...] | None = None, subfolder: str = ''):
         """Lists the folder.
@@ -57,11 +94,8 @@ class FolderPool:
         """
         if not os.path.isdir(root):
             raise FileNotFoundError(f'data.path: there is no folder {root!r}.')
-        self.root = os.path.normpath(root)
+        super().__init__(os.path.normpath(root), find_images(root, 'data.path'))
         self.subfolder = subfolder
-        self.files = list_images(root)
-        if not self.files:
-            raise ValueError(f'data.path: no images in {root!r} (looked for {", ".join(SUFFIXES)} in any case).')
         folders = [path.split(os.sep)[0] if os.sep in path else '' for path in self.files]
         self.class_names = self._classes(sorted(set(folders)), num_classes, class_names)
         label_of = {name: label for label, name in enumerate(self.class_names)}
@@ -101,34 +135,6 @@ class FolderPool:
                 f'the training split has {_few(known)}.'
             )
         return known
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def where(self, position: int) -> str:
-        return os.path.join(self.root, self.files[position])
-
-    def identity(self, positions: np.ndarray) -> bytes:
-        names = '\0'.join([self.subfolder, *(self.files[i] for i in positions), ''])  # no file name holds a NUL
-        return names.encode('utf-8', 'surrogateescape') + self.labels[positions].astype('<i4').tobytes()
-
-    def read(self, position: int, channels: int) -> tuple[Image.Image, int]:
-        path = self.where(position)
-        with open(path, 'rb') as file:
-            data = file.read()
-        return decode_image(data, channels, path), int(self.labels[position])
-
-
-class FilesPool(FolderPool):
-    """One file of a folder, or all images below it, unlabelled, as a pool."""
-
-    def __init__(self, root: str, file: str | None = None):
-        """Raises ValueError where there are no images."""
-        self.root, self.subfolder, self.class_names = root or '.', '', ()
-        self.files = [file] if file else list_images(self.root)
-        if not self.files:
-            raise ValueError(f'no images in {root!r} (looked for {", ".join(SUFFIXES)} in any case).')
-        self.labels = np.zeros(len(self.files), np.int32)
 
 
 def open_folder(path: str, num_classes: int, subfolder: str | None, train_subfolder: str | None) -> FolderPool:

@@ -1,4 +1,4 @@
-"""Labelled 8-bit images of one size, from the embedded Fashion-MNIST, a folder, or a TensorFlow Dataset.
+"""Labelled 8-bit images of one size, from the embedded Fashion-MNIST, a folder, an .npz file, or a TensorFlow Dataset.
 
 `open_images` gives one split as a random-access source. Sources hold names and positions, never pixels, so they pickle
 cheaply into grain's worker processes. Pixels are decoded and resized on access.
@@ -19,9 +19,10 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from vqvae2_jax.data.arrays import ArraysPool
 from vqvae2_jax.data.decode import fit
 from vqvae2_jax.data.fashion import FashionPool
-from vqvae2_jax.data.folder import FilesPool, open_folder
+from vqvae2_jax.data.folder import FilesPool, find_images, open_folder
 from vqvae2_jax.data.tfds_records import TfdsPool
 
 SPLITS = ('train', 'validation', 'test')
@@ -32,13 +33,14 @@ class ImageSpec:
     """Which images, and in what form. Built as ImageSpec(**config.data).
 
     Attributes:
-      name: 'fashion', 'folder' or a TFDS name.
-      path: the folder, or the TFDS data_dir ('': TFDS's default).
+      name: 'fashion', 'folder', 'npz' or a TFDS name.
+      path: the folder, the .npz file (with splits: their folder), or the TFDS data_dir ('': TFDS's default).
       image_size: (height, width).
       channels: 1 or 3.
       num_classes: 0 is unlabelled: every label is 0 and there are no class names.
       splits: () cuts one pool at random by held_out (TFDS: the pool is 'train'); otherwise the names of (train,
-        validation, test): subfolders, or TFDS split strings such as 'train[:95%]'. The same name may serve twice.
+        validation, test): subfolders, .npz files, or TFDS split strings such as 'train[:95%]'. The same name may serve
+        twice.
       held_out: shares of the pool for (validation, test).
       split_seed: seed of that cut, and of the order of every split.
       flip: training only: mirror half of the images.
@@ -68,9 +70,10 @@ class ImageSpec:
             if isinstance(getattr(self, field), list):
                 object.__setattr__(self, field, tuple(getattr(self, field)))
         size, held_out = self.image_size, self.held_out
-        self._require('name', isinstance(self.name, str) and self.name, "'fashion', 'folder' or a TFDS name")
+        self._require('name', isinstance(self.name, str) and self.name, "'fashion', 'folder', 'npz' or a TFDS name")
         self._require('path', isinstance(self.path, str), 'a string')
-        self._require('path', self.path or self.name != 'folder', "the folder of the images, as data.name is 'folder'")
+        needed = self.name in ('folder', 'npz')
+        self._require('path', self.path or not needed, f'where the images are, as data.name is {self.name!r}')
         self._require('path', not self.path or self.name != 'fashion', "'', as data.name='fashion' is built in")
         pair = isinstance(size, tuple) and len(size) == 2
         self._require('image_size', pair and all(_is_int(n, 1) for n in size), 'two integers >= 1, (height, width)')
@@ -188,6 +191,8 @@ def open_images(spec: ImageSpec, split: str) -> ImageSource:
         pool = FashionPool(spec.num_classes)
     elif spec.name == 'folder':
         pool = open_folder(spec.path, spec.num_classes, named, spec.splits[0] if named else None)
+    elif spec.name == 'npz':
+        pool = ArraysPool(os.path.join(spec.path, named) if named else spec.path, spec.num_classes)
     else:
         pool = TfdsPool(spec.name, spec.path, named, spec.num_classes)
     if named:
@@ -202,15 +207,22 @@ def open_images(spec: ImageSpec, split: str) -> ImageSource:
     return ImageSource(pool, positions, spec.image_size, spec.channels, spec.on_error)
 
 
-def open_all(path: str, spec: ImageSpec) -> ImageSource:
-    """All images below a folder, or one file, unlabelled and sorted by name, in the size and channels of the spec.
+def open_all(path: str, spec: ImageSpec, field: str) -> ImageSource:
+    """All images below a folder, or one image, unlabelled and sorted by name; or those of an .npz file, in its order.
+
+    They come in the size and channels of the spec.
 
     Raises:
-      ValueError: there are none. FileNotFoundError: no such file or folder.
+      ValueError: there are none. FileNotFoundError: no such file or folder. Both name the config's `field`.
     """
     if not os.path.exists(path):
-        raise FileNotFoundError(f'there is no file or folder {path!r}.')
-    pool = FilesPool(*(os.path.split(path) if os.path.isfile(path) else (path, None)))
+        raise FileNotFoundError(f'{field}: there is no file or folder {path!r}.')
+    if path.endswith('.npz'):
+        pool = ArraysPool(path, num_classes=0, field=field)
+    elif os.path.isfile(path):
+        pool = FilesPool(os.path.dirname(path) or '.', [os.path.basename(path)])
+    else:
+        pool = FilesPool(path, find_images(path, field))
     return ImageSource(pool, np.arange(len(pool)), tuple(spec.image_size), spec.channels, spec.on_error)
 
 

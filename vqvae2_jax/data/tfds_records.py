@@ -17,7 +17,7 @@ def _import_tfds():
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise ImportError(
-            "data.name: only 'fashion' and 'folder' are built in; other names are TensorFlow Datasets and need "
+            "data.name: only 'fashion', 'folder' and 'npz' are built in; other names are TensorFlow Datasets and need "
             '`pip install tensorflow-datasets`.'
         ) from error
     return tfds
@@ -90,8 +90,8 @@ def _prepared_builder(tfds, name: str, data_dir: str):
         builder = tfds.builder(name, data_dir=data_dir or None)
     except tfds.core.registered.DatasetNotFoundError as error:
         raise FileNotFoundError(
-            f"data.name={name!r} is neither 'fashion' nor 'folder' nor a TensorFlow Dataset: no such name is known "
-            f'to TFDS or prepared under data.path={place!r}.'
+            f"data.name={name!r} is neither 'fashion' nor 'folder' nor 'npz' nor a TensorFlow Dataset: no such name is "
+            f'known to TFDS or prepared under data.path={place!r}.'
         ) from error
     if not builder.info.splits:
         raise FileNotFoundError(f'data.name={name!r} is not prepared under data.path={place!r}. Run\n{recipe}')

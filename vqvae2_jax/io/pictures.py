@@ -122,10 +122,11 @@ class Panel:
 
     Attributes:
       title: above the axes.
-      curves: label -> (updates done [n], values [n]).
+      curves: label -> (updates done [n], or what xlabel says; values [n]).
       ylabel: what the values are, with the unit.
       hlines: label -> height of a dashed line, for baselines and published numbers.
       log_y: logarithmic values, for losses that fall by orders of magnitude.
+      xlabel: what the curves are over.
     """
 
     title: str
@@ -133,6 +134,7 @@ class Panel:
     ylabel: str
     hlines: Mapping[str, float] = dataclasses.field(default_factory=dict)
     log_y: bool = False
+    xlabel: str = 'update'
 
 
 def plot_curves(path, title: str, curves, ylabel: str, hlines: Mapping[str, float] | None = None) -> None:
@@ -181,7 +183,7 @@ def _draw_panel(axis, panel: Panel) -> None:
     if panel.log_y:
         axis.set_yscale('log')
     axis.set_title(panel.title, fontsize=13, fontweight='bold', loc='left')
-    axis.set_xlabel('update', fontsize=11)
+    axis.set_xlabel(panel.xlabel, fontsize=11)
     axis.set_ylabel(panel.ylabel, fontsize=11)
     axis.tick_params(labelsize=10)
     axis.grid(True, which='both' if panel.log_y else 'major', color='0.9', linewidth=0.8)

@@ -25,7 +25,7 @@ _GREY = 128
 
 
 def edit(run: Run) -> None:
-    """Writes edits/<image>.png (original, what is kept, variants) and .npz for every image of edit.path."""
+    """Writes edits/<image>.png (original, the same under the mask, variants) and .npz for every image of edit.path."""
     options = configs.options(run.config, 'edit')
     if not options.path:
         raise JobError('edit.path is empty: give --config.edit.path=IMAGE, or a folder of images')
@@ -55,15 +55,13 @@ def edit(run: Run) -> None:
 
 def _settings(run, options, levels):
     """For the record: how the latest variants were drawn."""
-    upstream = {'vqvae': workdir.vqvae_record(run)['digest']}
-    records = zip(run.levels, workdir.prior_records(run), strict=True)
     return {
         'schema': 1,
         **options.to_dict(),
         'levels': list(levels),
         'seed': run.config.sample.seed,
         'control': {name: configs.make_control(run.config, name)._asdict() for name in run.levels},
-        'upstream': upstream | {workdir.prior_directory(name): record['digest'] for name, record in records},
+        'upstream': workdir.generator_digests(run),
         'version': provenance.package_version(),
     }
 

@@ -56,15 +56,13 @@ def check_upstreams(run: Run) -> None:
     vqvae, learnt = workdir.vqvae_record(run), {'codes': codes.current_codes_digest(run)}
     workdir.check_images(run, 'vqvae', vqvae)
     codes.check_images(run, 'test')
-    current = {'vqvae': vqvae['digest']}
     for name, prior in zip(run.levels, workdir.prior_records(run), strict=True):
         directory = workdir.prior_directory(name)
-        current[directory] = prior['digest']
         recorded = {'codes': prior['upstream']['codes']}
         workdir.check_digests(directory, recorded, learnt, f'Delete {run.path(directory)} to train it anew.')
     meta = samples.read_meta(run.path(sample.DIRECTORY))
     remedy = f'Delete {run.path(sample.DIRECTORY)} and run --job=sample again.'
-    workdir.check_digests('the samples', meta['upstream'], current, remedy)
+    workdir.check_digests('the samples', meta['upstream'], workdir.generator_digests(run), remedy)
     if configs.has_classifier(run.config):
         classifier, scores = workdir.trained_record(run, 'classifier', 'classifier'), reject.read_meta(run)
         workdir.check_images(run, 'classifier', classifier)

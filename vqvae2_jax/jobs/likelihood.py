@@ -1,6 +1,7 @@
 """--job=likelihood: nats of every level and bits of every image, of a split or of a folder; a score for outliers."""
 
 import csv
+import functools
 import io
 import math
 import os
@@ -62,4 +63,4 @@ def make_likelihood(run: Run, labelled: bool):
         codes = model.apply(encoder, to_float(image), method='encode')
         return log_likelihood(modules, weights, codes, label if labelled else None)
 
-    return lambda image, label: measure(encoder, weights, image, label)
+    return functools.partial(measure, encoder, weights)

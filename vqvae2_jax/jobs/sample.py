@@ -4,6 +4,7 @@ Sample i depends on the seed, i, its label and the settings of `sample`: not on 
 or on the devices.
 """
 
+import functools
 import time
 
 import jax
@@ -67,7 +68,7 @@ def make_sampler(run: Run):
         return to_uint8(model.apply(decoder, codes, method='decode')), codes
 
     draw = jax.jit(draw, in_shardings=(whole, whole, whole, split, split), out_shardings=split)
-    return lambda index, label: draw(weights, decoder, controls, index, label)
+    return functools.partial(draw, weights, decoder, controls)
 
 
 def sample_labels(config, index: np.ndarray) -> np.ndarray:
@@ -101,23 +102,16 @@ def _arrays(start, stop, index, label, drawn):
 
 def _meta(run):
     sample = run.config.sample
-    upstream = {'vqvae': workdir.vqvae_record(run)['digest']}
-    records = zip(run.levels, workdir.prior_records(run), strict=True)
-    upstream |= {workdir.prior_directory(name): record['digest'] for name, record in records}
     return {
         'schema': 1,
         'count': sample.count,
         'batch_size': sample.batch_size,
         'seed': sample.seed,
         'labels': list(sample.labels),
-        'temperature': dict(sample.temperature),
-        **{
-            field: {name: sample.get(field, {}).get(name, default) for name in run.levels}
-            for field, default in configs.CONTROLS.items()
-        },
+        **configs.controls(run.config),
         'dtype': sample.get('dtype', ''),
         'num_classes': run.config.data.num_classes,
-        'upstream': upstream,
+        'upstream': workdir.generator_digests(run),
         'version': provenance.package_version(),
     }
 

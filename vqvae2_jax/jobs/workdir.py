@@ -65,9 +65,9 @@ class Run:
           JobError: they are not there; the message names the config's `field`.
         """
         try:
-            return images.open_all(path, configs.image_spec(self.config))
+            return images.open_all(path, configs.image_spec(self.config), field)
         except (ValueError, OSError) as error:
-            raise JobError(f'{field}: {error}') from error
+            raise JobError(str(error)) from error
 
     def images_digest(self) -> str:
         """Identifies the images that stages are trained and chosen on."""
@@ -170,6 +170,13 @@ def load_priors(run: Run) -> list[Trained]:
     """Stage 2's weights, finest level first; raises as `prior_records`."""
     prior_records(run)
     return [load_trained(run, prior_directory(name), f'prior --level={name}') for name in run.levels]
+
+
+def generator_digests(run: Run) -> dict[str, str]:
+    """What samples are made from, `vqvae` and every `prior_<level>`; raises as `prior_records`."""
+    digests = {'vqvae': vqvae_record(run)['digest']}
+    records = zip(run.levels, prior_records(run), strict=True)
+    return digests | {prior_directory(name): record['digest'] for name, record in records}
 
 
 def load_generator(run: Run, dtype: str | None = None):

@@ -47,6 +47,10 @@ class Order:
         """int [H, W]."""
         return np.arange(self.shape[1]) + self.slope * np.arange(self.shape[0])[:, None]
 
+    def slot_of(self) -> np.ndarray:
+        """int [H, W]: which of the n positions of its step each one is."""
+        return np.arange(self.shape[0])[:, None] - self.first_row(self.step_of(), np)
+
     def first_row(self, step, xp=jnp):
         """The first row that is not finished before `step`: rows first_row ... + n - 1 are at work."""
         return xp.maximum((step - self.shape[1]) // self.slope + 1, 0)

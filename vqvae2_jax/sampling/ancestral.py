@@ -61,13 +61,10 @@ def sample(
     labels, coarser = _branches(prior, labels, coarser, control)
     condition = prior.apply({'params': params}, labels, coarser, method='condition')
     stream = _wavefront if isinstance(prior, WavefrontPrior) else _raster
-    repeat = 1 if control.guidance is None else 2
-    return stream(prior, params, condition, choose, keys.shape[0], repeat)
+    return stream(prior, params, condition, choose, functools.partial(_both, control), keys.shape[0])
 
 
-def sample_by_rerunning(
-    prior, params, keys, labels=None, coarser=(), control=PLAIN, given=None
-) -> Sampled:  # fmt: skip
+def sample_by_rerunning(prior, params, keys, labels=None, coarser=(), control=PLAIN, given=None) -> Sampled:
     """The slow definition of `sample`: the same arguments and the same result, the whole network run for every step."""
     height, width = prior.shape
     choose = functools.partial(_choose, prior, keys, control, given)
@@ -76,8 +73,7 @@ def sample_by_rerunning(
     steps = prior.order.step_of().reshape(-1)
 
     def one_step(sampled, step):
-        maps = sampled.codes.reshape(-1, height, width)
-        maps = jnp.concatenate([maps] * (1 if control.guidance is None else 2))
+        maps = _both(control, sampled.codes.reshape(-1, height, width))
         logits = prior.apply({'params': params}, maps, labels, coarser)  # [B, H, W, K]
         drawn = choose(rows, columns, logits.reshape(logits.shape[0], height * width, -1))
         return jax.tree.map(lambda new, old: jnp.where(steps == step, new, old), drawn, sampled), None
@@ -109,13 +105,18 @@ def sample_levels(priors, params, key, index, labels=None, controls=None, given=
 
 
 def _branches(prior, labels, coarser, control):
-    """Twice the batch where there is guidance: with its classes, and without."""
+    """Labels and coarser codes of what the network runs on: where there is guidance, once more without the class."""
     if control.guidance is None:
         return labels, coarser
     if not prior.label_dropout or labels is None:
         raise ValueError('guidance needs labels, and a prior that was trained with label_dropout above 0')
     labels = jnp.concatenate([labels, jnp.full_like(labels, prior.num_classes)])
-    return labels, tuple(jnp.concatenate([c, c]) for c in coarser)
+    return labels, tuple(_both(control, c) for c in coarser)
+
+
+def _both(control, x):
+    """[B, ...] -> [2 B, ...] where there is guidance, for the branches with and without class; else as it is."""
+    return x if control.guidance is None else jnp.concatenate([x, x])
 
 
 def _choose(prior, keys, control, given, rows, columns, logits) -> Sampled:
@@ -128,19 +129,12 @@ def _choose(prior, keys, control, given, rows, columns, logits) -> Sampled:
     return Sampled(codes, jnp.take_along_axis(log_probs, codes[..., None], axis=-1)[..., 0])
 
 
-def _wavefront(prior, params, condition, choose, batch, repeat) -> Sampled:
+def _wavefront(prior, params, condition, choose, both, batch) -> Sampled:
     order = prior.order
 
     def network(cache, previous, step):
-        previous = jnp.concatenate([previous] * repeat)
-        return prior.apply(
-            {'params': params, **cache},
-            previous,
-            step,
-            condition,
-            method='diagonal',
-            mutable=['diagonals', 'attention'],
-        )
+        variables, arguments = {'params': params, **cache}, (both(previous), step, condition)
+        return prior.apply(variables, *arguments, method='diagonal', mutable=['diagonals', 'attention'])
 
     def one_step(carry, step):
         previous, cache = carry
@@ -152,23 +146,21 @@ def _wavefront(prior, params, condition, choose, batch, repeat) -> Sampled:
     start = jnp.zeros((batch, order.rows), jnp.int32)
     _, empty = jax.eval_shape(lambda: network({}, start, jnp.int32(0)))
     _, drawn = jax.lax.scan(one_step, (start, _zeros(empty)), jnp.arange(order.steps))
-    steps = order.step_of()  # [H, W]
-    slots = np.arange(prior.shape[0])[:, None] - order.first_row(steps, np)
+    steps, slots = order.step_of(), order.slot_of()  # [H, W]
     return jax.tree.map(lambda x: jnp.moveaxis(x[steps, :, slots], 2, 0), drawn)  # [T, B, n] -> [H, W, B] -> [B, H, W]
 
 
-def _raster(prior, params, condition, choose, batch, repeat) -> Sampled:
+def _raster(prior, params, condition, choose, both, batch) -> Sampled:
     width, outside = prior.shape[1], prior.codebook_size
     variables = {'params': params}
 
     def vertical(cache, above, row):
-        arguments = (jnp.concatenate([above] * repeat)[:, None], row[None], _rows(condition, row))
+        arguments = (both(above)[:, None], row[None], _rows(condition, row))
         return prior.apply(variables | cache, *arguments, method='vertical', mutable=['rows'])
 
     def horizontal(cache, left, row, column, features):
         part = _columns(_rows(condition, row), column)
-        left = jnp.concatenate([left] * repeat)[:, None]
-        arguments = (left, row[None], column[None], [_columns(f, column) for f in features], part)
+        arguments = (both(left)[:, None], row[None], column[None], [_columns(f, column) for f in features], part)
         return prior.apply(variables | cache, *arguments, method='horizontal', mutable=['columns', 'attention'])
 
     def one_row(carry, row):
