@@ -1,118 +1,166 @@
 """What an order of drawing costs in likelihood: priors in raster and wavefront order, trained alike on the same codes.
 
-  python -m vqvae2_jax.main --config=configs/fashion.py --job=vqvae   # then --job=codes
-  python benchmarks/orders.py --config=configs/fashion.py --workdir=runs/fashion --level=bottom
+  python -m benchmarks.orders --config=configs/cifar10_small.py
 
-Every order is trained twice: with as many updates as raster, and for as long as raster took. Prints a line for each:
-steps of sampling, seconds an update (compilation and evaluations shared out), updates, held-out nats per code (best of
-the training; mean and range over the seeds), and the difference from raster. Stopped, the same command continues.
-Fields of the prior can be overridden, as in --set attention_layers=2 heads=4 training.steps=800.
+Trains stage 1, extracts the codes, and trains a prior for every level, number of attentions, order and seed: same data,
+width, depth, batches and updates. Stopped, the same command continues. Rates must be constant (`decay`), so that the
+curve of one training answers both questions: held-out nats after equal updates, and after the time in which the
+fastest order has done all of its updates. That time is counted in seconds of pure training, the shortest that any
+stretch between two log lines took, so that neither compilation nor other work on the machine counts.
+
+Prints a table, and writes orders.png and orders.json into the workdir: nats are those of the averaged weights on
+`eval_examples` images; the mean over the seeds, and their range. Seconds an image are those of drawing 16 maps at once.
 """
 
 import argparse
-import ast
 import importlib.util
-import pathlib
+import json
+import os
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from benchmarks.sampling import seconds
 from vqvae2_jax import checks
 from vqvae2_jax import config as configs
-from vqvae2_jax.data.loader import eval_batches, train_batches
-from vqvae2_jax.io import provenance
-from vqvae2_jax.io.checkpoint import Weights
-from vqvae2_jax.jobs.codes import current_codes_digest
-from vqvae2_jax.jobs.stages import prior_stage
-from vqvae2_jax.jobs.train import Data, fit
-from vqvae2_jax.jobs.workdir import Run, check_same
-from vqvae2_jax.models.order import Order
+from vqvae2_jax.io import pictures, provenance
+from vqvae2_jax.jobs.codes import extract
+from vqvae2_jax.jobs.stages import train_prior, train_vqvae
+from vqvae2_jax.jobs.workdir import Run, load_trained, prior_directory
+from vqvae2_jax.sampling.ancestral import sample, sample_keys
+
+DRAWN = 16  # maps at once
+COLUMNS = ('level', 'attentions', 'order', 'steps', 'ms an image', 'ms an update')
+COLUMNS += ('equal updates: nats', 'against raster', 'equal time: nats', 'against raster')
 
 
-def load_config(path, level, changes):
-    """The config file's fields, complete, with `changes` ('a.b=value') made to the prior of `level`."""
+def load_config(path):
+    """The config file's fields, complete."""
     spec = importlib.util.spec_from_file_location('config', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = configs.complete(module.get_config())
-    for change in changes:
-        field, _, value = change.partition('=')
-        config.prior[level].update_from_flattened_dict({field: ast.literal_eval(value)})
-    return config
+    return configs.complete(module.get_config())
 
 
-def train(run, level, order, steps, seed, directory):
-    """Trains one prior, unless it is done; {'nll', 'seconds', 'steps'}."""
-    section = run.config.prior[level]
+def variant(run, level, order, attention, seed):
+    """The run of one prior, in a workdir of its own with the same stage 1 and codes."""
+    config = run.config.copy_and_resolve_references()
+    config.seed = seed
+    section = config.prior[level]
     section.update({'order': 'raster'} if order == 'raster' else {'order': 'wavefront', 'slope': int(order)})
-    section.training.update(steps=steps, eval_every=max(steps // 10, 1), show_every=0)
-    checks.check(run.config)
-    made_from = configs.settings(run.config, f'prior.{level}') | {'steps': steps, 'codes': current_codes_digest(run)}
-    done, started = directory / 'result.json', directory / 'settings.json'
-    if started.exists():
-        remedy = f'Go back to those, delete {directory}, or give another --out.'
-        check_same(f'the training in {directory}', provenance.read_json(started), made_from, remedy)
-    provenance.write_json(started, made_from)
-    if done.exists():
-        return provenance.read_json(done)
-    training = configs.training(run.config, f'prior.{level}')
-    train_codes, held_out = run.codes('train'), run.codes('validation')
-    data = Data(
-        train=train_batches(train_codes, batch_size=training.batch_size, seed=seed),
-        held_out=lambda: eval_batches(held_out, batch_size=training.batch_size),
-    )
-    stage = prior_stage(run, run.levels.index(level), show=False)
-    try:
-        result = fit(stage, training, data, directory, name=directory.name, seed=seed)
-    finally:
-        data.train.close()
-    result['nll'] = Weights(directory).best()['summary']['nll']
-    provenance.write_json(done, result)
-    return result
+    section.update(attention_layers=attention)
+    section.training.show_every = 0
+    checks.check(config)
+    directory = run.path('orders') / f'{level}-{order}-attention{attention}-seed{seed}'
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in ('vqvae', 'codes'):
+        if not (directory / name).exists():
+            os.symlink(run.path(name), directory / name)
+    return Run(config, directory)
+
+
+def learning_curve(run, level):
+    """Trains the prior, unless it is done: updates [n] and held-out nats [n] of each evaluation, seconds an update."""
+    train_prior(run, level)
+    lines = (run.path(prior_directory(level)) / 'metrics.jsonl').read_text().splitlines()
+    lines = [json.loads(line) for line in lines]
+    judged = [(line['step'], line['validation/nll']) for line in lines if 'validation/nll' in line]
+    pairs = [pair for pair in zip(lines, lines[1:], strict=False) if all('train/loss' in line for line in pair)]
+    update = min((b['time'] - a['time']) / (b['step'] - a['step']) for a, b in pairs)
+    return *np.array(judged, float).T, update
+
+
+def seconds_an_image(run, level):
+    """Of drawing the level's maps with the trained weights, classes in turn, on codes of held-out images."""
+    index = run.levels.index(level)
+    prior, params = configs.make_prior(run.config, index), load_trained(run, prior_directory(level), 'prior').params
+    examples = [run.codes('validation')[i] for i in range(DRAWN)]
+    coarser = [jnp.stack([e[f'codes_{i}'] for e in examples]).astype(int) for i in range(index + 1, len(run.levels))]
+    labels = jnp.arange(DRAWN) % prior.num_classes if prior.num_classes else None
+
+    def draw(params, labels, coarser):
+        return sample(prior, params, sample_keys(jax.random.key(0), jnp.arange(DRAWN)), labels, coarser).codes
+
+    return seconds(draw, params, labels, tuple(coarser)) / DRAWN
+
+
+def compare(run, level, attention, orders, seeds):
+    """{order: what was measured}, for one level and one number of attentions."""
+    found = {}
+    for order in orders:
+        runs = [variant(run, level, order, attention, seed) for seed in seeds]
+        updates, nats, update = zip(*[learning_curve(r, level) for r in runs], strict=True)
+        found[order] = {
+            'steps': configs.make_prior(runs[0].config, run.levels.index(level)).order.steps,
+            'seconds an image': seconds_an_image(runs[0], level),
+            'seconds an update': min(update),
+            'updates': updates[0].tolist(),
+            'nats': np.array(nats).tolist(),  # [seeds, n]
+        }
+    budget = min(result['updates'][-1] * result['seconds an update'] for result in found.values())
+    for result in found.values():
+        within = budget / result['seconds an update']
+        result['equal updates'] = [curve[-1] for curve in result['nats']]
+        result['equal time'] = [np.interp(within, result['updates'], curve) for curve in result['nats']]
+        result['updates in equal time'] = round(within)
+    return found
+
+
+def name_of(order):
+    return order if order == 'raster' else f'slope {order}'
+
+
+def table(level, attention, found):
+    """Its lines."""
+    first = next(iter(found.values()))
+    for order, result in found.items():
+        cells = [level, str(attention), name_of(order), str(result['steps'])]
+        cells += [f'{1e3 * result["seconds an image"]:.1f}', f'{1e3 * result["seconds an update"]:.0f}']
+        for budget in ('equal updates', 'equal time'):
+            nats, base = np.array(result[budget]), np.mean(first[budget])
+            cells.append(f'{nats.mean():.3f} ({nats.min():.3f} to {nats.max():.3f})')
+            cells.append('' if result is first else f'{100 * (nats.mean() / base - 1):+.1f} %')
+        yield f'| {" | ".join(cells)} |'
+
+
+def panel(level, attention, found):
+    """Nats over seconds of training."""
+    curves = {
+        name_of(order): (np.array(r['updates']) * r['seconds an update'], np.mean(r['nats'], axis=0))
+        for order, r in found.items()
+    }
+    title = f'{level}, {attention or "no"} attention{"s" if attention > 1 else ""}'
+    return pictures.Panel(title, curves, 'held-out nats per code', xlabel='seconds of training')
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', required=True)
-    parser.add_argument('--workdir', required=True, help='of a run whose codes are extracted')
-    parser.add_argument('--level', default='bottom')
-    parser.add_argument('--slopes', type=int, nargs='*', default=[3, 2, 1])
+    parser.add_argument('--workdir', help='runs/<name of the config> when not given')
+    parser.add_argument('--levels', nargs='+', default=['top', 'bottom'])
+    parser.add_argument('--attention', type=int, nargs='+', default=[0, 2], help='numbers of attention layers')
+    parser.add_argument('--slopes', type=int, nargs='*', default=[3, 2])
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    parser.add_argument('--set', nargs='*', default=[], metavar='FIELD=VALUE')
-    parser.add_argument('--equal', choices=('updates', 'both'), default='both')
-    parser.add_argument('--out', help='folder of the trainings; WORKDIR/orders when not given')
     options = parser.parse_args()
-    config = load_config(options.config, options.level, options.set)
-    run = Run(config, epath.Path(options.workdir).resolve())
-    out = epath.Path(options.out or pathlib.Path(options.workdir) / 'orders').resolve()
-    steps = config.prior[options.level].training.steps
+    config = load_config(options.config)
+    checks.check(config)
+    run = Run(config, epath.Path(options.workdir or f'runs/{config.name}').resolve())
+    train_vqvae(run)
+    extract(run)
 
-    found = {}
-    for seed in options.seeds:
-        for order in ('raster', *map(str, options.slopes)):
-            place = out / f'{options.level}-{order}-seed{seed}'
-            result = train(run, options.level, order, steps, seed, place)
-            found.setdefault((order, 'updates'), []).append(result)
-            if order != 'raster' and options.equal == 'both':
-                raster = found['raster', 'updates'][-1]
-                longer = round(steps * raster['seconds'] / result['seconds'])
-                place = out / f'{options.level}-{order}-seed{seed}-time'
-                found.setdefault((order, 'time'), []).append(train(run, options.level, order, longer, seed, place))
-
-    shape = run.codes('validation')[0][f'codes_{run.levels.index(options.level)}'].shape
-    base = np.mean([r['nll'] for r in found['raster', 'updates']])
-    print('\n| order | equal | steps to sample | s an update | updates | nats per code | against raster |')
-    print('|---|---|---|---|---|---|---|')
-    for (order, equal), results in found.items():
-        nll = np.array([r['nll'] for r in results])
-        drawn = Order.raster(shape) if order == 'raster' else Order(shape, int(order))
-        name = order if order == 'raster' else f'slope {order}'
-        update = np.mean([r['seconds'] / r['steps'] for r in results])
-        updates = np.mean([r['steps'] for r in results])
-        print(
-            f'| {name} | {equal} | {drawn.steps} | {update:.3f} | {updates:.0f} '
-            f'| {nll.mean():.4f} ({nll.min():.4f} to {nll.max():.4f}) | {100 * (nll.mean() / base - 1):+.2f} % |'
-        )
+    results = {}
+    for level in options.levels:
+        for attention in options.attention:
+            orders = ('raster', *map(str, options.slopes))
+            results[level, attention] = compare(run, level, attention, orders, options.seeds)
+    print(f'\n| {" | ".join(COLUMNS)} |\n|{"---|" * len(COLUMNS)}')
+    for (level, attention), found in results.items():
+        print('\n'.join(table(level, attention, found)))
+    pictures.plot_panels(run.path('orders.png'), [panel(*key, found) for key, found in results.items()])
+    named = {f'{level}, {attention} attentions': found for (level, attention), found in results.items()}
+    provenance.write_json(run.path('orders.json'), {'device': jax.devices()[0].device_kind, **named})
 
 
 if __name__ == '__main__':

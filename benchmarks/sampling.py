@@ -1,7 +1,7 @@
 """How fast codes are drawn: caches against rerunning the network, many positions at once against one by one.
 
-  python benchmarks/sampling.py                       # batch 1 and 8; about a quarter of an hour on two cores
-  python benchmarks/sampling.py --batch 64 --only wavefront
+  python -m benchmarks.sampling                       # batch 1 and 8; about a quarter of an hour on two cores
+  python -m benchmarks.sampling --batch 64 --only wavefront
 
 The networks have the size of rosinality/vq-vae-2-pytorch's defaults: 256 channels, 16 residual blocks, kernel 5; top
 32x32 with 4 attentions, bottom 64x64 without, conditioned on the top. Weights are random: what is drawn means nothing,
@@ -75,7 +75,7 @@ def sampler(prior):
 
 
 @functools.cache
-def cached(level, batch, dtype, slope=None, **fields):
+def cached(level, batch, dtype, slope, **fields):
     """Seconds to draw a batch of maps."""
     prior = make(level, dtype, slope, **fields)
     return seconds(sampler(prior), jax.jit(lambda: weights(prior))(), jnp.arange(batch), inputs(prior, batch)[1])
@@ -131,7 +131,7 @@ def raster_against_rerunning(batches, dtype, bandwidth):
     for batch in batches:
         total = np.zeros(2)
         for level in LEVELS:
-            slow, fast = rerunning(level, batch, dtype), cached(level, batch, dtype)
+            slow, fast = rerunning(level, batch, dtype), cached(level, batch, dtype, None)
             total += slow, fast
             step, least = fast / np.prod(LEVELS[level]['shape']), floor(level, dtype, bandwidth)
             print(
@@ -144,8 +144,8 @@ def raster_against_rerunning(batches, dtype, bandwidth):
 
 def growth_with_the_map(dtype):
     plain = dict(attention_layers=0, coarser_codebook_sizes=(), condition_layers=0)
-    small = cached('top', 1, dtype, **plain)
-    large = cached('top', 1, dtype, **plain, shape=(64, 64))
+    small = cached('top', 1, dtype, None, **plain)
+    large = cached('top', 1, dtype, None, **plain, shape=(64, 64))
     print(f'\n64x64 against 32x32, the same convolutional network, batch 1: {large / small:.2f}x the time', flush=True)
 
 
@@ -154,7 +154,7 @@ def wavefront_against_raster(batches, dtype, slopes):
     print('|---|---|---|---|---|---|')
     for level in LEVELS:
         for batch in batches:
-            raster = cached(level, batch, dtype)
+            raster = cached(level, batch, dtype, None)
             for slope in (None, *slopes):
                 steps = make(level, dtype, slope).order.steps
                 time_ = cached(level, batch, dtype, slope)

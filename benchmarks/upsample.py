@@ -1,6 +1,6 @@
 """How much faster the gradient of `Upsample` is than that of `nn.ConvTranspose`, which computes the same.
 
-  python benchmarks/upsample.py
+  python -m benchmarks.upsample
 
 Prints both times and their ratio, at the sizes of stage 1 on 256-pixel images, batch 4.
 """

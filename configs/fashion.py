@@ -114,4 +114,7 @@ def get_config() -> ConfigDict:
 
     config.reject = ConfigDict()
     config.reject.keep = 0.5  # the best half of each class
+
+    config.evaluate = ConfigDict()
+    config.evaluate.cas = True  # two more classifiers, trained on generated images alone
     return config

@@ -24,7 +24,7 @@ FORBIDDEN = {
 } | dict.fromkeys(PLUMBING, {'main', 'jobs'})
 
 # Packages that a floor does without.
-FOREIGN = {'metrics': {'jax', 'jaxlib', 'flax', 'optax', 'orbax', 'chex'}}
+FOREIGN = {'metrics': {'flax', 'optax', 'orbax', 'chex'}}
 FLAG_MODULES = ('absl.flags', 'ml_collections.config_flags')
 # grain's worker processes read absl's flags; where nobody parsed any (a notebook), the loader says so.
 FLAG_READERS = {'main', 'data.loader'}

@@ -69,8 +69,8 @@ def test_reported_reconstruction(report, images, output):
     np.testing.assert_allclose(found['mse_01'], 10 ** (-found['psnr'] / 10), rtol=1e-6)
     np.testing.assert_allclose(found['mse_11'], 4 * found['mse_01'])
     top = found['levels']['top']
-    np.testing.assert_allclose(top['psnr_without_finer_levels'], psnr(output.previews[0]), atol=1e-3)
-    assert 'psnr_without_finer_levels' not in found['levels']['bottom']
+    np.testing.assert_allclose(top['without_finer_levels']['psnr'], psnr(output.previews[0]), atol=1e-3)
+    assert 'without_finer_levels' not in found['levels']['bottom']
     np.testing.assert_allclose(found['compression_ratio'], 8 * 28 * 28 / (4 * (14 * 14 + 7 * 7)))
     for level, name in enumerate(('bottom', 'top')):
         codes = np.asarray(output.codes[level])

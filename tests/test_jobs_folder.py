@@ -61,7 +61,7 @@ def test_a_folder_becomes_a_report(folder_run, capsys):
     assert drawn['arr_0'].shape == (8, 16, 24, 3) and not drawn['label'].any()
     assert 'intended_class' not in report['samples'] and not folder_run.path('classifier').exists()
     written = {p.name for p in folder_run.path('report').iterdir()}
-    assert written == {'report.json', 'curves.png', 'reconstructions.png', 'samples.png'}
+    assert written == {'report.json', 'report.html', 'curves.png', 'reconstructions.png', 'samples.png'}
     with pytest.raises(JobError, match='data.num_classes=0: there are no classes'):
         run_job(folder_run, 'classifier')
 

@@ -78,11 +78,27 @@ def _check(config):
 def _check_aside(config):
     for job, defaults in configs.ASIDE.items():
         configs.check_names(job, configs.options(config, job), defaults, required=())
-    edit, likelihood = (configs.options(config, job) for job in ('edit', 'likelihood'))
+    edit, likelihood, evaluate = (configs.options(config, job) for job in ('edit', 'likelihood', 'evaluate'))
     if edit.count < 1:
         raise ConfigError(f'edit.count is {edit.count}; it must be 1 or more')
-    if likelihood.split not in SPLITS:
-        raise ConfigError(f'likelihood.split is {likelihood.split!r}; there are {", ".join(SPLITS)}')
+    splits = {'likelihood.split': likelihood.split, 'evaluate.split': evaluate.split}
+    splits |= {'evaluate.reference': evaluate.reference} if evaluate.reference else {}
+    for field, split in splits.items():
+        if split not in SPLITS:
+            raise ConfigError(f'{field} is {split!r}; there are {", ".join(SPLITS)}')
+    if evaluate.inception:
+        parallel.check_batch_size(evaluate.batch_size, 'evaluate.batch_size')
+    if wrong := [share for share in evaluate.sweep if not 0 < share <= 1]:
+        raise ConfigError(f'evaluate.sweep holds {wrong}; they are shares in (0, 1]')
+    if bool(evaluate.real) != bool(evaluate.generated):
+        raise ConfigError(
+            f'evaluate.real is {evaluate.real!r} and evaluate.generated {evaluate.generated!r}: give both sets, or '
+            'neither to evaluate the run'
+        )
+    if evaluate.real and not evaluate.inception:
+        raise ConfigError(
+            "evaluate.inception is '': two sets are compared by that network; give its weights or 'fetch'"
+        )
 
 
 def _check_networks(config, names, shapes):
@@ -138,7 +154,7 @@ def _check_sampling(config, names):
     sample, reject = config.sample, config.reject
     fields = {'sample': ('count', 'batch_size', 'seed', 'labels', 'temperature'), 'reject': ('keep',)}
     fields['codes'] = ('batch_size', 'shard_size')
-    optional = {'sample': ('dtype', *configs.CONTROLS)}
+    optional = {'sample': ('dtype', *configs.CONTROLS), 'reject': ('classifier',)}
     for section, required in fields.items():
         configs.check_names(section, config[section], (*required, *optional.get(section, ())), required)
     if sample.get('dtype'):

@@ -34,9 +34,19 @@ _FROM_ELSEWHERE = {  # fields of the modules that follow from the rest of the co
     'classifier': ('num_classes',),
 }
 _ORDERS = {'raster': RasterPrior, 'wavefront': WavefrontPrior}  # prior.<level>.order
-ASIDE = {  # sections of jobs outside the pipeline, which configs may leave out
+ASIDE = {  # sections that configs may leave out
     'edit': {'path': '', 'mask': '', 'levels': (), 'label': -1, 'count': 4},
     'likelihood': {'path': '', 'split': 'test'},
+    'evaluate': {
+        'split': 'test',
+        'reference': '',
+        'inception': '',
+        'batch_size': 64,
+        'sweep': (1.0, 0.9, 0.7, 0.5, 0.3, 0.2, 0.1),
+        'cas': False,
+        'real': '',
+        'generated': '',
+    },
 }
 CONTROLS = {'top_k': 0, 'top_p': 1.0, 'guidance': 1.0}  # sample.<field>.<level>, where left out
 
@@ -89,6 +99,8 @@ def complete(config: ConfigDict) -> ConfigDict:
             else:
                 _fill(config[section], _stage_defaults(section, config[section]))
             _fill(config[section].get('training', ConfigDict()), _defaults(Training))
+        if 'reject' in config:
+            _fill(config.reject, {'classifier': ''})
         if 'sample' in config:
             _fill(config.sample, {'dtype': '', **{field: {} for field in CONTROLS}})
             for field, default in CONTROLS.items():
@@ -172,6 +184,16 @@ def make_classifier(config: ConfigDict) -> ResNet:
 def has_classifier(config: ConfigDict) -> bool:
     """Without classes there is nothing to classify, and no rejection."""
     return config.data.num_classes > 1
+
+
+def trains_classifier(config: ConfigDict) -> bool:
+    """Whether the run's own classifier is needed: to judge samples, unless another one does, or to be compared with."""
+    return has_classifier(config) and (not config.reject.get('classifier') or has_cas(config))
+
+
+def has_cas(config: ConfigDict) -> bool:
+    """Whether the Classification Accuracy Score is wanted, and can be had."""
+    return has_classifier(config) and options(config, 'evaluate').cas
 
 
 def settings(config: ConfigDict, section: str) -> dict[str, Any]:

@@ -1,14 +1,16 @@
-"""Images in an .npz file, the format in which this project and the field's evaluators keep samples.
+"""Images in .npz files, the format in which this project and the field's evaluators keep samples.
 
     arr_0         uint8 [N, H, W, C] or [N, H, W], C 1 or 3
     label         int [N], optional
     class_names   str [K], optional
 
-np.savez('images.npz', arr_0=images, label=labels) makes one. Each process that reads the file holds it in memory.
-With data.splits=('train.npz', 'val.npz', 'test.npz') these are files of the folder data.path.
+np.savez('images.npz', arr_0=images, label=labels) makes one; its pixels are then read from the disk as they are needed,
+those of a compressed file are held in memory. A pattern such as 'samples/*.npz' takes several files, in the order of
+their names, as one. With data.splits=('train.npz', 'val.npz', 'test.npz') these are files of the folder data.path.
 """
 
 import functools
+import glob
 import os
 import zipfile
 
@@ -17,36 +19,86 @@ from PIL import Image
 
 from vqvae2_jax.data.decode import to_channels
 
+_STORED_HEADER = 30  # bytes of a zip member's own header, before its name
 
-@functools.lru_cache(maxsize=3)  # the splits
+
+@functools.lru_cache(maxsize=64)
 def _pixels(path: str) -> np.ndarray:
-    with np.load(path) as arrays:
-        return arrays['arr_0']
+    """arr_0 of a file; mapped, not read, unless it is compressed."""
+    with zipfile.ZipFile(path) as archive, archive.open('arr_0.npy') as member:
+        info = archive.getinfo('arr_0.npy')
+        version = np.lib.format.read_magic(member)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read_header(member)
+        begin = member.tell()
+    if info.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays['arr_0']
+    with open(path, 'rb') as file:
+        file.seek(info.header_offset)
+        header = file.read(_STORED_HEADER)
+    begin += info.header_offset + _STORED_HEADER + sum(np.frombuffer(header[26:30], '<u2').tolist())  # name and extra
+    return np.memmap(path, dtype, 'r', begin, shape)
 
 
 class ArraysPool:
-    """The images of one .npz file as a pool (see images.Pool). Holds labels, not pixels, so that it pickles cheaply."""
+    """The images of .npz files as a pool (see images.Pool). Holds labels, not pixels, so that it pickles cheaply."""
 
-    def __init__(self, path: str, num_classes: int, field: str = 'data.path'):
-        """Opens the file.
+    def __init__(self, pattern: str, num_classes: int, field: str = 'data.path'):
+        """Opens the files.
 
         Args:
-          path: the .npz file.
+          pattern: an .npz file, or several.
           num_classes: 0 ignores the labels, every label is 0.
           field: of the config, for the messages.
 
         Raises:
           FileNotFoundError: no such file.
-          ValueError: it does not hold images, or its labels do not fit num_classes.
+          ValueError: one does not hold images, or its labels do not fit num_classes.
         """
-        self.path, self.field = path, field
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f'{field}: there is no file {path!r}.')
+        self.paths = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
+        if not self.paths:
+            raise FileNotFoundError(f'{field}: there is no file {pattern!r}.')
+        files = [_File(path, num_classes, field) for path in self.paths]
+        if len({file.class_names for file in files}) > 1 or len({file.shape for file in files}) > 1:
+            raise ValueError(f'{field}: the files {pattern!r} differ in the shape of their images or in their classes.')
+        self._ends = np.cumsum([file.count for file in files])
+        self._checksums = [checksum for file in files for checksum in file.checksums]
+        self.class_names = files[0].class_names
+        self.strata = np.concatenate([file.labels for file in files]) if num_classes else None
+        self.size = files[0].shape[:2]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _place(self, position):
+        number = int(np.searchsorted(self._ends, position, side='right'))
+        return self.paths[number], position - (int(self._ends[number - 1]) if number else 0)
+
+    def where(self, position: int) -> str:
+        path, row = self._place(position)
+        return f'{path}[{row}]'
+
+    def identity(self, positions: np.ndarray) -> bytes:
+        head = f'{self._checksums}, {len(self.class_names)} classes\n'
+        return head.encode() + np.asarray(positions).astype('<i8').tobytes()
+
+    def read(self, position: int, channels: int) -> tuple[Image.Image, int]:
+        path, row = self._place(position)
+        image = _pixels(path)[row]
+        label = 0 if self.strata is None else int(self.strata[position])
+        return to_channels(Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image), channels), label
+
+
+class _File:
+    """What a pool knows of one file: count, shape of an image, labels, class_names, checksums."""
+
+    def __init__(self, path, num_classes, field):
         try:
-            with zipfile.ZipFile(path) as file, np.load(path) as arrays:
-                # Checksums of the arrays: what tells these images from others, with no pixel read.
-                self._checksums = [info.CRC for name in ('arr_0', 'label') for info in _members(file, name)]
-                labels = arrays['label'] if 'label' in arrays and num_classes else None
+            with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as arrays:
+                # Of the arrays: what tells these images from others, with no pixel read.
+                self.checksums = [archive.getinfo(f'{name}.npy').CRC for name in ('arr_0', 'label') if name in arrays]
+                self.labels = arrays['label'] if 'label' in arrays and num_classes else None
                 names = [str(name) for name in arrays['class_names']] if 'class_names' in arrays else None
             images = _pixels(path)
         except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
@@ -56,10 +108,9 @@ class ArraysPool:
                 f'{field}: arr_0 of {path!r} is {images.dtype} {list(images.shape)}; '
                 'images are uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3].'
             )
-        self._count = len(images)
-        self.strata, self.class_names = labels, ()
+        self.count, self.shape, self.class_names = len(images), images.shape[1:], ()
         if num_classes:
-            self._check_labels(labels, num_classes)
+            self._check_labels(path, num_classes)
             self.class_names = tuple(names or (str(i) for i in range(num_classes)))
             if len(self.class_names) != num_classes:
                 raise ValueError(
@@ -67,33 +118,15 @@ class ArraysPool:
                     f'set --config.data.num_classes={len(self.class_names)}.'
                 )
 
-    def _check_labels(self, labels, num_classes):
+    def _check_labels(self, path, num_classes):
+        labels = self.labels
         if labels is None:
             raise ValueError(
-                f'data.num_classes={num_classes}, but {self.path!r} has no `label`: set --config.data.num_classes=0.'
+                f'data.num_classes={num_classes}, but {path!r} has no `label`: set --config.data.num_classes=0.'
             )
-        if labels.shape != (len(self),) or not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError(f'label of {self.path!r} is {labels.dtype} {list(labels.shape)}, not int [{len(self)}].')
-        if len(self) and not 0 <= labels.min() <= labels.max() < num_classes:
+        if labels.shape != (self.count,) or not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f'label of {path!r} is {labels.dtype} {list(labels.shape)}, not int [{self.count}].')
+        if self.count and not 0 <= labels.min() <= labels.max() < num_classes:
             raise ValueError(
-                f'data.num_classes={num_classes}, but {self.path!r} has labels from {labels.min()} to {labels.max()}.'
+                f'data.num_classes={num_classes}, but {path!r} has labels from {labels.min()} to {labels.max()}.'
             )
-
-    def __len__(self) -> int:
-        return self._count
-
-    def where(self, position: int) -> str:
-        return f'{self.path}[{position}]'
-
-    def identity(self, positions: np.ndarray) -> bytes:
-        head = f'{self._checksums}, {len(self.class_names)} classes\n'
-        return head.encode() + np.asarray(positions).astype('<i8').tobytes()
-
-    def read(self, position: int, channels: int) -> tuple[Image.Image, int]:
-        image = _pixels(self.path)[position]
-        label = 0 if self.strata is None else int(self.strata[position])
-        return to_channels(Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image), channels), label
-
-
-def _members(file: zipfile.ZipFile, name: str) -> list[zipfile.ZipInfo]:
-    return [info for info in file.infolist() if info.filename == f'{name}.npy']

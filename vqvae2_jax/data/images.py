@@ -73,7 +73,7 @@ class ImageSpec:
         self._require('name', isinstance(self.name, str) and self.name, "'fashion', 'folder', 'npz' or a TFDS name")
         self._require('path', isinstance(self.path, str), 'a string')
         needed = self.name in ('folder', 'npz')
-        self._require('path', self.path or not needed, f'where the images are, as data.name is {self.name!r}')
+        self._require('path', self.path or not needed, f'the place of the images, as data.name is {self.name!r}')
         self._require('path', not self.path or self.name != 'fashion', "'', as data.name='fashion' is built in")
         pair = isinstance(size, tuple) and len(size) == 2
         self._require('image_size', pair and all(_is_int(n, 1) for n in size), 'two integers >= 1, (height, width)')
@@ -131,6 +131,7 @@ class ImageSource:
       image_size: (H, W).
       channels: C.
       on_error: 'raise' or 'skip', obeyed by the loader; source[i] itself always raises UnreadableImage.
+      one_size: images of another size than image_size are refused, where others are resized and cropped.
     """
 
     pool: Pool
@@ -138,6 +139,7 @@ class ImageSource:
     image_size: tuple[int, int]
     channels: int
     on_error: str = 'raise'
+    one_size: bool = False
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -165,6 +167,11 @@ class ImageSource:
         if not 0 <= index < len(self):
             raise IndexError(f'example {index} of a split of {len(self)}')
         image, label = self.pool.read(int(self.positions[index]), self.channels)
+        if self.one_size and (image.height, image.width) != tuple(self.image_size):
+            raise ValueError(
+                f'{self.where(index)} has {image.height}x{image.width} pixels, {self.where(0)} has '
+                f'{self.image_size[0]}x{self.image_size[1]}: images that are compared must be of one size'
+            )
         return {
             'image': fit(image, self.image_size, zoom, offset),
             'label': np.int32(label),
@@ -224,6 +231,17 @@ def open_all(path: str, spec: ImageSpec, field: str) -> ImageSource:
     else:
         pool = FilesPool(path, find_images(path, field))
     return ImageSource(pool, np.arange(len(pool)), tuple(spec.image_size), spec.channels, spec.on_error)
+
+
+def open_as_they_are(path: str, field: str) -> ImageSource:
+    """All images of a folder or of .npz files, in RGB and at their own size, which must be one.
+
+    Raises:
+      ValueError, FileNotFoundError: as `open_all`; reading an image of another size than the first raises ValueError.
+    """
+    source = open_all(path, ImageSpec('folder', path, channels=3), field)
+    first, _ = source.pool.read(0, 3)
+    return dataclasses.replace(source, image_size=(first.height, first.width), one_size=True)
 
 
 def random_split(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from vqvae2_jax import config as configs
 from vqvae2_jax.io.logging import format_duration
+from vqvae2_jax.jobs.cas import classification_accuracy_score
 from vqvae2_jax.jobs.codes import extract
 from vqvae2_jax.jobs.edit import edit
 from vqvae2_jax.jobs.evaluate import evaluate
@@ -14,7 +15,8 @@ from vqvae2_jax.jobs.sample import draw_samples
 from vqvae2_jax.jobs.stages import train_classifier, train_prior, train_vqvae
 from vqvae2_jax.jobs.workdir import JobError, Run
 
-JOBS = ('pipeline', 'vqvae', 'codes', 'prior', 'classifier', 'sample', 'reject', 'evaluate', 'edit', 'likelihood')
+JOBS = ('pipeline', 'vqvae', 'codes', 'prior', 'classifier', 'sample', 'reject', 'cas', 'evaluate')
+JOBS += ('edit', 'likelihood')  # aside
 
 
 def run_job(run: Run, job: str, level: str | None = None) -> None:
@@ -44,6 +46,7 @@ def _plan(run: Run, job: str, level: str | None) -> list[tuple[str, Callable[[],
         'classifier': [('classifier', lambda: train_classifier(run))],
         'sample': [('sample', lambda: draw_samples(run))],
         'reject': [('reject', lambda: reject(run))],
+        'cas': [('cas', lambda: classification_accuracy_score(run))],
         'evaluate': [('evaluate', lambda: evaluate(run))],
     }
     aside = {'edit': [('edit', lambda: edit(run))], 'likelihood': [('likelihood', lambda: write_likelihood(run))]}
@@ -51,5 +54,7 @@ def _plan(run: Run, job: str, level: str | None) -> list[tuple[str, Callable[[],
         return aside[job]
     if job != 'pipeline':
         return steps[job]
-    skipped = () if configs.has_classifier(run.config) else ('classifier', 'reject')
+    skipped = () if configs.has_classifier(run.config) else ('reject',)
+    skipped += () if configs.trains_classifier(run.config) else ('classifier',)
+    skipped += () if configs.has_cas(run.config) else ('cas',)
     return [step for name, parts in steps.items() if name not in skipped for step in parts]

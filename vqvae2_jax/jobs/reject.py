@@ -3,15 +3,12 @@
 import jax
 import numpy as np
 
-from vqvae2_jax import config as configs
-from vqvae2_jax import parallel
 from vqvae2_jax.io import pictures, provenance
-from vqvae2_jax.jobs import samples, workdir
+from vqvae2_jax.jobs import features, samples, workdir
 from vqvae2_jax.jobs.sample import DIRECTORY as SAMPLES
 from vqvae2_jax.jobs.sample import grid_positions
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.sampling.rejection import keep_best
-from vqvae2_jax.stages.stage import to_float
 
 DIRECTORY = 'rejection'
 
@@ -19,19 +16,19 @@ DIRECTORY = 'rejection'
 def reject(run: Run) -> None:
     """Writes rejection/scores.npz, accepted.npz and accepted.png."""
     source, directory = run.path(SAMPLES), run.path(DIRECTORY)
-    trained, meta = workdir.load_trained(run, 'classifier', 'classifier'), samples.read_meta(source)
+    judge, meta = features.load_judge(run), samples.read_meta(source)
     record = {
         'schema': 1,
         'keep': run.config.reject.keep,
         'count': meta['count'],
-        'upstream': {'classifier': trained.digest, 'samples': provenance.digest_json(meta)},
+        'upstream': {'classifier': judge.protocol['weights'], 'samples': provenance.digest_json(meta)},
         'version': provenance.package_version(),
     }
     if (directory / 'meta.json').exists() and provenance.read_json(directory / 'meta.json') == record:
         print(f'reject: done (see {directory})', flush=True)
         return
     (directory / 'meta.json').unlink(missing_ok=True)  # until the files below belong together again
-    scored = _score(run, trained, source)
+    scored = _score(judge, source)
     kept = keep_best(scored['score'], scored['label'], run.config.reject.keep)
     accepted = samples.take(source, kept) | {'score': scored['score'][kept]}
     samples.write_npz(directory / 'scores.npz', scored)
@@ -56,30 +53,13 @@ def read_meta(run: Run) -> dict:
     return provenance.read_json(path)
 
 
-def _score(run, trained, source):
+def _score(judge, source):
     """label, index, score (probability of the label) and predicted class of every sample, [N] each."""
-    judge, parts = make_judge(run, trained), []
+    parts = []
     for path in samples.shard_paths(source):
         drawn = samples.read_npz(path)
-        probabilities = judge(drawn['arr_0'])  # [N, S]
+        probabilities = np.asarray(jax.nn.softmax(judge.embed(drawn['arr_0'])['logits']))  # [N, S]
         score = probabilities[np.arange(len(probabilities)), drawn['label']]
         predicted = probabilities.argmax(axis=-1)
         parts.append({'label': drawn['label'], 'index': drawn['index'], 'score': score, 'predicted': predicted})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def make_judge(run: Run, trained):
-    """A function from uint8 images [N, H, W, C], any N, to class probabilities float32 [N, S]."""
-    model, size = configs.make_classifier(run.config), run.config.sample.batch_size
-    params = jax.device_put(trained.params, parallel.replicated())
-    predict = jax.jit(lambda image: jax.nn.softmax(model.apply({'params': params}, to_float(image))))
-
-    def judge(images):
-        results = []
-        for start in range(0, len(images), size):
-            index = np.minimum(np.arange(start, start + size), len(images) - 1)  # one compiled shape: the end repeats
-            batch = parallel.put_batch({'image': images[index]})
-            results.append(np.asarray(predict(batch['image']))[: len(images) - start])
-        return np.concatenate(results)
-
-    return judge

@@ -39,7 +39,7 @@ def classifier_stage(run: Run) -> Stage:
 def train_vqvae(run: Run) -> None:
     """--job=vqvae"""
     augment = {'flip': run.config.data.flip, 'crop': run.config.data.crop}
-    _train(
+    train_stage(
         run,
         'vqvae',
         'vqvae',
@@ -60,7 +60,7 @@ def train_prior(run: Run, level_name: str) -> None:
     upstream = {'codes': current_codes_digest(run), 'vqvae': workdir.vqvae_record(run)['digest']}
     show = configs.training(run.config, f'prior.{level_name}').show_every > 0
     stage = functools.partial(prior_stage, run, run.levels.index(level_name), show)
-    _train(run, f'prior.{level_name}', workdir.prior_directory(level_name), stage, data, upstream)
+    train_stage(run, f'prior.{level_name}', workdir.prior_directory(level_name), stage, data, upstream)
 
 
 def train_classifier(run: Run) -> None:
@@ -70,10 +70,10 @@ def train_classifier(run: Run) -> None:
     augment = {'flip': run.config.classifier.flip, 'crop': run.config.classifier.crop}
     data = functools.partial(image_data, run, 'classifier', **augment)
     upstream = {'images': run.images_digest()}
-    _train(run, 'classifier', 'classifier', functools.partial(classifier_stage, run), data, upstream)
+    train_stage(run, 'classifier', 'classifier', functools.partial(classifier_stage, run), data, upstream)
 
 
-def _train(
+def train_stage(
     run: Run,
     section: str,
     directory: str,
@@ -87,13 +87,13 @@ def _train(
     _check_started(path, section, settings, upstream)
     record = read_record(path)
     if record and record['steps'] >= training.steps:
-        print(f'{section}: done ({_line(record)})', flush=True)
+        print(f'{directory}: done ({_line(record)})', flush=True)
         return
     provenance.write_json(path / 'settings.json', {'settings': settings, 'upstream': upstream})
     remove_record(path)  # of fewer steps: from here on its weights may be replaced
     data = make_data()
     try:
-        result = fit(make(), training, data, path, name=section, seed=run.config.seed)
+        result = fit(make(), training, data, path, name=directory, seed=run.config.seed)
     finally:
         data.train.close()
     weights = Weights(path)
@@ -112,7 +112,7 @@ def _train(
         'version': provenance.package_version(),
     }
     write_record(path, record)
-    print(f'{section}: trained ({_line(record)})', flush=True)
+    print(f'{directory}: trained ({_line(record)})', flush=True)
 
 
 def _check_started(path, section, settings, upstream):
@@ -128,9 +128,10 @@ def _check_started(path, section, settings, upstream):
     )
 
 
-def image_data(run: Run, section: str, **augment) -> Data:
-    """This process's part of the images that `section` trains on."""
-    return _data(run, section, run.images('train'), run.images('validation'), run.reading(), **augment)
+def image_data(run: Run, section: str, train=None, validation=None, **augment) -> Data:
+    """This process's part of the images that `section` trains on: the run's, unless others are given."""
+    train, validation = train or run.images('train'), validation or run.images('validation')
+    return _data(run, section, train, validation, run.reading(), **augment)
 
 
 def _data(run: Run, section: str, source, validation, reading, **augment) -> Data:

@@ -25,8 +25,11 @@ class ResNet(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, image: jax.Array, *, train: bool = False) -> jax.Array:
-        """Logits float32 [B, S] of image [B, H, W, C] in [-1, 1]. Training with dropout needs rng `dropout`."""
+    def __call__(self, image: jax.Array, *, train: bool = False, with_features: bool = False):
+        """Logits float32 [B, S] of image [B, H, W, C] in [-1, 1]. Training with dropout needs rng `dropout`.
+
+        With `with_features` also what the logits are made from, float32 [B, widths[-1]].
+        """
         if len(self.widths) != len(self.blocks):
             raise ValueError(f'classifier.widths has {len(self.widths)} stages, classifier.blocks {len(self.blocks)}')
         stride = (self.stem_stride, self.stem_stride)
@@ -34,9 +37,9 @@ class ResNet(nn.Module):
         for stage, (width, count) in enumerate(zip(self.widths, self.blocks, strict=True)):
             for block in range(count):
                 x = self._block(x, width, stride=2 if stage and not block else 1)
-        x = jnp.mean(self._norm(x), axis=(1, 2))  # [B, widths[-1]]
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return nn.Dense(self.num_classes, dtype=jnp.float32)(x.astype(jnp.float32))
+        features = jnp.mean(self._norm(x), axis=(1, 2)).astype(jnp.float32)  # [B, widths[-1]]
+        logits = nn.Dense(self.num_classes)(nn.Dropout(self.dropout, deterministic=not train)(features))
+        return (logits, features) if with_features else logits
 
     def _block(self, x, width, stride):
         y = self._norm(x)

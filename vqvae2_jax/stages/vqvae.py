@@ -1,5 +1,6 @@
 """Stage 1: the hierarchical VQ-VAE's objective (VQ-VAE-2 equation 2, the codebook term replaced by moving averages)."""
 
+import dm_pix
 import jax
 import jax.numpy as jnp
 
@@ -7,6 +8,9 @@ from vqvae2_jax.metrics.codes import perplexity
 from vqvae2_jax.metrics.reconstruction import psnr_from_mse
 from vqvae2_jax.models.vqvae import VQVAE
 from vqvae2_jax.stages.stage import Stage, to_float
+
+SSIM = 'Gaussian window of 11 pixels, sigma 1.5, k1 0.01, k2 0.03, on [0, 1], mean over windows, channels and images'
+_WINDOW = 11
 
 
 def make_stage(model: VQVAE, level_names: tuple[str, ...], commitment_weight: float, steps_per_epoch: int) -> Stage:
@@ -50,12 +54,12 @@ def make_stage(model: VQVAE, level_names: tuple[str, ...], commitment_weight: fl
     def evaluate(params, variables, batch):
         image = to_float(batch['image'])
         output = model.apply({'params': params, **variables}, image)
-        metrics = {'mse': _mse(output.image, image)}
+        metrics = _likeness(output.image, image)
         for name, codes in zip(level_names, output.codes, strict=True):
             flat = codes.reshape(codes.shape[0], -1)
             metrics[f'histogram_{name}'] = jax.vmap(lambda c: jnp.bincount(c, length=model.codebook_size))(flat)
         for name, preview in zip(level_names[1:], output.previews, strict=True):
-            metrics[f'mse_{name}_only'] = _mse(preview, image)
+            metrics |= _likeness(preview, image, f'_{name}_only')
         return metrics
 
     def show(params, variables, batch):
@@ -76,10 +80,15 @@ def _summarize(means):
             summary[f'perplexity_{level}'] = perplexity(value)
         else:
             summary[name] = float(value)
-            summary[name.replace('mse', 'psnr')] = psnr_from_mse(float(value), data_range=2.0)
+            if name.startswith('mse'):
+                summary[name.replace('mse', 'psnr')] = psnr_from_mse(float(value), data_range=2.0)
     return summary
 
 
-def _mse(reconstruction, image):
-    # [B], in [-1, 1]: what a viewer sees, so clipped
-    return jnp.mean((jnp.clip(reconstruction, -1.0, 1.0) - image) ** 2, axis=(1, 2, 3))
+def _likeness(reconstruction, image, of=''):
+    # [B] each, of what a viewer sees, so clipped; the MSE is in [-1, 1]
+    seen = jnp.clip(reconstruction, -1.0, 1.0)
+    found = {f'mse{of}': jnp.mean((seen - image) ** 2, axis=(1, 2, 3))}
+    if min(image.shape[1:3]) >= _WINDOW:
+        found[f'ssim{of}'] = dm_pix.ssim((seen + 1) / 2, (image + 1) / 2, filter_size=_WINDOW)
+    return found

@@ -1,0 +1,208 @@
+"""The report's comparisons, the Classification Accuracy Score, and the comparison of any two sets of images."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from ml_collections import ConfigDict
+from PIL import Image
+
+from tests import torch_weights
+from vqvae2_jax import checks
+from vqvae2_jax import config as configs
+from vqvae2_jax.data.loader import eval_batches
+from vqvae2_jax.io.provenance import UpstreamChanged, read_json
+from vqvae2_jax.jobs import cas, samples, workdir
+from vqvae2_jax.jobs.pipeline import run_job
+from vqvae2_jax.jobs.workdir import JobError, Run
+from vqvae2_jax.metrics.frechet import Moments, frechet_distance
+from vqvae2_jax.metrics.manifold import precision_recall
+from vqvae2_jax.stages.stage import to_float
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope='module')
+def report(finished):
+    return read_json(finished.path('report', 'report.json'))
+
+
+@pytest.fixture(scope='module')
+def seen(finished):
+    """Features and logits of the classifier for test images, samples and reconstructions, image by image."""
+    model = configs.make_classifier(finished.config)
+    params = workdir.load_trained(finished, 'classifier', 'classifier').params
+
+    @jax.jit
+    def look(images):
+        return model.apply({'params': params}, to_float(images), with_features=True)
+
+    vqvae, variables = configs.make_vqvae(finished.config), workdir.load_vqvae(finished).on_devices()
+    source = finished.images('test')
+    real = np.stack([source[i]['image'] for i in range(len(source))])
+    drawn = [samples.read_npz(path) for path in samples.shard_paths(finished.path('samples'))]
+    again = jax.jit(lambda x: vqvae.apply(variables, to_float(x)).image)(real)
+    again = np.round((np.clip(again, -1, 1) + 1) * 127.5).astype(np.uint8)
+    sets = {'real': real, 'samples': np.concatenate([d['arr_0'] for d in drawn]), 'reconstructions': again}
+    return {name: [np.asarray(x, np.float64) for x in look(images)] for name, images in sets.items()}
+
+
+@pytest.mark.parametrize('name', ['samples', 'reconstructions'])
+def test_quality_is_that_of_all_features_at_once(report, seen, name):
+    found = report['samples' if name == 'samples' else 'reconstruction']['quality']
+    real, generated = seen['real'][1], seen[name][1]
+    assert (found['count_real'], found['count']) == (len(real), len(generated))
+    distance = frechet_distance(Moments.of(real), Moments.of(generated))
+    np.testing.assert_allclose(found['frechet_distance'], distance, rtol=2e-2)  # pixels may round the other way
+    np.testing.assert_allclose((found['precision'], found['recall']), precision_recall(real, generated), atol=0.02)
+    assert '10000' in found['warning'] and 'fid' not in found
+
+
+def test_sweep_goes_from_all_to_few(report, finished, seen):
+    points = report['samples']['sweep']
+    assert points[0]['kept'] == 1 and points[0]['count'] == 24
+    for name in ('frechet_distance', 'precision', 'recall'):
+        assert points[0][name] == pytest.approx(report['samples']['quality'][name], rel=1e-6)
+    scores = samples.read_npz(finished.path('rejection', 'scores.npz'))
+    assert points[0]['confidence'] == pytest.approx(scores['score'].mean())
+    confidences = [point['confidence'] for point in points]
+    assert confidences[-1] > confidences[0] and points[-1]['count'] == 10  # one of each class
+
+
+def test_classification_accuracy_score(report, finished):
+    assert {name: row['count'] for name, row in report['cas'].items()} == {
+        'real': len(finished.images('train')),
+        'reconstructions': len(finished.images('train')),
+        'samples': 24,
+    }
+    model, source = configs.make_classifier(finished.config), finished.images('test')
+    batch = next(eval_batches(source, batch_size=len(source) // 8 * 8))
+    for directory, row in (('classifier', 'real'), ('cas/samples', 'samples')):
+        params = workdir.load_trained(finished, directory, 'cas').params
+        logits = np.asarray(model.apply({'params': params}, to_float(batch['image'])))
+        right = logits.argmax(-1) == batch['label']
+        assert report['cas'][row]['top1'] == pytest.approx(right.mean(), abs=0.01)
+        best_five = np.argsort(-logits, axis=-1)[:, :5]
+        assert report['cas'][row]['top5'] == pytest.approx(
+            (best_five == batch['label'][:, None]).any(-1).mean(), abs=0.01
+        )
+
+
+def test_reconstructions_are_the_training_images_decoded(finished):
+    stored = samples.take(finished.path('reconstructions'), np.array([0, 7]))
+    vqvae, variables = configs.make_vqvae(finished.config), workdir.load_vqvae(finished).on_devices()
+    source = finished.images('train')
+    for i, image, label in zip((0, 7), stored['arr_0'], stored['label'], strict=True):
+        example = source[i]
+        assert label == example['label']
+        again = vqvae.apply(variables, to_float(example['image'][None])).image[0]
+        np.testing.assert_allclose(to_float(image), np.clip(again, -1, 1), atol=0.02)
+
+
+def test_classifiers_of_other_samples_are_refused(run):
+    path = run.path('cas', 'samples', 'trained.json')
+    path.write_text(re.sub(r'("samples": )"\w+"', rf'\1"{"f" * 64}"', path.read_text()))
+    with pytest.raises(UpstreamChanged, match=r'(?s)classifier of samples.*cas/samples and run --job=cas'):
+        run_job(run, 'evaluate')
+
+
+def test_the_page_holds_everything_it_shows(finished, report):
+    text = finished.path('report', 'report.html').read_text()
+    sources = re.findall(r'(?:src|href)="([^"]{0,40})', text)
+    assert len(sources) == 5 and all(source.startswith('data:image/png;base64,') for source in sources)
+    for number in (report['reconstruction']['psnr'], report['likelihood']['levels']['top']['nll']):
+        assert f'{number:.2f}' in text
+    assert report['protocol']['quality']['weights'] in text
+
+
+@pytest.fixture(scope='module')
+def inception(tmp_path_factory):
+    """Weights that were never trained: the numbers mean nothing, and are numbers."""
+    path = tmp_path_factory.mktemp('inception') / 'weights.npz'
+    np.savez(path, **torch_weights.inception_state(classes=7))
+    return str(path)
+
+
+def compare(run, inception, real, generated):
+    run.config.evaluate = ConfigDict(dict(inception=inception, real=str(real), generated=str(generated), batch_size=8))
+    checks.check(run.config)
+    run_job(run, 'evaluate')
+    return read_json(run.path('comparison', 'report.json'))['quality']
+
+
+def folder_of(path, images):
+    path.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(path / f'{i:03d}.png')
+    return path
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), np.uint8)
+
+
+@pytest.fixture
+def empty_run(config, tmp_path):
+    """The config alone: two sets can be compared before anything is trained."""
+    return Run(config, epath.Path(tmp_path) / 'empty')
+
+
+def test_a_set_is_like_itself_in_any_form(empty_run, inception, images, tmp_path):
+    np.savez(tmp_path / 'images.npz', arr_0=images)
+    found = compare(empty_run, inception, folder_of(tmp_path / 'folder', images), tmp_path / 'images.npz')
+    assert found['fid'] == pytest.approx(0, abs=1e-4)
+    assert (found['precision'], found['recall']) == (1, 1)
+    assert found['inception_score'] >= 1 and found['count'] == found['count_real'] == 12
+    other = compare(empty_run, inception, 'test', tmp_path / 'images.npz')
+    assert other['fid'] > 1 and other['count_real'] == len(empty_run.images('test'))
+    assert empty_run.path('comparison', 'report.html').exists()
+
+
+def test_sets_without_a_number(empty_run, inception, images, tmp_path):
+    good = folder_of(tmp_path / 'good', images)
+    bad = {
+        'one': (images[:1], 'needs at least 2|1 image has no covariance'),
+        'same': (np.full((5, 16, 16, 3), 7, np.uint8), 'all 5 images of a set look alike'),
+        'mixed': ([*images[:4], images[4][:8]], r'mixed/004.png has 8x16 pixels, .*000.png has 16x16'),
+    }
+    for name, (broken, message) in bad.items():
+        with pytest.raises(JobError, match=message):
+            compare(empty_run, inception, good, folder_of(tmp_path / name, broken))
+    corrupt = folder_of(tmp_path / 'corrupt', images)
+    (corrupt / '003.png').write_bytes(b'no image')
+    with pytest.raises(JobError, match=r'cannot decode the image .*003\.png'):
+        compare(empty_run, inception, good, corrupt)
+    np.savez(tmp_path / 'four.npz', arr_0=np.zeros((4, 8, 8, 4), np.uint8))
+    with pytest.raises(JobError, match=r'evaluate.generated: arr_0 of .* is uint8 \[4, 8, 8, 4\]'):
+        compare(empty_run, inception, good, tmp_path / 'four.npz')
+    with pytest.raises(JobError, match='evaluate.generated: there is no file or folder .*nowhere'):
+        compare(empty_run, inception, good, tmp_path / 'nowhere')
+    state = torch_weights.inception_state()
+    state['Mixed_7c.branch_pool.bn.bias'][3] = np.nan
+    np.savez(tmp_path / 'broken.npz', **state)
+    with pytest.raises(JobError, match='12 of 12 images have features that are not finite'):
+        compare(empty_run, str(tmp_path / 'broken.npz'), good, good)
+    with pytest.raises(JobError, match=r'evaluate.inception: there is no file .*missing\.npz'):
+        compare(empty_run, str(tmp_path / 'missing.npz'), good, good)
+
+
+def test_an_imported_classifier_judges(run, tmp_path):
+    np.savez(tmp_path / 'resnet.npz', **torch_weights.resnet50_state(classes=10))
+    run.config.reject.classifier = str(tmp_path / 'resnet.npz')
+    before = samples.read_npz(run.path('rejection', 'scores.npz'))
+    with pytest.raises(UpstreamChanged, match='(?s)the scores.*--job=reject'):
+        run_job(run, 'evaluate')
+    run_job(run, 'reject')
+    assert not np.allclose(samples.read_npz(run.path('rejection', 'scores.npz'))['score'], before['score'])
+    np.savez(tmp_path / 'resnet.npz', **torch_weights.resnet50_state(classes=9))
+    with pytest.raises(JobError, match=r'knows 9 classes, but data\.num_classes=10'):
+        run_job(run, 'reject')
+
+
+def test_cas_without_classes_is_refused(run):
+    run.config.data.num_classes = 0
+    with pytest.raises(JobError, match='CAS needs classes'):
+        cas.classification_accuracy_score(run)

@@ -1,0 +1,78 @@
+"""Weights that others trained: PyTorch state dicts from .pth and .npz files, as NumPy arrays; no pickle is executed."""
+
+import glob
+import hashlib
+import os
+import pickle
+import urllib.error
+import urllib.request
+
+import numpy as np
+from etils import epath
+
+from vqvae2_jax.io import provenance
+
+
+def read(pattern: str) -> dict[str, np.ndarray]:
+    """Name -> array.
+
+    Args:
+      pattern: a .pth or .pt file (needs PyTorch), an .npz file, or a pattern such as 'weights_part*.npz' for several
+        .npz files that make one state dict together.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ImportError: a .pth file without PyTorch.
+      ValueError: a file of another kind, or one that holds something else.
+    """
+    paths = sorted(glob.glob(os.path.expanduser(pattern)))
+    if not paths:
+        raise FileNotFoundError(f'there is no file {pattern!r}')
+    state: dict[str, np.ndarray] = {}
+    for path in paths:
+        state |= _read_torch(path) if path.endswith(('.pth', '.pt')) else _read_npz(path)
+    return state
+
+
+def fetch(url: str, sha256: str, path: epath.Path) -> None:
+    """Downloads a file to `path`, unless it is there; its SHA-256 is checked before it appears.
+
+    Raises:
+      OSError: no network; the message says where to put the file by hand.
+      ValueError: other bytes than expected.
+    """
+    if path.exists():
+        return
+    by_hand = f'Download {url} on another machine and put it at {path}.'
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            data = response.read()
+    except (urllib.error.URLError, OSError) as error:
+        raise OSError(f'{url} cannot be fetched ({error}). {by_hand}') from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise ValueError(f'{url} has the SHA-256 {found}, not {sha256}. {by_hand}')
+    provenance.write_bytes(path, data)
+
+
+def _read_npz(path):
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (ValueError, OSError, AttributeError) as error:
+        raise ValueError(f'{path!r} is no .npz file of arrays ({error})') from error
+
+
+def _read_torch(path):
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f'{path!r} needs PyTorch to be read: pip install torch, or give the weights as .npz'
+        ) from error
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f'{path!r} is no state dict, or holds more than arrays, which is not read') from error
+    state = state.get('state_dict', state)  # training scripts wrap it
+    return {name.removeprefix('module.'): tensor.numpy() for name, tensor in state.items() if hasattr(tensor, 'numpy')}

@@ -1,0 +1,138 @@
+"""--job=cas: Classification Accuracy Score (Ravuri and Vinyals 2019; VQ-VAE-2 section 4.3.2).
+
+A classifier that has seen generated images alone is tested on real ones: it can only know what the generator knows. One
+is trained on samples, one on reconstructions of the training images, which bounds what the priors can reach; the one
+trained on real images is the run's own classifier. Same network and training. The weights that are kept are the
+best on a tenth of the generated images, held out: real images are for the test alone.
+"""
+
+import functools
+import glob
+import os
+
+import jax
+import numpy as np
+
+from vqvae2_jax import config as configs
+from vqvae2_jax import parallel
+from vqvae2_jax.data.images import ImageSpec, open_images
+from vqvae2_jax.data.loader import eval_batches
+from vqvae2_jax.io import provenance
+from vqvae2_jax.jobs import codes, features, sample, samples, stages, workdir
+from vqvae2_jax.jobs.workdir import JobError, Run
+from vqvae2_jax.metrics.classification import per_class_accuracy, top_k_accuracy
+from vqvae2_jax.stages.stage import to_uint8
+
+DIRECTORY, RECONSTRUCTIONS = 'cas', 'reconstructions'
+SOURCES = {'reconstructions': RECONSTRUCTIONS, 'samples': sample.DIRECTORY}
+_HELD_OUT = 0.1
+
+
+def classification_accuracy_score(run: Run) -> None:
+    """Writes reconstructions/, cas/reconstructions and cas/samples."""
+    if not configs.has_classifier(run.config):
+        raise JobError(f'data.num_classes={run.config.data.num_classes}: CAS needs classes')
+    reconstruct(run)
+    for name, directory in SOURCES.items():
+        _train(run, name, run.path(directory))
+
+
+def reconstruct(run: Run) -> None:
+    """Decodes the codes of the training images into reconstructions/, in the layout of samples/."""
+    directory, source = run.path(RECONSTRUCTIONS), run.codes('train')
+    size = run.config.codes.batch_size
+    meta = {
+        'schema': 1,
+        'count': len(source),
+        'batch_size': size,
+        'split': 'train',
+        'upstream': {'vqvae': workdir.vqvae_record(run)['digest'], 'codes': codes.current_codes_digest(run)},
+        'version': provenance.package_version(),
+    }
+    started = directory / 'meta.json'
+    if started.exists():
+        remedy = f'Delete {directory} to make them anew.'
+        workdir.check_same(str(directory), provenance.read_json(started), meta, remedy)
+    provenance.write_json(started, meta)
+    model, variables = configs.make_vqvae(run.config), workdir.load_vqvae(run).on_devices()
+    decode = jax.jit(lambda codes: to_uint8(model.apply(variables, codes, method='decode')))
+    keys = [f'codes_{level}' for level in range(len(run.levels))]
+    for start, stop in samples.shard_ranges(len(source), size):
+        path = samples.shard_path(directory, start, stop)
+        if path.exists():
+            continue
+        batch = next(eval_batches(source, batch_size=size, start=start, stop=stop))
+        images = np.asarray(decode(tuple(parallel.put_batch({key: batch[key] for key in keys}).values())))
+        arrays = {'arr_0': images, 'label': batch['label'], 'index': batch['index']}
+        samples.write_npz(path, {name: array[: stop - start] for name, array in arrays.items()})
+    print(f'reconstructions: {len(source)} training images in {directory}', flush=True)
+
+
+def _train(run, name, directory):
+    """Trains cas/<name> on the images of a directory."""
+    meta = samples.read_meta(directory)
+    samples.shard_paths(directory)  # all are there
+    data = run.config.data
+    spec = ImageSpec(
+        name='npz',
+        path=os.path.join(glob.escape(str(directory)), 'samples-*.npz'),
+        image_size=data.image_size,
+        channels=data.channels,
+        num_classes=data.num_classes,
+        held_out=(_HELD_OUT, 0.0),
+    )
+    augment = {'flip': run.config.classifier.flip, 'crop': run.config.classifier.crop}
+
+    def images():
+        train, validation = (open_images(spec, split) for split in ('train', 'validation'))
+        return stages.image_data(run, 'classifier', train, validation, **augment)
+
+    make, upstream = functools.partial(stages.classifier_stage, run), {name: provenance.digest_json(meta)}
+    stages.train_stage(run, 'classifier', f'{DIRECTORY}/{name}', make, images, upstream)
+
+
+def check_upstreams(run: Run) -> None:
+    """Refuses when the classifiers were trained on other images than those there now."""
+    made = {'vqvae': workdir.vqvae_record(run)['digest'], 'codes': codes.current_codes_digest(run)}
+    directory = run.path(RECONSTRUCTIONS)
+    remedy = f'Delete {directory} and run --job=cas again.'
+    workdir.check_digests('the reconstructions', samples.read_meta(directory)['upstream'], made, remedy)
+    for name, source in SOURCES.items():
+        trained = workdir.trained_record(run, f'{DIRECTORY}/{name}', 'cas')
+        current = {name: provenance.digest_json(samples.read_meta(run.path(source)))}
+        remedy = f'Delete {run.path(DIRECTORY, name)} and run --job=cas again.'
+        workdir.check_digests(f'the classifier of {name}', trained['upstream'], current, remedy)
+
+
+def measure(run: Run, reconstruct_batch, split: str) -> dict[str, dict]:
+    """Accuracy on the real images of a split of classifiers trained on real images, reconstructions and samples.
+
+    Args:
+      reconstruct_batch: uint8 [B, H, W, C] -> its reconstructions; the paper also tests on these.
+
+    Returns:
+      {'real': {...}, 'reconstructions': {...}, 'samples': {...}}, each with top1, top5 (where there are more classes
+      than five), the same on reconstructed test images, by_class, and how many images it was trained on.
+    """
+    directories = {'real': 'classifier', **{name: f'{DIRECTORY}/{name}' for name in SOURCES}}
+    judges = {
+        name: features.classify(run, workdir.load_trained(run, directory, 'cas'))
+        for name, directory in directories.items()
+    }
+    source, labels, logits = run.images(split), [], {}
+    for batch in eval_batches(source, batch_size=run.config.sample.batch_size, **run.reading()):
+        kept, images = batch['mask'], batch['image']
+        labels.append(batch['label'][kept])
+        for suffix, shown in (('', images), ('_reconstructed', reconstruct_batch(images))):
+            for name, judge in judges.items():
+                logits.setdefault((name, suffix), []).append(judge(shown)['logits'][kept])
+    labels, names, found = np.concatenate(labels), source.class_names, {}
+    for name in directories:
+        count = samples.read_meta(run.path(SOURCES[name]))['count'] if name in SOURCES else len(run.images('train'))
+        found[name] = {'count': count}
+        scores = {suffix: np.concatenate(logits[name, suffix]) for suffix in ('', '_reconstructed')}
+        for suffix, rows in scores.items():
+            found[name] |= {f'top{k}{suffix}': top_k_accuracy(rows, labels, k) for k in (1, 5) if k < len(names)}
+        each = per_class_accuracy(scores[''].argmax(axis=-1), labels, len(names))
+        found[name]['by_class'] = dict(zip(names, each, strict=True))
+    return found

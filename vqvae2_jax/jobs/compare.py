@@ -1,0 +1,59 @@
+"""--job=evaluate with evaluate.real and evaluate.generated: FID and its kin of any two sets of images."""
+
+import datetime
+
+import jax
+
+from vqvae2_jax import config as configs
+from vqvae2_jax.data.decode import UnreadableImage
+from vqvae2_jax.data.images import SPLITS, ImageSource, open_as_they_are
+from vqvae2_jax.data.loader import eval_batches
+from vqvae2_jax.io import page, provenance
+from vqvae2_jax.jobs import features, quality
+from vqvae2_jax.jobs.workdir import JobError, Run
+
+DIRECTORY = 'comparison'
+
+
+def compare_sets(run: Run) -> None:
+    """Writes comparison/report.json and report.html; prints the numbers."""
+    options = configs.options(run.config, 'evaluate')
+    sources = {name: _open(run, options[name], f'evaluate.{name}') for name in ('real', 'generated')}
+    network = features.load_inception(options.inception, options.batch_size)
+    try:
+        seen = {name: _look(network, source, options.batch_size) for name, source in sources.items()}
+        numbers = quality.compare(network, seen['real'], seen['generated'])
+    except (ValueError, UnreadableImage) as error:
+        raise JobError(f'evaluate: {error}') from error
+    sets = {
+        name: {'images': options[name], 'size': list(source.image_size), 'digest': source.digest}
+        for name, source in sources.items()
+    }
+    protocol = {
+        **quality.protocol(network),
+        **sets,
+        'version': provenance.package_version(),
+        'jax': jax.__version__,
+        'date': datetime.date.today().isoformat(),
+    }
+    directory = run.path(DIRECTORY)
+    provenance.write_json(directory / 'report.json', {'schema': 1, 'protocol': protocol, 'quality': numbers})
+    parts = [page.table(('', ''), list(numbers.items())), page.heading('Protocol')]
+    parts.append(page.table(('', ''), list(protocol.items())))
+    text = page.page(f'{options.generated} beside {options.real}', parts)
+    provenance.write_bytes(directory / 'report.html', text.encode())
+    for name, value in numbers.items():
+        print(f'{name:<27} {value:.5g}' if isinstance(value, float) else f'{name:<27} {value}')
+    print(f'report: {directory / "report.html"}', flush=True)
+
+
+def _open(run: Run, which: str, field: str) -> ImageSource:
+    try:
+        return run.images(which) if which in SPLITS else open_as_they_are(which, field)
+    except (ValueError, OSError) as error:
+        raise JobError(str(error)) from error
+
+
+def _look(network, source, batch_size):
+    batches = eval_batches(source, batch_size=batch_size)
+    return features.observe(network, (batch['image'][batch['mask']] for batch in batches))

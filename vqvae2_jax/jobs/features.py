@@ -1,0 +1,205 @@
+"""What a network sees in images: the features by which sets of images are compared, and class logits."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from vqvae2_jax import config as configs
+from vqvae2_jax import parallel
+from vqvae2_jax.io import provenance, state_dict
+from vqvae2_jax.jobs import workdir
+from vqvae2_jax.jobs.workdir import JobError, Run
+from vqvae2_jax.metrics.frechet import Moments
+from vqvae2_jax.models import imported, inception
+from vqvae2_jax.stages.stage import to_float
+
+KEPT = 50_000  # images whose features are held, for the metrics that compare images with images
+FETCH = 'fetch'
+# The weights of pytorch-fid and torch-fidelity.
+_URL = 'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth'
+_SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
+_CACHE = epath.Path('~/.cache/vqvae2_jax').expanduser()
+_CHUNK = 1024  # images whose covariance is summed at once
+
+
+class Network(NamedTuple):
+    """A network that describes images.
+
+    Attributes:
+      name: 'inception' or 'classifier'.
+      protocol: for the report: what it is, how images come to its size, the digest of its weights.
+      embed: uint8 [N, H, W, C], any N -> {'features': float32 [N, D], 'logits': float32 [N, S] where it has them}.
+    """
+
+    name: str
+    protocol: dict[str, str]
+    embed: Callable[[np.ndarray], dict[str, np.ndarray]]
+
+
+def load_inception(path: str, batch_size: int) -> Network:
+    """The network of FID and of the Inception Score.
+
+    Args:
+      path: its weights (io/state_dict.py), or 'fetch'.
+      batch_size: images at once.
+
+    Raises:
+      JobError: they cannot be had, or are not its weights; the message says what to do.
+    """
+    try:
+        if path == FETCH:
+            path = _CACHE / _URL.rpartition('/')[2]
+            state_dict.fetch(_URL, _SHA256, path)
+        model, params = inception.from_state_dict(state_dict.read(str(path)))
+    except (OSError, ValueError, ImportError) as error:
+        raise JobError(f'evaluate.inception: {error}') from error
+
+    protocol = {
+        'network': 'Inception-v3 of 2015-12-05, features of the last pool',
+        'resize': 'bilinear to 299 pixels, half-pixel centres, no antialiasing, from uint8',
+        'weights': provenance.digest_arrays(params),
+    }
+    apply = functools.partial(_in_colour, model)
+    return Network('inception', protocol, in_batches(apply, params, batch_size))
+
+
+def load_judge(run: Run) -> Network:
+    """The classifier that judges samples: `reject.classifier`, or the run's own.
+
+    Raises:
+      JobError: it is not there, not a classifier, or one of other classes.
+    """
+    path = run.config.reject.get('classifier')
+    if not path:
+        return _own_classifier(run)
+    try:
+        model, params = imported.from_state_dict(state_dict.read(path))
+    except (OSError, ValueError, ImportError) as error:
+        raise JobError(f'reject.classifier: {error}') from error
+    if model.num_classes != run.config.data.num_classes:
+        raise JobError(
+            f'reject.classifier={path} knows {model.num_classes} classes, but '
+            f'data.num_classes={run.config.data.num_classes}: it must be trained on these, in the same order'
+        )
+    protocol = {
+        'network': f'a ResNet of {model.blocks} blocks from {epath.Path(path).name}, its features before the logits',
+        'resize': f'bilinear with antialiasing to {imported.SIZE} pixels, from uint8',
+        'weights': provenance.digest_arrays(params),
+    }
+    apply = functools.partial(_in_colour, model)
+    return Network('classifier', protocol, in_batches(apply, params, run.config.sample.batch_size))
+
+
+def judge_digest(run: Run) -> str:
+    """Of the weights of `load_judge`; those of the run's own classifier are not read for it. Raises as that does."""
+    if run.config.reject.get('classifier'):
+        return load_judge(run).protocol['weights']
+    return workdir.trained_record(run, 'classifier', 'classifier')['digest']
+
+
+def _in_colour(model, params, images):
+    images = jnp.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+    return model.apply({'params': params}, images)
+
+
+def _own_classifier(run: Run) -> Network:
+    trained = workdir.load_trained(run, 'classifier', 'classifier')
+    protocol = {
+        'network': 'the classifier of this run, its features before the logits: not comparable with other runs',
+        'resize': 'none',
+        'weights': trained.digest,
+    }
+    return Network('classifier', protocol, classify(run, trained))
+
+
+def classify(run: Run, trained) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """As `Network.embed`, for the weights of a classifier."""
+    model = configs.make_classifier(run.config)
+
+    def apply(params, images):
+        logits, features = model.apply({'params': params}, to_float(images), with_features=True)
+        return {'features': features, 'logits': logits}
+
+    return in_batches(apply, trained.params, run.config.sample.batch_size)
+
+
+def in_batches(apply, params, batch_size: int):
+    """`apply` (params, uint8 [B, ...]) -> dict of [B, ...] as a function of NumPy images [N, ...], for any N.
+
+    It is compiled once, for `batch_size` images, which are split over the devices.
+    """
+    params = jax.device_put(params, parallel.replicated())
+    compiled = jax.jit(apply)
+
+    def over_batches(images):
+        results = []
+        for start in range(0, len(images), batch_size):
+            index = np.minimum(np.arange(start, start + batch_size), len(images) - 1)  # the end repeats
+            batch = parallel.put_batch({'image': images[index]})
+            results.append(jax.device_get(compiled(params, batch['image'])))
+        return {name: np.concatenate([r[name] for r in results])[: len(images)] for name in results[0]}
+
+    return over_batches
+
+
+class Observed:
+    """What a network saw in a set of images, which come batch by batch.
+
+    Attributes:
+      moments: of the features of all images.
+      features: float32 [n, D] of the first `keep` images; logits: float32 [n, S] of the same, None without.
+    """
+
+    def __init__(self, network: Network, keep: int = KEPT):
+        self._network, self._keep, self._held, self._waiting, self._count = network, keep, [], [], 0
+        self._moments = None
+
+    def add(self, images: np.ndarray) -> None:
+        """Looks at uint8 images [N, H, W, C], N at least 1."""
+        seen = self._network.embed(images)
+        if self._count < self._keep:
+            self._held.append({name: array[: self._keep - self._count] for name, array in seen.items()})
+        self._count += len(images)
+        self._waiting.append(seen['features'])
+        if sum(map(len, self._waiting)) >= _CHUNK:
+            self._summarize()
+
+    def _summarize(self):
+        moments = Moments.of(np.concatenate(self._waiting))
+        self._moments = moments if self._moments is None else self._moments + moments
+        self._waiting = []
+
+    @property
+    def moments(self) -> Moments:
+        if self._waiting:
+            self._summarize()
+        return self._moments
+
+    @property
+    def features(self) -> np.ndarray:
+        return self._all()['features']
+
+    @property
+    def logits(self) -> np.ndarray | None:
+        return self._all().get('logits')
+
+    def _all(self):
+        if len(self._held) > 1:
+            self._held = [{name: np.concatenate([held[name] for held in self._held]) for name in self._held[0]}]
+        return self._held[0]
+
+    def __len__(self) -> int:
+        return self._count
+
+
+def observe(network: Network, batches: Iterable[np.ndarray]) -> Observed:
+    """Of a whole set, from batches of uint8 images."""
+    observed = Observed(network)
+    for images in batches:
+        observed.add(images)
+    return observed

@@ -1,0 +1,190 @@
+"""The numbers of a run: reconstruction, likelihood, and how like real images its samples are."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from vqvae2_jax import config as configs
+from vqvae2_jax import parallel
+from vqvae2_jax.data.codes import CodeSource
+from vqvae2_jax.data.loader import eval_batches
+from vqvae2_jax.jobs import quality, reject, sample, samples, stages, workdir
+from vqvae2_jax.jobs.features import Network, Observed
+from vqvae2_jax.jobs.train import make_evaluation
+from vqvae2_jax.jobs.workdir import Run
+from vqvae2_jax.metrics import codes as code_metrics
+from vqvae2_jax.metrics.classification import accuracy, per_class_accuracy
+from vqvae2_jax.models.vqvae import map_shapes
+from vqvae2_jax.stages.stage import to_uint8
+
+_TRAIN_EXAMPLES = 10_000  # of the training split, for numbers that are compared with held-out ones
+
+
+class Seen(NamedTuple):
+    """One look at a split's images and their reconstructions."""
+
+    reconstruction: dict  # its part of the report
+    real: Observed | None  # None without a network to look with
+    reconstruct: Callable[[np.ndarray], np.ndarray]  # uint8 [N, H, W, C] -> by all levels
+
+
+def look(run: Run, network: Network | None) -> Seen:
+    """Measures the errors of reconstruction on evaluate.split; with a network, looks at originals and reconstructions.
+
+    It looks at evaluate.reference, by default the same split.
+    """
+    options = configs.options(run.config, 'evaluate')
+    trained, stage = workdir.load_vqvae(run), stages.vqvae_stage(run)
+    weights = jax.device_put((trained.params, trained.variables), parallel.replicated())
+    show = jax.jit(lambda weights, image: [to_uint8(row) for row in stage.show(*weights, {'image': image})])
+    batch_size = run.config.vqvae.training.batch_size
+
+    def reconstruct(images):
+        """By ever more levels, the coarsest alone first, all of them last; any number of images up to a batch."""
+        index = np.minimum(np.arange(batch_size), len(images) - 1)
+        rows = show(weights, parallel.put_batch({'image': images[index]})['image'])
+        return [np.asarray(row)[: len(images)] for row in rows[1:]]
+
+    def by_all_levels(images):
+        parts = [reconstruct(images[start : start + batch_size])[-1] for start in range(0, len(images), batch_size)]
+        return np.concatenate(parts)
+
+    found = _reconstruction(run, stage, trained, options.split)
+    if network is None:
+        return Seen(found, None, by_all_levels)
+    real, reconstructed = Observed(network), [Observed(network) for _ in run.levels]
+    reference = run.images(options.reference or options.split)
+    for batch in eval_batches(reference, batch_size=batch_size, **run.reading()):
+        images = batch['image'][batch['mask']]
+        if not len(images):
+            continue
+        real.add(images)
+        for observed, row in zip(reconstructed, reconstruct(images), strict=True):
+            observed.add(row)
+    *coarser, whole = (quality.compare(network, real, observed) for observed in reconstructed)
+    found['quality'] = whole
+    for name, numbers in zip(reversed(run.levels[1:]), coarser, strict=True):
+        found['levels'][name]['without_finer_levels']['quality'] = numbers
+    return Seen(found, real, by_all_levels)
+
+
+def _reconstruction(run: Run, stage, trained, split) -> dict:
+    config = run.config
+    evaluation = make_evaluation(stage)
+
+    def summary(split, count=None):
+        source = run.images(split)
+        stop = min(count or len(source), len(source))
+        batches = eval_batches(source, batch_size=config.vqvae.training.batch_size, stop=stop, **run.reading())
+        return evaluation(trained.params, trained.variables, batches)
+
+    held_out, train = summary(split), summary('train', _TRAIN_EXAMPLES)
+    shapes = map_shapes(config.data.image_size, config.vqvae.factors)
+    image_shape = (*config.data.image_size, config.data.channels)
+    sizes = (config.vqvae.codebook_size,) * len(shapes)
+    levels = {}
+    for name, shape in zip(run.levels, shapes, strict=True):
+        levels[name] = {
+            'codes': list(shape),
+            'used': held_out[f'used_{name}'],
+            'perplexity': held_out[f'perplexity_{name}'],
+        }
+        if name in run.levels[1:]:
+            levels[name]['without_finer_levels'] = _errors(held_out, f'_{name}_only')
+    ratio = code_metrics.compression_ratio(image_shape, shapes, sizes)
+    return _errors(held_out) | {
+        'train': _errors(train),
+        'bits_per_image': 8 * float(np.prod(image_shape)) / ratio,
+        'compression_ratio': ratio,
+        'levels': levels,
+    }
+
+
+def _errors(summary, of='') -> dict[str, float]:
+    found = {'psnr': summary[f'psnr{of}'], 'mse_11': summary[f'mse{of}'], 'mse_01': summary[f'mse{of}'] / 4}
+    return found | ({'ssim': summary[f'ssim{of}']} if f'ssim{of}' in summary else {})
+
+
+def likelihood(run: Run, split: str) -> dict:
+    """Nats per code of every level, bits of an image, on a held-out split; and of the training images."""
+    size = run.config.vqvae.codebook_size
+    train, held_out = run.codes('train'), run.codes(split)
+    train_codes, held_out_codes = _codes(train, min(len(train), _TRAIN_EXAMPLES)), _codes(held_out, len(held_out))
+    levels, shapes = {}, []
+    for level, (name, prior) in enumerate(zip(run.levels, workdir.load_priors(run), strict=True)):
+        stage = stages.prior_stage(run, level, show=False)
+        batch_size = run.config.prior[name].training.batch_size
+        evaluation = make_evaluation(stage)
+
+        def nll(source, count, evaluation=evaluation, prior=prior, batch_size=batch_size):
+            batches = eval_batches(source, batch_size=batch_size, stop=count)
+            return evaluation(prior.params, prior.variables, batches)['nll']
+
+        key = f'codes_{level}'
+        shapes.append(held_out_codes[key].shape[1:])
+        levels[name] = {
+            'nll': nll(held_out, len(held_out)),
+            'nll_train': nll(train, min(len(train), _TRAIN_EXAMPLES)),
+            'empirical_entropy': code_metrics.empirical_entropy(held_out_codes[key], size),
+            'positional_entropy': code_metrics.positional_entropy(
+                train_codes[key], held_out_codes[key], size, alpha=1.0
+            ),
+            'parameters': prior.record['parameters'],
+        }
+    data = run.config.data
+    subpixels = data.image_size[0] * data.image_size[1] * data.channels
+    bits, bits_train = (
+        code_metrics.bits_per_image([level[key] for level in levels.values()], shapes) for key in ('nll', 'nll_train')
+    )
+    return {
+        'unit': 'nats per code',
+        'levels': levels,
+        'bits_per_image': bits,
+        'bits_per_image_train': bits_train,
+        'bits_per_subpixel': bits / subpixels,
+    }
+
+
+def _codes(source: CodeSource, count: int) -> dict[str, np.ndarray]:
+    examples = [source[i] for i in range(count)]
+    return {k: np.stack([e[k] for e in examples]) for k in examples[0] if k.startswith('codes_')}
+
+
+def drawn(run: Run, network: Network | None, real: Observed | None, judge: Network | None) -> dict:
+    """What the samples are like: to the classifier, and beside real images, before and after rejection."""
+    meta = samples.read_meta(run.path(sample.DIRECTORY))
+    found = {name: meta[name] for name in ('count', 'seed', 'temperature', *configs.CONTROLS, 'dtype')}
+    paths = samples.shard_paths(run.path(sample.DIRECTORY))
+    generated = None
+    if network is not None:
+        generated = Observed(network)
+        for path in paths:
+            generated.add(samples.read_npz(path)['arr_0'])
+        found['quality'] = quality.compare(network, real, generated)
+    if judge is None:
+        return found
+    options = configs.options(run.config, 'evaluate')
+    scores = samples.read_npz(run.path(reject.DIRECTORY, 'scores.npz'))
+    accepted = samples.read_npz(run.path(reject.DIRECTORY, 'accepted.npz'))
+    kept = scores['predicted'][np.searchsorted(scores['index'], accepted['index'])]
+    names = run.images(options.split).class_names
+    each = per_class_accuracy(scores['predicted'], scores['label'], run.config.data.num_classes)
+    return found | {
+        'classifier_accuracy_on_real_images': _accuracy_on_real(run, judge, options.split),
+        'intended_class': accuracy(scores['predicted'], scores['label']),
+        'intended_class_after_rejection': accuracy(kept, accepted['label']),
+        'kept': reject.read_meta(run)['keep'],
+        'note': 'the classifier that rejects is the one that judges: the number after rejection is optimistic',
+        'intended_class_by_class': dict(zip(names, each, strict=True)),
+        'sweep': quality.sweep(network, real, generated, scores['score'], scores['label'], options.sweep),
+    }
+
+
+def _accuracy_on_real(run: Run, judge: Network, split: str) -> float:
+    predicted, labels = [], []
+    for batch in eval_batches(run.images(split), batch_size=run.config.sample.batch_size, **run.reading()):
+        predicted.append(judge.embed(batch['image'])['logits'].argmax(axis=-1)[batch['mask']])
+        labels.append(batch['label'][batch['mask']])
+    return accuracy(np.concatenate(predicted), np.concatenate(labels))

@@ -1,0 +1,224 @@
+"""The report for people: pictures, plots, one HTML page with all of them, and the summary on the terminal."""
+
+import contextlib
+
+import jax
+import numpy as np
+
+from vqvae2_jax import config as configs
+from vqvae2_jax import parallel
+from vqvae2_jax.data.loader import eval_batches
+from vqvae2_jax.io import page, pictures, provenance
+from vqvae2_jax.io.logging import format_duration, read_metrics
+from vqvae2_jax.jobs import reject, sample, stages, workdir
+from vqvae2_jax.jobs.workdir import Run
+from vqvae2_jax.stages.stage import to_uint8
+
+_COLUMNS = 10
+_LABELS = {  # of numbers that the page shows, in this order
+    'fid': 'FID',
+    'frechet_distance': 'Fréchet distance',
+    'kid': 'KID',
+    'kernel_distance': 'kernel distance',
+    'inception_score': 'Inception Score',
+    'precision': 'precision',
+    'recall': 'recall',
+}
+
+
+def draw(run: Run, directory, found: dict) -> None:
+    """Writes the pictures and plots of a report."""
+    _picture_of_levels(run, found['protocol']['split'], directory)
+    drawn = {'samples.png': run.path(sample.DIRECTORY, 'samples.png')}
+    if configs.has_classifier(run.config):
+        drawn['accepted.png'] = run.path(reject.DIRECTORY, 'accepted.png')
+    for name, source in drawn.items():
+        provenance.write_bytes(directory / name, source.read_bytes())
+    _curves(run, directory, found['likelihood'])
+    if found['samples'].get('sweep'):
+        _sweep(directory, found['samples']['sweep'])
+
+
+def _picture_of_levels(run: Run, split: str, directory) -> None:
+    trained, stage = workdir.load_vqvae(run), stages.vqvae_stage(run)
+    with contextlib.closing(eval_batches(run.images(split), batch_size=_COLUMNS, **run.reading())) as batches:
+        batch = next(batches)
+    weights = jax.device_put((trained.params, trained.variables), parallel.replicated())
+    rows = jax.jit(stage.show)(*weights, {'image': batch['image']})
+    rows = [(label, np.asarray(to_uint8(images))) for label, images in zip(stage.shown, rows, strict=True)]
+    picture = pictures.labelled_rows(rows, scale=pictures.visible_scale(rows[0][1]))
+    pictures.save_png(directory / 'reconstructions.png', picture)
+
+
+def _curves(run: Run, directory, likelihood: dict) -> None:
+    panels = [_panel(run, 'vqvae', 'vqvae: reconstruction', 'mse', 'MSE in [-1, 1]', log_y=True)]
+    for name in reversed(run.levels):
+        lines = {'entropy of the codes': likelihood['levels'][name]['empirical_entropy']}
+        panels.append(_panel(run, workdir.prior_directory(name), f'{name} prior', 'nll', 'nats per code', lines))
+    if configs.trains_classifier(run.config):
+        panels.append(_panel(run, 'classifier', 'classifier', 'nll', 'cross-entropy, nats'))
+    pictures.plot_panels(directory / 'curves.png', panels)
+
+
+def _panel(run, stage_directory, title, metric, ylabel, hlines=None, log_y=False) -> pictures.Panel:
+    lines = read_metrics(run.path(stage_directory))
+    curves = {}
+    for prefix, label in (('train', 'train'), ('validation', 'held out')):
+        points = [(line['step'], line[f'{prefix}/{metric}']) for line in lines if f'{prefix}/{metric}' in line]
+        if points:
+            curves[label] = tuple(zip(*points, strict=True))
+    return pictures.Panel(title, curves, ylabel, hlines or {}, log_y)
+
+
+def _sweep(directory, points: list[dict]) -> None:
+    distance = next(name for name in ('fid', 'frechet_distance') if name in points[0])
+    sureness = 'inception_score' if 'inception_score' in points[0] else 'confidence'
+    quality = [[p[sureness] for p in points], [p[distance] for p in points]]
+    variety = [[p['recall'] for p in points], [p['precision'] for p in points]]
+    kept = f'kept {points[0]["kept"]:.0%} to {points[-1]["kept"]:.0%}'
+    label = {'inception_score': 'Inception Score', 'confidence': "classifier's confidence"}[sureness]
+    pictures.plot_panels(
+        directory / 'rejection.png',
+        [
+            pictures.Panel('quality', {kept: quality}, _LABELS[distance], xlabel=label),
+            pictures.Panel('precision and recall', {kept: variety}, 'precision', xlabel='recall'),
+        ],
+    )
+
+
+def write_page(run: Run, directory, found: dict) -> None:
+    """report.html, with everything in it."""
+    parts = [
+        page.heading('Reconstruction'),
+        _reconstruction_table(run, found['reconstruction']),
+        page.picture(directory / 'reconstructions.png', 'Images of the split, and what each level makes of them'),
+        page.heading('Likelihood'),
+        _likelihood_table(found['likelihood']),
+        page.heading('Samples'),
+        *_samples(directory, found['samples']),
+    ]
+    if 'cas' in found:
+        parts += [page.heading('Classification Accuracy Score'), *_cas(found['cas'])]
+    parts += [
+        page.heading('Training'),
+        page.picture(directory / 'curves.png', 'Learning curves', plot=True),
+        page.table(('stage', 'time'), [(k, format_duration(v)) for k, v in found['seconds'].items()]),
+        page.heading('Protocol'),
+        page.table(('', ''), [(k, _plain(v)) for k, v in found['protocol'].items()]),
+    ]
+    provenance.write_bytes(directory / 'report.html', page.page(f'{run.config.name}: report', parts).encode())
+
+
+def _plain(value) -> str:
+    return '; '.join(f'{k}: {v}' for k, v in value.items()) if isinstance(value, dict) else str(value)
+
+
+def _number(value) -> str:
+    return f'{value:.4g}' if isinstance(value, float) else str(value)
+
+
+def _reconstruction_table(run: Run, found: dict) -> str:
+    rows = [(f'{name} only', found['levels'][name]['without_finer_levels']) for name in reversed(run.levels[1:])]
+    rows += [('all levels', found), ('all levels, training images', found['train'])]
+    shown = [key for key in _LABELS if key in found.get('quality', {})]
+    header = ('', 'PSNR, dB', 'MSE in [-1, 1]', 'MSE in [0, 1]', 'SSIM', *(_LABELS[key] for key in shown))
+    cells = [
+        (name, f'{e["psnr"]:.2f}', *(_number(e.get(k, '')) for k in ('mse_11', 'mse_01', 'ssim')))
+        + tuple(_number(e.get('quality', {}).get(key, '')) for key in shown)
+        for name, e in rows
+    ]
+    codes = [
+        (name, 'x'.join(map(str, level['codes'])), f'{level["used"]:.0%}', f'{level["perplexity"]:.1f}')
+        for name, level in reversed(found['levels'].items())
+    ]
+    smaller = f'{found["bits_per_image"]:.0f} bits an image, {found["compression_ratio"]:.1f} times smaller'
+    warning = found.get('quality', {}).get('warning')
+    parts = [page.table(header, cells), page.note(warning) if warning else '']
+    return ''.join(parts) + page.table(('level', 'codes', 'used', 'perplexity'), codes) + page.note(smaller)
+
+
+def _likelihood_table(found: dict) -> str:
+    header = ('prior', 'nats per code', 'on training images', 'entropy', 'entropy by position', 'parameters')
+    keys = ('nll', 'nll_train', 'empirical_entropy', 'positional_entropy')
+    rows = [
+        (name, *(f'{level[key]:.3f}' for key in keys), f'{level["parameters"]:,}')
+        for name, level in reversed(found['levels'].items())
+    ]
+    bits = f'{found["bits_per_image"]:.0f} bits an image, {found["bits_per_subpixel"]:.4f} bits a subpixel'
+    return page.table(header, rows) + page.note(bits)
+
+
+def _samples(directory, found: dict) -> list[str]:
+    parts = []
+    if 'quality' in found:
+        quality = found['quality']
+        shown = [key for key in _LABELS if key in quality]
+        parts.append(page.table([_LABELS[k] for k in shown], [[_number(quality[k]) for k in shown]]))
+        parts.append(page.note(quality.get('warning', '')) if 'warning' in quality else '')
+    parts.append(
+        page.picture(directory / 'samples.png', f'{found["count"]} samples, nothing filtered: one class a row')
+    )
+    if 'intended_class' not in found:
+        return parts
+    rows = [
+        ('real images', f'{found["classifier_accuracy_on_real_images"]:.1%}'),
+        ('samples', f'{found["intended_class"]:.1%}'),
+        (f'the best {found["kept"]:.0%} of each class', f'{found["intended_class_after_rejection"]:.1%}'),
+    ]
+    parts += [page.table(('', 'the classifier sees the class'), rows), page.note(found['note'])]
+    parts.append(page.picture(directory / 'accepted.png', 'After rejection, the best first'))
+    if found['sweep']:
+        parts.append(page.picture(directory / 'rejection.png', 'Keeping less: quality against variety', plot=True))
+        points = found['sweep']
+        keys = [key for key in ('count', 'confidence', *_LABELS) if key in points[0]]
+        rows = [(f'{p["kept"]:.0%}', *(_number(p[key]) for key in keys)) for p in points]
+        parts.append(page.table(('kept', *(_LABELS.get(key, key) for key in keys)), rows))
+    return parts
+
+
+def _cas(found: dict) -> list[str]:
+    keys = [k for k in ('top1', 'top5', 'top1_reconstructed', 'top5_reconstructed') if k in found['real']]
+    rows = [(name, row['count'], *(f'{row[key]:.1%}' for key in keys)) for name, row in found.items()]
+    note = (
+        'Top-1 and top-5 on real held-out images, and on their reconstructions, of classifiers trained on each source.'
+    )
+    return [page.note(note), page.table(('trained on', 'images', *(k.replace('_', ', ') for k in keys)), rows)]
+
+
+def summarize(run: Run, directory, found: dict) -> None:
+    """Prints the report's main numbers."""
+    reconstruction, drawn, split = found['reconstruction'], found['samples'], found['protocol']['split']
+    print(f'\n{run.config.name}: {found["protocol"]["counts"][split]} {split} images')
+    ssim = f', SSIM {reconstruction["ssim"]:.3f}' if 'ssim' in reconstruction else ''
+    print(
+        f'  reconstruction   PSNR {reconstruction["psnr"]:.2f} dB{ssim}, '
+        f'{reconstruction["compression_ratio"]:.1f}x smaller'
+    )
+    for name, level in reversed(reconstruction['levels'].items()):
+        likelihood = found['likelihood']['levels'][name]
+        print(
+            f'  {name:<16} {level["used"]:.0%} of the codebook used, perplexity {level["perplexity"]:.1f}; '
+            f'prior {likelihood["nll"]:.3f} nats per code (entropy {likelihood["empirical_entropy"]:.3f}, '
+            f'by position {likelihood["positional_entropy"]:.3f})'
+        )
+    if 'quality' in drawn:
+        for name, quality in (
+            ('reconstructions', reconstruction['quality']),
+            ('samples', drawn['quality']),
+        ):
+            numbers = ', '.join(f'{label} {_number(quality[k])}' for k, label in _LABELS.items() if k in quality)
+            print(f'  {name:<16} {numbers}')
+    if 'intended_class' in drawn:
+        print(
+            f'  classifier       {drawn["classifier_accuracy_on_real_images"]:.1%} right on real images; '
+            f'{drawn["count"]} samples show their class {drawn["intended_class"]:.1%} of the time, '
+            f'{drawn["intended_class_after_rejection"]:.1%} after rejection (kept {drawn["kept"]:.0%})'
+        )
+    if 'cas' in found:
+        rows = ', '.join(f'{name} {row["top1"]:.1%}' for name, row in found['cas'].items())
+        print(f'  trained on       {rows} (accuracy on real images)')
+    times = ', '.join(f'{name} {format_duration(seconds)}' for name, seconds in found['seconds'].items())
+    print(f'  time             {times}; {format_duration(sum(found["seconds"].values()))} in all')
+    if found['skipped_files']:
+        print(f'  skipped          {found["skipped_files"]} unreadable files, listed in {run.path(workdir.SKIPPED)}')
+    print(f'\nreport: {directory / "report.html"} (and report.json)', flush=True)

@@ -1,0 +1,164 @@
+"""Inception-v3 as FID and the Inception Score use it: TensorFlow's graph of 2015-12-05 (Heusel et al. 2017).
+
+It differs from the published network and from torchvision's in three points: the average pools do not count their
+padding, the last block pools by maximum, and batch norm has an epsilon of 1e-3. Batch norm is folded into the
+convolutions (`from_state_dict`), as the network is never trained here. Layers are named as in pytorch-fid's state dict.
+
+Glossary of shapes: B batch, H W images of any size, h w feature maps.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SIZE = 299
+FEATURES = 2048
+_EPSILON = 1e-3
+
+
+class Inception(nn.Module):
+    """Images to the 2048 features of the last pool, and to logits where `classes` is not 0."""
+
+    classes: int = 0  # 1008 in the original
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
+        """uint8 [B, H, W, 3] -> {'features': float32 [B, 2048], 'logits': float32 [B, classes]}."""
+        x = preprocess(images)  # [B, 299, 299, 3]
+        x = self._conv(x, 'Conv2d_1a_3x3', 32, 3, stride=2)
+        x = self._conv(x, 'Conv2d_2a_3x3', 32, 3, padding='VALID')
+        x = self._conv(x, 'Conv2d_2b_3x3', 64, 3)
+        x = self._conv(_shrink(x), 'Conv2d_3b_1x1', 80, 1)
+        x = self._conv(x, 'Conv2d_4a_3x3', 192, 3, padding='VALID')
+        x = _shrink(x)  # [B, 35, 35, 192]
+        for name, pooled in (('Mixed_5b', 32), ('Mixed_5c', 64), ('Mixed_5d', 64)):
+            x = self._block_35(x, name, pooled)
+        x = self._to_17(x, 'Mixed_6a')
+        for name, width in (('Mixed_6b', 128), ('Mixed_6c', 160), ('Mixed_6d', 160), ('Mixed_6e', 192)):
+            x = self._block_17(x, name, width)
+        x = self._to_8(x, 'Mixed_7a')
+        x = self._block_8(x, 'Mixed_7b', _mean)
+        x = self._block_8(x, 'Mixed_7c', functools.partial(nn.max_pool, window_shape=(3, 3), padding='SAME'))
+        found = {'features': x.mean(axis=(1, 2))}
+        if self.classes:
+            # The score of the paper, and of every implementation that agrees with it, leaves out the bias.
+            found['logits'] = nn.Dense(self.classes, use_bias=False, name='fc')(found['features'])
+        return found
+
+    def _conv(self, x, name, features, kernel, stride=1, padding='SAME'):
+        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+        padding = 'VALID' if stride == 2 else padding
+        return nn.relu(nn.Conv(features, kernel, stride, padding=padding, name=name)(x))
+
+    def _chain(self, x, block, *layers):
+        # layers: (name, features, kernel[, stride])
+        for name, *shape in layers:
+            x = self._conv(x, f'{block}.{name}', *shape)
+        return x
+
+    def _block_35(self, x, block, pooled):
+        branches = [
+            self._chain(x, block, ('branch1x1', 64, 1)),
+            self._chain(x, block, ('branch5x5_1', 48, 1), ('branch5x5_2', 64, 5)),
+            self._chain(x, block, ('branch3x3dbl_1', 64, 1), ('branch3x3dbl_2', 96, 3), ('branch3x3dbl_3', 96, 3)),
+            self._chain(_mean(x), block, ('branch_pool', pooled, 1)),
+        ]
+        return jnp.concatenate(branches, axis=-1)
+
+    def _to_17(self, x, block):
+        double = ('branch3x3dbl_1', 64, 1), ('branch3x3dbl_2', 96, 3), ('branch3x3dbl_3', 96, 3, 2)
+        branches = self._chain(x, block, ('branch3x3', 384, 3, 2)), self._chain(x, block, *double), _shrink(x)
+        return jnp.concatenate(branches, axis=-1)
+
+    def _block_17(self, x, block, width):
+        across, down = (1, 7), (7, 1)
+        single = ('branch7x7_1', width, 1), ('branch7x7_2', width, across), ('branch7x7_3', 192, down)
+        double = (
+            ('branch7x7dbl_1', width, 1),
+            ('branch7x7dbl_2', width, down),
+            ('branch7x7dbl_3', width, across),
+            ('branch7x7dbl_4', width, down),
+            ('branch7x7dbl_5', 192, across),
+        )
+        branches = [
+            self._chain(x, block, ('branch1x1', 192, 1)),
+            self._chain(x, block, *single),
+            self._chain(x, block, *double),
+            self._chain(_mean(x), block, ('branch_pool', 192, 1)),
+        ]
+        return jnp.concatenate(branches, axis=-1)
+
+    def _to_8(self, x, block):
+        single = ('branch3x3_1', 192, 1), ('branch3x3_2', 320, 3, 2)
+        wide = (
+            ('branch7x7x3_1', 192, 1),
+            ('branch7x7x3_2', 192, (1, 7)),
+            ('branch7x7x3_3', 192, (7, 1)),
+            ('branch7x7x3_4', 192, 3, 2),
+        )
+        return jnp.concatenate([self._chain(x, block, *single), self._chain(x, block, *wide), _shrink(x)], axis=-1)
+
+    def _block_8(self, x, block, pool):
+        single = self._chain(x, block, ('branch3x3_1', 384, 1))
+        double = self._chain(x, block, ('branch3x3dbl_1', 448, 1), ('branch3x3dbl_2', 384, 3))
+        branches = [
+            self._chain(x, block, ('branch1x1', 320, 1)),
+            self._chain(single, block, ('branch3x3_2a', 384, (1, 3))),
+            self._chain(single, block, ('branch3x3_2b', 384, (3, 1))),
+            self._chain(double, block, ('branch3x3dbl_3a', 384, (1, 3))),
+            self._chain(double, block, ('branch3x3dbl_3b', 384, (3, 1))),
+            self._chain(pool(x), block, ('branch_pool', 192, 1)),
+        ]
+        return jnp.concatenate(branches, axis=-1)
+
+
+def preprocess(images: jax.Array) -> jax.Array:
+    """uint8 [B, H, W, 3] -> float32 [B, 299, 299, 3] in [-1, 1]: bilinear, half-pixel centres, no antialiasing."""
+    shape = (images.shape[0], SIZE, SIZE, images.shape[-1])
+    return jax.image.resize(images.astype(jnp.float32) / 127.5 - 1, shape, 'bilinear', antialias=False)
+
+
+def from_state_dict(state: Mapping[str, np.ndarray]) -> tuple[Inception, dict]:
+    """The network and its parameters from the arrays of pytorch-fid's state dict.
+
+    Args:
+      state: `<layer>.conv.weight` [out, in, h, w] and `<layer>.bn.*` [out] of every layer, and, for the Inception
+        Score, `fc.weight` [1008, 2048].
+
+    Raises:
+      ValueError: an array is missing, or one has another shape.
+    """
+    classes = state['fc.weight'].shape[0] if 'fc.weight' in state else 0
+    network = Inception(classes)
+    images = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.uint8)
+    wanted = jax.eval_shape(network.init, jax.random.key(0), images)['params']
+    params = {}
+    for layer in wanted:
+        try:
+            params[layer] = {'kernel': state['fc.weight'].T} if layer == 'fc' else _fold(state, layer)
+        except KeyError as error:
+            raise ValueError(f'the weights lack {error.args[0]!r}: they are not those of the FID Inception') from error
+        for name, array in params[layer].items():
+            if array.shape != wanted[layer][name].shape:
+                raise ValueError(f'{layer} {name}: shape {array.shape}, where {wanted[layer][name].shape} is expected')
+    return network, params
+
+
+def _fold(state, layer):
+    scale = state[f'{layer}.bn.weight'] / np.sqrt(state[f'{layer}.bn.running_var'] + _EPSILON)
+    return {
+        'kernel': (state[f'{layer}.conv.weight'] * scale[:, None, None, None]).transpose(2, 3, 1, 0),
+        'bias': state[f'{layer}.bn.bias'] - state[f'{layer}.bn.running_mean'] * scale,
+    }
+
+
+def _shrink(x):
+    return nn.max_pool(x, (3, 3), strides=(2, 2))
+
+
+def _mean(x):
+    return nn.avg_pool(x, (3, 3), padding='SAME', count_include_pad=False)
