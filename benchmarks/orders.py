@@ -146,6 +146,11 @@ def main():
     options = parser.parse_args()
     config = load_config(options.config)
     checks.check(config)
+    for level in options.levels:
+        if (decay := config.prior[level].training.decay) != 'constant':
+            parser.error(
+                f'prior.{level}.training.decay is {decay!r}: only under a constant rate may curves stop anywhere'
+            )
     run = Run(config, epath.Path(options.workdir or f'runs/{config.name}').resolve())
     train_vqvae(run)
     extract(run)

@@ -122,7 +122,7 @@ def get_config() -> ConfigDict:
     config.reject.keep = 0.5
 
     config.evaluate = ConfigDict()
-    config.evaluate.reference = 'train'  # as the field does: FID wants many images
+    config.evaluate.reference = 'train'  # FID wants many images
     config.evaluate.cas = True
     config.evaluate.batch_size = 512
     return config

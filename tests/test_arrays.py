@@ -67,6 +67,13 @@ def test_several_files_are_one_pool_and_a_compressed_file_is_as_good(file, tmp_p
         open_images(spec(tmp_path / 'part*.npz', num_classes=2), 'train')
 
 
+def test_a_file_that_was_replaced_is_read_anew(file):
+    before = open_images(spec(file), 'train')[0]['image']
+    arrays = dict(np.load(file))
+    np.savez(file, **{**arrays, 'arr_0': 255 - arrays['arr_0']})
+    np.testing.assert_array_equal(open_images(spec(file), 'train')[0]['image'], 255 - before)
+
+
 def test_the_digest_is_of_pixels_and_labels_wherever_the_file_lies(file, tmp_path):
     arrays = dict(np.load(file))
 

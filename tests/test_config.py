@@ -103,7 +103,7 @@ MISTAKES = [
     ('prior.bottom.training.warmup', 3, "prior.bottom.training has the unknown field 'warmup'"),
     ('classifier.width', (8,), "classifier has the unknown field 'width'; did you mean 'widths'?"),
     ('sample.size', 3, "sample has the unknown field 'size'"),
-    ('reject.share', 3, "reject has the unknown field 'share'; its fields are classifier, keep"),
+    ('reject.share', 3, "reject has the unknown field 'share'; its fields are classifier, keep, threshold"),
     ('prior.middle', {}, "the levels ['bottom', 'middle', 'top'], but vqvae.factors=(2, 2) makes ['bottom', 'top']"),
     ('sample.temperature.middle', 1.0, 'sample.temperature names'),
     ('sample.top_k', {'midle': 3}, 'sample.top_k names'),
@@ -169,6 +169,7 @@ MISTAKES = [
     ('edit.masks', '', "edit has the unknown field 'masks'; did you mean 'mask'?"),
     ('likelihood.split', 'tests', "likelihood.split is 'tests'; there are train, validation, test"),
     ('reject.keep', 0.0, 'reject.keep is 0.0; it is a share in (0, 1]'),
+    ('reject.threshold', 1.5, 'reject.threshold is 1.5; it is a probability'),
 ]
 
 

@@ -15,7 +15,8 @@ from vqvae2_jax.io import state_dict
 from vqvae2_jax.models import imported, inception
 from vqvae2_jax.models.inception import from_state_dict, preprocess
 
-DATA = pathlib.Path(__file__).parents[2] / 'shared' / 'data'
+# The real weights (fid_inception_part*.npz) and the reference's features of 16 images, for whoever has them.
+DATA = pathlib.Path(__file__).parents[1] / 'data'
 
 
 # What pytorch-fid 0.3.0 (torch 2.15) makes of tests/torch_weights.py: its first five features, and all logits.
@@ -103,6 +104,8 @@ def test_weights_of_another_network_are_refused():
     missing = {name: array for name, array in state.items() if name != 'Mixed_7c.branch_pool.bn.bias'}
     with pytest.raises(ValueError, match=r"lack 'Mixed_7c.branch_pool.bn.bias'"):
         from_state_dict(missing)
+    with pytest.raises(ValueError, match="weights of torchvision's Inception-v3, which is another network"):
+        from_state_dict(state | {'AuxLogits.fc.weight': np.zeros((1000, 768), np.float32)})
     with pytest.raises(ValueError, match=r'Conv2d_1a_3x3 kernel: shape \(3, 3, 1, 32\), where \(3, 3, 3, 32\)'):
         from_state_dict(state | {'Conv2d_1a_3x3.conv.weight': state['Conv2d_1a_3x3.conv.weight'][:, :1]})
 
@@ -116,9 +119,12 @@ class TestStateDict:
     def test_refusals(self, tmp_path):
         with pytest.raises(FileNotFoundError, match='there is no file .*nothing'):
             state_dict.read(str(tmp_path / 'nothing.npz'))
-        (tmp_path / 'text.npz').write_text('no arrays')
-        with pytest.raises(ValueError, match=r'text\.npz.* is no \.npz file'):
-            state_dict.read(str(tmp_path / 'text.npz'))
+        np.savez(tmp_path / 'whole.npz', a=np.arange(1000))
+        whole = (tmp_path / 'whole.npz').read_bytes()
+        for name, content in (('text', b'no arrays'), ('empty', b''), ('part', whole[:500])):
+            (tmp_path / f'{name}.npz').write_bytes(content)
+            with pytest.raises(ValueError, match=rf'{name}\.npz.* is no \.npz file'):
+                state_dict.read(str(tmp_path / f'{name}.npz'))
 
     def test_a_pth_file_as_torch_writes_it_and_one_that_would_run_code(self, tmp_path):
         torch = pytest.importorskip('torch')
@@ -148,6 +154,9 @@ class TestStateDict:
             state_dict.fetch(url, hashlib.sha256(b'weights').hexdigest(), path)
             server.shutdown()
         assert path.read_bytes() == b'weights'
-        state_dict.fetch(url, 'not looked at again', path)
+        state_dict.fetch(url, hashlib.sha256(b'weights').hexdigest(), path)  # there already, and right
+        path.write_bytes(b'others')
+        with pytest.raises(ValueError, match=f'{path} has the SHA-256'):
+            state_dict.fetch(url, hashlib.sha256(b'weights').hexdigest(), path)
         with pytest.raises(OSError, match='cannot be fetched .* put it at'):
             state_dict.fetch(url, '0' * 64, path.parent / 'other.npz')

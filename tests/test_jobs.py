@@ -79,6 +79,31 @@ def test_reported_reconstruction(report, images, output):
         np.testing.assert_allclose(found['levels'][name]['perplexity'], math.exp(entropy(codes)), rtol=1e-2)
 
 
+def ssim(a, b):
+    """Wang et al. 2004, of grey images [N, H, W] in [0, 1]."""
+    window = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    window /= window.sum()
+
+    def mean(x):
+        views = np.lib.stride_tricks.sliding_window_view(x, (11, 11), axis=(1, 2))
+        return np.einsum('nhwij,i,j->nhw', views, window, window, optimize=True)
+
+    variances, covariance = [mean(x * x) - mean(x) ** 2 for x in (a, b)], mean(a * b) - mean(a) * mean(b)
+    likeness = (2 * mean(a) * mean(b) + 0.01**2) * (2 * covariance + 0.03**2)
+    return np.mean(likeness / ((mean(a) ** 2 + mean(b) ** 2 + 0.01**2) * (sum(variances) + 0.03**2)))
+
+
+def test_reported_structural_similarity(report, images, output):
+    def seen(x):
+        return (np.clip(np.asarray(x, np.float64), -1, 1)[..., 0] + 1) / 2
+
+    original, found = seen(to_float(images['image'])), report['reconstruction']
+    np.testing.assert_allclose(found['ssim'], ssim(original, seen(output.image)), rtol=1e-3)
+    found = found['levels']['top']['without_finer_levels']['ssim']
+    np.testing.assert_allclose(found, ssim(original, seen(output.previews[0])), rtol=1e-3)
+    assert ssim(original, original) == 1
+
+
 def test_reported_likelihood(finished, report):
     train, test = all_codes(finished, 'train'), all_codes(finished, 'test')
     bits = 0.0

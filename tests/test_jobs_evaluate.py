@@ -56,7 +56,9 @@ def test_quality_is_that_of_all_features_at_once(report, seen, name):
     assert (found['count_real'], found['count']) == (len(real), len(generated))
     distance = frechet_distance(Moments.of(real), Moments.of(generated))
     np.testing.assert_allclose(found['frechet_distance'], distance, rtol=2e-2)  # pixels may round the other way
-    np.testing.assert_allclose((found['precision'], found['recall']), precision_recall(real, generated), atol=0.02)
+    count = min(len(real), len(generated))
+    expected = precision_recall(real[:count], generated[:count])
+    np.testing.assert_allclose((found['precision'], found['recall']), expected, atol=0.05)
     assert '10000' in found['warning'] and 'fid' not in found
 
 
@@ -156,9 +158,16 @@ def test_a_set_is_like_itself_in_any_form(empty_run, inception, images, tmp_path
     assert found['fid'] == pytest.approx(0, abs=1e-4)
     assert (found['precision'], found['recall']) == (1, 1)
     assert found['inception_score'] >= 1 and found['count'] == found['count_real'] == 12
+    for part in range(3):
+        np.savez(tmp_path / f'part{part}.npz', arr_0=images[4 * part : 4 * part + 4])
+    parts = compare(empty_run, inception, tmp_path / 'part*.npz', tmp_path / 'images.npz')
+    assert parts['fid'] == pytest.approx(0, abs=1e-4) and parts['count_real'] == 12
     other = compare(empty_run, inception, 'test', tmp_path / 'images.npz')
     assert other['fid'] > 1 and other['count_real'] == len(empty_run.images('test'))
     assert empty_run.path('comparison', 'report.html').exists()
+    with pytest.raises(JobError, match='compared by --job=evaluate, not by pipeline'):
+        run_job(empty_run, 'pipeline')
+    assert not empty_run.path('vqvae').exists()
 
 
 def test_sets_without_a_number(empty_run, inception, images, tmp_path):
@@ -189,6 +198,19 @@ def test_sets_without_a_number(empty_run, inception, images, tmp_path):
         compare(empty_run, str(tmp_path / 'missing.npz'), good, good)
 
 
+def test_a_number_that_cannot_be_had_does_not_cost_the_report(run):
+    run.config.sample.count = 2
+    run.config.evaluate.cas = False
+    for job in ('samples', 'rejection', 'report'):
+        run.path(job).rmtree()
+    for job in ('sample', 'reject', 'evaluate'):
+        run_job(run, job)
+    found = read_json(run.path('report', 'report.json'))
+    assert found['samples']['quality'] == {'missing': 'sets of 2 and 2 images: more than 3 of each are needed'}
+    assert found['samples']['sweep'] == [] and 'fid' not in found['reconstruction']['quality']
+    assert 'No comparison: sets of 2 and 2 images' in run.path('report', 'report.html').read_text()
+
+
 def test_an_imported_classifier_judges(run, tmp_path):
     np.savez(tmp_path / 'resnet.npz', **torch_weights.resnet50_state(classes=10))
     run.config.reject.classifier = str(tmp_path / 'resnet.npz')
@@ -199,6 +221,17 @@ def test_an_imported_classifier_judges(run, tmp_path):
     assert not np.allclose(samples.read_npz(run.path('rejection', 'scores.npz'))['score'], before['score'])
     np.savez(tmp_path / 'resnet.npz', **torch_weights.resnet50_state(classes=9))
     with pytest.raises(JobError, match=r'knows 9 classes, but data\.num_classes=10'):
+        run_job(run, 'reject')
+
+
+def test_a_threshold_keeps_those_above_and_says_when_there_are_none(run):
+    scores = samples.read_npz(run.path('rejection', 'scores.npz'))
+    run.config.reject.update(keep=1.0, threshold=float(np.median(scores['score'])))
+    run_job(run, 'reject')
+    accepted = samples.read_npz(run.path('rejection', 'accepted.npz'))
+    np.testing.assert_array_equal(accepted['index'], scores['index'][scores['score'] >= run.config.reject.threshold])
+    run.config.reject.threshold = 0.999
+    with pytest.raises(JobError, match=r'reject.threshold=0.999 keeps no sample: the best one scores 0\.'):
         run_job(run, 'reject')
 
 

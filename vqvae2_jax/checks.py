@@ -154,7 +154,7 @@ def _check_sampling(config, names):
     sample, reject = config.sample, config.reject
     fields = {'sample': ('count', 'batch_size', 'seed', 'labels', 'temperature'), 'reject': ('keep',)}
     fields['codes'] = ('batch_size', 'shard_size')
-    optional = {'sample': ('dtype', *configs.CONTROLS), 'reject': ('classifier',)}
+    optional = {'sample': ('dtype', *configs.CONTROLS), 'reject': ('threshold', 'classifier')}
     for section, required in fields.items():
         configs.check_names(section, config[section], (*required, *optional.get(section, ())), required)
     if sample.get('dtype'):
@@ -174,6 +174,8 @@ def _check_sampling(config, names):
         raise ConfigError(f'sample.labels holds {wrong}, but data.num_classes={classes} {there}')
     if not 0 < reject.keep <= 1:
         raise ConfigError(f'reject.keep is {reject.keep}; it is a share in (0, 1]')
+    if not 0 <= reject.get('threshold', 0.0) <= 1:
+        raise ConfigError(f'reject.threshold is {reject.threshold}; it is a probability')
 
 
 def _check_levels(sample, field, names, required):

@@ -100,7 +100,7 @@ def complete(config: ConfigDict) -> ConfigDict:
                 _fill(config[section], _stage_defaults(section, config[section]))
             _fill(config[section].get('training', ConfigDict()), _defaults(Training))
         if 'reject' in config:
-            _fill(config.reject, {'classifier': ''})
+            _fill(config.reject, {'threshold': 0.0, 'classifier': ''})
         if 'sample' in config:
             _fill(config.sample, {'dtype': '', **{field: {} for field in CONTROLS}})
             for field, default in CONTROLS.items():

@@ -22,9 +22,14 @@ from vqvae2_jax.data.decode import to_channels
 _STORED_HEADER = 30  # bytes of a zip member's own header, before its name
 
 
-@functools.lru_cache(maxsize=64)
 def _pixels(path: str) -> np.ndarray:
     """arr_0 of a file; mapped, not read, unless it is compressed."""
+    state = os.stat(path)
+    return _open(path, state.st_mtime_ns, state.st_size)  # a file that was replaced is another one
+
+
+@functools.lru_cache(maxsize=4096)
+def _open(path: str, *state: int) -> np.ndarray:
     with zipfile.ZipFile(path) as archive, archive.open('arr_0.npy') as member:
         info = archive.getinfo('arr_0.npy')
         version = np.lib.format.read_magic(member)

@@ -169,7 +169,7 @@ class ImageSource:
         image, label = self.pool.read(int(self.positions[index]), self.channels)
         if self.one_size and (image.height, image.width) != tuple(self.image_size):
             raise ValueError(
-                f'{self.where(index)} has {image.height}x{image.width} pixels, {self.where(0)} has '
+                f'{self.where(index)} has {image.height}x{image.width} pixels, {self.pool.where(0)} has '
                 f'{self.image_size[0]}x{self.image_size[1]}: images that are compared must be of one size'
             )
         return {
@@ -222,10 +222,10 @@ def open_all(path: str, spec: ImageSpec, field: str) -> ImageSource:
     Raises:
       ValueError: there are none. FileNotFoundError: no such file or folder. Both name the config's `field`.
     """
-    if not os.path.exists(path):
-        raise FileNotFoundError(f'{field}: there is no file or folder {path!r}.')
     if path.endswith('.npz'):
         pool = ArraysPool(path, num_classes=0, field=field)
+    elif not os.path.exists(path):
+        raise FileNotFoundError(f'{field}: there is no file or folder {path!r}.')
     elif os.path.isfile(path):
         pool = FilesPool(os.path.dirname(path) or '.', [os.path.basename(path)])
     else:
@@ -234,14 +234,18 @@ def open_all(path: str, spec: ImageSpec, field: str) -> ImageSource:
 
 
 def open_as_they_are(path: str, field: str) -> ImageSource:
-    """All images of a folder or of .npz files, in RGB and at their own size, which must be one.
+    """All images of a folder or of .npz files, in RGB and at their own size, which must be one; shuffled.
+
+    Some metrics look at the first of them, or at stretches: in the order of names these would be of few classes. The
+    order is the same every time.
 
     Raises:
       ValueError, FileNotFoundError: as `open_all`; reading an image of another size than the first raises ValueError.
     """
     source = open_all(path, ImageSpec('folder', path, channels=3), field)
     first, _ = source.pool.read(0, 3)
-    return dataclasses.replace(source, image_size=(first.height, first.width), one_size=True)
+    order = np.random.RandomState(0).permutation(len(source.pool))
+    return dataclasses.replace(source, positions=order, image_size=(first.height, first.width), one_size=True)
 
 
 def random_split(

@@ -2,10 +2,11 @@
 
 import glob
 import hashlib
+import http.client
 import os
 import pickle
-import urllib.error
 import urllib.request
+import zipfile
 
 import numpy as np
 from etils import epath
@@ -35,31 +36,35 @@ def read(pattern: str) -> dict[str, np.ndarray]:
 
 
 def fetch(url: str, sha256: str, path: epath.Path) -> None:
-    """Downloads a file to `path`, unless it is there; its SHA-256 is checked before it appears.
+    """Downloads a file to `path`, unless it is there; its SHA-256 is checked either way, before it appears.
 
     Raises:
       OSError: no network; the message says where to put the file by hand.
       ValueError: other bytes than expected.
     """
-    if path.exists():
-        return
     by_hand = f'Download {url} on another machine and put it at {path}.'
+    there = path.exists()
     try:
-        with urllib.request.urlopen(url, timeout=60) as response:
-            data = response.read()
-    except (urllib.error.URLError, OSError) as error:
+        data = path.read_bytes() if there else _download(url)
+    except (OSError, http.client.HTTPException) as error:
         raise OSError(f'{url} cannot be fetched ({error}). {by_hand}') from error
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
-        raise ValueError(f'{url} has the SHA-256 {found}, not {sha256}. {by_hand}')
-    provenance.write_bytes(path, data)
+        raise ValueError(f'{path if there else url} has the SHA-256 {found}, not {sha256}. {by_hand}')
+    if not there:
+        provenance.write_bytes(path, data)
+
+
+def _download(url):
+    with urllib.request.urlopen(url, timeout=60) as response:
+        return response.read()
 
 
 def _read_npz(path):
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (ValueError, OSError, AttributeError) as error:
+    except (ValueError, OSError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f'{path!r} is no .npz file of arrays ({error})') from error
 
 

@@ -18,6 +18,7 @@ from vqvae2_jax import parallel
 from vqvae2_jax.data.images import ImageSpec, open_images
 from vqvae2_jax.data.loader import eval_batches
 from vqvae2_jax.io import provenance
+from vqvae2_jax.io.interrupt import stop_signals
 from vqvae2_jax.jobs import codes, features, sample, samples, stages, workdir
 from vqvae2_jax.jobs.workdir import JobError, Run
 from vqvae2_jax.metrics.classification import per_class_accuracy, top_k_accuracy
@@ -46,31 +47,35 @@ def reconstruct(run: Run) -> None:
         'count': len(source),
         'batch_size': size,
         'split': 'train',
-        'upstream': {'vqvae': workdir.vqvae_record(run)['digest'], 'codes': codes.current_codes_digest(run)},
+        'upstream': _origin(run),
         'version': provenance.package_version(),
     }
-    started = directory / 'meta.json'
-    if started.exists():
-        remedy = f'Delete {directory} to make them anew.'
-        workdir.check_same(str(directory), provenance.read_json(started), meta, remedy)
-    provenance.write_json(started, meta)
+    if (directory / 'meta.json').exists():
+        before, remedy = samples.read_meta(directory), f'Delete {directory} to make them anew.'
+        workdir.check_digests(str(directory), before['upstream'], meta['upstream'], remedy)
+        workdir.check_same(str(directory), {'batch_size': before['batch_size']}, {'batch_size': size}, remedy)
+    provenance.write_json(directory / 'meta.json', meta)
     model, variables = configs.make_vqvae(run.config), workdir.load_vqvae(run).on_devices()
     decode = jax.jit(lambda codes: to_uint8(model.apply(variables, codes, method='decode')))
     keys = [f'codes_{level}' for level in range(len(run.levels))]
-    for start, stop in samples.shard_ranges(len(source), size):
-        path = samples.shard_path(directory, start, stop)
-        if path.exists():
-            continue
-        batch = next(eval_batches(source, batch_size=size, start=start, stop=stop))
-        images = np.asarray(decode(tuple(parallel.put_batch({key: batch[key] for key in keys}).values())))
-        arrays = {'arr_0': images, 'label': batch['label'], 'index': batch['index']}
-        samples.write_npz(path, {name: array[: stop - start] for name, array in arrays.items()})
+    ranges = samples.shard_ranges(len(source), size)
+    done = 0
+    while done < len(ranges) and samples.shard_path(directory, *ranges[done]).exists():
+        done += 1
+    batches = eval_batches(source, batch_size=size, start=min(done * size, len(source)))
+    with stop_signals() as stopped:
+        for (start, stop), batch in zip(ranges[done:], batches, strict=True):
+            images = np.asarray(decode(tuple(parallel.put_batch({key: batch[key] for key in keys}).values())))
+            arrays = {'arr_0': images, 'label': batch['label'], 'index': batch['index']}
+            arrays = {name: array[: stop - start] for name, array in arrays.items()}
+            samples.write_npz(samples.shard_path(directory, start, stop), arrays)
+            if stopped():
+                break
     print(f'reconstructions: {len(source)} training images in {directory}', flush=True)
 
 
 def _train(run, name, directory):
     """Trains cas/<name> on the images of a directory."""
-    meta = samples.read_meta(directory)
     samples.shard_paths(directory)  # all are there
     data = run.config.data
     spec = ImageSpec(
@@ -84,22 +89,29 @@ def _train(run, name, directory):
     augment = {'flip': run.config.classifier.flip, 'crop': run.config.classifier.crop}
 
     def images():
-        train, validation = (open_images(spec, split) for split in ('train', 'validation'))
+        try:
+            train, validation = (open_images(spec, split) for split in ('train', 'validation'))
+        except ValueError as error:
+            count, classes = samples.read_meta(directory)['count'], data.num_classes
+            raise JobError(f'CAS: {count} {name} of {classes} classes are too few to train on ({error})') from error
         return stages.image_data(run, 'classifier', train, validation, **augment)
 
-    make, upstream = functools.partial(stages.classifier_stage, run), {name: provenance.digest_json(meta)}
+    make, upstream = functools.partial(stages.classifier_stage, run), {name: samples.digest(directory)}
     stages.train_stage(run, 'classifier', f'{DIRECTORY}/{name}', make, images, upstream)
+
+
+def _origin(run):
+    return {'vqvae': workdir.vqvae_record(run)['digest'], 'codes': codes.current_codes_digest(run)}
 
 
 def check_upstreams(run: Run) -> None:
     """Refuses when the classifiers were trained on other images than those there now."""
-    made = {'vqvae': workdir.vqvae_record(run)['digest'], 'codes': codes.current_codes_digest(run)}
     directory = run.path(RECONSTRUCTIONS)
     remedy = f'Delete {directory} and run --job=cas again.'
-    workdir.check_digests('the reconstructions', samples.read_meta(directory)['upstream'], made, remedy)
+    workdir.check_digests('the reconstructions', samples.read_meta(directory)['upstream'], _origin(run), remedy)
     for name, source in SOURCES.items():
         trained = workdir.trained_record(run, f'{DIRECTORY}/{name}', 'cas')
-        current = {name: provenance.digest_json(samples.read_meta(run.path(source)))}
+        current = {name: samples.digest(run.path(source))}
         remedy = f'Delete {run.path(DIRECTORY, name)} and run --job=cas again.'
         workdir.check_digests(f'the classifier of {name}', trained['upstream'], current, remedy)
 

@@ -1,11 +1,11 @@
 """--job=evaluate with evaluate.real and evaluate.generated: FID and its kin of any two sets of images."""
 
 import datetime
+import hashlib
 
 import jax
 
 from vqvae2_jax import config as configs
-from vqvae2_jax.data.decode import UnreadableImage
 from vqvae2_jax.data.images import SPLITS, ImageSource, open_as_they_are
 from vqvae2_jax.data.loader import eval_batches
 from vqvae2_jax.io import page, provenance
@@ -21,12 +21,13 @@ def compare_sets(run: Run) -> None:
     sources = {name: _open(run, options[name], f'evaluate.{name}') for name in ('real', 'generated')}
     network = features.load_inception(options.inception, options.batch_size)
     try:
-        seen = {name: _look(network, source, options.batch_size) for name, source in sources.items()}
-        numbers = quality.compare(network, seen['real'], seen['generated'])
-    except (ValueError, UnreadableImage) as error:
+        seen = {name: _look(run, network, source) for name, source in sources.items()}
+        digests = {name: digest for name, (_, digest) in seen.items()}
+        numbers = quality.compare(network, seen['real'][0], seen['generated'][0])
+    except ValueError as error:
         raise JobError(f'evaluate: {error}') from error
     sets = {
-        name: {'images': options[name], 'size': list(source.image_size), 'digest': source.digest}
+        name: {'images': options[name], 'size': list(source.image_size), 'pixels': digests[name]}
         for name, source in sources.items()
     }
     protocol = {
@@ -44,6 +45,8 @@ def compare_sets(run: Run) -> None:
     provenance.write_bytes(directory / 'report.html', text.encode())
     for name, value in numbers.items():
         print(f'{name:<27} {value:.5g}' if isinstance(value, float) else f'{name:<27} {value}')
+    if 'inception_score' not in numbers:
+        print(f'{"inception_score":<27} {protocol["inception_score"]}')
     print(f'report: {directory / "report.html"}', flush=True)
 
 
@@ -54,6 +57,11 @@ def _open(run: Run, which: str, field: str) -> ImageSource:
         raise JobError(str(error)) from error
 
 
-def _look(network, source, batch_size):
-    batches = eval_batches(source, batch_size=batch_size)
-    return features.observe(network, (batch['image'][batch['mask']] for batch in batches))
+def _look(run, network, source):
+    """What the network sees in a set, and the SHA-256 of its pixels in the order in which they are read."""
+    observed, pixels = features.Observed(network), hashlib.sha256()
+    for batch in eval_batches(source, batch_size=network.batch_size, **run.reading()):
+        images = batch['image'][batch['mask']]
+        pixels.update(images.tobytes())
+        observed.add(images)
+    return observed, pixels.hexdigest()

@@ -44,8 +44,8 @@ def evaluate(run: Run) -> None:
         found['cas'] = cas.measure(run, seen.reconstruct, options.split)
     found |= {'seconds': _seconds(run), 'skipped_files': len(run.skipped())}
     directory = run.path(DIRECTORY)
-    report.draw(run, directory, found)
     provenance.write_json(directory / 'report.json', found)
+    report.draw(run, directory, found)
     report.write_page(run, directory, found)
     report.summarize(run, directory, found)
 
@@ -66,7 +66,7 @@ def check_upstreams(run: Run) -> None:
         if configs.trains_classifier(run.config):
             workdir.check_images(run, 'classifier', workdir.trained_record(run, 'classifier', 'classifier'))
         scores = reject.read_meta(run)
-        current = {'samples': provenance.digest_json(meta), 'classifier': features.judge_digest(run)}
+        current = {'samples': samples.digest(run.path(sample.DIRECTORY)), 'classifier': features.judge_digest(run)}
         workdir.check_digests('the scores', scores['upstream'], current, 'Run --job=reject again.')
         if configs.has_cas(run.config):
             cas.check_upstreams(run)

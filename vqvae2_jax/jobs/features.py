@@ -33,11 +33,15 @@ class Network(NamedTuple):
     Attributes:
       name: 'inception' or 'classifier'.
       protocol: for the report: what it is, how images come to its size, the digest of its weights.
+      classes: of the logits; 0: it has none.
+      batch_size: images that it looks at at once.
       embed: uint8 [N, H, W, C], any N -> {'features': float32 [N, D], 'logits': float32 [N, S] where it has them}.
     """
 
     name: str
     protocol: dict[str, str]
+    classes: int
+    batch_size: int
     embed: Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
@@ -65,7 +69,7 @@ def load_inception(path: str, batch_size: int) -> Network:
         'weights': provenance.digest_arrays(params),
     }
     apply = functools.partial(_in_colour, model)
-    return Network('inception', protocol, in_batches(apply, params, batch_size))
+    return Network('inception', protocol, model.classes, batch_size, in_batches(apply, params, batch_size))
 
 
 def load_judge(run: Run) -> Network:
@@ -91,8 +95,8 @@ def load_judge(run: Run) -> Network:
         'resize': f'bilinear with antialiasing to {imported.SIZE} pixels, from uint8',
         'weights': provenance.digest_arrays(params),
     }
-    apply = functools.partial(_in_colour, model)
-    return Network('classifier', protocol, in_batches(apply, params, run.config.sample.batch_size))
+    apply, size = functools.partial(_in_colour, model), run.config.sample.batch_size
+    return Network('classifier', protocol, model.num_classes, size, in_batches(apply, params, size))
 
 
 def judge_digest(run: Run) -> str:
@@ -114,7 +118,8 @@ def _own_classifier(run: Run) -> Network:
         'resize': 'none',
         'weights': trained.digest,
     }
-    return Network('classifier', protocol, classify(run, trained))
+    classes, size = run.config.data.num_classes, run.config.sample.batch_size
+    return Network('classifier', protocol, classes, size, classify(run, trained))
 
 
 def classify(run: Run, trained) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
@@ -152,31 +157,46 @@ class Observed:
 
     Attributes:
       moments: of the features of all images.
-      features: float32 [n, D] of the first `keep` images; logits: float32 [n, S] of the same, None without.
+      features: float32 [n, D] of the first `KEPT` images; logits: float32 [n, S] of the same, where there are any.
     """
 
-    def __init__(self, network: Network, keep: int = KEPT):
-        self._network, self._keep, self._held, self._waiting, self._count = network, keep, [], [], 0
-        self._moments = None
+    def __init__(self, network: Network):
+        self._network, self._images, self._seen, self._kept = network, [], [], []
+        self._count, self._moments = 0, None
 
     def add(self, images: np.ndarray) -> None:
-        """Looks at uint8 images [N, H, W, C], N at least 1."""
-        seen = self._network.embed(images)
-        if self._count < self._keep:
-            self._held.append({name: array[: self._keep - self._count] for name, array in seen.items()})
+        """Takes uint8 images [N, H, W, C]; the network looks at as many at once as it is compiled for."""
+        self._images.append(images)
         self._count += len(images)
-        self._waiting.append(seen['features'])
-        if sum(map(len, self._waiting)) >= _CHUNK:
+        waiting = sum(map(len, self._images))
+        if waiting >= self._network.batch_size:
+            images = np.concatenate(self._images)
+            whole = waiting - waiting % self._network.batch_size
+            self._look(images[:whole])
+            self._images = [images[whole:]]
+
+    def _look(self, images):
+        seen = self._network.embed(images)
+        room = KEPT - sum(len(kept['features']) for kept in self._kept)
+        if room > 0:
+            self._kept.append({name: array[:room] for name, array in seen.items()})
+        self._seen.append(seen['features'])
+        if sum(map(len, self._seen)) >= _CHUNK:
             self._summarize()
 
     def _summarize(self):
-        moments = Moments.of(np.concatenate(self._waiting))
-        self._moments = moments if self._moments is None else self._moments + moments
-        self._waiting = []
+        moments = Moments.of(np.concatenate(self._seen))
+        self._moments, self._seen = moments if self._moments is None else self._moments + moments, []
+
+    def _finish(self):
+        images, self._images = self._images, []
+        if sum(map(len, images)):
+            self._look(np.concatenate(images))
 
     @property
     def moments(self) -> Moments:
-        if self._waiting:
+        self._finish()
+        if self._seen:
             self._summarize()
         return self._moments
 
@@ -185,13 +205,14 @@ class Observed:
         return self._all()['features']
 
     @property
-    def logits(self) -> np.ndarray | None:
-        return self._all().get('logits')
+    def logits(self) -> np.ndarray:
+        return self._all()['logits']
 
     def _all(self):
-        if len(self._held) > 1:
-            self._held = [{name: np.concatenate([held[name] for held in self._held]) for name in self._held[0]}]
-        return self._held[0]
+        self._finish()
+        if len(self._kept) > 1:
+            self._kept = [{name: np.concatenate([kept[name] for kept in self._kept]) for name in self._kept[0]}]
+        return self._kept[0]
 
     def __len__(self) -> int:
         return self._count

@@ -58,16 +58,24 @@ def look(run: Run, network: Network | None) -> Seen:
     reference = run.images(options.reference or options.split)
     for batch in eval_batches(reference, batch_size=batch_size, **run.reading()):
         images = batch['image'][batch['mask']]
-        if not len(images):
+        if not len(images):  # none could be read
             continue
         real.add(images)
         for observed, row in zip(reconstructed, reconstruct(images), strict=True):
             observed.add(row)
-    *coarser, whole = (quality.compare(network, real, observed) for observed in reconstructed)
+    *coarser, whole = (_compare(network, real, observed) for observed in reconstructed)
     found['quality'] = whole
     for name, numbers in zip(reversed(run.levels[1:]), coarser, strict=True):
         found['levels'][name]['without_finer_levels']['quality'] = numbers
     return Seen(found, real, by_all_levels)
+
+
+def _compare(network, real, generated) -> dict:
+    """The numbers, or why there are none: the rest of a report is worth having without them."""
+    try:
+        return quality.compare(network, real, generated)
+    except ValueError as error:
+        return {'missing': str(error)}
 
 
 def _reconstruction(run: Run, stage, trained, split) -> dict:
@@ -162,12 +170,12 @@ def drawn(run: Run, network: Network | None, real: Observed | None, judge: Netwo
         generated = Observed(network)
         for path in paths:
             generated.add(samples.read_npz(path)['arr_0'])
-        found['quality'] = quality.compare(network, real, generated)
+        found['quality'] = _compare(network, real, generated)
     if judge is None:
         return found
     options = configs.options(run.config, 'evaluate')
     scores = samples.read_npz(run.path(reject.DIRECTORY, 'scores.npz'))
-    accepted = samples.read_npz(run.path(reject.DIRECTORY, 'accepted.npz'))
+    accepted, rejection = samples.read_npz(run.path(reject.DIRECTORY, 'accepted.npz')), reject.read_meta(run)
     kept = scores['predicted'][np.searchsorted(scores['index'], accepted['index'])]
     names = run.images(options.split).class_names
     each = per_class_accuracy(scores['predicted'], scores['label'], run.config.data.num_classes)
@@ -175,7 +183,9 @@ def drawn(run: Run, network: Network | None, real: Observed | None, judge: Netwo
         'classifier_accuracy_on_real_images': _accuracy_on_real(run, judge, options.split),
         'intended_class': accuracy(scores['predicted'], scores['label']),
         'intended_class_after_rejection': accuracy(kept, accepted['label']),
-        'kept': reject.read_meta(run)['keep'],
+        'kept': rejection['keep'],
+        'threshold': rejection['threshold'],
+        'accepted': len(accepted['index']),
         'note': 'the classifier that rejects is the one that judges: the number after rejection is optimistic',
         'intended_class_by_class': dict(zip(names, each, strict=True)),
         'sweep': quality.sweep(network, real, generated, scores['score'], scores['label'], options.sweep),

@@ -29,6 +29,9 @@ def run_job(run: Run, job: str, level: str | None = None) -> None:
         raise JobError(f'--level belongs to --job=prior, not to --job={job}')
     if level is not None and level not in run.levels:
         raise JobError(f'--level={level}: the levels of this config are {", ".join(reversed(run.levels))}')
+    sets = configs.options(run.config, 'evaluate')
+    if sets.real and job != 'evaluate':
+        raise JobError(f'evaluate.real={sets.real!r}: two sets of images are compared by --job=evaluate, not by {job}')
     for name, work in _plan(run, job, level):
         begin = time.monotonic()
         work()

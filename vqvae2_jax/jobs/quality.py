@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vqvae2_jax.jobs.features import Network, Observed
+from vqvae2_jax.jobs.features import KEPT, Network, Observed
 from vqvae2_jax.metrics.frechet import Moments, frechet_distance
 from vqvae2_jax.metrics.inception_score import SPLITS, inception_score
 from vqvae2_jax.metrics.kernel import SUBSET_SIZE, SUBSETS, kernel_distance
@@ -19,30 +19,41 @@ _NAMES = {
 
 def protocol(network: Network) -> dict:
     """How every number of this file was computed."""
+    score = f'{SPLITS} splits, logits without bias'
+    if network.name != 'inception':
+        score = 'not computed: it needs the Inception network'
+    elif not network.classes:
+        score = 'not computed: the weights have no classification head'
     return {
         **network.protocol,
         'covariances': 'float64, over N - 1',
         'kernel': f'cubic, mean and deviation over {SUBSETS} subsets of up to {SUBSET_SIZE} images of each set',
-        'precision_recall': f'k = {NEIGHBOURS}, squared Euclidean distances, in the features of the same network',
-        'inception_score': f'{SPLITS} splits, logits without bias',
+        'precision_recall': f'k = {NEIGHBOURS}, in the features of the same network, of as many images of both sets',
+        'images': f'FID: all; kernel, precision, recall, scores: the first {KEPT} of a set',
+        'inception_score': score,
     }
 
 
 def compare(network: Network, real: Observed, generated: Observed) -> dict:
-    """The numbers of `generated`, by name; the Inception Score where the network's weights have the head for it."""
+    """The numbers of `generated`, by name; the Inception Score where the network's weights have the head for it.
+
+    Raises:
+      ValueError: there are none: too few images, all alike, or features that are not finite.
+    """
     names = _NAMES[network.name]
     kernel, deviation = kernel_distance(real.features, generated.features)
-    precision, recall = precision_recall(real.features, generated.features)
+    precision, recall = _precision_recall(real.features, generated.features)
     found = {
         'count_real': len(real),
         'count': len(generated),
         names['frechet']: frechet_distance(real.moments, generated.moments),
         names['kernel']: kernel,
-        f'{names["kernel"]}_deviation': deviation,
         'precision': precision,
         'recall': recall,
     }
-    if network.name == 'inception' and generated.logits is not None and len(generated) >= SPLITS:
+    if deviation is not None:
+        found[f'{names["kernel"]}_deviation'] = deviation
+    if network.name == 'inception' and network.classes and len(generated) >= SPLITS:
         found['inception_score'], found['inception_score_deviation'] = inception_score(generated.logits)
     if min(len(real), len(generated)) < FEW:
         found['warning'] = (
@@ -60,25 +71,31 @@ def sweep(network: Network, real: Observed, generated: Observed, scores, labels,
       shares: each in (0, 1].
 
     Returns:
-      For each share: how many images it keeps, and what they are like.
+      For each share that leaves enough images for a number: how many it keeps, and what they are like. The fewer they
+      are, the higher a distance: a curve that falls nonetheless says so the louder.
     """
     name, points = _NAMES[network.name]['frechet'], []
     for share in sorted(shares, reverse=True):
         kept = keep_best(scores, labels, share)
-        kept = kept[kept < len(generated.features)]
-        if len(kept) <= NEIGHBOURS:
+        features = generated.features[kept[kept < KEPT]]
+        if len(features) <= NEIGHBOURS:
             continue
-        features = generated.features[kept]
-        precision, recall = precision_recall(real.features, features)
+        precision, recall = _precision_recall(real.features, features)
         point = {
             'kept': share,
-            'count': len(kept),
+            'count': len(features),
             'confidence': float(np.mean(scores[kept])),
             name: frechet_distance(real.moments, Moments.of(features)),
             'precision': precision,
             'recall': recall,
         }
-        if network.name == 'inception' and generated.logits is not None and len(kept) >= SPLITS:
-            point['inception_score'] = inception_score(generated.logits[kept])[0]
+        if network.name == 'inception' and network.classes and len(features) >= SPLITS:
+            point['inception_score'] = inception_score(generated.logits[kept[kept < KEPT]])[0]
         points.append(point)
     return points
+
+
+def _precision_recall(real, generated):
+    """Of sets of one size, as the numbers depend on it."""
+    count = min(len(real), len(generated))
+    return precision_recall(real[:count], generated[:count])

@@ -17,11 +17,13 @@ def reject(run: Run) -> None:
     """Writes rejection/scores.npz, accepted.npz and accepted.png."""
     source, directory = run.path(SAMPLES), run.path(DIRECTORY)
     judge, meta = features.load_judge(run), samples.read_meta(source)
+    keep, threshold = run.config.reject.keep, run.config.reject.get('threshold', 0.0)
     record = {
         'schema': 1,
-        'keep': run.config.reject.keep,
+        'keep': keep,
+        'threshold': threshold,
         'count': meta['count'],
-        'upstream': {'classifier': judge.protocol['weights'], 'samples': provenance.digest_json(meta)},
+        'upstream': {'classifier': judge.protocol['weights'], 'samples': samples.digest(source)},
         'version': provenance.package_version(),
     }
     if (directory / 'meta.json').exists() and provenance.read_json(directory / 'meta.json') == record:
@@ -29,7 +31,10 @@ def reject(run: Run) -> None:
         return
     (directory / 'meta.json').unlink(missing_ok=True)  # until the files below belong together again
     scored = _score(judge, source)
-    kept = keep_best(scored['score'], scored['label'], run.config.reject.keep)
+    kept = keep_best(scored['score'], scored['label'], keep, threshold)
+    if not len(kept):
+        best = scored['score'].max()
+        raise workdir.JobError(f'reject.threshold={threshold} keeps no sample: the best one scores {best:.4g}')
     accepted = samples.take(source, kept) | {'score': scored['score'][kept]}
     samples.write_npz(directory / 'scores.npz', scored)
     samples.write_npz(directory / 'accepted.npz', accepted)

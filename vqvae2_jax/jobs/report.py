@@ -15,6 +15,7 @@ from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.stages.stage import to_uint8
 
 _COLUMNS = 10
+_MANY_CLASSES = 20  # are not shown one by one
 _LABELS = {  # of numbers that the page shows, in this order
     'fid': 'FID',
     'frechet_distance': 'Fréchet distance',
@@ -72,7 +73,7 @@ def _panel(run, stage_directory, title, metric, ylabel, hlines=None, log_y=False
 
 def _sweep(directory, points: list[dict]) -> None:
     distance = next(name for name in ('fid', 'frechet_distance') if name in points[0])
-    sureness = 'inception_score' if 'inception_score' in points[0] else 'confidence'
+    sureness = 'inception_score' if all('inception_score' in p for p in points) else 'confidence'
     quality = [[p[sureness] for p in points], [p[distance] for p in points]]
     variety = [[p['recall'] for p in points], [p['precision'] for p in points]]
     kept = f'kept {points[0]["kept"]:.0%} to {points[-1]["kept"]:.0%}'
@@ -117,6 +118,11 @@ def _number(value) -> str:
     return f'{value:.4g}' if isinstance(value, float) else str(value)
 
 
+def _caution(quality: dict) -> str:
+    missing = f'No comparison: {quality["missing"]}.' if 'missing' in quality else ''
+    return missing or quality.get('warning', '')
+
+
 def _reconstruction_table(run: Run, found: dict) -> str:
     rows = [(f'{name} only', found['levels'][name]['without_finer_levels']) for name in reversed(run.levels[1:])]
     rows += [('all levels', found), ('all levels, training images', found['train'])]
@@ -132,7 +138,7 @@ def _reconstruction_table(run: Run, found: dict) -> str:
         for name, level in reversed(found['levels'].items())
     ]
     smaller = f'{found["bits_per_image"]:.0f} bits an image, {found["compression_ratio"]:.1f} times smaller'
-    warning = found.get('quality', {}).get('warning')
+    warning = _caution(found.get('quality', {}))
     parts = [page.table(header, cells), page.note(warning) if warning else '']
     return ''.join(parts) + page.table(('level', 'codes', 'used', 'perplexity'), codes) + page.note(smaller)
 
@@ -154,7 +160,7 @@ def _samples(directory, found: dict) -> list[str]:
         quality = found['quality']
         shown = [key for key in _LABELS if key in quality]
         parts.append(page.table([_LABELS[k] for k in shown], [[_number(quality[k]) for k in shown]]))
-        parts.append(page.note(quality.get('warning', '')) if 'warning' in quality else '')
+        parts.append(page.note(_caution(quality)) if _caution(quality) else '')
     parts.append(
         page.picture(directory / 'samples.png', f'{found["count"]} samples, nothing filtered: one class a row')
     )
@@ -163,17 +169,22 @@ def _samples(directory, found: dict) -> list[str]:
     rows = [
         ('real images', f'{found["classifier_accuracy_on_real_images"]:.1%}'),
         ('samples', f'{found["intended_class"]:.1%}'),
-        (f'the best {found["kept"]:.0%} of each class', f'{found["intended_class_after_rejection"]:.1%}'),
+        (f'the {found["accepted"]} accepted: {_accepted(found)}', f'{found["intended_class_after_rejection"]:.1%}'),
     ]
     parts += [page.table(('', 'the classifier sees the class'), rows), page.note(found['note'])]
     parts.append(page.picture(directory / 'accepted.png', 'After rejection, the best first'))
     if found['sweep']:
         parts.append(page.picture(directory / 'rejection.png', 'Keeping less: quality against variety', plot=True))
         points = found['sweep']
-        keys = [key for key in ('count', 'confidence', *_LABELS) if key in points[0]]
+        keys = [key for key in ('count', 'confidence', *_LABELS) if all(key in p for p in points)]
         rows = [(f'{p["kept"]:.0%}', *(_number(p[key]) for key in keys)) for p in points]
         parts.append(page.table(('kept', *(_LABELS.get(key, key) for key in keys)), rows))
     return parts
+
+
+def _accepted(found: dict) -> str:
+    above = f', from {found["threshold"]:g} on' if found['threshold'] else ''
+    return f'the best {found["kept"]:.0%} of each class{above}'
 
 
 def _cas(found: dict) -> list[str]:
@@ -182,7 +193,16 @@ def _cas(found: dict) -> list[str]:
     note = (
         'Top-1 and top-5 on real held-out images, and on their reconstructions, of classifiers trained on each source.'
     )
-    return [page.note(note), page.table(('trained on', 'images', *(k.replace('_', ', ') for k in keys)), rows)]
+    parts = [page.note(note), page.table(('trained on', 'images', *(k.replace('_', ', ') for k in keys)), rows)]
+    classes = found['real']['by_class']
+    if len(classes) <= _MANY_CLASSES:
+        shares = [[row['by_class'][name] for row in found.values()] for name in classes]
+        each = [
+            (name, *('' if share is None else f'{share:.1%}' for share in row))
+            for name, row in zip(classes, shares, strict=True)
+        ]
+        parts.append(page.table(('top-1 of each class', *found), each))
+    return parts
 
 
 def summarize(run: Run, directory, found: dict) -> None:
@@ -207,12 +227,12 @@ def summarize(run: Run, directory, found: dict) -> None:
             ('samples', drawn['quality']),
         ):
             numbers = ', '.join(f'{label} {_number(quality[k])}' for k, label in _LABELS.items() if k in quality)
-            print(f'  {name:<16} {numbers}')
+            print(f'  {name:<16} {numbers or _caution(quality)}')
     if 'intended_class' in drawn:
         print(
             f'  classifier       {drawn["classifier_accuracy_on_real_images"]:.1%} right on real images; '
             f'{drawn["count"]} samples show their class {drawn["intended_class"]:.1%} of the time, '
-            f'{drawn["intended_class_after_rejection"]:.1%} after rejection (kept {drawn["kept"]:.0%})'
+            f'{drawn["intended_class_after_rejection"]:.1%} after rejection ({_accepted(drawn)})'
         )
     if 'cas' in found:
         rows = ', '.join(f'{name} {row["top1"]:.1%}' for name, row in found['cas'].items())

@@ -51,7 +51,8 @@ def shard_paths(directory: epath.Path) -> list[epath.Path]:
     missing = [p.name for p in paths if not p.exists()]
     if missing:
         raise JobError(
-            f'{directory} lacks {len(missing)} of {len(paths)} files, first {missing[0]}: run --job=sample again'
+            f'{directory} lacks {len(missing)} of {len(paths)} files, first {missing[0]}: '
+            f'run --job={_job(directory)} again'
         )
     return paths
 
@@ -68,8 +69,14 @@ def take(directory: epath.Path, index: np.ndarray) -> dict[str, np.ndarray]:
     for shard in np.unique(index // size):
         arrays = read_npz(paths[shard])
         for position in np.flatnonzero(index // size == shard):
-            rows[position] = {name: values[index[position] % size] for name, values in arrays.items()}
+            # Copies: a view would hold the whole file.
+            rows[position] = {name: values[index[position] % size].copy() for name, values in arrays.items()}
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def digest(directory: epath.Path) -> str:
+    """Identifies a set by its meta.json, but for the version of the package; raises as `read_meta`."""
+    return provenance.digest_json({k: v for k, v in read_meta(directory).items() if k != 'version'})
 
 
 def read_meta(directory: epath.Path) -> dict:
@@ -80,5 +87,9 @@ def read_meta(directory: epath.Path) -> dict:
     """
     path = directory / 'meta.json'
     if not path.exists():
-        raise JobError(f'{directory} holds no samples: run --job=sample first')
+        raise JobError(f'{directory} holds no images: run --job={_job(directory)} first')
     return provenance.read_json(path)
+
+
+def _job(directory):
+    return 'cas' if directory.name == 'reconstructions' else 'sample'

@@ -4,6 +4,7 @@ NumPy in, float64 arithmetic, Python floats out. N images, D features (2048 of t
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -55,6 +56,12 @@ class Moments:
             )
         return self.scatter / (self.count - 1)
 
+    @functools.cached_property
+    def root(self) -> np.ndarray:
+        """The symmetric root of the covariance, float64 [D, D]; kept, as one real set is compared with many."""
+        values, vectors = np.linalg.eigh(self.covariance())
+        return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+
 
 def frechet_distance(first: Moments, second: Moments) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), at least 0.
@@ -68,9 +75,7 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     if first.mean.shape != second.mean.shape:
         raise ValueError(f'the sets have {first.mean.shape[0]} and {second.mean.shape[0]} features: of two networks?')
     covariances = first.covariance(), second.covariance()
-    values, vectors = np.linalg.eigh(covariances[0])
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    mixed = np.linalg.eigvalsh(root @ covariances[1] @ root).clip(min=0)
+    mixed = np.linalg.eigvalsh(first.root @ covariances[1] @ first.root).clip(min=0)
     apart = np.square(first.mean - second.mean).sum()
     return max(float(apart + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * np.sqrt(mixed).sum()), 0.0)
 

@@ -17,24 +17,26 @@ def kernel_distance(first, second, subsets: int = SUBSETS, subset_size: int = SU
       seed: of their choice.
 
     Returns:
-      Mean over the subsets, and standard deviation: (float, float). The mean may be slightly negative.
+      Mean over the subsets, and standard deviation: (float, float). The mean may be slightly negative. Where both sets
+      are no larger than a subset there is one comparison, of all, and no deviation: (float, None).
 
     Raises:
       ValueError: shapes that do not fit, too few images, features that are not finite.
     """
-    first, second = (checked_features(features).astype(np.float64) for features in (first, second))
+    first, second = checked_features(first), checked_features(second)
     if first.shape[1] != second.shape[1]:
         raise ValueError(f'the sets have {first.shape[1]} and {second.shape[1]} features: of two networks?')
     size = min(subset_size, len(first), len(second))
     if size < 2:
         raise ValueError(f'sets of {len(first)} and {len(second)} images: KID needs at least 2 of each')
-    generator = np.random.default_rng(seed)
-    found = []
-    for _ in range(subsets):
+    generator, found = np.random.default_rng(seed), []
+    alone = size == len(first) == len(second)
+    for _ in range(1 if alone else subsets):
         x, y = (features[generator.choice(len(features), size, replace=False)] for features in (first, second))
+        x, y = x.astype(np.float64), y.astype(np.float64)
         within = sum((k.sum() - np.trace(k)) / (size * (size - 1)) for k in (_kernel(x, x), _kernel(y, y)))
         found.append(within - 2 * _kernel(x, y).mean())
-    return float(np.mean(found)), float(np.std(found))
+    return float(np.mean(found)), None if alone else float(np.std(found))
 
 
 def _kernel(x, y):

@@ -44,7 +44,8 @@ class BottleneckResNet(nn.Module):
 
     def _conv(self, x, name, features, kernel, stride=1):
         padding = [(kernel // 2, kernel // 2)] * 2
-        return nn.Conv(features, (kernel, kernel), stride, padding=padding, name=name)(x)
+        precision = jax.lax.Precision.HIGHEST
+        return nn.Conv(features, (kernel, kernel), stride, padding=padding, precision=precision, name=name)(x)
 
 
 def preprocess(images: jax.Array) -> jax.Array:

@@ -52,7 +52,9 @@ class Inception(nn.Module):
     def _conv(self, x, name, features, kernel, stride=1, padding='SAME'):
         kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
         padding = 'VALID' if stride == 2 else padding
-        return nn.relu(nn.Conv(features, kernel, stride, padding=padding, name=name)(x))
+        # In full float32 on every device: a rounded FID would be comparable with no other.
+        conv = nn.Conv(features, kernel, stride, padding=padding, precision=jax.lax.Precision.HIGHEST, name=name)
+        return nn.relu(conv(x))
 
     def _chain(self, x, block, *layers):
         # layers: (name, features, kernel[, stride])
@@ -130,8 +132,12 @@ def from_state_dict(state: Mapping[str, np.ndarray]) -> tuple[Inception, dict]:
         Score, `fc.weight` [1008, 2048].
 
     Raises:
-      ValueError: an array is missing, or one has another shape.
+      ValueError: an array is missing, one has another shape, or they are those of torchvision's Inception-v3.
     """
+    if any(name.startswith('AuxLogits.') for name in state):
+        raise ValueError(
+            "these are the weights of torchvision's Inception-v3, which is another network than that of FID"
+        )
     classes = state['fc.weight'].shape[0] if 'fc.weight' in state else 0
     network = Inception(classes)
     images = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.uint8)

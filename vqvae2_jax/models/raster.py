@@ -26,6 +26,10 @@ class RasterPrior(Prior):
         self.embed = self._embed(self.codebook_size + 1)  # the last one stands for "outside the map"
         vertical = functools.partial(CausalConv, kernel=(half, self.kernel), stream='rows')
         horizontal = functools.partial(CausalConv, kernel=(1, half), stream='columns')
+        # All codes within reach enter the sum that the blocks add to: through the blocks alone, which start near the
+        # identity, those above would be learnt late.
+        self.vertical_first = vertical(self.hidden, dtype=self.dtype)
+        self.horizontal_first = horizontal(self.hidden, dtype=self.dtype)
         self.vertical_blocks = self._blocks(self.layers, vertical)
         self.horizontal_blocks = self._blocks(self.layers, horizontal)
 
@@ -42,7 +46,7 @@ class RasterPrior(Prior):
         return self._horizontal(left, rows, columns, vertical, condition, train=train)
 
     def vertical(self, above, rows, condition, *, train: bool = False) -> tuple[jax.Array, ...]:
-        """What each layer knows of all rows above.
+        """What each layer knows of all rows above, the first convolution included.
 
         Args:
           above: int32 [B, h, W], for each row at hand the codes of the row before it (K: outside the map).
@@ -50,10 +54,11 @@ class RasterPrior(Prior):
           condition: [B, h or 1, W or 1, F] or None.
 
         Returns:
-          [B, h, W, F] for each layer.
+          [B, h, W, F] for the first convolution, and for each block.
         """
-        x = self.embed(above) + self.row_embed(rows)[:, None] + self.column_embed(jnp.arange(self.shape[1]))
-        outputs = []
+        x = self.vertical_first(self.embed(above))
+        x = x + self.row_embed(rows)[:, None] + self.column_embed(jnp.arange(self.shape[1]))
+        outputs = [x]
         for block in self.vertical_blocks:
             x = block(x, condition=condition, train=train)
             outputs.append(x)
@@ -65,13 +70,14 @@ class RasterPrior(Prior):
         Args:
           left: int32 [B, h, w], for each position the code to its left (K: outside the map).
           rows, columns: int32 [h], [w], the positions' indices.
-          vertical: each layer's [B, h, w, F] from `vertical`.
+          vertical: [B, h, w, F] each, from `vertical`.
           condition: [B, h or 1, w or 1, F] or None.
         """
         return self._head(self._horizontal(left, rows, columns, vertical, condition), condition)
 
     def _horizontal(self, left, rows, columns, vertical, condition, *, train=False):
-        x = self.embed(left) + self.row_embed(rows)[:, None] + self.column_embed(columns)  # [B, h, w, F]
+        first, *vertical = vertical
+        x = self.horizontal_first(self.embed(left)) + first  # [B, h, w, F]
         step = rows[0] * self.shape[1] + columns[0]  # where one position is at hand
         for depth, (block, above) in enumerate(zip(self.horizontal_blocks, vertical, strict=True), start=1):
             x = block(x, beside=above, condition=condition, train=train)

@@ -5,8 +5,8 @@ import math
 import numpy as np
 
 
-def keep_best(scores: np.ndarray, labels: np.ndarray, share: float) -> np.ndarray:
-    """Positions of the best-scoring `share` of every class, in rising order.
+def keep_best(scores: np.ndarray, labels: np.ndarray, share: float, threshold: float = 0.0) -> np.ndarray:
+    """Positions of the best-scoring `share` of every class, in rising order, without those below the threshold.
 
     Class by class, so that rejection leaves the classes as balanced as it found them: over all classes at once it would
     keep those that are easy to recognise.
@@ -15,6 +15,7 @@ def keep_best(scores: np.ndarray, labels: np.ndarray, share: float) -> np.ndarra
       scores: float [N], the classifier's probability of the intended class.
       labels: int [N], the intended class.
       share: of each class, rounded up, so that no class is lost; in (0, 1].
+      threshold: the lowest score that is kept. This one may unbalance classes, and lose some.
 
     Raises:
       ValueError: a share outside (0, 1], lengths that differ, or a score that is NaN.
@@ -30,4 +31,5 @@ def keep_best(scores: np.ndarray, labels: np.ndarray, share: float) -> np.ndarra
         positions = np.flatnonzero(labels == label)
         best = positions[np.argsort(-scores[positions], kind='stable')]
         kept.append(best[: math.ceil(round(share * len(positions), 9))])  # 0.07 * 100 is 7.000000000000001
-    return np.sort(np.concatenate(kept)) if kept else np.zeros(0, np.int64)
+    kept = np.sort(np.concatenate(kept)) if kept else np.zeros(0, np.int64)
+    return kept[scores[kept] >= threshold]
