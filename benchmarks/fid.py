@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 
 from vqvae2_jax.io import state_dict
-from vqvae2_jax.jobs.features import load_inception, observe
-from vqvae2_jax.metrics.frechet import frechet_distance
+from vqvae2_jax.jobs.features import load_inception
+from vqvae2_jax.metrics.frechet import Moments, frechet_distance
 
 TURNS = 3
 
@@ -84,8 +84,7 @@ def main():
     print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}; {device}, torch {torch.__version__}')
     print(f'{ours:.1f} images/s here, {theirs:.1f} with pytorch-fid: {ours / theirs:.2f}x', flush=True)
 
-    batches = [[part[i : i + 512] for i in range(0, len(part), 512)] for part in sets]
-    here = frechet_distance(*(observe(network, part).moments for part in batches))
+    here = frechet_distance(*(Moments.of(network.embed(part)['features']) for part in sets))
     there = reference_distance(reference, sets, device, options.batch)
     print(f'FID of {options.count} and {options.count} images: {here:.5f} here, {there:.5f} with pytorch-fid')
     print(f'difference: {abs(here - there):.2e}')

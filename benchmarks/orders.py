@@ -5,8 +5,9 @@
 Trains stage 1, extracts the codes, and trains a prior for every level, number of attentions, order and seed: same data,
 width, depth, batches and updates. Stopped, the same command continues. Rates must be constant (`decay`), so that the
 curve of one training answers both questions: held-out nats after equal updates, and after the time in which the
-fastest order has done all of its updates. That time is counted in seconds of pure training, the shortest that any
-stretch between two log lines took, so that neither compilation nor other work on the machine counts.
+fastest order has done all of its updates. That time is counted in seconds of pure training, of which a short training
+afterwards measures the least: neither compilation nor evaluation counts. Trainings may share the machine with other
+work; the last run of this command, when all are done, should not.
 
 Prints a table, and writes orders.png and orders.json into the workdir: nats are those of the averaged weights on
 `eval_examples` images; the mean over the seeds, and their range. Seconds an image are those of drawing 16 maps at once.
@@ -14,8 +15,9 @@ Prints a table, and writes orders.png and orders.json into the workdir: nats are
 
 import argparse
 import importlib.util
-import json
+import itertools
 import os
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +28,14 @@ from benchmarks.sampling import seconds
 from vqvae2_jax import checks
 from vqvae2_jax import config as configs
 from vqvae2_jax.io import pictures, provenance
+from vqvae2_jax.io.logging import read_metrics
 from vqvae2_jax.jobs.codes import extract
 from vqvae2_jax.jobs.stages import train_prior, train_vqvae
 from vqvae2_jax.jobs.workdir import Run, load_trained, prior_directory
 from vqvae2_jax.sampling.ancestral import sample, sample_keys
 
 DRAWN = 16  # maps at once
+TIMED = 50  # updates
 COLUMNS = ('level', 'attentions', 'order', 'steps', 'ms an image', 'ms an update')
 COLUMNS += ('equal updates: nats', 'against raster', 'equal time: nats', 'against raster')
 
@@ -53,23 +57,37 @@ def variant(run, level, order, attention, seed):
     section.update(attention_layers=attention)
     section.training.show_every = 0
     checks.check(config)
-    directory = run.path('orders') / f'{level}-{order}-attention{attention}-seed{seed}'
-    directory.mkdir(parents=True, exist_ok=True)
+    found = Run(config, run.path('orders') / f'{level}-{order}-attention{attention}-seed{seed}')
+    link(run, found)
+    return found
+
+
+def link(run, other):
+    """Lets another workdir have the run's stage 1 and codes."""
+    other.workdir.mkdir(parents=True, exist_ok=True)
     for name in ('vqvae', 'codes'):
-        if not (directory / name).exists():
-            os.symlink(run.path(name), directory / name)
-    return Run(config, directory)
+        if not other.path(name).exists():
+            os.symlink(run.path(name), other.path(name))
 
 
 def learning_curve(run, level):
-    """Trains the prior, unless it is done: updates [n] and held-out nats [n] of each evaluation, seconds an update."""
+    """Trains the prior, unless it is done: updates [n] and held-out nats [n] of each evaluation."""
     train_prior(run, level)
-    lines = (run.path(prior_directory(level)) / 'metrics.jsonl').read_text().splitlines()
-    lines = [json.loads(line) for line in lines]
+    lines = read_metrics(run.path(prior_directory(level)))
     judged = [(line['step'], line['validation/nll']) for line in lines if 'validation/nll' in line]
-    pairs = [pair for pair in zip(lines, lines[1:], strict=False) if all('train/loss' in line for line in pair)]
-    update = min((b['time'] - a['time']) / (b['step'] - a['step']) for a, b in pairs)
-    return *np.array(judged, float).T, update
+    return np.array(judged, float).T
+
+
+def seconds_an_update(run, level):
+    """Of pure training: the least between two log lines of a short training of its own, with no evaluation between."""
+    config = run.config.copy_and_resolve_references()
+    config.prior[level].training.update(steps=TIMED, log_every=TIMED // 5, eval_every=TIMED, save_every=TIMED)
+    with tempfile.TemporaryDirectory() as directory:
+        short = Run(config, epath.Path(directory))
+        link(run, short)
+        train_prior(short, level)
+        lines = [line for line in read_metrics(short.path(prior_directory(level))) if 'train/loss' in line]
+    return min((b['time'] - a['time']) / (b['step'] - a['step']) for a, b in itertools.pairwise(lines))
 
 
 def seconds_an_image(run, level):
@@ -91,11 +109,11 @@ def compare(run, level, attention, orders, seeds):
     found = {}
     for order in orders:
         runs = [variant(run, level, order, attention, seed) for seed in seeds]
-        updates, nats, update = zip(*[learning_curve(r, level) for r in runs], strict=True)
+        updates, nats = zip(*[learning_curve(r, level) for r in runs], strict=True)
         found[order] = {
             'steps': configs.make_prior(runs[0].config, run.levels.index(level)).order.steps,
             'seconds an image': seconds_an_image(runs[0], level),
-            'seconds an update': min(update),
+            'seconds an update': seconds_an_update(runs[0], level),
             'updates': updates[0].tolist(),
             'nats': np.array(nats).tolist(),  # [seeds, n]
         }

@@ -1,7 +1,7 @@
 """What a network sees in images: the features by which sets of images are compared, and class logits."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -158,6 +158,9 @@ class Observed:
     Attributes:
       moments: of the features of all images.
       features: float32 [n, D] of the first `KEPT` images; logits: float32 [n, S] of the same, where there are any.
+
+    Raises:
+      ValueError: on reading any of these, when no image was added.
     """
 
     def __init__(self, network: Network):
@@ -189,6 +192,8 @@ class Observed:
         self._moments, self._seen = moments if self._moments is None else self._moments + moments, []
 
     def _finish(self):
+        if not self._count:
+            raise ValueError('a set has no image that could be read')
         images, self._images = self._images, []
         if sum(map(len, images)):
             self._look(np.concatenate(images))
@@ -216,11 +221,3 @@ class Observed:
 
     def __len__(self) -> int:
         return self._count
-
-
-def observe(network: Network, batches: Iterable[np.ndarray]) -> Observed:
-    """Of a whole set, from batches of uint8 images."""
-    observed = Observed(network)
-    for images in batches:
-        observed.add(images)
-    return observed
