@@ -5,7 +5,7 @@ import pytest
 from vqvae2_jax.data import images
 from vqvae2_jax.io.checkpoint import Weights
 from vqvae2_jax.io.provenance import UpstreamChanged, read_json, write_json
-from vqvae2_jax.jobs import evaluate, stages
+from vqvae2_jax.jobs import cas, evaluate, measure, report, stages
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import JobError
 
@@ -195,11 +195,11 @@ def results_of(monkeypatch, owner, name):
 def test_evaluation_opens_each_split_once_and_ends_its_readers(run, monkeypatch):
     loads = results_of(monkeypatch, Weights, 'load')
     opened = results_of(monkeypatch, images, 'open_images')
-    readers = results_of(monkeypatch, evaluate, 'eval_batches')
+    readers = [results_of(monkeypatch, module, 'eval_batches') for module in (measure, cas, report)]
     run_job(run, 'evaluate')
     assert len(opened) == 3
-    assert len(loads) == 4  # stage 1, two priors, the classifier
-    assert len(readers) >= 4 and all(reader._reading is None for reader in readers)
+    assert len(loads) == 7  # stage 1, two priors, the judge; the three classifiers of CAS
+    assert all(readers) and all(reader._reading is None for module in readers for reader in module)
 
 
 def test_images_are_opened_anew_when_the_config_changes(run):

@@ -10,7 +10,7 @@ from vqvae2_jax.jobs.pipeline import run_job
 
 
 def test_the_jobs_know_wavefront_priors_and_controls(run, monkeypatch):
-    for name in ('prior_top', 'samples', 'rejection', 'report'):
+    for name in ('prior_top', 'samples', 'rejection', 'cas', 'report'):
         run.path(name).rmtree()
     with run.config.unlocked():
         run.config.prior.top.update(order='wavefront', slope=2, label_dropout=0.5)

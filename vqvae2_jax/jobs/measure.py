@@ -30,13 +30,13 @@ class Seen(NamedTuple):
     reconstruct: Callable[[np.ndarray], np.ndarray]  # uint8 [N, H, W, C] -> by all levels
 
 
-def look(run: Run, network: Network | None) -> Seen:
+def look(run: Run, network: Network | None, trained: workdir.Trained) -> Seen:
     """Measures the errors of reconstruction on evaluate.split; with a network, looks at originals and reconstructions.
 
     It looks at evaluate.reference, by default the same split.
     """
     options = configs.options(run.config, 'evaluate')
-    trained, stage = workdir.load_vqvae(run), stages.vqvae_stage(run)
+    stage = stages.vqvae_stage(run)
     weights = jax.device_put((trained.params, trained.variables), parallel.replicated())
     show = jax.jit(lambda weights, image: [to_uint8(row) for row in stage.show(*weights, {'image': image})])
     batch_size = run.config.vqvae.training.batch_size

@@ -27,9 +27,9 @@ _LABELS = {  # of numbers that the page shows, in this order
 }
 
 
-def draw(run: Run, directory, found: dict) -> None:
-    """Writes the pictures and plots of a report."""
-    _picture_of_levels(run, found['protocol']['split'], directory)
+def draw(run: Run, directory, found: dict, trained: workdir.Trained) -> None:
+    """Writes the pictures and plots of a report; `trained` is stage 1."""
+    _picture_of_levels(run, found['protocol']['split'], directory, trained)
     drawn = {'samples.png': run.path(sample.DIRECTORY, 'samples.png')}
     if configs.has_classifier(run.config):
         drawn['accepted.png'] = run.path(reject.DIRECTORY, 'accepted.png')
@@ -40,8 +40,8 @@ def draw(run: Run, directory, found: dict) -> None:
         _sweep(directory, found['samples']['sweep'])
 
 
-def _picture_of_levels(run: Run, split: str, directory) -> None:
-    trained, stage = workdir.load_vqvae(run), stages.vqvae_stage(run)
+def _picture_of_levels(run: Run, split: str, directory, trained) -> None:
+    stage = stages.vqvae_stage(run)
     with contextlib.closing(eval_batches(run.images(split), batch_size=_COLUMNS, **run.reading())) as batches:
         batch = next(batches)
     weights = jax.device_put((trained.params, trained.variables), parallel.replicated())
