@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from benchmarks.sampling import seconds
+from benchmarks.timing import seconds
 from vqvae2_jax import checks
 from vqvae2_jax import config as configs
 from vqvae2_jax.io import pictures, provenance

@@ -13,12 +13,12 @@ timed on eight of the map's heights, from which the time of the others is interp
 
 import argparse
 import functools
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.timing import seconds
 from vqvae2_jax.models.raster import RasterPrior
 from vqvae2_jax.models.wavefront import WavefrontPrior
 from vqvae2_jax.sampling.ancestral import sample, sample_keys
@@ -28,17 +28,6 @@ LEVELS = {
     'top': dict(shape=(32, 32), attention_layers=4, heads=8),
     'bottom': dict(shape=(64, 64), coarser_codebook_sizes=(512,), condition_layers=3),
 }
-
-
-def seconds(function, *arguments):
-    """The time of a call of the compiled function: the best of five, or the only one where that takes long."""
-    compiled = jax.jit(function).lower(*arguments).compile()
-    times = []
-    while not times or (len(times) < 5 and sum(times) < 5):
-        begin = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
-        times.append(time.perf_counter() - begin)
-    return min(times)
 
 
 def make(level, dtype, slope=None, **fields):

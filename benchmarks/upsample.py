@@ -5,28 +5,20 @@
 Prints both times and their ratio, at the sizes of stage 1 on 256-pixel images, batch 4.
 """
 
-import time
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from benchmarks.timing import seconds
 from vqvae2_jax.models.upsample import Upsample
 
 SHAPES = (((4, 64, 64, 128), 64), ((4, 128, 128, 64), 3))  # input, features: the two doublings of the last decoder
 
 
-def seconds_per_gradient(module: nn.Module, x: jax.Array, repeats: int = 5) -> float:
-    """Best of `repeats` runs of the compiled gradient with respect to parameters and input."""
+def seconds_per_gradient(module: nn.Module, x: jax.Array) -> float:
+    """Of the compiled gradient with respect to parameters and input."""
     variables = module.init(jax.random.key(0), x)
-    gradient = jax.jit(jax.grad(lambda v, x: jnp.sum(jnp.sin(module.apply(v, x))), argnums=(0, 1)))
-    jax.block_until_ready(gradient(variables, x))
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        jax.block_until_ready(gradient(variables, x))
-        times.append(time.perf_counter() - begin)
-    return min(times)
+    return seconds(jax.grad(lambda v, x: jnp.sum(jnp.sin(module.apply(v, x))), argnums=(0, 1)), variables, x)
 
 
 def main() -> None:

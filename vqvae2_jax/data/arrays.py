@@ -22,14 +22,9 @@ from vqvae2_jax.data.decode import to_channels
 _STORED_HEADER = 30  # bytes of a zip member's own header, before its name
 
 
-def _pixels(path: str) -> np.ndarray:
-    """arr_0 of a file; mapped, not read, unless it is compressed."""
-    state = os.stat(path)
-    return _open(path, state.st_mtime_ns, state.st_size)  # a file that was replaced is another one
-
-
 @functools.lru_cache(maxsize=4096)
-def _open(path: str, *state: int) -> np.ndarray:
+def _pixels(path: str, *state: int) -> np.ndarray:
+    """arr_0 of a file; mapped, not read, unless it is compressed. `state`: a file that was replaced is another one."""
     with zipfile.ZipFile(path) as archive, archive.open('arr_0.npy') as member:
         info = archive.getinfo('arr_0.npy')
         version = np.lib.format.read_magic(member)
@@ -61,27 +56,27 @@ class ArraysPool:
           FileNotFoundError: no such file.
           ValueError: one does not hold images, or its labels do not fit num_classes.
         """
-        self.paths = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
-        if not self.paths:
+        paths = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
+        if not paths:
             raise FileNotFoundError(f'{field}: there is no file {pattern!r}.')
-        files = [_File(path, num_classes, field) for path in self.paths]
+        files = [_File(path, num_classes, field) for path in paths]
         if len({file.class_names for file in files}) > 1 or len({file.shape for file in files}) > 1:
             raise ValueError(f'{field}: the files {pattern!r} differ in the shape of their images or in their classes.')
+        self._keys = [file.key for file in files]
         self._ends = np.cumsum([file.count for file in files])
         self._checksums = [checksum for file in files for checksum in file.checksums]
         self.class_names = files[0].class_names
         self.strata = np.concatenate([file.labels for file in files]) if num_classes else None
-        self.size = files[0].shape[:2]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def _place(self, position):
         number = int(np.searchsorted(self._ends, position, side='right'))
-        return self.paths[number], position - (int(self._ends[number - 1]) if number else 0)
+        return self._keys[number], position - (int(self._ends[number - 1]) if number else 0)
 
     def where(self, position: int) -> str:
-        path, row = self._place(position)
+        (path, *_), row = self._place(position)
         return f'{path}[{row}]'
 
     def identity(self, positions: np.ndarray) -> bytes:
@@ -89,14 +84,14 @@ class ArraysPool:
         return head.encode() + np.asarray(positions).astype('<i8').tobytes()
 
     def read(self, position: int, channels: int) -> tuple[Image.Image, int]:
-        path, row = self._place(position)
-        image = _pixels(path)[row]
+        key, row = self._place(position)
+        image = _pixels(*key)[row]
         label = 0 if self.strata is None else int(self.strata[position])
         return to_channels(Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image), channels), label
 
 
 class _File:
-    """What a pool knows of one file: count, shape of an image, labels, class_names, checksums."""
+    """What a pool knows of one file: key (for `_pixels`), count, shape of an image, labels, class_names, checksums."""
 
     def __init__(self, path, num_classes, field):
         try:
@@ -105,7 +100,9 @@ class _File:
                 self.checksums = [archive.getinfo(f'{name}.npy').CRC for name in ('arr_0', 'label') if name in arrays]
                 self.labels = arrays['label'] if 'label' in arrays and num_classes else None
                 names = [str(name) for name in arrays['class_names']] if 'class_names' in arrays else None
-            images = _pixels(path)
+            state = os.stat(path)
+            self.key = path, state.st_mtime_ns, state.st_size
+            images = _pixels(*self.key)
         except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
             raise ValueError(f'{field}: {path!r} is no .npz file with images in arr_0 ({error}).') from error
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.ndim == 4 and images.shape[-1] not in (1, 3):

@@ -34,8 +34,8 @@ def heading(text: str) -> str:
 
 
 def note(text: str) -> str:
-    """A paragraph."""
-    return f'<p class="note">{html.escape(text)}</p>\n'
+    """A paragraph; nothing for no text."""
+    return text and f'<p class="note">{html.escape(text)}</p>\n'
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:

@@ -23,6 +23,7 @@ from vqvae2_jax.jobs import codes, features, sample, samples, stages, workdir
 from vqvae2_jax.jobs.workdir import JobError, Run
 from vqvae2_jax.metrics.classification import per_class_accuracy, top_k_accuracy
 from vqvae2_jax.stages.stage import to_uint8
+from vqvae2_jax.stages.vqvae import ALL_LEVELS
 
 DIRECTORY, RECONSTRUCTIONS = 'cas', 'reconstructions'
 SOURCES = {'reconstructions': RECONSTRUCTIONS, 'samples': sample.DIRECTORY}
@@ -116,11 +117,11 @@ def check_upstreams(run: Run) -> None:
         workdir.check_digests(f'the classifier of {name}', trained['upstream'], current, remedy)
 
 
-def measure(run: Run, reconstruct_batch, split: str) -> dict[str, dict]:
+def measure(run: Run, reconstruct, split: str) -> dict[str, dict]:
     """Accuracy on the real images of a split of classifiers trained on real images, reconstructions and samples.
 
     Args:
-      reconstruct_batch: uint8 [B, H, W, C] -> its reconstructions; the paper also tests on these.
+      reconstruct: measure.Seen's; the paper also tests on reconstructions.
 
     Returns:
       {'real': {...}, 'reconstructions': {...}, 'samples': {...}}, each with top1, top5 (where there are more classes
@@ -135,7 +136,7 @@ def measure(run: Run, reconstruct_batch, split: str) -> dict[str, dict]:
     for batch in eval_batches(source, batch_size=run.config.sample.batch_size, **run.reading()):
         kept, images = batch['mask'], batch['image']
         labels.append(batch['label'][kept])
-        for suffix, shown in (('', images), ('_reconstructed', reconstruct_batch(images))):
+        for suffix, shown in (('', images), ('_reconstructed', reconstruct(images)[ALL_LEVELS])):
             for name, judge in judges.items():
                 logits.setdefault((name, suffix), []).append(judge(shown)['logits'][kept])
     labels, names, found = np.concatenate(labels), source.class_names, {}

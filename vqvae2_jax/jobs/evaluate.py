@@ -31,8 +31,7 @@ def evaluate(run: Run) -> None:
     judge = features.load_judge(run) if configs.has_classifier(run.config) else None
     # Images are compared by the Inception network where its weights are given, else by the classifier that judges.
     network = features.load_inception(options.inception, options.batch_size) if options.inception else judge
-    trained = workdir.load_vqvae(run)
-    seen = measure.look(run, network, trained)
+    seen = measure.look(run, network)
     found = {
         'schema': 2,
         'config': run.config.name,
@@ -46,7 +45,7 @@ def evaluate(run: Run) -> None:
     found |= {'seconds': _seconds(run), 'skipped_files': len(run.skipped())}
     directory = run.path(DIRECTORY)
     provenance.write_json(directory / 'report.json', found)
-    report.draw(run, directory, found, trained)
+    report.draw(run, directory, found, seen.reconstruct)
     report.write_page(run, directory, found)
     report.summarize(run, directory, found)
 

@@ -3,15 +3,13 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from vqvae2_jax import config as configs
-from vqvae2_jax import parallel
 from vqvae2_jax.data.codes import CodeSource
 from vqvae2_jax.data.loader import eval_batches
 from vqvae2_jax.jobs import quality, reject, sample, samples, stages, workdir
-from vqvae2_jax.jobs.features import Network, Observed
+from vqvae2_jax.jobs.features import Network, Observed, in_batches
 from vqvae2_jax.jobs.train import make_evaluation
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.metrics import codes as code_metrics
@@ -27,47 +25,47 @@ class Seen(NamedTuple):
 
     reconstruction: dict  # its part of the report
     real: Observed | None  # None without a network to look with
-    reconstruct: Callable[[np.ndarray], np.ndarray]  # uint8 [N, H, W, C] -> by all levels
+    # uint8 [N, H, W, C] -> what it is -> the same images: original, by ever more levels, by all
+    reconstruct: Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
-def look(run: Run, network: Network | None, trained: workdir.Trained) -> Seen:
+def look(run: Run, network: Network | None) -> Seen:
     """Measures the errors of reconstruction on evaluate.split; with a network, looks at originals and reconstructions.
 
     It looks at evaluate.reference, by default the same split.
     """
     options = configs.options(run.config, 'evaluate')
-    stage = stages.vqvae_stage(run)
-    weights = jax.device_put((trained.params, trained.variables), parallel.replicated())
-    show = jax.jit(lambda weights, image: [to_uint8(row) for row in stage.show(*weights, {'image': image})])
+    trained, stage = workdir.load_vqvae(run), stages.vqvae_stage(run)
     batch_size = run.config.vqvae.training.batch_size
 
-    def reconstruct(images):
-        """By ever more levels, the coarsest alone first, all of them last; any number of images up to a batch."""
-        index = np.minimum(np.arange(batch_size), len(images) - 1)
-        rows = show(weights, parallel.put_batch({'image': images[index]})['image'])
-        return [np.asarray(row)[: len(images)] for row in rows[1:]]
+    def show(weights, images):
+        rows = stage.show(*weights, {'image': images})
+        return {name: to_uint8(row) for name, row in zip(stage.shown, rows, strict=True)}
 
-    def by_all_levels(images):
-        parts = [reconstruct(images[start : start + batch_size])[-1] for start in range(0, len(images), batch_size)]
-        return np.concatenate(parts)
+    embed = in_batches(show, (trained.params, trained.variables), batch_size)
+
+    def reconstruct(images):
+        rows = embed(images)
+        return {name: rows[name] for name in stage.shown}  # jit sorts the keys
 
     found = _reconstruction(run, stage, trained, options.split)
     if network is None:
-        return Seen(found, None, by_all_levels)
+        return Seen(found, None, reconstruct)
     real, reconstructed = Observed(network), [Observed(network) for _ in run.levels]
     reference = run.images(options.reference or options.split)
     for batch in eval_batches(reference, batch_size=batch_size, **run.reading()):
         images = batch['image'][batch['mask']]
         if not len(images):  # none could be read
             continue
+        _, *rows = reconstruct(images).values()
         real.add(images)
-        for observed, row in zip(reconstructed, reconstruct(images), strict=True):
+        for observed, row in zip(reconstructed, rows, strict=True):
             observed.add(row)
     *coarser, whole = (_compare(network, real, observed) for observed in reconstructed)
     found['quality'] = whole
     for name, numbers in zip(reversed(run.levels[1:]), coarser, strict=True):
         found['levels'][name]['without_finer_levels']['quality'] = numbers
-    return Seen(found, real, by_all_levels)
+    return Seen(found, real, reconstruct)
 
 
 def _compare(network, real, generated) -> dict:

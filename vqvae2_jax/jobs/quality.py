@@ -42,19 +42,12 @@ def compare(network: Network, real: Observed, generated: Observed) -> dict:
     """
     names = _NAMES[network.name]
     kernel, deviation = kernel_distance(real.features, generated.features)
-    precision, recall = _precision_recall(real.features, generated.features)
-    found = {
-        'count_real': len(real),
-        'count': len(generated),
-        names['frechet']: frechet_distance(real.moments, generated.moments),
-        names['kernel']: kernel,
-        'precision': precision,
-        'recall': recall,
-    }
+    logits = generated.logits if network.classes else None
+    found = {'count_real': len(real), 'count': len(generated)}
+    found |= _likeness(network, real, generated.moments, generated.features, logits)
+    found[names['kernel']] = kernel
     if deviation is not None:
         found[f'{names["kernel"]}_deviation'] = deviation
-    if network.name == 'inception' and network.classes and len(generated) >= SPLITS:
-        found['inception_score'], found['inception_score_deviation'] = inception_score(generated.logits)
     if min(len(real), len(generated)) < FEW:
         found['warning'] = (
             f'{names["frechet"]} of {len(real)} and {len(generated)} images: with fewer than {FEW} of both it is '
@@ -74,25 +67,26 @@ def sweep(network: Network, real: Observed, generated: Observed, scores, labels,
       For each share that leaves enough images for a number: how many it keeps, and what they are like. The fewer they
       are, the higher a distance: a curve that falls nonetheless says so the louder.
     """
-    name, points = _NAMES[network.name]['frechet'], []
+    points = []
     for share in sorted(shares, reverse=True):
         kept = keep_best(scores, labels, share)
-        features = generated.features[kept[kept < KEPT]]
-        if len(features) <= NEIGHBOURS:
+        held = kept[kept < KEPT]
+        if len(held) <= NEIGHBOURS:
             continue
-        precision, recall = _precision_recall(real.features, features)
-        point = {
-            'kept': share,
-            'count': len(features),
-            'confidence': float(np.mean(scores[kept])),
-            name: frechet_distance(real.moments, Moments.of(features)),
-            'precision': precision,
-            'recall': recall,
-        }
-        if network.name == 'inception' and network.classes and len(features) >= SPLITS:
-            point['inception_score'] = inception_score(generated.logits[kept[kept < KEPT]])[0]
-        points.append(point)
+        features, logits = generated.features[held], generated.logits[held] if network.classes else None
+        point = {'kept': share, 'count': len(held), 'confidence': float(np.mean(scores[kept]))}
+        points.append(point | _likeness(network, real, Moments.of(features), features, logits))
     return points
+
+
+def _likeness(network, real, moments, features, logits) -> dict:
+    """What `compare` and `sweep` tell of generated images alike."""
+    precision, recall = _precision_recall(real.features, features)
+    distance = frechet_distance(real.moments, moments)
+    found = {_NAMES[network.name]['frechet']: distance, 'precision': precision, 'recall': recall}
+    if network.name == 'inception' and network.classes and len(features) >= SPLITS:
+        found['inception_score'], found['inception_score_deviation'] = inception_score(logits)
+    return found
 
 
 def _precision_recall(real, generated):

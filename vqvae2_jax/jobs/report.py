@@ -2,17 +2,12 @@
 
 import contextlib
 
-import jax
-import numpy as np
-
 from vqvae2_jax import config as configs
-from vqvae2_jax import parallel
 from vqvae2_jax.data.loader import eval_batches
 from vqvae2_jax.io import page, pictures, provenance
 from vqvae2_jax.io.logging import format_duration, read_metrics
-from vqvae2_jax.jobs import reject, sample, stages, workdir
+from vqvae2_jax.jobs import reject, sample, workdir
 from vqvae2_jax.jobs.workdir import Run
-from vqvae2_jax.stages.stage import to_uint8
 
 _COLUMNS = 10
 _MANY_CLASSES = 20  # are not shown one by one
@@ -27,9 +22,9 @@ _LABELS = {  # of numbers that the page shows, in this order
 }
 
 
-def draw(run: Run, directory, found: dict, trained: workdir.Trained) -> None:
-    """Writes the pictures and plots of a report; `trained` is stage 1."""
-    _picture_of_levels(run, found['protocol']['split'], directory, trained)
+def draw(run: Run, directory, found: dict, reconstruct) -> None:
+    """Writes the pictures and plots of a report; `reconstruct`: measure.Seen's."""
+    _picture_of_levels(run, found['protocol']['split'], directory, reconstruct)
     drawn = {'samples.png': run.path(sample.DIRECTORY, 'samples.png')}
     if configs.has_classifier(run.config):
         drawn['accepted.png'] = run.path(reject.DIRECTORY, 'accepted.png')
@@ -40,14 +35,10 @@ def draw(run: Run, directory, found: dict, trained: workdir.Trained) -> None:
         _sweep(directory, found['samples']['sweep'])
 
 
-def _picture_of_levels(run: Run, split: str, directory, trained) -> None:
-    stage = stages.vqvae_stage(run)
+def _picture_of_levels(run: Run, split: str, directory, reconstruct) -> None:
     with contextlib.closing(eval_batches(run.images(split), batch_size=_COLUMNS, **run.reading())) as batches:
-        batch = next(batches)
-    weights = jax.device_put((trained.params, trained.variables), parallel.replicated())
-    rows = jax.jit(stage.show)(*weights, {'image': batch['image']})
-    rows = [(label, np.asarray(to_uint8(images))) for label, images in zip(stage.shown, rows, strict=True)]
-    picture = pictures.labelled_rows(rows, scale=pictures.visible_scale(rows[0][1]))
+        rows = reconstruct(next(batches)['image'])
+    picture = pictures.labelled_rows(list(rows.items()), scale=pictures.visible_scale(next(iter(rows.values()))))
     pictures.save_png(directory / 'reconstructions.png', picture)
 
 
@@ -138,9 +129,13 @@ def _reconstruction_table(run: Run, found: dict) -> str:
         for name, level in reversed(found['levels'].items())
     ]
     smaller = f'{found["bits_per_image"]:.0f} bits an image, {found["compression_ratio"]:.1f} times smaller'
-    warning = _caution(found.get('quality', {}))
-    parts = [page.table(header, cells), page.note(warning) if warning else '']
-    return ''.join(parts) + page.table(('level', 'codes', 'used', 'perplexity'), codes) + page.note(smaller)
+    parts = [
+        page.table(header, cells),
+        page.note(_caution(found.get('quality', {}))),
+        page.table(('level', 'codes', 'used', 'perplexity'), codes),
+        page.note(smaller),
+    ]
+    return ''.join(parts)
 
 
 def _likelihood_table(found: dict) -> str:
@@ -160,7 +155,7 @@ def _samples(directory, found: dict) -> list[str]:
         quality = found['quality']
         shown = [key for key in _LABELS if key in quality]
         parts.append(page.table([_LABELS[k] for k in shown], [[_number(quality[k]) for k in shown]]))
-        parts.append(page.note(_caution(quality)) if _caution(quality) else '')
+        parts.append(page.note(_caution(quality)))
     parts.append(
         page.picture(directory / 'samples.png', f'{found["count"]} samples, nothing filtered: one class a row')
     )

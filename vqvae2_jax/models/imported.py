@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vqvae2_jax.models.folding import fold, mismatches
+
 SIZE = 224
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1]
 _EPSILON = 1e-5
@@ -66,14 +68,12 @@ def from_state_dict(state: Mapping[str, np.ndarray]) -> tuple[BottleneckResNet, 
         blocks = tuple(len({k.split('.')[1] for k in state if k.startswith(f'layer{group}.')}) for group in range(1, 5))
         network = BottleneckResNet(state['fc.weight'].shape[0], blocks)
         shapes = jax.eval_shape(network.init, jax.random.key(0), jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.uint8))
-        params = {layer: _fold(state, layer) for layer in shapes['params'] if layer != 'fc'}
+        params = {layer: fold(state, layer, norm_of(layer), _EPSILON) for layer in shapes['params'] if layer != 'fc'}
         params['fc'] = {'kernel': state['fc.weight'].T, 'bias': state['fc.bias']}
     except KeyError as error:
         raise ValueError(f'the weights lack {error.args[0]!r}: a ResNet-50, -101 or -152 is expected') from error
-    for layer, arrays in shapes['params'].items():
-        for name, wanted in arrays.items():
-            if params[layer][name].shape != wanted.shape:
-                raise ValueError(f'{layer} {name} has the shape {params[layer][name].shape}, not {wanted.shape}')
+    for array, found, needed in mismatches(params, shapes['params']):
+        raise ValueError(f'{array} has the shape {found}, not {needed}')
     return network, params
 
 
@@ -81,12 +81,3 @@ def norm_of(layer: str) -> str:
     """The batch norm behind a convolution: conv1 -> bn1, layer1.0.downsample.0 -> layer1.0.downsample.1."""
     *path, last = layer.split('.')
     return '.'.join([*path, last.replace('conv', 'bn') if 'conv' in last else '1'])
-
-
-def _fold(state, layer):
-    norm = norm_of(layer)
-    scale = state[f'{norm}.weight'] / np.sqrt(state[f'{norm}.running_var'] + _EPSILON)
-    return {
-        'kernel': (state[f'{layer}.weight'] * scale[:, None, None, None]).transpose(2, 3, 1, 0),
-        'bias': state[f'{norm}.bias'] - state[f'{norm}.running_mean'] * scale,
-    }

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vqvae2_jax.models.folding import fold, mismatches
+
 SIZE = 299
 FEATURES = 2048
 _EPSILON = 1e-3
@@ -145,21 +147,13 @@ def from_state_dict(state: Mapping[str, np.ndarray]) -> tuple[Inception, dict]:
     params = {}
     for layer in wanted:
         try:
-            params[layer] = {'kernel': state['fc.weight'].T} if layer == 'fc' else _fold(state, layer)
+            convolution = f'{layer}.conv', f'{layer}.bn', _EPSILON
+            params[layer] = {'kernel': state['fc.weight'].T} if layer == 'fc' else fold(state, *convolution)
         except KeyError as error:
             raise ValueError(f'the weights lack {error.args[0]!r}: they are not those of the FID Inception') from error
-        for name, array in params[layer].items():
-            if array.shape != wanted[layer][name].shape:
-                raise ValueError(f'{layer} {name}: shape {array.shape}, where {wanted[layer][name].shape} is expected')
+    for array, found, needed in mismatches(params, wanted):
+        raise ValueError(f'{array}: shape {found}, where {needed} is expected')
     return network, params
-
-
-def _fold(state, layer):
-    scale = state[f'{layer}.bn.weight'] / np.sqrt(state[f'{layer}.bn.running_var'] + _EPSILON)
-    return {
-        'kernel': (state[f'{layer}.conv.weight'] * scale[:, None, None, None]).transpose(2, 3, 1, 0),
-        'bias': state[f'{layer}.bn.bias'] - state[f'{layer}.bn.running_mean'] * scale,
-    }
 
 
 def _shrink(x):

@@ -11,6 +11,7 @@ from vqvae2_jax.stages.stage import Stage, to_float
 
 SSIM = 'Gaussian window of 11 pixels, sigma 1.5, k1 0.01, k2 0.03, on [0, 1], mean over windows, channels and images'
 _WINDOW = 11
+ALL_LEVELS = 'all levels'  # the last of the rows that the stage shows
 
 
 def make_stage(model: VQVAE, level_names: tuple[str, ...], commitment_weight: float, steps_per_epoch: int) -> Stage:
@@ -67,7 +68,7 @@ def make_stage(model: VQVAE, level_names: tuple[str, ...], commitment_weight: fl
         output = model.apply({'params': params, **variables}, image)
         return image, *reversed(output.previews), output.image
 
-    shown = ('original', *(f'{name} only' for name in reversed(level_names[1:])), 'all levels')
+    shown = ('original', *(f'{name} only' for name in reversed(level_names[1:])), ALL_LEVELS)
     return Stage(init, loss, evaluate, _summarize, 'mse', show, shown)
 
 
