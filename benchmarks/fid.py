@@ -1,7 +1,7 @@
 """FID beside pytorch-fid: the same number, and how many images a second each looks at.
 
   pip install -e ".[torch]" torchvision pytorch-fid     # in an environment of its own
-  python -m benchmarks.fid --weights='fid_inception_part*.npz' --images=data/cifar10.npz
+  JAX_NUM_CPU_DEVICES=2 python -m benchmarks.fid --weights='fid_inception_part*.npz' --images=data/cifar10.npz
 
 Takes two disjoint sets of `count` images. pytorch-fid reads them from PNG files, as it does; this project from memory.
 The speeds are of features alone, compiled and warm, on the same images and batches, in turns; the ratio is of the best
@@ -62,7 +62,7 @@ def main():
     parser.add_argument('--weights', required=True)
     parser.add_argument('--images', required=True, help='.npz with arr_0')
     parser.add_argument('--count', type=int, default=1000, help='images of each set')
-    parser.add_argument('--batch', type=int, default=32)
+    parser.add_argument('--batch', type=int, default=8 if jax.default_backend() == 'cpu' else 64)
     options = parser.parse_args()
     with np.load(options.images) as arrays:
         images = arrays['arr_0'][: 2 * options.count]

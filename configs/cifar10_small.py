@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
         prior.training.update(
             steps=800,
             batch_size=16,
-            learning_rate=1e-3,
+            learning_rate=4e-3,
             warmup_steps=50,
             decay='constant',
             weight_ema=0.99,
@@ -54,5 +54,5 @@ def get_config() -> ConfigDict:
     )
 
     config.sample.update(count=1_000, batch_size=200)
-    config.evaluate.update(reference='', cas=False, batch_size=64)
+    config.evaluate.update(reference='', cas=False)
     return config

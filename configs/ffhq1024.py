@@ -111,4 +111,6 @@ def get_config() -> ConfigDict:
 
     config.reject = ConfigDict()
     config.reject.keep = 1.0  # nothing rejects
+
+    config.evaluate = ConfigDict(dict(batch_size=256))
     return config

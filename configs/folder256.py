@@ -57,4 +57,6 @@ def get_config() -> ConfigDict:
     )
     config.sample.update(count=1_000, batch_size=64)
     config.reject.update(keep=0.5)
+
+    config.evaluate = ConfigDict(dict(batch_size=128))
     return config

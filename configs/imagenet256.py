@@ -138,4 +138,6 @@ def get_config() -> ConfigDict:
 
     config.reject = ConfigDict()
     config.reject.keep = 0.1  # open: the paper sweeps rates that it does not name
+
+    config.evaluate = ConfigDict(dict(batch_size=256))
     return config

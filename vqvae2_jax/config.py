@@ -41,7 +41,7 @@ ASIDE = {  # sections that configs may leave out
         'split': 'test',
         'reference': '',
         'inception': '',
-        'batch_size': 64,
+        'batch_size': 16,
         'sweep': (1.0, 0.9, 0.7, 0.5, 0.3, 0.2, 0.1),
         'cas': False,
         'real': '',

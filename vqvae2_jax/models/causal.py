@@ -135,6 +135,7 @@ class CausalAttention(nn.Module):
         if features % self.heads:
             raise ValueError(f'heads={self.heads} does not divide the hidden width {features}')
         shape = (batch, height * width, self.heads, features // self.heads)
+        x = nn.RMSNorm(dtype=self.dtype)(x)
         query, key, value = (
             nn.Dense(features, dtype=self.dtype, name=n)(x).reshape(shape) for n in ('query', 'key', 'value')
         )
