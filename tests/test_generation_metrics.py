@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from vqvae2_jax.jobs.features import Network, Observed
+from vqvae2_jax.jobs.quality import sweep
 from vqvae2_jax.metrics.frechet import Moments, frechet_distance
 from vqvae2_jax.metrics.inception_score import inception_score
 from vqvae2_jax.metrics.kernel import kernel_distance
@@ -133,3 +135,13 @@ def test_features_that_give_no_number(measure, broken, message):
         features[2, 3] = broken
     with pytest.raises(ValueError, match=message):
         measure(gaussian(6, 0, 1), features)
+
+
+def test_a_sweep_leaves_out_the_shares_of_which_there_are_no_numbers():
+    network = Network('classifier', {}, 0, 64, lambda images: {'features': images[:, 0, 0].astype(np.float32)})
+    real, generated = Observed(network), Observed(network)
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 1, 1, 3), np.uint8)
+    real.add(pixels)
+    generated.add(np.concatenate([np.full_like(pixels[:32], 7), pixels[32:]]))  # the best half is all alike
+    found = sweep(network, real, generated, np.linspace(1, 0, 64), np.zeros(64, int), (1.0, 0.5))
+    assert [point['kept'] for point in found] == [1.0]

@@ -1,5 +1,7 @@
 """How like a set of real images a set of generated ones is: FID and its kin, and what rejection does to them."""
 
+import contextlib
+
 import numpy as np
 
 from vqvae2_jax.jobs.features import KEPT, Network, Observed
@@ -64,8 +66,9 @@ def sweep(network: Network, real: Observed, generated: Observed, scores, labels,
       shares: each in (0, 1].
 
     Returns:
-      For each share that leaves enough images for a number: how many it keeps, and what they are like. The fewer they
-      are, the higher a distance: a curve that falls nonetheless says so the louder.
+      For each share of which there are numbers (as `compare` has them: not of too few images, nor of images all
+      alike): how many it keeps, and what they are like. The fewer they are, the higher a distance: a curve that falls
+      nonetheless says so the louder.
     """
     points = []
     for share in sorted(shares, reverse=True):
@@ -75,7 +78,8 @@ def sweep(network: Network, real: Observed, generated: Observed, scores, labels,
             continue
         features, logits = generated.features[held], generated.logits[held] if network.classes else None
         point = {'kept': share, 'count': len(held), 'confidence': float(np.mean(scores[kept]))}
-        points.append(point | _likeness(network, real, Moments.of(features), features, logits))
+        with contextlib.suppress(ValueError):
+            points.append(point | _likeness(network, real, Moments.of(features), features, logits))
     return points
 
 
