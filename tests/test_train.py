@@ -99,7 +99,7 @@ def saved_state(directory, training=TRAINING):
     """The newest checkpoint's leaves by path, and its step."""
     iterator, checkpoints = train_batches(Images(), batch_size=BATCH, seed=4, flip=True), Checkpoints(directory)
     optimizer = optim.make_optimizer(training)
-    restored, step, _ = train._first_state(small_stage(), optimizer, iterator, checkpoints, seed=3)
+    _, restored, step, _ = train._first_state(small_stage(), optimizer, iterator, checkpoints, seed=3)
     assert iterator.get_state() == {'next_batch': step}
     iterator.close()
     checkpoints.close()
@@ -133,7 +133,8 @@ def test_every_part_of_the_state_moves_in_a_step_and_the_key_stays():
     stage, training = small_stage(), optim.Training(steps=9, batch_size=BATCH, learning_rate=1e-3)
     before, batch, optimizer = first_state(stage, training)
     old = leaves(before)
-    after, metrics = train._make_step(stage, optimizer, training.weight_ema)(before, parallel.put_batch(batch))
+    step = train.make_step(stage, optimizer, training, train.layout_of(before))
+    after, metrics = step(before, parallel.put_batch(batch))
     still = [name for name, value in leaves(after).items() if np.array_equal(value, old[name])]
     # A code's age stays 0 where it is used in every batch, so ages are looked at one by one.
     assert [name for name in still if 'age' not in name] == ['.key']
@@ -145,7 +146,7 @@ def test_eight_devices_train_as_one():
     stage = small_stage()
     one, batch, optimizer = first_state(stage, training)
     many = jax.device_put(jax.tree.map(jnp.copy, one), parallel.replicated())
-    step = train._make_step(stage, optimizer, training.weight_ema)
+    step = train.make_step(stage, optimizer, training, train.layout_of(one))
 
     @jax.jit
     def plain_step(state_, batch):

@@ -121,8 +121,13 @@ def _check_networks(config, names, shapes):
 
 def _check_training(section, fields):
     path = f'{section}.training'
-    parallel.check_batch_size(fields.batch_size, f'{path}.batch_size')
+    parallel.check_batch_size(fields.batch_size, f'{path}.batch_size', parts=fields.accumulate)
     _check_ranges(path, vars(fields))
+    if section == 'vqvae' and fields.accumulate > 1:
+        raise ConfigError(
+            f'{path}.accumulate is {fields.accumulate}; stage 1 takes its batch at once, because the codebook learns '
+            'from the sums over a whole batch'
+        )
     if fields.warmup_steps > fields.steps:
         raise ConfigError(f'{path}.warmup_steps={fields.warmup_steps} exceeds {path}.steps={fields.steps}')
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vqvae2_jax import parallel
 from vqvae2_jax.data.images import ImageSpec
 from vqvae2_jax.models.prior import Prior
 from vqvae2_jax.models.raster import RasterPrior
@@ -23,6 +25,8 @@ from vqvae2_jax.sampling.control import Control
 
 # Fields of config.data that change how and from where images are read, not which images they are.
 _READING = ('path', 'workers', 'on_error')
+# Fields of modules that change how they are computed, not what.
+_COMPUTING = ('remat',)
 _OWN_FIELDS = {  # of each stage's section, beside the fields of its module
     'vqvae': ('commitment_weight', 'training'),
     'prior': ('training',),
@@ -35,6 +39,7 @@ _FROM_ELSEWHERE = {  # fields of the modules that follow from the rest of the co
 }
 _ORDERS = {'raster': RasterPrior, 'wavefront': WavefrontPrior}  # prior.<level>.order
 ASIDE = {  # sections that configs may leave out
+    'parallel': {'fsdp': 1},
     'edit': {'path': '', 'mask': '', 'levels': (), 'label': -1, 'count': 4},
     'likelihood': {'path': '', 'split': 'test'},
     'evaluate': {
@@ -181,6 +186,14 @@ def make_classifier(config: ConfigDict) -> ResNet:
     return ResNet(num_classes=config.data.num_classes, **fields)
 
 
+def make_mesh(config: ConfigDict, devices=None) -> Mesh:
+    """All devices (or those given), arranged as config.parallel says."""
+    try:
+        return parallel.make_mesh(devices, options(config, 'parallel').fsdp)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def has_classifier(config: ConfigDict) -> bool:
     """Without classes there is nothing to classify, and no rejection."""
     return config.data.num_classes > 1
@@ -205,7 +218,7 @@ def settings(config: ConfigDict, section: str) -> dict[str, Any]:
     found = {'seed': config.seed}
     found |= {f'data.{k}': v for k, v in vars(image_spec(config)).items() if k not in _READING}
     module = _stage_defaults(section, config[section]) | _stage_fields(section, config[section])
-    found |= {f'{section}.{k}': v for k, v in module.items() if k != 'training'}
+    found |= {f'{section}.{k}': v for k, v in module.items() if k not in ('training', *_COMPUTING)}
     found |= {f'{section}.training.{k}': v for k, v in training(config, section).identity().items()}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 

@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from vqvae2_jax import checks
+from vqvae2_jax import checks, parallel
 from vqvae2_jax import config as configs
 from vqvae2_jax.data.decode import UnreadableImage
 from vqvae2_jax.io.provenance import UpstreamChanged
@@ -44,8 +44,9 @@ def main(_) -> None:
         sys.exit(f'error: --workdir={workdir}: only local folders are supported; mount the bucket, or copy afterwards')
     workdir = epath.Path(workdir).resolve()
     try:
-        checks.check(config)
-        run_job(Run(config, workdir), _JOB.value, _LEVEL.value)
+        with parallel.use(configs.make_mesh(config)):
+            checks.check(config)
+            run_job(Run(config, workdir), _JOB.value, _LEVEL.value)
     except (configs.ConfigError, JobError, UpstreamChanged, UnreadableImage, NonFiniteLoss) as error:
         # These say what to do; a traceback would only hide it.
         sys.exit(f'error: {error}')

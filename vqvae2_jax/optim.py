@@ -17,6 +17,7 @@ class Training:
     b2: float = 0.999  # Adam's second moment
     weight_decay: float = 0.0  # decoupled (AdamW)
     clip_norm: float = 0.0  # of the whole gradient; 0: off
+    accumulate: int = 1  # parts that a batch is taken in, one after the other, to save memory
     weight_ema: float = 0.999  # average of the weights used by evaluation and by later stages; 0: the last weights
     log_every: int = 50
     eval_every: int = 500
@@ -25,7 +26,7 @@ class Training:
     save_every: int = 500  # checkpoints
 
     def __post_init__(self):
-        for field in ('steps', 'batch_size', 'log_every', 'eval_every', 'save_every', 'learning_rate'):
+        for field in ('steps', 'batch_size', 'accumulate', 'log_every', 'eval_every', 'save_every', 'learning_rate'):
             if getattr(self, field) <= 0:
                 raise ValueError(f'training.{field} must be positive; it is {getattr(self, field)}')
         for field in ('warmup_steps', 'weight_decay', 'clip_norm', 'eval_examples', 'show_every'):

@@ -48,7 +48,7 @@ def fit(stage: Stage, training: optim.Training, data: Data, directory, *, name: 
     """
     optimizer = optim.make_optimizer(training)
     checkpoints, weights = Checkpoints(directory), Weights(directory)
-    state, start, unlogged = _first_state(stage, optimizer, data.train, checkpoints, seed)
+    layout, state, start, unlogged = _first_state(stage, optimizer, data.train, checkpoints, seed)
     log = RunLog(
         directory,
         name=name,
@@ -59,7 +59,7 @@ def fit(stage: Stage, training: optim.Training, data: Data, directory, *, name: 
     )
     if start:
         print(f'{name}: continuing from step {start}', flush=True)
-    loop = _Loop(stage, training, data, checkpoints, weights, log, _make_step(stage, optimizer, training.weight_ema))
+    loop = _Loop(stage, training, data, checkpoints, weights, log, make_step(stage, optimizer, training, layout))
     try:
         with stop_signals() as stopped:
             step = loop.run(state, start, unlogged, stopped)
@@ -138,7 +138,7 @@ class _Loop:
                 self.weights.save(step, summary, {'params': state.ema_params, 'variables': state.variables})
         if self.show and training.show_every and (last or _due(step, training.show_every)):
             batch = {k: jnp.asarray(v[:_SHOWN]) for k, v in self._on_held_out(next, stopped).items()}
-            rows = self.show(state.ema_params, state.variables, batch)
+            rows = self.show(parallel.copy_everywhere(state.ema_params), state.variables, batch)
             rows = [(k, np.asarray(to_uint8(v))) for k, v in zip(self.stage.shown, rows, strict=True)]
             picture = pictures.labelled_rows(rows, scale=pictures.visible_scale(rows[0][1]))
             self.log.image(step, 'held_out', picture)
@@ -169,38 +169,82 @@ def _due(step: int, every: int) -> bool:
     return step % every == 0
 
 
-def _first_state(stage, optimizer, iterator, checkpoints, seed) -> tuple[train_state.TrainState, int, list[dict]]:
-    """State, step and unlogged metrics of the newest checkpoint, or of the start; the iterator stands where it must."""
+def _first_state(stage, optimizer, iterator, checkpoints, seed):
+    """Layout, state, step and unlogged metrics of the newest checkpoint, or of the start; the iterator stands there."""
     before = iterator.get_state()
     batch = parallel.put_batch(next(iterator))
     iterator.set_state(before)
+    init, key, step = make_init(stage, optimizer), jax.random.key(seed), checkpoints.latest_step()
+    shapes = jax.eval_shape(init, key, batch)
+    layout = layout_of(shapes)
+    if step is None:
+        return layout, jax.jit(init, out_shardings=layout)(key, batch), 0, []
+    like = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, layout)
+    state, unlogged = checkpoints.restore(step, like, iterator)
+    return layout, state, step, unlogged
+
+
+def make_init(stage: Stage, optimizer) -> Callable[..., train_state.TrainState]:
+    """(key, batch) -> the state before the first step."""
 
     def init(key, batch):
         params, variables = stage.init(jax.random.fold_in(key, 0), batch)
         return train_state.create(params, variables, jax.random.fold_in(key, 1), optimizer)
 
-    init = jax.jit(init, out_shardings=parallel.replicated())
-    key, step = jax.random.key(seed), checkpoints.latest_step()
-    if step is None:
-        return init(key, batch), 0, []
-    shapes = jax.eval_shape(init, key, batch)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.replicated()), shapes)
-    state, unlogged = checkpoints.restore(step, like, iterator)
-    return state, step, unlogged
+    return init
 
 
-def _make_step(stage: Stage, optimizer, weight_ema: float):
+def layout_of(state: train_state.TrainState) -> train_state.TrainState:
+    """Where each array of a state (or its shape) lies: codebooks whole on every device, the rest by `parallel.cut`."""
+    whole = jax.tree.map(lambda _: parallel.replicated(), state.variables)
+    return jax.tree.map(parallel.cut, state).replace(variables=whole)
+
+
+def make_step(stage: Stage, optimizer, training: optim.Training, layout: train_state.TrainState):
     """One donated, jitted update: (state, batch) -> (state, metrics)."""
+    gradient = _accumulated(stage, training.accumulate) if training.accumulate > 1 else _gradient(stage)
 
     def step(state, batch):
         key = jax.random.fold_in(state.key, state.step)
-        loss = jax.value_and_grad(stage.loss, has_aux=True)
-        (_, (variables, metrics)), gradients = loss(state.params, state.variables, batch, key)
+        gradients, variables, metrics = gradient(state.params, state.variables, batch, key)
+        gradients = parallel.keep_cut(gradients)
         metrics = {**metrics, 'gradient_norm': optax.tree.norm(gradients)}
-        return train_state.update(state, gradients, variables, optimizer, weight_ema), metrics
+        return train_state.update(state, gradients, variables, optimizer, training.weight_ema), metrics
 
     whole, split = parallel.replicated(), parallel.split_batch()
-    return jax.jit(step, donate_argnums=0, in_shardings=(whole, split), out_shardings=(whole, whole))
+    return jax.jit(step, donate_argnums=0, in_shardings=(layout, split), out_shardings=(layout, whole))
+
+
+def _gradient(stage):
+    def gradient(params, variables, batch, key):
+        loss = jax.value_and_grad(stage.loss, has_aux=True)
+        (_, (variables, metrics)), gradients = loss(params, variables, batch, key)
+        return gradients, variables, metrics
+
+    return gradient
+
+
+def _accumulated(stage, parts):
+    """As `_gradient`, part of the batch after part: the same mean gradient, in the memory of one part."""
+    of_part = _gradient(stage)
+
+    def take(x):  # [B, ...] -> [parts, B / parts, ...], where each device keeps its rows
+        return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+
+    def gradient(params, variables, batch, key):
+        if variables:
+            raise ValueError('a stage with a codebook takes its batch at once: its statistics are those of the batch')
+
+        def add(total, numbered):
+            number, part = numbered
+            gradients, _, metrics = of_part(params, variables, part, jax.random.fold_in(key, number))
+            return parallel.keep_cut(jax.tree.map(jnp.add, total, gradients)), metrics
+
+        zeros = parallel.keep_cut(jax.tree.map(jnp.zeros_like, params))
+        total, metrics = jax.lax.scan(add, zeros, (jnp.arange(parts), jax.tree.map(take, batch)))
+        return jax.tree.map(lambda x: x / parts, total), variables, {k: v.mean() for k, v in metrics.items()}
+
+    return gradient
 
 
 def make_evaluation(stage: Stage) -> Callable[[Any, Any, Iterator[dict]], dict[str, float]]:

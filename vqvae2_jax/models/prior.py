@@ -77,6 +77,7 @@ class Prior(nn.Module):
     condition_layers: int = 0  # residual blocks over the coarser levels
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    remat: bool = False  # training recomputes what is inside of blocks and attention instead of keeping it
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
@@ -132,7 +133,7 @@ class Prior(nn.Module):
     def _head(self, x, condition, *, train=False):
         """Features [B, h, w, F] -> logits [B, h, w, K] float32."""
         for block in self.output_blocks:
-            x = block(x, condition=condition, train=train)
+            x = self._block(block, x, condition=condition, train=train)
         return self.logits(nn.elu(x).astype(jnp.float32))
 
     def _attend(self, x, depth, step, train):
@@ -140,7 +141,16 @@ class Prior(nn.Module):
         every = self.layers // max(self.attention_layers, 1)
         if depth % every or depth // every > self.attention_layers:
             return x
-        return x + self.attention[depth // every - 1](x, step, train=train)
+        return x + self._recomputed(lambda layer, x: layer(x, step, train=train), self.attention[depth // every - 1], x)
+
+    def _block(self, block, x, *, beside=None, condition=None, train=False):
+        def call(block, x, beside, condition):
+            return block(x, beside=beside, condition=condition, train=train)
+
+        return self._recomputed(call, block, x, beside, condition)
+
+    def _recomputed(self, call, layer, *inputs):
+        return (nn.remat(call) if self.remat and not self.is_initializing() else call)(layer, *inputs)
 
     def condition(self, labels=None, coarser=(), *, train: bool = False) -> jax.Array | None:
         """Class and coarser levels as one map [B, H, W, F], or [B, 1, 1, F] for the class alone; None for neither."""

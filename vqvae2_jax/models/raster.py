@@ -60,7 +60,7 @@ class RasterPrior(Prior):
         x = x + self.row_embed(rows)[:, None] + self.column_embed(jnp.arange(self.shape[1]))
         outputs = [x]
         for block in self.vertical_blocks:
-            x = block(x, condition=condition, train=train)
+            x = self._block(block, x, condition=condition, train=train)
             outputs.append(x)
         return tuple(outputs)
 
@@ -80,6 +80,6 @@ class RasterPrior(Prior):
         x = self.horizontal_first(self.embed(left)) + first  # [B, h, w, F]
         step = rows[0] * self.shape[1] + columns[0]  # where one position is at hand
         for depth, (block, above) in enumerate(zip(self.horizontal_blocks, vertical, strict=True), start=1):
-            x = block(x, beside=above, condition=condition, train=train)
+            x = self._block(block, x, beside=above, condition=condition, train=train)
             x = self._attend(x, depth, step, train)
         return x

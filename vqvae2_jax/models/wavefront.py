@@ -59,6 +59,6 @@ class WavefrontPrior(Prior):
         # rows and columns broadcast to the positions [h, w] at hand
         x = self.first(self.embed(codes)) + self.row_embed(rows) + self.column_embed(columns)  # [B, h, w, F]
         for depth, block in enumerate(self.blocks, start=1):
-            x = block(x, condition=condition, train=train)
+            x = self._block(block, x, condition=condition, train=train)
             x = self._attend(x, depth, step, train)
         return x
