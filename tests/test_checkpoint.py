@@ -28,11 +28,11 @@ def test_weights_saved_again_replace_the_old_ones_only_when_whole(tmp_path, monk
     write_json = provenance.write_json
     monkeypatch.setattr(provenance, 'write_json', lambda *_: fail())  # when the new ones are there, but not named yet
     with pytest.raises(Killed):
-        weights.save(3, {'mse': 1.0}, {'w': jnp.ones(2)})
+        weights.save(3, {'mse': 1.0}, {'w': jnp.ones(2)}, weights.best())
     assert weights.best()['summary'] == {'mse': 2.0}
     np.testing.assert_array_equal(weights.load()['w'], [0, 0])
     monkeypatch.setattr(provenance, 'write_json', write_json)
-    weights.save(3, {'mse': 1.0}, {'w': jnp.ones(2)})
+    weights.save(3, {'mse': 1.0}, {'w': jnp.ones(2)}, weights.best())
     np.testing.assert_array_equal(weights.load()['w'], [1, 1])
     assert len(list((tmp_path / 'weights').iterdir())) == 2
 

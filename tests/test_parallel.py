@@ -15,6 +15,7 @@ from vqvae2_jax.models.wavefront import WavefrontPrior
 from vqvae2_jax.stages import prior, vqvae
 
 BATCH = 16
+GO_ON = {train.STOP: np.zeros(BATCH, bool)}
 MODULES = {'raster': RasterPrior, 'wavefront': WavefrontPrior}
 
 
@@ -44,7 +45,7 @@ def train_a_little(stage, batch, steps=3, **fields):
     """The state after a few updates, on the host and as it lies on the devices."""
     training = optim.Training(steps=9, batch_size=BATCH, learning_rate=1e-2, weight_ema=0.9, **fields)
     # Not Adam, which blows up the rounding of gradients that are zero but for it.
-    optimizer, batch = optax.sgd(0.1, momentum=0.9), parallel.put_batch(batch)
+    optimizer, batch = optax.sgd(0.1, momentum=0.9), parallel.put_batch(batch | GO_ON)
     init = train.make_init(stage, optimizer)
     layout = train.layout_of(jax.eval_shape(init, jax.random.key(0), batch))
     # The plain start is cut afterwards: only the updates are compared.

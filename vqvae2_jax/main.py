@@ -28,6 +28,7 @@ _read_config = flags.FLAGS['config'].parser.parse
 flags.FLAGS['config'].parser.parse = lambda path: _complete(_read_config(path))
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; runs/<config.name> when not given.')
 _JOB = flags.DEFINE_enum('job', 'pipeline', JOBS, 'What to do; pipeline: all jobs whose results are missing, in order.')
+_DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'This process is one of many (parallel.start_processes).')
 _LEVEL = flags.DEFINE_string('level', None, 'With --job=prior: which level (top, bottom, ...); all when not given.')
 
 
@@ -38,6 +39,10 @@ def _complete(config):
 def main(_) -> None:
     if not flags.FLAGS['verbosity'].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells at length of every file
+    if _DISTRIBUTED.value:
+        parallel.start_processes()
+        if not parallel.is_writer():
+            sys.stdout = open(os.devnull, 'w')  # one process tells what happens; errors are told by all
     config = _CONFIG.value
     workdir = _WORKDIR.value or os.path.join('runs', config.name)
     if '://' in workdir:  # resolved, it would be a local folder of that name

@@ -1,4 +1,4 @@
-"""Devices: the only file that names them.
+"""Devices and processes: the only file that names them.
 
 Programs are written for the global batch and compiled with `jax.jit` over one mesh of two axes; XLA adds the
 communication. Batches are cut over both axes. Big arrays of a training state are cut over `fsdp` and copied along
@@ -8,11 +8,13 @@ communication. Batches are cut over both axes. Big arrays of a training state ar
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, FSDP = 'data', 'fsdp'
@@ -31,8 +33,10 @@ def make_mesh(devices: Sequence | None = None, fsdp: int = 1) -> Mesh:
     if fsdp < 1 or len(devices) % fsdp:
         choices = ', '.join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
         raise ValueError(f'parallel.fsdp is {fsdp}, but there are {len(devices)} devices: choose one of {choices}')
-    # Auto is spelled out: make_mesh defaults to Explicit, under which `codebook[codes]` and nn.Embed raise.
-    return jax.make_mesh((len(devices) // fsdp, fsdp), (DATA, FSDP), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    shape = (len(devices) // fsdp, fsdp)
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    # Auto is spelled out: under Explicit axes `codebook[codes]` and nn.Embed raise.
+    return Mesh(grid, (DATA, FSDP), axis_types=(AxisType.Auto,) * 2)
 
 
 def mesh() -> Mesh:
@@ -75,9 +79,15 @@ def keep_cut(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, cut(x)), tree)
 
 
-def copy_everywhere(tree: Any) -> Any:
-    """Arrays that may be cut, whole on every device."""
-    return jax.jit(lambda x: x, out_shardings=replicated())(tree)
+def gathered(tree: Any) -> Any:
+    """Inside a program: arrays that may be cut, whole on every device, as long as they are in use."""
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, replicated()), tree)
+
+
+def whole(tree: Any) -> Any:
+    """Arrays that may be cut, whole on one device of this process; all processes call this together."""
+    copied = jax.jit(lambda x: x, out_shardings=replicated())(tree)
+    return jax.tree.map(lambda x: x.addressable_data(0), copied)
 
 
 def check_batch_size(batch_size: int, field: str, parts: int = 1) -> None:
@@ -98,6 +108,42 @@ def put_batch(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {name: jax.make_array_from_process_local_data(split_batch(), value) for name, value in batch.items()}
 
 
+def start_processes() -> None:
+    """Makes this process one of many that work as one; before anything else asks JAX for its devices.
+
+    Cloud TPU, Slurm, Open MPI and Kubernetes say how many there are. Elsewhere the environment does:
+    JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
+    count, index = os.environ.get('JAX_NUM_PROCESSES'), os.environ.get('JAX_PROCESS_ID')
+    if count and index:
+        jax.distributed.initialize(num_processes=int(count), process_id=int(index))
+    else:
+        jax.distributed.initialize()
+
+
 def is_writer() -> bool:
-    """True on the one process that writes logs and reports."""
+    """True on the one process that writes logs, records and reports."""
     return jax.process_index() == 0
+
+
+def share(items: Sequence) -> list:
+    """This process's part of what the processes do each on its own."""
+    return list(items)[jax.process_index() :: jax.process_count()]
+
+
+def own_devices() -> contextlib.AbstractContextManager[None]:
+    """Within the context the mesh is this process's devices, each with a whole copy: no other has to keep in step."""
+    return use(make_mesh(jax.local_devices()))
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is true on any process; waits for all of them."""
+    return bool(np.any(multihost_utils.process_allgather(np.array(bool(flag))))) if jax.process_count() > 1 else flag
+
+
+def on_writer(work: Callable[[], None]) -> None:
+    """What one process does, on its own devices, while the others wait."""
+    if is_writer():
+        with own_devices():
+            work()
+    any_process(False)

@@ -153,6 +153,11 @@ class BatchIterator(grain.DatasetIterator):
             self._reading = iter(dataset.mp_prefetch(options, _leave_ctrl_c_to_the_parent if workers else None))
             self._reading.start_prefetch()
 
+    def without_workers(self) -> None:
+        """Goes on reading in threads of this process, for when its worker processes were ended."""
+        self._stop_reading()
+        self._workers = 0
+
     def close(self) -> None:
         """Ends threads and worker processes."""
         self._stop_reading()

@@ -31,7 +31,7 @@ class Checkpoints:
             return
         items = {
             'state': ocp.args.StandardSave(state),
-            'data': grain.checkpoint.CheckpointSave(iterator),
+            'data': ocp.args.JsonSave(iterator.get_state()),  # the same on every process, of which there may be others
             'unlogged': ocp.args.JsonSave(list(unlogged)),  # a copy, since it is written later
         }
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -40,10 +40,11 @@ class Checkpoints:
         """The state, laid out as `like` (arrays or shapes with shardings), and unlogged metrics; sets `iterator`."""
         items = {
             'state': ocp.args.StandardRestore(jax.tree.map(_abstract, like)),
-            'data': grain.checkpoint.CheckpointRestore(iterator),
+            'data': ocp.args.JsonRestore(),
             'unlogged': ocp.args.JsonRestore(),
         }
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        iterator.set_state(restored['data'])
         return restored['state'], restored['unlogged']
 
     def wait(self) -> None:
@@ -67,25 +68,32 @@ class Weights:
         path = self._directory / 'best.json'
         return provenance.read_json(path) if path.exists() else None
 
-    def save(self, step: int, summary: dict[str, float], weights: Any) -> None:
-        """Keeps `weights` in place of the ones before, which stay until the new ones are whole."""
+    def save(self, step: int, summary: dict[str, float], weights: Any, before: dict | None = None) -> dict:
+        """Keeps `weights` in place of those of the record `before`, which stay until the new ones are whole.
+
+        All processes together. Returns the new record.
+        """
         name = str(step)
-        while (self._directory / name).exists():  # a resumed run meets its best step again, which best.json names
+        if before and before['directory'] == name:  # a resumed run meets its best step again
             name += '-again'
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(self._directory / name, weights)  # all processes together
-        if not parallel.is_writer():
-            return
+            checkpointer.save(self._directory / name, weights, force=True)  # over what a kill may have left behind
         record = {'step': step, 'summary': summary, 'directory': name}
-        provenance.write_json(self._directory / 'best.json', record)
-        for other in self._directory.iterdir():  # the ones before, and what a kill left behind
-            if other.is_dir() and other.name != name:
-                other.rmtree()
+        if parallel.is_writer():
+            provenance.write_json(self._directory / 'best.json', record)
+            for other in self._directory.iterdir():  # the ones before, and what a kill left behind
+                if other.is_dir() and other.name != name:
+                    other.rmtree()
+        return record
 
     def load(self) -> Any:
-        """The kept weights as NumPy arrays, on whatever devices they were saved."""
-        path = self._directory / self.best()['directory']
-        with ocp.StandardCheckpointer() as checkpointer:
+        """The kept weights as NumPy arrays, on whatever devices they were saved; each process on its own."""
+        path, options = self._directory / self.best()['directory'], {}
+        if jax.process_count() > 1:  # else Orbax waits for the others
+            own = jax.process_index()
+            alone = {'primary_host': own, 'active_processes': {own}, 'barrier_sync_key_prefix': f'process{own}'}
+            options = {'multiprocessing_options': ocp.options.MultiprocessingOptions(**alone)}
+        with ocp.StandardCheckpointer(**options) as checkpointer:
             saved = checkpointer.metadata(path).item_metadata
             like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), getattr(saved, 'tree', saved))
             return checkpointer.restore(path, like)

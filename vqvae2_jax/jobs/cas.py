@@ -34,7 +34,7 @@ def classification_accuracy_score(run: Run) -> None:
     """Writes reconstructions/, cas/reconstructions and cas/samples."""
     if not configs.has_classifier(run.config):
         raise JobError(f'data.num_classes={run.config.data.num_classes}: CAS needs classes')
-    reconstruct(run)
+    parallel.on_writer(lambda: reconstruct(run))
     for name, directory in SOURCES.items():
         _train(run, name, run.path(directory))
 

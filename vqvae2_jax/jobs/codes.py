@@ -23,12 +23,11 @@ def extract(run: Run) -> None:
     trained = workdir.load_vqvae(run)
     workdir.check_images(run, 'vqvae', trained.record)
     model = configs.make_vqvae(run.config)
-    variables = trained.on_devices()
-    encode = jax.jit(lambda image: model.apply(variables, to_float(image), method='encode'))
-    with stop_signals() as stopped:
+    with stop_signals() as stopped, parallel.own_devices():
+        variables = trained.on_devices()
+        encode = jax.jit(lambda image: model.apply(variables, to_float(image), method='encode'))
         for split in SPLITS:
-            if not stopped():
-                _extract_split(run, split, encode, trained.digest, stopped)
+            _extract_split(run, split, encode, trained.digest, stopped)
 
 
 def current_codes_digest(run: Run) -> str:
@@ -75,23 +74,30 @@ def _extract_split(run, split, encode, digest, stopped):
     started |= {'images': len(source), 'images_digest': source.digest}
     _check_started(directory, started)
     done = set(store.finished_shards(directory, shards))
-    if (directory / _META).exists() and len(done) == shards:
+    finished = (directory / _META).exists() and len(done) == shards
+    if parallel.any_process(stopped() > 0):  # from here on files appear
+        return
+    if finished:
         print(f'codes {split}: done ({store.read_meta(directory).count} images)', flush=True)
         return
-    provenance.write_json(directory / _STARTED, started)
-    for shard in range(shards):
+    if parallel.is_writer():
+        provenance.write_json(directory / _STARTED, started)
+    for shard in parallel.share(range(shards)):
         if shard in done:
             continue
         if stopped():
-            print(f'codes {split}: {len(done)} of {shards} shards are done; the same command continues', flush=True)
-            return
+            break
         limits = {'start': shard * size, 'stop': min((shard + 1) * size, len(source))}
         batches = eval_batches(source, batch_size=config.codes.batch_size, **limits, **run.reading())
         sizes = (config.vqvae.codebook_size,) * len(run.levels)
         count = store.write_shard(store.shard_path(directory, shard, shards), _encoded(encode, batches), sizes)
-        done.add(shard)
         print(f'codes {split}: shard {shard + 1} of {shards}, {count} images', flush=True)
-    _finish(run, source, split, shards, digest)
+    stopping = parallel.any_process(stopped() > 0)
+    done = store.finished_shards(directory, shards)
+    if stopping and len(done) < shards:
+        print(f'codes {split}: {len(done)} of {shards} shards are done; the same command continues', flush=True)
+    elif parallel.is_writer():
+        _finish(run, source, split, shards, digest)
 
 
 def _encoded(encode, batches):

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 from vqvae2_jax import config as configs
+from vqvae2_jax import parallel
 from vqvae2_jax.io.logging import format_duration
 from vqvae2_jax.jobs.cas import classification_accuracy_score
 from vqvae2_jax.jobs.codes import extract
@@ -17,6 +18,7 @@ from vqvae2_jax.jobs.workdir import JobError, Run
 
 JOBS = ('pipeline', 'vqvae', 'codes', 'prior', 'classifier', 'sample', 'reject', 'cas', 'evaluate')
 JOBS += ('edit', 'likelihood')  # aside
+_OF_ONE = ('reject', 'evaluate', 'edit', 'likelihood')  # one process of many does these
 
 
 def run_job(run: Run, job: str, level: str | None = None) -> None:
@@ -34,7 +36,11 @@ def run_job(run: Run, job: str, level: str | None = None) -> None:
         raise JobError(f'evaluate.real={sets.real!r}: two sets of images are compared by --job=evaluate, not by {job}')
     for name, work in _plan(run, job, level):
         begin = time.monotonic()
-        work()
+        if name in _OF_ONE:
+            parallel.on_writer(work)
+        else:
+            work()
+            parallel.any_process(False)  # what one process has written all can read
         if job == 'pipeline':
             print(f'-- {name}: {format_duration(time.monotonic() - begin)}\n', flush=True)
 

@@ -24,34 +24,43 @@ DIRECTORY = 'samples'
 
 
 def draw_samples(run: Run) -> None:
-    """Draws what is missing of sample.count samples."""
+    """Draws what is missing of sample.count samples; each process draws its files on its own devices."""
     sample, directory = run.config.sample, run.path(DIRECTORY)
     meta = _meta(run)
     _check_started(directory, meta)
     ranges = samples.shard_ranges(sample.count, sample.batch_size)
     missing = [r for r in ranges if not samples.shard_path(directory, *r).exists()]
-    if not missing and _is_recorded(directory, meta):
+    finished = not missing and _is_recorded(directory, meta)
+    parallel.any_process(finished)  # from here on files change
+    if finished:
         print(f'sample: done ({sample.count} samples in {directory})', flush=True)
         return
-    (directory / 'samples.png').unlink(missing_ok=True)  # written last: its presence says that nothing is missing
-    provenance.write_json(directory / 'meta.json', meta)
-    draw = make_sampler(run)
-    begin, before = time.monotonic(), _seconds(directory)
+    if parallel.is_writer():
+        (directory / 'samples.png').unlink(missing_ok=True)  # written last: its presence says that nothing is missing
+        provenance.write_json(directory / 'meta.json', meta)
     with stop_signals() as stopped:
-        for number, (start, stop, arrays) in enumerate(_shards(run, draw, missing), start=1):
-            samples.write_npz(samples.shard_path(directory, start, stop), arrays)
-            seconds = time.monotonic() - begin
+        with parallel.own_devices():
+            _draw(run, directory, [r for r in parallel.share(ranges) if r in missing], stopped)
+        stopping = parallel.any_process(stopped() > 0)
+    if parallel.is_writer() and not stopping:
+        samples.remove_others(directory, ranges)
+        _picture(run, directory)
+
+
+def _draw(run, directory, missing, stopped):
+    sample, draw = run.config.sample, make_sampler(run)
+    begin, before = time.monotonic(), _seconds(directory)
+    for number, (start, stop, arrays) in enumerate(_shards(run, draw, missing), start=1):
+        samples.write_npz(samples.shard_path(directory, start, stop), arrays)
+        seconds = time.monotonic() - begin
+        if parallel.is_writer():
             provenance.write_json(directory / 'time.json', {'seconds': round(before + seconds, 1)})
-            left = format_duration(seconds / number * (len(missing) - number))
-            print(
-                f'sample  {stop}/{sample.count}  {(number * sample.batch_size) / seconds:.3g} img/s  ETA {left}',
-                flush=True,
-            )
-            if stopped():
-                print(f'{number} of {len(missing)} files written; the same command draws the rest', flush=True)
-                break
-    samples.remove_others(directory, ranges)
-    _picture(run, directory)
+        left = format_duration(seconds / number * (len(missing) - number))
+        rate = number * sample.batch_size * jax.process_count() / seconds
+        print(f'sample  {stop}/{sample.count}  {rate:.3g} img/s  ETA {left}', flush=True)
+        if stopped():
+            print(f'{number} of {len(missing)} files written; the same command draws the rest', flush=True)
+            break
 
 
 def make_sampler(run: Run):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 
 from vqvae2_jax import config as configs
+from vqvae2_jax import parallel
 from vqvae2_jax.data.loader import eval_batches, train_batches
 from vqvae2_jax.io import provenance
 from vqvae2_jax.io.checkpoint import Weights, read_record, remove_record, write_record
@@ -89,13 +90,19 @@ def train_stage(
     if record and record['steps'] >= training.steps:
         print(f'{directory}: done ({_line(record)})', flush=True)
         return
-    provenance.write_json(path / 'settings.json', {'settings': settings, 'upstream': upstream})
-    remove_record(path)  # of fewer steps: from here on its weights may be replaced
+    if parallel.is_writer():
+        provenance.write_json(path / 'settings.json', {'settings': settings, 'upstream': upstream})
+        remove_record(path)  # of fewer steps: from here on its weights may be replaced
     data = make_data()
     try:
         result = fit(make(), training, data, path, name=directory, seed=run.config.seed)
     finally:
         data.train.close()
+    if parallel.is_writer():
+        _record(path, directory, section, result, settings, upstream)
+
+
+def _record(path, directory, section, result, settings, upstream):
     weights = Weights(path)
     best = weights.best()
     record = {
@@ -151,7 +158,8 @@ def _data(run: Run, section: str, source, validation, reading, **augment) -> Dat
 
 def _decoder(run: Run, level: int):
     """Codes of `level` and coarser ones to images, by the trained stage 1."""
-    model, variables = configs.make_vqvae(run.config), workdir.load_vqvae(run).on_devices()
+    # As constants on the host: pictures are made on one device of one process.
+    model, variables = configs.make_vqvae(run.config), workdir.load_vqvae(run).collections
 
     def decode(codes):
         if level:

@@ -4,7 +4,9 @@ A step is dispatched before the metrics of the one before it are read, so that t
 """
 
 import contextlib
+import functools
 import math
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,11 +20,12 @@ from vqvae2_jax import optim, parallel
 from vqvae2_jax import state as train_state
 from vqvae2_jax.io import pictures
 from vqvae2_jax.io.checkpoint import Checkpoints, Weights
-from vqvae2_jax.io.interrupt import stop_signals
+from vqvae2_jax.io.interrupt import Interrupted, stop_signals
 from vqvae2_jax.io.logging import RunLog
 from vqvae2_jax.stages.stage import Stage, to_uint8
 
 _SHOWN = 10  # images in a row of the pictures
+STOP = 'stop'  # in a batch: whether the process that read the row was told to stop
 
 
 class Data(NamedTuple):
@@ -63,6 +66,8 @@ def fit(stage: Stage, training: optim.Training, data: Data, directory, *, name: 
     try:
         with stop_signals() as stopped:
             step = loop.run(state, start, unlogged, stopped)
+        if loop.stopping:  # the signal went to another process
+            raise Interrupted(128 + signal.SIGTERM)
     finally:
         log.close()
         checkpoints.close()
@@ -78,28 +83,30 @@ class _Loop:
         self.checkpoints, self.weights, self.log, self.train_step = checkpoints, weights, log, step
         self.evaluate = make_evaluation(stage)
         self.show = jax.jit(stage.show) if stage.show else None
+        self.best = weights.best()
+        self.stopping = False  # as soon as a signal to stop came to any process; on all of them at the same step
 
     def run(self, state, step, unlogged, stopped):
         training, window, previous = self.training, _Window(unlogged), None
-        while step < training.steps and not stopped():
-            batch = self._next_batch(stopped)
-            if batch is None:
-                break
-            state, metrics = self.train_step(state, batch)
+        while step < training.steps and not self.stopping:
+            batch = _next(self.data.train, stopped)
+            rows = len(next(iter(batch.values())))
+            state, metrics = self.train_step(state, parallel.put_batch(batch | {STOP: np.full(rows, bool(stopped()))}))
             step += 1
             if previous is not None:
-                window.add(*previous)  # step - 1, while this step runs
+                self.stopping |= window.add(*previous)  # step - 1, while this step runs
             previous = (step, metrics)
             last = step == training.steps
             if last or any(_due(step, n) for n in (training.log_every, training.eval_every, training.save_every)):
-                window.add(*previous)  # nothing is logged, judged or saved on top of an unseen loss
+                self.stopping |= window.add(*previous)  # nothing is logged, judged or saved on top of an unseen loss
                 previous = None
                 if last or _due(step, training.log_every):
                     self.log.write(step, 'train', window.means())
                 self._look(state, step, last, stopped)
                 if last or _due(step, training.save_every):
                     self.checkpoints.save(step, state, self.data.train, window.rows)
-        if stopped():
+        self.stopping = parallel.any_process(self.stopping or bool(stopped()))
+        if self.stopping:
             if previous is not None:
                 window.add(*previous)
             self.checkpoints.save(step, state, self.data.train, window.rows)
@@ -107,41 +114,50 @@ class _Loop:
             print(f'saved at step {step}; the same command continues from there', flush=True)
         return step
 
-    def _next_batch(self, stopped):
-        """None: the signal to stop went to the whole process group and ended the workers that read the data."""
-        try:
-            return parallel.put_batch(next(self.data.train))
-        except Exception:
-            if not stopped():
-                raise
-            return None
-
-    def _on_held_out(self, work, stopped):
-        """What `work` makes of one pass over the validation examples, which is closed even if not read to its end."""
-        before = stopped()
-        try:
-            with contextlib.closing(self.data.held_out()) as batches:
-                return work(batches)
-        except Exception:
-            if stopped() == before:
-                raise
-        return self._on_held_out(work, stopped)  # a signal ended the workers, but what was due here must not be skipped
-
     def _look(self, state, step, last, stopped):
         training = self.training
         if last or _due(step, training.eval_every):
-            summary = self._on_held_out(lambda b: self.evaluate(state.ema_params, state.variables, b), stopped)
+            with contextlib.closing(self.data.held_out()) as batches:
+                summary = self.evaluate(state.ema_params, state.variables, _all(batches, stopped))
             self.log.write(step, 'validation', summary)
-            best = self.weights.best()
             # Equal counts as better, so that a run resumed from before its best step keeps the weights it finds again.
-            if best is None or summary[self.stage.select] <= best['summary'][self.stage.select]:
-                self.weights.save(step, summary, {'params': state.ema_params, 'variables': state.variables})
+            select = self.stage.select
+            if self.best is None or summary[select] <= self.best['summary'][select]:
+                weights = {'params': state.ema_params, 'variables': state.variables}
+                self.best = self.weights.save(step, summary, weights, self.best)
         if self.show and training.show_every and (last or _due(step, training.show_every)):
-            batch = {k: jnp.asarray(v[:_SHOWN]) for k, v in self._on_held_out(next, stopped).items()}
-            rows = self.show(parallel.copy_everywhere(state.ema_params), state.variables, batch)
-            rows = [(k, np.asarray(to_uint8(v))) for k, v in zip(self.stage.shown, rows, strict=True)]
-            picture = pictures.labelled_rows(rows, scale=pictures.visible_scale(rows[0][1]))
-            self.log.image(step, 'held_out', picture)
+            weights = parallel.whole((state.ema_params, state.variables))
+            if parallel.is_writer():
+                self._show(weights, step, stopped)
+
+    def _show(self, weights, step, stopped):
+        with contextlib.closing(self.data.held_out()) as batches:
+            batch = {name: jnp.asarray(rows[:_SHOWN]) for name, rows in _next(batches, stopped).items()}
+        rows = [
+            (name, np.asarray(to_uint8(images)))
+            for name, images in zip(self.stage.shown, self.show(*weights, batch), strict=True)
+        ]
+        self.log.image(step, 'held_out', pictures.labelled_rows(rows, scale=pictures.visible_scale(rows[0][1])))
+
+
+def _next(batches, stopped):
+    """The next batch, also where a signal to the whole process group has ended the workers that were reading it."""
+    try:
+        return next(batches)
+    except StopIteration:
+        raise
+    except Exception:
+        if not stopped():
+            raise
+    # Other processes wait for this one's part of the batch: it cannot just stop here.
+    batches.without_workers()
+    return next(batches)
+
+
+def _all(batches, stopped):
+    with contextlib.suppress(StopIteration):
+        while True:
+            yield _next(batches, stopped)
 
 
 class _Window:
@@ -150,7 +166,8 @@ class _Window:
     def __init__(self, rows: list[dict[str, float]]):
         self.rows = rows
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> bool:
+        """Waits for the metrics of a step; returns whether a process was to stop before it."""
         row = {name: float(value) for name, value in jax.device_get(metrics).items()}
         # All of them: a loss is taken before its update, so that it alone would let a state of NaNs be saved.
         if wrong := [f'{name} is {value}' for name, value in row.items() if not math.isfinite(value)]:
@@ -158,7 +175,9 @@ class _Window:
                 f'{", ".join(wrong)} at step {step}. Nothing of it was saved: the same command restarts from '
                 'the last checkpoint. Lower training.learning_rate, or set training.clip_norm'
             )
+        stop = bool(row.pop(STOP))
         self.rows.append(row)
+        return stop
 
     def means(self) -> dict[str, float]:
         rows, self.rows = self.rows, []
@@ -201,14 +220,16 @@ def layout_of(state: train_state.TrainState) -> train_state.TrainState:
 
 
 def make_step(stage: Stage, optimizer, training: optim.Training, layout: train_state.TrainState):
-    """One donated, jitted update: (state, batch) -> (state, metrics)."""
+    """One donated, jitted update: (state, batch with `STOP`) -> (state, metrics)."""
     gradient = _accumulated(stage, training.accumulate) if training.accumulate > 1 else _gradient(stage)
 
     def step(state, batch):
+        stop = jnp.any(batch.pop(STOP))
         key = jax.random.fold_in(state.key, state.step)
-        gradients, variables, metrics = gradient(state.params, state.variables, batch, key)
+        # Gathered here and not layer by layer: left to choose, XLA cuts arithmetic along the parameters too.
+        gradients, variables, metrics = gradient(parallel.gathered(state.params), state.variables, batch, key)
         gradients = parallel.keep_cut(gradients)
-        metrics = {**metrics, 'gradient_norm': optax.tree.norm(gradients)}
+        metrics = {**metrics, 'gradient_norm': optax.tree.norm(gradients), STOP: stop}
         return train_state.update(state, gradients, variables, optimizer, training.weight_ema), metrics
 
     whole, split = parallel.replicated(), parallel.split_batch()
@@ -254,7 +275,7 @@ def make_evaluation(stage: Stage) -> Callable[[Any, Any, Iterator[dict]], dict[s
       ValueError: no example was left unmasked.
     """
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=parallel.replicated())
     def sums(params, variables, batch):
         mask = batch.pop('mask')  # [B]
         values = stage.evaluate(params, variables, batch)  # each [B, ...]

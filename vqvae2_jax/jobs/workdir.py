@@ -105,9 +105,14 @@ class Trained:
     def digest(self) -> str:
         return self.record['digest']
 
+    @property
+    def collections(self) -> dict[str, Any]:
+        """As `module.apply` takes them."""
+        return {'params': self.params, **self.variables}
+
     def on_devices(self) -> dict[str, Any]:
-        """All collections as `module.apply` takes them, whole on every device."""
-        return jax.device_put({'params': self.params, **self.variables}, parallel.replicated())
+        """The collections, whole on every device."""
+        return jax.device_put(self.collections, parallel.replicated())
 
 
 def prior_directory(level_name: str) -> str:
