@@ -1,72 +1,139 @@
-"""Two real processes train as one: the loader's slices, the global batch, the codebook's sums, one writer."""
+"""Real processes work as one: the same weights, codes and samples, one stop for all, none that waits for a dead one."""
 
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 from etils import epath
 
+from vqvae2_jax.data.codes import CodeSource
 from vqvae2_jax.io.checkpoint import Weights
 from vqvae2_jax.io.logging import read_metrics
+from vqvae2_jax.jobs import samples
 
+pytestmark = pytest.mark.slow
 DEVICES = 4  # of all processes together
-WORKER = """
-import sys
-import jax
-
-directory, address, processes, rank = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-if processes > 1:
-    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-    jax.distributed.initialize(address, processes, rank)
-
-from etils import epath
-from tests.conftest import small_config
-from vqvae2_jax import config as configs
-from vqvae2_jax.jobs.stages import image_data, vqvae_stage
-from vqvae2_jax.jobs.train import fit
-from vqvae2_jax.jobs.workdir import Run
-
-assert jax.device_count() == 4 and jax.process_count() == processes
-run = Run(small_config(), epath.Path(directory))
-data = image_data(run, 'vqvae')
-fit(vqvae_stage(run), configs.training(run.config, 'vqvae'), data, directory, name='vqvae', seed=0)
-"""
+FEW_IMAGES = ('--config.data.held_out=(0.9,0.06)', '--config.codes.shard_size=3000', '--config.evaluate.cas=False')
+LONG = ('--job=vqvae', '--config.vqvae.training.steps=100000', '--config.vqvae.training.save_every=4')
 
 
-def train(directory, processes):
-    """Trains the tiny stage 1 in `processes` processes that share four devices."""
+def start(workdir, count, *flags, devices=None):
+    """main.py in `count` processes on configs/tiny.py."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         address = f'127.0.0.1:{free.getsockname()[1]}'
-    environment = {**os.environ, 'JAX_NUM_CPU_DEVICES': str(DEVICES // processes)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, '-c', WORKER, str(directory), address, str(processes), str(rank)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
+    command = [sys.executable, '-m', 'vqvae2_jax.main', '--config=configs/tiny.py', f'--workdir={workdir}', *flags]
+    environment = os.environ | {'JAX_NUM_CPU_DEVICES': str(devices or DEVICES // count)}
+    if count > 1:
+        command.append('--distributed')
+        environment |= {'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': str(count)}
+        environment |= {'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo'}
+    workdir.mkdir(parents=True, exist_ok=True)
+    started = []
+    for rank in range(count):
+        with (workdir / f'output-{rank}.txt').open('w') as output:
+            ranked = environment | {'JAX_PROCESS_ID': str(rank)}
+            started.append(subprocess.Popen(command, env=ranked, stdout=output, stderr=subprocess.STDOUT))
+    return started
+
+
+def end(processes, timeout=400):
+    """Their exit codes; none outlives the test."""
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in started]
+        return [process.wait(timeout) for process in processes]
     finally:
-        for process in started:
+        for process in processes:
             process.kill()
-    assert [process.returncode for process in started] == [0] * processes, '\n'.join(outputs)
-    return Weights(epath.Path(directory)).load(), read_metrics(directory)
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
-    (one, log_of_one), (two, log_of_two) = (train(tmp_path / str(n), n) for n in (1, 2))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, two)
-    assert [line['step'] for line in log_of_one] == [line['step'] for line in log_of_two]
-    for a, b in zip(log_of_one, log_of_two, strict=True):
+def output(workdir, rank=0):
+    return (workdir / f'output-{rank}.txt').read_text()
+
+
+def wait_for_checkpoint(workdir, processes, after=0):
+    """Until one beyond step `after` is whole."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and all(process.poll() is None for process in processes):
+        found = [int(path.name) for path in (workdir / 'vqvae' / 'checkpoints').glob('*') if path.name.isdigit()]
+        if max(found, default=0) > after:
+            return max(found)
+        time.sleep(0.2)
+    raise AssertionError(output(workdir) + output(workdir, 1))
+
+
+def codes(workdir, split):
+    source = CodeSource(workdir / 'codes' / split)
+    examples = [source[i] for i in range(len(source))]
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+def assert_equal(one, two):
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_two_processes_do_every_job_as_one(tmp_path):
+    one, two = tmp_path / 'one', tmp_path / 'two'
+    assert end(start(two, 2, *FEW_IMAGES)) == [0, 0], output(two) + output(two, 1)
+    assert 'vqvae' not in output(two, 1)  # one process tells what happens
+    assert end(start(one, 1, *FEW_IMAGES, '--job=vqvae')) == [0], output(one)
+
+    # Sums over the batch are rounded in another order.
+    first, second = Weights(epath.Path(one / 'vqvae')).load(), Weights(epath.Path(two / 'vqvae')).load()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), first, second)
+    logs = [read_metrics(workdir / 'vqvae') for workdir in (one, two)]
+    assert [line['step'] for line in logs[0]] == [line['step'] for line in logs[1]]
+    for a, b in zip(*logs, strict=True):
         for name in a.keys() - {'step', 'time'}:
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+    # By the same weights codes and samples are the same to the bit.
+    again = tmp_path / 'again'
+    shutil.copytree(two, again, ignore=shutil.ignore_patterns('codes', 'samples', 'rejection', 'report'))
+    for job in ('codes', 'sample'):
+        assert end(start(again, 1, *FEW_IMAGES, f'--job={job}')) == [0], output(again)
+    assert len(list((two / 'codes' / 'validation').glob('shard-*'))) == 3
+    for split in ('train', 'validation', 'test'):
+        assert_equal(codes(again, split), codes(two, split))
+    index = np.arange(24)
+    drawn = [samples.take(epath.Path(workdir / 'samples'), index) for workdir in (again, two)]
+    assert_equal(*drawn)
+    assert (two / 'report' / 'report.html').exists()
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step_and_others_continue(tmp_path):
+    processes = start(tmp_path, 2, *LONG)
+    wait_for_checkpoint(tmp_path, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    assert end(processes, 100) == [128 + signal.SIGTERM] * 2, output(tmp_path) + output(tmp_path, 1)
+    saved = int(output(tmp_path).split('saved at step ')[1].split(';')[0])
+
+    # One process on other devices goes on from there, and two from where it was killed.
+    for count, devices in ((1, 2), (2, 1)):
+        processes = start(tmp_path, count, *LONG, devices=devices)
+        later = wait_for_checkpoint(tmp_path, processes, after=saved)
+        processes[0].kill()
+        end(processes, 200)
+        resumed = int(output(tmp_path).split('continuing from step ')[1].split()[0])
+        assert resumed == saved or count == 2 and resumed >= saved
+        saved = later
+
+
+def test_processes_end_when_one_of_them_dies_and_the_restart_continues(tmp_path):
+    processes = start(tmp_path, 2, *LONG)
+    saved = wait_for_checkpoint(tmp_path, processes)
+    processes[1].kill()
+    first, _ = end(processes, 200)  # the others notice that its heartbeat is missing
+    assert first != 0
+    processes = start(tmp_path, 2, *LONG)
+    wait_for_checkpoint(tmp_path, processes, after=saved)
+    assert int(output(tmp_path).split('continuing from step ')[1].split()[0]) >= saved
+    for process in processes:
+        process.kill()
+    end(processes)
