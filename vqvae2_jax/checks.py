@@ -70,7 +70,7 @@ def _check(config):
         _check_classifier(config.classifier)
     for section in sections:
         _check_training(section, configs.training(config, section))
-    parallel.check_batch_size(config.codes.batch_size, 'codes.batch_size')
+    parallel.check_batch_size(config.codes.batch_size, 'codes.batch_size', own=True)
     _check_sampling(config, names)
     _check_networks(config, names, shapes)
 
@@ -87,7 +87,7 @@ def _check_aside(config):
         if split not in SPLITS:
             raise ConfigError(f'{field} is {split!r}; there are {", ".join(SPLITS)}')
     if evaluate.inception:
-        parallel.check_batch_size(evaluate.batch_size, 'evaluate.batch_size')
+        parallel.check_batch_size(evaluate.batch_size, 'evaluate.batch_size', own=True)
     if wrong := [share for share in evaluate.sweep if not 0 < share <= 1]:
         raise ConfigError(f'evaluate.sweep holds {wrong}; they are shares in (0, 1]')
     if bool(evaluate.real) != bool(evaluate.generated):
@@ -166,7 +166,7 @@ def _check_sampling(config, names):
         configs.dtype_of('sample', sample.dtype)
     _check_ranges('sample', sample)
     _check_ranges('codes', config.codes)
-    parallel.check_batch_size(sample.batch_size, 'sample.batch_size')
+    parallel.check_batch_size(sample.batch_size, 'sample.batch_size', own=True)
     _check_levels(sample, 'temperature', names, required=names)
     for field in configs.CONTROLS:
         _check_levels(sample, field, names, required=())

@@ -8,6 +8,7 @@ python -m vqvae2_jax.main --config=configs/fashion.py --config.sample.count=5000
 import os
 import sys
 
+import jax
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
@@ -17,6 +18,7 @@ from vqvae2_jax import config as configs
 from vqvae2_jax.data.decode import UnreadableImage
 from vqvae2_jax.io.provenance import UpstreamChanged
 from vqvae2_jax.jobs.pipeline import JOBS, run_job
+from vqvae2_jax.jobs.plan import devices_of
 from vqvae2_jax.jobs.train import NonFiniteLoss
 from vqvae2_jax.jobs.workdir import JobError, Run
 
@@ -29,6 +31,7 @@ flags.FLAGS['config'].parser.parse = lambda path: _complete(_read_config(path))
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; runs/<config.name> when not given.')
 _JOB = flags.DEFINE_enum('job', 'pipeline', JOBS, 'What to do; pipeline: all jobs whose results are missing, in order.')
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'This process is one of many (parallel.start_processes).')
+_TOPOLOGY = flags.DEFINE_string('topology', None, 'With --job=plan: a TPU slice such as v5e:4x8; none is needed.')
 _LEVEL = flags.DEFINE_string('level', None, 'With --job=prior: which level (top, bottom, ...); all when not given.')
 
 
@@ -49,12 +52,21 @@ def main(_) -> None:
         sys.exit(f'error: --workdir={workdir}: only local folders are supported; mount the bucket, or copy afterwards')
     workdir = epath.Path(workdir).resolve()
     try:
-        with parallel.use(configs.make_mesh(config)):
+        with parallel.use(configs.make_mesh(config, _devices())):
             checks.check(config)
             run_job(Run(config, workdir), _JOB.value, _LEVEL.value)
     except (configs.ConfigError, JobError, UpstreamChanged, UnreadableImage, NonFiniteLoss) as error:
         # These say what to do; a traceback would only hide it.
         sys.exit(f'error: {error}')
+
+
+def _devices():
+    if not _TOPOLOGY.value:
+        return jax.devices()
+    if _JOB.value != 'plan':
+        raise JobError(f'--topology={_TOPOLOGY.value} belongs to --job=plan, not to --job={_JOB.value}')
+    jax.config.update('jax_platforms', 'cpu')  # else JAX looks for the TPU that is not there
+    return devices_of(_TOPOLOGY.value)
 
 
 def _explain_field(arguments: list[str]) -> None:

@@ -59,9 +59,13 @@ def replicated() -> NamedSharding:
     return NamedSharding(mesh(), PartitionSpec())
 
 
-def split_batch() -> NamedSharding:
-    """The leading axis is cut over all devices."""
-    return NamedSharding(mesh(), PartitionSpec((DATA, FSDP)))
+def split_batch(rows: int | None = None) -> NamedSharding:
+    """The leading axis is cut over all devices; over `data` alone where `rows` are too few for that.
+
+    Then the devices along `fsdp`, which share a state, repeat each other's arithmetic.
+    """
+    every = rows is None or rows % mesh().size == 0
+    return NamedSharding(mesh(), PartitionSpec((DATA, FSDP) if every else DATA))
 
 
 def cut(array) -> NamedSharding:
@@ -90,11 +94,17 @@ def whole(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.addressable_data(0), copied)
 
 
-def check_batch_size(batch_size: int, field: str, parts: int = 1) -> None:
-    """Raises ValueError when a global batch, in `parts`, cannot be cut evenly; `field` names it in the message."""
-    devices = mesh().size
+def check_batch_size(batch_size: int, field: str, parts: int = 1, own: bool = False) -> None:
+    """Raises ValueError when a batch cannot be cut evenly.
+
+    Args:
+      batch_size, field: the number, and the config's name for it.
+      parts: that it is taken in, one after the other.
+      own: it is for one process's devices, not for all.
+    """
+    devices, ways = (len(of_one_process()),) * 2 if own else (mesh().size, mesh().shape[DATA])
     unit = devices * parts
-    if batch_size < 1 or batch_size % unit:
+    if batch_size < 1 or batch_size % (ways * parts):
         example = max(-(-batch_size // unit), 1) * unit
         among = f'{devices} devices' + (f' in {parts} parts' if parts > 1 else '')
         raise ValueError(
@@ -103,9 +113,17 @@ def check_batch_size(batch_size: int, field: str, parts: int = 1) -> None:
         )
 
 
+def of_one_process() -> list:
+    """The devices of the mesh that belong to the process of its first one."""
+    devices = list(mesh().devices.flat)
+    return [device for device in devices if device.process_index == devices[0].process_index]
+
+
 def put_batch(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process's part of a batch, on the devices as one global array per entry."""
-    return {name: jax.make_array_from_process_local_data(split_batch(), value) for name, value in batch.items()}
+    processes = len({device.process_index for device in mesh().devices.flat})
+    layout = split_batch(processes * len(next(iter(batch.values()))))
+    return {name: jax.make_array_from_process_local_data(layout, value) for name, value in batch.items()}
 
 
 def start_processes() -> None:

@@ -11,13 +11,14 @@ from vqvae2_jax.jobs.codes import extract
 from vqvae2_jax.jobs.edit import edit
 from vqvae2_jax.jobs.evaluate import evaluate
 from vqvae2_jax.jobs.likelihood import write_likelihood
+from vqvae2_jax.jobs.plan import plan
 from vqvae2_jax.jobs.reject import reject
 from vqvae2_jax.jobs.sample import draw_samples
 from vqvae2_jax.jobs.stages import train_classifier, train_prior, train_vqvae
 from vqvae2_jax.jobs.workdir import JobError, Run
 
 JOBS = ('pipeline', 'vqvae', 'codes', 'prior', 'classifier', 'sample', 'reject', 'cas', 'evaluate')
-JOBS += ('edit', 'likelihood')  # aside
+JOBS += ('edit', 'likelihood', 'plan')  # aside
 _OF_ONE = ('reject', 'evaluate', 'edit', 'likelihood')  # one process of many does these
 
 
@@ -58,7 +59,11 @@ def _plan(run: Run, job: str, level: str | None) -> list[tuple[str, Callable[[],
         'cas': [('cas', lambda: classification_accuracy_score(run))],
         'evaluate': [('evaluate', lambda: evaluate(run))],
     }
-    aside = {'edit': [('edit', lambda: edit(run))], 'likelihood': [('likelihood', lambda: write_likelihood(run))]}
+    aside = {
+        'edit': [('edit', lambda: edit(run))],
+        'likelihood': [('likelihood', lambda: write_likelihood(run))],
+        'plan': [('plan', lambda: plan(run))],
+    }
     if job in aside:
         return aside[job]
     if job != 'pipeline':

@@ -67,17 +67,25 @@ def make_sampler(run: Run):
     """A jitted (index int [B], label int [B]) -> (images uint8 [B, H, W, C], codes per level)."""
     config = run.config
     model, decoder, modules, weights = workdir.load_generator(run, config.sample.get('dtype'))
-    whole, split = parallel.replicated(), parallel.split_batch()
+    return functools.partial(compiled_draw(config, model, modules), weights, decoder, make_controls(config))
+
+
+def compiled_draw(config, model, modules):
+    """A jitted (priors' weights, decoder's collections, controls, index, label) -> as `make_sampler` says."""
+    whole, split = parallel.replicated(), parallel.split_batch(config.sample.batch_size)
     key = jax.random.key(config.sample.seed)
-    controls = tuple(configs.make_control(config, name) for name in run.levels)
 
     def draw(weights, decoder, controls, index, label):
         label = label if config.data.num_classes else None
         codes = sample_levels(modules, weights, key, index, label, controls)
         return to_uint8(model.apply(decoder, codes, method='decode')), codes
 
-    draw = jax.jit(draw, in_shardings=(whole, whole, whole, split, split), out_shardings=split)
-    return functools.partial(draw, weights, decoder, controls)
+    return jax.jit(draw, in_shardings=(whole, whole, whole, split, split), out_shardings=split)
+
+
+def make_controls(config):
+    """How the codes of each level are drawn, finest first."""
+    return tuple(configs.make_control(config, name) for name in configs.level_names(config.vqvae.factors))
 
 
 def sample_labels(config, index: np.ndarray) -> np.ndarray:

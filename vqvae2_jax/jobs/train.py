@@ -232,7 +232,7 @@ def make_step(stage: Stage, optimizer, training: optim.Training, layout: train_s
         metrics = {**metrics, 'gradient_norm': optax.tree.norm(gradients), STOP: stop}
         return train_state.update(state, gradients, variables, optimizer, training.weight_ema), metrics
 
-    whole, split = parallel.replicated(), parallel.split_batch()
+    whole, split = parallel.replicated(), parallel.split_batch(training.batch_size)
     return jax.jit(step, donate_argnums=0, in_shardings=(layout, split), out_shardings=(layout, whole))
 
 

@@ -1,0 +1,101 @@
+"""Plans: FLOPs against arithmetic and XLA, communication that does not grow with devices, errors, a TPU compiler."""
+
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from etils import epath
+
+from vqvae2_jax import parallel
+from vqvae2_jax.jobs import chips, plan
+from vqvae2_jax.jobs.cost import Cost, count
+from vqvae2_jax.jobs.workdir import JobError, Run
+
+
+def test_products_convolutions_and_loops_are_counted():
+    a, b = jnp.zeros((3, 5)), jnp.zeros((5, 7))
+    assert count(jnp.dot, a, b) == Cost(2 * 3 * 5 * 7, 4 * (15 + 35 + 21))
+    looped = count(lambda a, b: jax.lax.scan(lambda carry, _: (carry, jnp.sin(a) @ b), 0, None, length=11)[1], a, b)
+    assert looped.flops == 11 * 2 * 3 * 5 * 7
+    image, kernel = jnp.zeros((2, 8, 8, 6)), jnp.zeros((3, 3, 3, 4))
+
+    def convolved(image, kernel):
+        layout = ('NHWC', 'HWIO', 'NHWC')
+        return jax.lax.conv_general_dilated(
+            image, kernel, (2, 2), 'SAME', dimension_numbers=layout, feature_group_count=2
+        )
+
+    assert count(jax.jit(convolved), image, kernel).flops == 2 * (2 * 4 * 4 * 4) * (3 * 3 * 3)
+    branches = count(lambda a, b: jax.lax.cond(a[0, 0] > 0, lambda: (a @ b).sum(), lambda: 0.0), a, b)
+    assert branches.flops == 2 * 3 * 5 * 7
+
+
+def rows(text):
+    """The cells of the printed table, by job."""
+    found = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip('|').split('|')]
+        if line.startswith('| ') and cells[0] != 'job':
+            found[cells[0]] = dict(zip(plan.COLUMNS, cells, strict=True))
+    return found
+
+
+def megabytes(cell):
+    number, unit = cell.split()
+    return float(number) * {'MB': 1, 'GB': 1000}[unit]
+
+
+def test_a_plan_of_the_devices_at_hand(config, tmp_path, capsys):
+    config.vqvae.hidden = config.prior.top.hidden = 32  # enough that what is counted is most of what there is
+    plan.plan(Run(config, epath.Path(tmp_path)))
+    found = rows(capsys.readouterr().out)
+    assert list(found) == ['vqvae', 'prior.top', 'prior.bottom', 'classifier', 'sample']
+    for job in ('vqvae', 'classifier'):
+        assert float(found[job]['TFLOP']) == pytest.approx(float(found[job]['XLA counts']), rel=0.25)
+    assert found['vqvae']['steps'] == '8' and found['sample']['batch'] == '16'
+    for job in ('vqvae', 'prior.top'):  # parameters, their average and Adam's two moments, in float32
+        assert megabytes(found[job]['state']) == pytest.approx(16 * float(found[job]['parameters'].split()[0]), rel=0.1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_communication_does_not_grow_with_the_devices(config, tmp_path):
+    def traffic(devices, fsdp=1):
+        with parallel.use(parallel.make_mesh(jax.devices()[:devices], fsdp)):
+            program = plan._training(Run(config, epath.Path(tmp_path)), 'prior.bottom')
+            return plan._compile(program).traffic, 4 * program.parameters
+
+    (two, parameters), (eight, _) = traffic(2), traffic(8)
+    assert parameters < eight <= 1.05 * parameters  # the gradients, and a few metrics
+    assert eight == pytest.approx(two, rel=0.01)
+
+
+def test_collectives_are_read_from_the_text_of_a_program():
+    text = """
+  %a = f32[8,4]{1,0} all-gather(%x), channel_id=1
+  %b = (bf16[2,3]{1,0}, f32[]) all-reduce-start(%y, %z)
+  %c = (bf16[2,3]{1,0}, f32[]) all-reduce-done(%b)
+  %d = f32[100] add(%e, %f)
+"""
+    assert plan.collective_bytes(text) == 4 * 32 + 2 * 6 + 4
+
+
+def test_topologies_that_are_none():
+    for name in ('v5e', 'v9:2x2', 'h100'):
+        with pytest.raises(JobError, match=rf'--topology={name}: .*v5e:4x8.*v6e:16x16'):
+            plan.devices_of(name)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='libtpu is not installed')
+def test_a_slice_that_is_not_there(config, tmp_path, capsys):
+    devices = plan.devices_of('v5e:2x4')
+    assert len(devices) == 8 and chips.chip_of(devices[0]).name == 'v5e'
+    with parallel.use(parallel.make_mesh(devices, 4)):
+        plan.plan(Run(config, epath.Path(tmp_path)))
+    text = capsys.readouterr().out
+    assert text.startswith('tiny on 8 x TPU v5 lite, parallel.fsdp=4') and re.search(r'\| sample \| 16 .* ms \|', text)
+    assert all(row['step'].endswith(' ms') for row in rows(text).values())
+    with pytest.raises(JobError, match='--topology=v5e:3x9: .*there are v4:2x2x1'):
+        plan.devices_of('v5e:3x9')
+    assert len(plan.devices_of('v4:2x2x1')) == 4  # chips, not cores

@@ -1,0 +1,65 @@
+"""Accelerators that plans are made for: peaks as their makers state them."""
+
+import os
+from typing import NamedTuple
+
+import jax
+
+
+class Chip(NamedTuple):
+    """One chip, which is one device of JAX."""
+
+    name: str
+    flops: float  # dense bfloat16 a second
+    memory: float  # bytes
+    bandwidth: float  # bytes a second
+
+
+_CHIPS = {  # by device_kind
+    'TPU v4': Chip('v4', 275e12, 32e9, 1228e9),
+    'TPU v5 lite': Chip('v5e', 197e12, 16e9, 819e9),
+    'TPU v5': Chip('v5p', 459e12, 95e9, 2765e9),
+    'TPU v6 lite': Chip('v6e', 918e12, 32e9, 1640e9),
+    'NVIDIA H100 80GB HBM3': Chip('H100', 989e12, 80e9, 3350e9),
+    'NVIDIA H200': Chip('H200', 989e12, 141e9, 4800e9),
+}
+KNOWN = {  # examples; any that divides into hosts of 2x2 chips works
+    'v4': ('2x2x1', '2x2x4', '4x4x4', '4x4x8', '8x8x8'),
+    'v5e': ('2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16'),
+    'v5p': ('2x2x1', '2x2x4', '4x4x4', '4x4x8', '8x8x8'),
+    'v6e': ('2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16'),
+}
+
+
+def chip_of(device) -> Chip | None:
+    """What is known of a device; None for CPUs and the rest."""
+    return _CHIPS.get(device.device_kind)
+
+
+def topology_devices(name: str) -> list:
+    """The devices of a TPU slice such as 'v5e:4x8', without one.
+
+    Raises:
+      ValueError: there is no such slice; the message lists some.
+      ImportError: libtpu, the compiler, is not installed.
+    """
+    kind, _, shape = name.partition(':')
+    if kind not in KNOWN or not shape:
+        raise ValueError(f'--topology={name}: {_examples()}')
+    try:
+        import libtpu  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'--topology={name} is compiled for by libtpu: pip install -e ".[tpu]"') from error
+    from jax.experimental import topologies
+
+    # No TPU answers for its name and neighbours here, and another plan may be under way.
+    os.environ.update(TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1', TPU_WORKER_HOSTNAMES='localhost')
+    options = {'chip_config_name': 'megacore'} if kind == 'v4' else {}  # both cores of a chip as one device
+    try:
+        return list(topologies.get_topology_desc(platform='tpu', topology_name=name, **options).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f'--topology={name}: {str(error).splitlines()[0]}; {_examples()}') from error
+
+
+def _examples():
+    return 'there are ' + ', '.join(f'{kind}:{shape}' for kind, shapes in KNOWN.items() for shape in shapes)
