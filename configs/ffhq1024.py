@@ -70,6 +70,7 @@ def get_config() -> ConfigDict:
     prior.heads = 8  # [A] for the top; blank for the middle, whose one attention layer needs a number too
     prior.output_layers = 0  # [A]
     prior.dtype = 'bfloat16'  # open
+    prior.remat = True  # recomputes what would not fit
     prior.training = dict(
         steps=237_000,
         batch_size=1024,
@@ -104,6 +105,7 @@ def get_config() -> ConfigDict:
 
     config.sample = ConfigDict()
     config.sample.count = 1_000
+    config.sample.dtype = 'bfloat16'
     config.sample.batch_size = 32
     config.sample.seed = 0
     config.sample.labels = ()

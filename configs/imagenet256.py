@@ -77,6 +77,7 @@ def get_config() -> ConfigDict:
     config.prior.top.dropout = 0.1  # [A]
     config.prior.top.attention_dropout = 0.1  # [T] dropout on the logits of attention; its rate is open
     config.prior.top.dtype = 'bfloat16'  # open
+    config.prior.top.remat = True  # recomputes what would not fit
     config.prior.top.training = dict(
         steps=1_600_000,  # [A]
         batch_size=1024,  # [A]
@@ -103,6 +104,7 @@ def get_config() -> ConfigDict:
     config.prior.bottom.dropout = 0.1  # [A]
     config.prior.bottom.attention_dropout = 0.0  # unused
     config.prior.bottom.dtype = 'bfloat16'  # open
+    config.prior.bottom.remat = True  # recomputes what would not fit
     config.prior.bottom.training = dict(config.prior.top.training, steps=754_000, batch_size=512)  # [A]
 
     # The classifier for rejection [T, section 3.3]: the paper states neither its architecture nor its training. This is
@@ -131,6 +133,7 @@ def get_config() -> ConfigDict:
 
     config.sample = ConfigDict()
     config.sample.count = 50_000
+    config.sample.dtype = 'bfloat16'
     config.sample.batch_size = 128
     config.sample.seed = 0
     config.sample.labels = ()  # all classes in turn

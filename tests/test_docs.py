@@ -7,10 +7,10 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-DOCUMENTS = sorted([ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')])
+DOCUMENTS = sorted([ROOT / 'README.md', ROOT / 'launch' / 'README.md', *(ROOT / 'docs').glob('*.md')])
 FILES = ROOT / 'docs' / 'files.md'
 # A mentioned path that begins with one of these has to exist.
-FOLDERS = ('vqvae2_jax', 'configs', 'docs', 'tests', 'notebooks', 'benchmarks')
+FOLDERS = ('vqvae2_jax', 'configs', 'launch', 'docs', 'tests', 'notebooks', 'benchmarks')
 # Files of a run with classes, and the headings of docs/files.md over the tables that describe them.
 RECORDS = {
     'vqvae/settings.json': ('Trained', 'settings.json'),
@@ -60,7 +60,7 @@ def differences(record: dict, names: list[str]) -> tuple[set[str], set[str]]:
     return uncovered, set(names) - covered
 
 
-@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(document):
     targets = re.findall(r'\]\(([^)\s]+)\)', document.read_text())
     local = [target.partition('#')[0] for target in targets if not re.match(r'[a-z]+:', target)]
@@ -68,7 +68,7 @@ def test_links_lead_somewhere(document):
     assert not missing, f'{document.name} links to {missing}, which are not there'
 
 
-@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_mentioned_paths_exist(document):
     paths = re.findall(rf'(?<![\w/.-])(?:{"|".join(FOLDERS)})/[\w./-]*\w', document.read_text())
     missing = sorted({path for path in paths if not (ROOT / path).exists()})

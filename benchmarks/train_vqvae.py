@@ -1,0 +1,173 @@
+"""Training of stage 1 beside the same network written plainly in PyTorch: images a second of both, in one run.
+
+  pip install -e ".[torch]"
+  JAX_NUM_CPU_DEVICES=2 python -m benchmarks.train_vqvae [--size 256 --factors 4 2 --batch 8]
+
+Both do whole updates: encoder, codebook by moving averages, decoder, preview head, backward pass, Adam, average of the
+weights. Random images; float32; two levels. Each side in turns, the ratio of the best. PyTorch uses the GPU if there is
+one, as JAX does. Only this project re-seeds dead codes and reports its metrics.
+"""
+
+import argparse
+import time
+
+import jax
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vqvae2_jax import optim, parallel
+from vqvae2_jax.jobs import train
+from vqvae2_jax.models.vqvae import VQVAE
+from vqvae2_jax.stages import vqvae
+
+TURNS = 3
+HIDDEN, RESIDUAL, LAYERS, CODES, WIDTH = 128, 64, 2, 512, 64  # the paper's ImageNet model
+RATE, COMMITMENT, DECAY = 3e-4, 0.25, 0.99
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(HIDDEN, RESIDUAL, 3, padding=1), nn.Conv2d(RESIDUAL, HIDDEN, 1)
+
+    def forward(self, x):
+        return x + self.second(F.relu(self.first(F.relu(x))))
+
+
+def encoder(inputs, factor):
+    layers, halvings = [], factor.bit_length() - 1
+    for i in range(halvings):
+        width = HIDDEN if i else HIDDEN // 2
+        layers += [nn.Conv2d(inputs, width, 4, stride=2, padding=1), nn.ReLU()]
+        inputs = width
+    stack = [Residual() for _ in range(LAYERS)]
+    return nn.Sequential(*layers, nn.Conv2d(inputs, HIDDEN, 3, padding=1), *stack, nn.ReLU())
+
+
+def decoder(inputs, outputs, factor):
+    layers, width = [nn.Conv2d(inputs, HIDDEN, 3, padding=1), *[Residual() for _ in range(LAYERS)], nn.ReLU()], HIDDEN
+    for _ in range(factor.bit_length() - 2):
+        layers += [nn.ConvTranspose2d(width, HIDDEN // 2, 4, stride=2, padding=1), nn.ReLU()]
+        width = HIDDEN // 2
+    return nn.Sequential(*layers, nn.ConvTranspose2d(width, outputs, 4, stride=2, padding=1))
+
+
+class Quantizer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('codebook', torch.randn(CODES, WIDTH))
+        self.register_buffer('counts', torch.ones(CODES))
+        self.register_buffer('sums', self.codebook.clone())
+
+    def forward(self, x):
+        flat = x.permute(0, 2, 3, 1).reshape(-1, WIDTH)
+        distance = flat.pow(2).sum(1, keepdim=True) - 2 * flat @ self.codebook.T + self.codebook.pow(2).sum(1)
+        codes = distance.argmin(1)
+        vectors = F.embedding(codes, self.codebook).view(x.shape[0], *x.shape[2:], WIDTH).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            chosen = F.one_hot(codes, CODES).type(flat.dtype)
+            self.counts.lerp_(chosen.sum(0), 1 - DECAY)
+            self.sums.lerp_(chosen.T @ flat, 1 - DECAY)
+            self.codebook.copy_(self.sums / (self.counts + 1e-5)[:, None])
+        commitment = (x - vectors.detach()).pow(2).mean()
+        return x + (vectors - x).detach(), commitment
+
+
+class Plain(nn.Module):
+    """Two levels, as models/vqvae.py wires them."""
+
+    def __init__(self, factors):
+        super().__init__()
+        bottom, top = factors
+        self.bottom, self.top = encoder(3, bottom), encoder(HIDDEN, top)
+        self.project_top, self.project_bottom = nn.Conv2d(HIDDEN, WIDTH, 1), nn.Conv2d(WIDTH + HIDDEN, WIDTH, 1)
+        self.quantize_top, self.quantize_bottom = Quantizer(), Quantizer()
+        self.decode_top, self.decode_bottom = decoder(WIDTH, WIDTH, top), decoder(2 * WIDTH, 3, bottom)
+        self.upsample = nn.Sequential(
+            *[nn.ConvTranspose2d(WIDTH, WIDTH, 4, stride=2, padding=1) for _ in range(top.bit_length() - 1)]
+        )
+        self.preview = nn.Sequential(nn.ReLU(), nn.Conv2d(WIDTH, 3 * bottom**2, 3, padding=1), nn.PixelShuffle(bottom))
+
+    def loss(self, image):
+        fine = self.bottom(image)
+        coarse = self.top(fine)
+        top, commitment = self.quantize_top(self.project_top(coarse))
+        decoded = self.decode_top(top)
+        bottom, more = self.quantize_bottom(self.project_bottom(torch.cat([decoded, fine], 1)))
+        output = self.decode_bottom(torch.cat([self.upsample(top), bottom], 1))
+        preview = self.preview(decoded.detach())
+        return F.mse_loss(output, image) + COMMITMENT * (commitment + more) + F.mse_loss(preview, image)
+
+
+def plain_training(factors, images):
+    """A function of the number of updates, and the number of parameters."""
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    model, image = Plain(factors).to(device), torch.from_numpy(images).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), RATE)
+    average = [p.detach().clone() for p in model.parameters()]
+
+    def run(steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model.loss(image.permute(0, 3, 1, 2).float() / 127.5 - 1).backward()
+            optimizer.step()
+            torch._foreach_lerp_(average, [p.detach() for p in model.parameters()], 1 - DECAY)
+        if device.type == 'cuda':
+            torch.cuda.synchronize()
+
+    return run, sum(p.numel() for p in model.parameters())
+
+
+def training_here(factors, images):
+    """As `plain_training`, of this project."""
+    shape = {'hidden': HIDDEN, 'residual': RESIDUAL, 'layers': LAYERS, 'codebook_size': CODES, 'codebook_dim': WIDTH}
+    stage = vqvae.make_stage(VQVAE(tuple(factors), channels=3, **shape), ('bottom', 'top'), COMMITMENT, 100)
+    training = optim.Training(steps=10**6, batch_size=len(images), learning_rate=RATE, weight_ema=DECAY)
+    optimizer = optim.make_optimizer(training)
+    batch = parallel.put_batch({'image': images, train.STOP: np.zeros(len(images), bool)})
+    init, key = train.make_init(stage, optimizer), jax.random.key(0)
+    layout = train.layout_of(jax.eval_shape(init, key, batch))
+    state, step = jax.jit(init, out_shardings=layout)(key, batch), train.make_step(stage, optimizer, training, layout)
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+
+    def run(steps):
+        nonlocal state
+        for _ in range(steps):
+            state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+
+    return run, parameters
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--size', type=int, default=64)
+    parser.add_argument('--factors', type=int, nargs=2, default=[4, 2])
+    parser.add_argument('--batch', type=int, default=32)
+    parser.add_argument('--steps', type=int, default=5, help='in a turn')
+    options = parser.parse_args()
+    shape = (options.batch, options.size, options.size, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    (here, parameters), (there, others) = (
+        training_here(options.factors, images),
+        plain_training(options.factors, images),
+    )
+    if parameters != others:
+        raise SystemExit(f'not the same network: {parameters} parameters here, {others} there')
+    here(2), there(2)  # compiled, warm
+    best = {here: np.inf, there: np.inf}
+    for _ in range(TURNS):
+        for run in best:
+            begin = time.perf_counter()
+            run(options.steps)
+            best[run] = min(best[run], time.perf_counter() - begin)
+    ours, plain = (options.batch * options.steps / best[run] for run in (here, there))
+    print(f'{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}, torch {torch.__version__}')
+    print(f'{options.size} px, {parameters} parameters')
+    print(f'{ours:.1f} images/s here, {plain:.1f} in PyTorch: {ours / plain:.2f}x')
+
+
+if __name__ == '__main__':
+    main()

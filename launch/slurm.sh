@@ -1,0 +1,31 @@
+#!/bin/sh
+#SBATCH --job-name=vqvae2
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=96
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --signal=TERM@120
+#SBATCH --open-mode=append
+# GPU nodes under Slurm, one process a node. Preempted, or two minutes before its time is up, it saves and is requeued.
+#
+#   CONFIG=configs/imagenet256.py sbatch launch/slurm.sh --config.parallel.fsdp=8
+#
+# From the root of the project, which like WORKDIR all nodes see; .venv is there: pip install -e ".[cuda]".
+set -eu
+CONFIG=${CONFIG:-configs/imagenet256.py}
+WORKDIR=${WORKDIR:-runs/$(basename "$CONFIG" .py)}
+PYTHON=${PYTHON:-.venv/bin/python}
+
+# JAX finds the coordinator and the number of processes in Slurm's own variables.
+status=0
+srun --kill-on-bad-exit=1 "$PYTHON" -m vqvae2_jax.main --config="$CONFIG" --workdir="$WORKDIR" --distributed "$@" ||
+  status=$?
+# 143: SIGTERM came and everything is saved.
+if [ "$status" = 143 ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+  exit 0
+fi
+exit "$status"

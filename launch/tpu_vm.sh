@@ -1,0 +1,54 @@
+#!/bin/sh
+# Cloud TPU VM: creates a slice, installs, runs on all its hosts, starts again after preemption, deletes it at the end.
+#
+#   SHARE=10.0.0.2:/vqvae2 REPOSITORY=https://... sh launch/tpu_vm.sh run --config.parallel.fsdp=16
+#
+# Or one step of it: create, install, main, delete. SHARE, such as a Filestore instance, holds data and workdir: all hosts
+# read and write them.
+set -eu
+TPU=${TPU:-vqvae2}
+ZONE=${ZONE:-us-west4-a}
+TYPE=${TYPE:-v5litepod-256}
+VERSION=${VERSION:-v2-alpha-tpuv5-lite}
+SPOT=${SPOT:-1} # 0: not to be preempted
+SHARE=${SHARE:?an NFS share that all hosts can write to, such as 10.0.0.2:/vqvae2}
+REPOSITORY=${REPOSITORY:?where to clone this project from}
+CONFIG=${CONFIG:-configs/imagenet256.py}
+WORKDIR=${WORKDIR:-/mnt/shared/runs/$(basename "$CONFIG" .py)}
+WAIT=${WAIT:-60} # seconds between two attempts
+
+tpu() { gcloud compute tpus tpu-vm "$@" --zone="$ZONE"; }
+on_all_hosts() { tpu ssh "$TPU" --worker=all --command="$1"; }
+is_ready() { [ "$(tpu describe "$TPU" --format='value(state)' 2>/dev/null)" = READY ]; }
+
+create() {
+  if [ "$SPOT" = 0 ]; then set --; else set -- --spot; fi
+  tpu create "$TPU" --accelerator-type="$TYPE" --version="$VERSION" "$@"
+}
+
+install() {
+  on_all_hosts "sudo apt-get install -y -q nfs-common && sudo mkdir -p /mnt/shared &&
+    (mountpoint -q /mnt/shared || sudo mount -t nfs $SHARE /mnt/shared) &&
+    (test -d vqvae2_jax || git clone -q $REPOSITORY vqvae2_jax) && cd vqvae2_jax &&
+    python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
+}
+
+main() {
+  on_all_hosts "cd vqvae2_jax && .venv/bin/python -m vqvae2_jax.main --config=$CONFIG --workdir=$WORKDIR --distributed $*"
+}
+
+delete() { tpu delete "$TPU" --quiet; }
+
+run() {
+  until is_ready && install && main "$@"; do
+    if is_ready; then exit 1; fi # not preempted: the error is the program's
+    # A preempted slice is deleted before it is created again; the training goes on from its last checkpoint.
+    delete 2>/dev/null || true
+    create || sleep "$WAIT"
+  done
+  delete
+}
+
+command=${1:?create, install, main, delete or run}
+shift
+"$command" "$@"
