@@ -132,27 +132,6 @@ def test_state_restores_the_exact_continuation(fashion):
         next(iterator)
 
 
-@pytest.mark.parametrize('workers', WORKERS)
-def test_orbax_restores_the_exact_continuation(tmp_path, workers):
-    import orbax.checkpoint as ocp  # Here, as every worker process imports this module, and Orbax takes long.
-
-    def make():
-        return train_batches(Numbers(20), batch_size=8, seed=5, workers=workers)
-
-    iterator = make()
-    take(iterator, 3)
-    with ocp.CheckpointManager(tmp_path) as manager:
-        manager.save(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
-        manager.wait_until_finished()
-    expected = take(iterator, 4)
-    iterator.close()
-    restored = make()
-    with ocp.CheckpointManager(tmp_path) as manager:
-        manager.restore(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(restored)))
-    equal(take(restored, 4), expected)
-    restored.close()
-
-
 @pytest.mark.slow
 def test_worker_processes(fashion):
     before = set(multiprocessing.active_children())

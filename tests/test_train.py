@@ -118,8 +118,7 @@ def rows_without_time(directory):
 
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory):
-    directory = tmp_path_factory.mktemp('uninterrupted')
-    return directory, train_small(directory)
+    return (directory := tmp_path_factory.mktemp('uninterrupted')), train_small(directory)
 
 
 def first_state(stage, training):
@@ -333,16 +332,16 @@ def terminate():
     raise RuntimeError('Worker process was terminated unexpectedly')
 
 
+def raise_own():
+    raise RuntimeError('their own')
+
+
 def test_workers_that_a_signal_ended_are_done_without_until_the_stop(tmp_path):
     with pytest.raises(Interrupted):
         train_toy(tmp_path, toy_stage(), Numbers(5, terminate))
     assert Checkpoints(tmp_path).latest_step() == 6  # other processes need this one's part of the batch
     with pytest.raises(RuntimeError, match='their own'):
         train_toy(tmp_path, toy_stage(), Numbers(7, raise_own))  # without a signal it is an error
-
-
-def raise_own():
-    raise RuntimeError('their own')
 
 
 class Pass:
