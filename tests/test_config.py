@@ -7,7 +7,6 @@ import pathlib
 import re
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from vqvae2_jax import checks
@@ -15,7 +14,7 @@ from vqvae2_jax import config as configs
 from vqvae2_jax.config import ConfigError
 from vqvae2_jax.data.images import ImageSpec
 from vqvae2_jax.models.resnet import ResNet
-from vqvae2_jax.models.vqvae import VQVAE, map_shapes
+from vqvae2_jax.models.vqvae import VQVAE
 from vqvae2_jax.models.wavefront import WavefrontPrior
 from vqvae2_jax.optim import Training
 
@@ -33,18 +32,7 @@ def load(name):
 
 def parameter_counts(config):
     """Module -> number of parameters, without making any."""
-    key, size = jax.random.key(0), config.data.image_size
-    image = jax.ShapeDtypeStruct((1, *size, config.data.channels), jnp.float32)
-    shapes = map_shapes(size, config.vqvae.factors)
-    codes = tuple(jax.ShapeDtypeStruct((1, *shape), jnp.int32) for shape in shapes)
-    label = jax.ShapeDtypeStruct((1,), jnp.int32) if config.data.num_classes else None
-    keys = {'params': key, 'reseed': key}
-    made = {'vqvae': jax.eval_shape(configs.make_vqvae(config).init, keys, image)}
-    for level, name in enumerate(configs.level_names(config.vqvae.factors)):
-        init = configs.make_prior(config, level).init
-        made[f'prior.{name}'] = jax.eval_shape(init, key, codes[level], label, codes[level + 1 :])
-    if configs.has_classifier(config):
-        made['classifier'] = jax.eval_shape(configs.make_classifier(config).init, key, image)
+    made = {name: jax.eval_shape(model.init, *inputs) for name, (model, inputs) in configs.networks(config).items()}
     return {name: sum(math.prod(x.shape) for x in jax.tree.leaves(v['params'])) for name, v in made.items()}
 
 

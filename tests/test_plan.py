@@ -51,7 +51,7 @@ def test_a_plan_of_the_devices_at_hand(config, tmp_path, capsys):
     config.vqvae.hidden = config.prior.top.hidden = 32  # enough that what is counted is most of what there is
     plan.plan(Run(config, epath.Path(tmp_path)))
     found = rows(capsys.readouterr().out)
-    assert list(found) == ['vqvae', 'prior.top', 'prior.bottom', 'classifier', 'sample']
+    assert list(found) == ['vqvae', 'prior.bottom', 'prior.top', 'classifier', 'sample']
     for job in ('vqvae', 'classifier'):
         assert float(found[job]['TFLOP']) == pytest.approx(float(found[job]['XLA counts']), rel=0.25)
     assert found['vqvae']['steps'] == '8' and found['sample']['batch'] == '16'
@@ -84,12 +84,12 @@ def test_collectives_are_read_from_the_text_of_a_program():
 def test_topologies_that_are_none():
     for name in ('v5e', 'v9:2x2', 'h100'):
         with pytest.raises(JobError, match=rf'--topology={name}: .*v5e:4x8.*v6e:16x16'):
-            plan.devices_of(name)
+            chips.topology_devices(name)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='libtpu is not installed')
 def test_a_slice_that_is_not_there(config, tmp_path, capsys):
-    devices = plan.devices_of('v5e:2x4')
+    devices = chips.topology_devices('v5e:2x4')
     assert len(devices) == 8 and chips.chip_of(devices[0]).name == 'v5e'
     with parallel.use(parallel.make_mesh(devices, 4)):
         plan.plan(Run(config, epath.Path(tmp_path)))
@@ -97,5 +97,5 @@ def test_a_slice_that_is_not_there(config, tmp_path, capsys):
     assert text.startswith('tiny on 8 x TPU v5 lite, parallel.fsdp=4') and re.search(r'\| sample \| 16 .* ms \|', text)
     assert all(row['step'].endswith(' ms') for row in rows(text).values())
     with pytest.raises(JobError, match='--topology=v5e:3x9: .*there are v4:2x2x1'):
-        plan.devices_of('v5e:3x9')
-    assert len(plan.devices_of('v4:2x2x1')) == 4  # chips, not cores
+        chips.topology_devices('v5e:3x9')
+    assert len(chips.topology_devices('v4:2x2x1')) == 4  # chips, not cores

@@ -4,7 +4,6 @@ import inspect
 import math
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vqvae2_jax import config as configs
@@ -72,7 +71,7 @@ def _check(config):
         _check_training(section, configs.training(config, section))
     parallel.check_batch_size(config.codes.batch_size, 'codes.batch_size', own=True)
     _check_sampling(config, names)
-    _check_networks(config, names, shapes)
+    _check_networks(config)
 
 
 def _check_aside(config):
@@ -101,18 +100,9 @@ def _check_aside(config):
         )
 
 
-def _check_networks(config, names, shapes):
+def _check_networks(config):
     """Goes through every module's shapes, without numbers: what does not fit together shows now, not hours later."""
-    key = jax.random.key(0)
-    image = jax.ShapeDtypeStruct((1, *config.data.image_size, config.data.channels), jnp.float32)
-    codes = tuple(jax.ShapeDtypeStruct((1, *shape), jnp.int32) for shape in shapes)
-    label = jax.ShapeDtypeStruct((1,), jnp.int32) if config.data.num_classes else None
-    networks = {'vqvae': (configs.make_vqvae(config), ({'params': key, 'reseed': key}, image))}
-    for level, name in enumerate(names):
-        networks[f'prior.{name}'] = configs.make_prior(config, level), (key, codes[level], label, codes[level + 1 :])
-    if configs.has_classifier(config):
-        networks['classifier'] = configs.make_classifier(config), (key, image)
-    for section, (model, inputs) in networks.items():
+    for section, (model, inputs) in configs.networks(config).items():
         try:
             jax.eval_shape(model.init, *inputs)
         except Exception as error:  # JAX, Flax and the modules raise many kinds; all are the config's doing here

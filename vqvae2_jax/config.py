@@ -8,6 +8,7 @@ import difflib
 import inspect
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -184,6 +185,21 @@ def make_classifier(config: ConfigDict) -> ResNet:
     """The module that judges samples."""
     fields = _module_fields('classifier', 'classifier', config.classifier, ResNet)
     return ResNet(num_classes=config.data.num_classes, **fields)
+
+
+def networks(config: ConfigDict) -> dict[str, tuple[Any, tuple]]:
+    """Every section's module, and what its `init` takes, as shapes: {'vqvae', 'prior.<level>', 'classifier'}."""
+    key, names = jax.random.key(0), level_names(config.vqvae.factors)
+    shapes = map_shapes(config.data.image_size, config.vqvae.factors)
+    image = jax.ShapeDtypeStruct((1, *config.data.image_size, config.data.channels), jnp.float32)
+    codes = tuple(jax.ShapeDtypeStruct((1, *shape), jnp.int32) for shape in shapes)
+    label = jax.ShapeDtypeStruct((1,), jnp.int32) if config.data.num_classes else None
+    found = {'vqvae': (make_vqvae(config), ({'params': key, 'reseed': key}, image))}
+    for level, name in enumerate(names):
+        found[f'prior.{name}'] = make_prior(config, level), (key, codes[level], label, codes[level + 1 :])
+    if has_classifier(config):
+        found['classifier'] = make_classifier(config), (key, image)
+    return found
 
 
 def make_mesh(config: ConfigDict, devices=None) -> Mesh:

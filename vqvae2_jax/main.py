@@ -17,8 +17,8 @@ from vqvae2_jax import checks, parallel
 from vqvae2_jax import config as configs
 from vqvae2_jax.data.decode import UnreadableImage
 from vqvae2_jax.io.provenance import UpstreamChanged
+from vqvae2_jax.jobs.chips import topology_devices
 from vqvae2_jax.jobs.pipeline import JOBS, run_job
-from vqvae2_jax.jobs.plan import devices_of
 from vqvae2_jax.jobs.train import NonFiniteLoss
 from vqvae2_jax.jobs.workdir import JobError, Run
 
@@ -62,11 +62,11 @@ def main(_) -> None:
 
 def _devices():
     if not _TOPOLOGY.value:
-        return jax.devices()
+        return None  # all there are
     if _JOB.value != 'plan':
         raise JobError(f'--topology={_TOPOLOGY.value} belongs to --job=plan, not to --job={_JOB.value}')
     jax.config.update('jax_platforms', 'cpu')  # else JAX looks for the TPU that is not there
-    return devices_of(_TOPOLOGY.value)
+    return topology_devices(_TOPOLOGY.value)
 
 
 def _explain_field(arguments: list[str]) -> None:

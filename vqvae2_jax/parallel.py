@@ -78,6 +78,11 @@ def cut(array) -> NamedSharding:
     return NamedSharding(mesh(), PartitionSpec(*[None] * axis, FSDP))
 
 
+def placed(shapes: Any, layout: Any) -> Any:
+    """Shapes that know where their arrays lie."""
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, layout)
+
+
 def keep_cut(tree: Any) -> Any:
     """Inside a program: arrays that stay cut by the rule, like the parameters whose shapes they have."""
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, cut(x)), tree)
@@ -119,10 +124,15 @@ def of_one_process() -> list:
     return [device for device in devices if device.process_index == devices[0].process_index]
 
 
+@functools.cache
+def processes(mesh: Mesh) -> int:
+    """How many processes have devices in a mesh."""
+    return len({device.process_index for device in mesh.devices.flat})
+
+
 def put_batch(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process's part of a batch, on the devices as one global array per entry."""
-    processes = len({device.process_index for device in mesh().devices.flat})
-    layout = split_batch(processes * len(next(iter(batch.values()))))
+    layout = split_batch(processes(mesh()) * len(next(iter(batch.values()))))
     return {name: jax.make_array_from_process_local_data(layout, value) for name, value in batch.items()}
 
 

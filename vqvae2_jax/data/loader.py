@@ -47,8 +47,8 @@ def train_batches(
       skip_log: file that the names of unreadable examples are appended to; see read_skipped.
 
     Returns:
-      A grain.DatasetIterator over dicts of arrays [batch_size / process_count, ...]. Keep
-      get_state(), a JSON-able dict, to go on from. Close it when done if workers > 0.
+      A grain.DatasetIterator over dicts of arrays [batch_size / process_count, ...]. get_state() is a JSON-able dict to
+      go on from. Close it when done if workers > 0.
 
     Raises:
       ValueError: an empty source, a batch size that does not divide, or augmentation of a source without images.

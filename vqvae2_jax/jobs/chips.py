@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import jax
 
+from vqvae2_jax.jobs.workdir import JobError
+
 
 class Chip(NamedTuple):
     """One chip, which is one device of JAX."""
@@ -40,16 +42,15 @@ def topology_devices(name: str) -> list:
     """The devices of a TPU slice such as 'v5e:4x8', without one.
 
     Raises:
-      ValueError: there is no such slice; the message lists some.
-      ImportError: libtpu, the compiler, is not installed.
+      JobError: there is no such slice, and the message lists some; or libtpu, the compiler, is not installed.
     """
     kind, _, shape = name.partition(':')
     if kind not in KNOWN or not shape:
-        raise ValueError(f'--topology={name}: {_examples()}')
+        raise JobError(f'--topology={name}: {_examples()}')
     try:
         import libtpu  # noqa: F401
     except ImportError as error:
-        raise ImportError(f'--topology={name} is compiled for by libtpu: pip install -e ".[tpu]"') from error
+        raise JobError(f'--topology={name} is compiled for by libtpu: pip install -e ".[tpu]"') from error
     from jax.experimental import topologies
 
     # No TPU answers for its name and neighbours here, and another plan may be under way.
@@ -58,7 +59,7 @@ def topology_devices(name: str) -> list:
     try:
         return list(topologies.get_topology_desc(platform='tpu', topology_name=name, **options).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f'--topology={name}: {str(error).splitlines()[0]}; {_examples()}') from error
+        raise JobError(f'--topology={name}: {str(error).splitlines()[0]}; {_examples()}') from error
 
 
 def _examples():

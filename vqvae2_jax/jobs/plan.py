@@ -14,11 +14,10 @@ import jax.numpy as jnp
 from vqvae2_jax import config as configs
 from vqvae2_jax import optim, parallel
 from vqvae2_jax.io.logging import format_duration
-from vqvae2_jax.jobs import chips, cost, train
+from vqvae2_jax.jobs import chips, cost, stages, train
 from vqvae2_jax.jobs.sample import compiled_draw, make_controls
-from vqvae2_jax.jobs.workdir import JobError, Run
+from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.models.vqvae import map_shapes
-from vqvae2_jax.stages import classifier, prior, vqvae
 
 COLUMNS = ('job', 'batch', 'parameters', 'state', 'peak', 'TFLOP', 'XLA counts', 'traffic', 'step', 'steps', 'in all')
 _COLLECTIVE = re.compile(
@@ -30,6 +29,7 @@ _WIDTHS = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's64': 8, 'u64': 8}
 class Program(NamedTuple):
     """A job's program, ready to be compiled."""
 
+    job: str  # of a training: its section of the config
     compiled_by: object  # jitted function
     inputs: tuple  # shapes, with where they lie
     parameters: int
@@ -37,7 +37,6 @@ class Program(NamedTuple):
     cost: cost.Cost  # of a step, over all devices
     steps: int
     batch: int
-    section: str  # of the config
 
 
 class Compiled(NamedTuple):
@@ -49,48 +48,34 @@ class Compiled(NamedTuple):
     refused: str = ''
 
 
-def devices_of(topology: str) -> list:
-    """The devices to plan for: those of a TPU slice, or where none is named, those at hand.
-
-    Raises:
-      JobError: no such slice, or its compiler is missing.
-    """
-    try:
-        return chips.topology_devices(topology) if topology else jax.devices()
-    except (ValueError, ImportError) as error:
-        raise JobError(str(error)) from error
-
-
 def plan(run: Run) -> None:
     """Prints a table for the devices of the mesh in use, with a row for each job, and what to change."""
     device = parallel.mesh().devices.flat[0]
     chip, advice = chips.chip_of(device), []
     print(f'{run.config.name} on {parallel.mesh().size} x {device.device_kind}, parallel.fsdp={_fsdp()}', flush=True)
     print(f'\n| {" | ".join(COLUMNS)} |\n|{"---|" * len(COLUMNS)}', flush=True)
-    for name in _jobs(run):
-        own = parallel.make_mesh(parallel.of_one_process())  # a process draws on its own devices
-        with parallel.use(own if name == 'sample' else parallel.mesh()):
-            program = _sampling(run) if name == 'sample' else _training(run, name)
-            compiled = _compile(program)
-            print(_row(name, program, compiled, chip), flush=True)
-            advice += [f'{name}: {line}' for line in _advice(run.config, program, compiled, chip)]
+    for name in configs.networks(run.config):
+        advice += _report(run.config, _training(run, name), chip)
+    processes = parallel.processes(parallel.mesh())
+    with parallel.use(parallel.make_mesh(parallel.of_one_process())):  # a process draws on its own devices
+        advice += _report(run.config, _sampling(run, processes), chip)
     print('\n' + '\n'.join([*_notes(chip), *advice]), flush=True)
+
+
+def _report(config, program, chip):
+    """Prints a job's row; returns what to change."""
+    compiled = _compile(program)
+    print(_row(program, compiled, chip), flush=True)
+    return [f'{program.job}: {line}' for line in _advice(config, program, compiled, chip)]
 
 
 def _fsdp():
     return parallel.mesh().shape[parallel.FSDP]
 
 
-def _jobs(run):
-    priors = [f'prior.{name}' for name in reversed(run.levels)]
-    return ['vqvae', *priors, *(['classifier'] if configs.has_classifier(run.config) else []), 'sample']
-
-
 def _training(run, section):
     config, training = run.config, configs.training(run.config, section)
-    size = training.batch_size
-    parallel.check_batch_size(size, f'{section}.training.batch_size', training.accumulate)
-    stage, plain = (_stage(run, section, plain=plain) for plain in (False, True))
+    stage, size = _stage(run, section), training.batch_size
     shapes = {'label': ((size,), jnp.int32), train.STOP: ((size,), jnp.bool_)}
     if section.startswith('prior'):
         for level, shape in enumerate(map_shapes(config.data.image_size, config.vqvae.factors)):
@@ -102,63 +87,47 @@ def _training(run, section):
     optimizer, key = optim.make_optimizer(training), jax.random.key(0)
     state = jax.eval_shape(train.make_init(stage, optimizer), key, batch)
     layout = train.layout_of(state)
-    forward = cost.count(lambda p, v, b: plain.loss(p, v, b, key), state.params, state.variables, batch)
+    placed = parallel.placed(state, layout)
+    forward = cost.count(lambda p, v, b: stage.loss(p, v, b, key), state.params, state.variables, batch)
     return Program(
+        section,
         train.make_step(stage, optimizer, training, layout),
-        (_placed(state, layout), batch),
+        (placed, batch),
         sum(x.size for x in jax.tree.leaves(state.params)),
-        _bytes_on_a_chip(_placed(state, layout)),
+        _bytes_on_a_chip(placed),
         forward.times(3),  # the backward pass does about twice the work of the forward one
         training.steps,
         size,
-        section,
     )
 
 
-def _stage(run, section, plain):
-    """The stage without its data; `plain` recomputes nothing."""
+def _stage(run, section):
+    """The stage, without its data."""
     if section == 'vqvae':
-        return vqvae.make_stage(configs.make_vqvae(run.config), run.levels, run.config.vqvae.commitment_weight, 1)
+        return stages.vqvae_stage(run, examples=1)
     if section == 'classifier':
-        return classifier.make_stage(configs.make_classifier(run.config))
-    level = run.levels.index(section.removeprefix('prior.'))
-    model = configs.make_prior(run.config, level)
-    return prior.make_stage(model.clone(remat=False) if plain else model, level, len(run.levels))
+        return stages.classifier_stage(run)
+    return stages.prior_stage(run, run.levels.index(section.removeprefix('prior.')), show=False)
 
 
-def _sampling(run):
-    """Of one process, which draws on its own devices."""
-    config, size = run.config, run.config.sample.batch_size
-    parallel.check_batch_size(size, 'sample.batch_size')
-    key, dtype = jax.random.key(0), config.sample.get('dtype') or None
-    shapes = map_shapes(config.data.image_size, config.vqvae.factors)
-    codes = tuple(jax.ShapeDtypeStruct((1, *shape), jnp.int32) for shape in shapes)
-    label = jax.ShapeDtypeStruct((1,), jnp.int32) if config.data.num_classes else None
-    image = jax.ShapeDtypeStruct((1, *config.data.image_size, config.data.channels), jnp.float32)
-    modules = [configs.make_prior(config, level) for level in range(len(run.levels))]
-    weights = [
-        jax.eval_shape(module.init, key, codes[level], label, codes[level + 1 :])['params']
-        for level, module in enumerate(modules)
-    ]
+def _sampling(run, processes):
+    """Of one process of so many, each of which draws on its own devices."""
+    config, size, dtype = run.config, run.config.sample.batch_size, run.config.sample.get('dtype')
+    networks = configs.networks(config)
+    variables = {name: jax.eval_shape(model.init, *inputs) for name, (model, inputs) in networks.items()}
+    priors = [f'prior.{name}' for name in run.levels]
+    modules, weights = [networks[name][0] for name in priors], [variables[name]['params'] for name in priors]
     if dtype:
         modules = [module.clone(dtype=jnp.dtype(dtype)) for module in modules]
         weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), weights)
-    model = configs.make_vqvae(config)
-    decoder = jax.eval_shape(model.init, {'params': key, 'reseed': key}, image)
-    whole = jax.tree.map(lambda _: parallel.replicated(), (weights, decoder))
-    weights, decoder = _placed((weights, decoder), whole)
+    held = weights, variables['vqvae']
+    held = parallel.placed(held, jax.tree.map(lambda _: parallel.replicated(), held))
     number = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=parallel.split_batch(size))
-    inputs = (weights, decoder, make_controls(config), number, number)
-    draw = compiled_draw(config, model, modules)
+    inputs = (*held, make_controls(config), number, number)
+    draw = compiled_draw(config, networks['vqvae'][0], modules)
     counted = sum(x.size for x in jax.tree.leaves(weights))
-    processes = max(jax.process_count(), 1)
     steps = -(-config.sample.count // (size * processes))
-    state = _bytes_on_a_chip((weights, decoder))
-    return Program(draw, inputs, counted, state, cost.count(draw, *inputs), steps, size, 'sample')
-
-
-def _placed(tree, layout):
-    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, layout)
+    return Program('sample', draw, inputs, counted, _bytes_on_a_chip(held), cost.count(draw, *inputs), steps, size)
 
 
 def _bytes_on_a_chip(tree):
@@ -188,10 +157,10 @@ def collective_bytes(text: str) -> int:
     return total
 
 
-def _row(name, program, compiled, chip):
+def _row(program, compiled, chip):
     devices = parallel.mesh().size
     seconds = _seconds(program, chip, devices)
-    cells = [name, program.batch, f'{program.parameters / 1e6:.3g} M', _bytes(program.state)]
+    cells = [program.job, program.batch, f'{program.parameters / 1e6:.3g} M', _bytes(program.state)]
     cells += ['does not fit' if compiled.refused else _bytes(compiled.peak), f'{program.cost.flops / 1e12:.3g}']
     cells.append(f'{compiled.flops * devices / 1e12:.3g}' if compiled.flops else '')
     cells.append('' if compiled.traffic is None else _bytes(compiled.traffic))
@@ -228,10 +197,10 @@ def _advice(config, program, compiled, chip):
     if not compiled.refused and (chip is None or compiled.peak <= chip.memory):
         return
     yield compiled.refused or f'needs {_bytes(compiled.peak)} of the {_bytes(chip.memory)} of a {chip.name}'
-    if program.section == 'sample':
+    if program.job == 'sample':
         yield 'lower sample.batch_size, or halve weights and caches: --config.sample.dtype=bfloat16'
         return
-    devices, section = parallel.mesh().size, program.section
+    devices, section = parallel.mesh().size, program.job
     parts = 2 * configs.training(config, section).accumulate
     if program.state > chip.memory / 4 and _fsdp() < devices:
         yield f'cut the state over more chips: --config.parallel.fsdp={min(4 * _fsdp(), devices)}'

@@ -18,10 +18,10 @@ from vqvae2_jax.stages import classifier, prior, vqvae
 from vqvae2_jax.stages.stage import Stage
 
 
-def vqvae_stage(run: Run) -> Stage:
-    """Stage 1 of this run's config."""
+def vqvae_stage(run: Run, examples: int | None = None) -> Stage:
+    """Stage 1 of this run's config; `examples` in its training split (None: they are counted) make an epoch."""
     batch_size = run.config.vqvae.training.batch_size
-    steps_per_epoch = -(-len(run.images('train')) // batch_size)
+    steps_per_epoch = -(-(examples or len(run.images('train'))) // batch_size)
     model = configs.make_vqvae(run.config)
     return vqvae.make_stage(model, run.levels, run.config.vqvae.commitment_weight, steps_per_epoch)
 

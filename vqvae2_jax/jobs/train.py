@@ -198,8 +198,7 @@ def _first_state(stage, optimizer, iterator, checkpoints, seed):
     layout = layout_of(shapes)
     if step is None:
         return layout, jax.jit(init, out_shardings=layout)(key, batch), 0, []
-    like = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, layout)
-    state, unlogged = checkpoints.restore(step, like, iterator)
+    state, unlogged = checkpoints.restore(step, parallel.placed(shapes, layout), iterator)
     return layout, state, step, unlogged
 
 

@@ -141,16 +141,20 @@ class Prior(nn.Module):
         every = self.layers // max(self.attention_layers, 1)
         if depth % every or depth // every > self.attention_layers:
             return x
-        return x + self._recomputed(lambda layer, x: layer(x, step, train=train), self.attention[depth // every - 1], x)
+
+        def call(layer, x):
+            return layer(x, step, train=train)
+
+        return x + self._recomputed(call, train)(self.attention[depth // every - 1], x)
 
     def _block(self, block, x, *, beside=None, condition=None, train=False):
         def call(block, x, beside, condition):
             return block(x, beside=beside, condition=condition, train=train)
 
-        return self._recomputed(call, block, x, beside, condition)
+        return self._recomputed(call, train)(block, x, beside, condition)
 
-    def _recomputed(self, call, layer, *inputs):
-        return (nn.remat(call) if self.remat and not self.is_initializing() else call)(layer, *inputs)
+    def _recomputed(self, call, train):
+        return nn.remat(call) if self.remat and train else call
 
     def condition(self, labels=None, coarser=(), *, train: bool = False) -> jax.Array | None:
         """Class and coarser levels as one map [B, H, W, F], or [B, 1, 1, F] for the class alone; None for neither."""
