@@ -1,5 +1,6 @@
 """How a step is computed changes nothing but rounding: parameters cut over devices, recomputation, accumulation."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from vqvae2_jax import optim, parallel
 from vqvae2_jax.jobs import train
 from vqvae2_jax.models.raster import RasterPrior
+from vqvae2_jax.models.repeat import PLAIN, Repeat
 from vqvae2_jax.models.vqvae import VQVAE
 from vqvae2_jax.models.wavefront import WavefrontPrior
 from vqvae2_jax.stages import prior, vqvae
@@ -21,7 +23,8 @@ MODULES = {'raster': RasterPrior, 'wavefront': WavefrontPrior}
 
 def prior_stage(order='raster', **fields):
     shape = dict(hidden=16, residual=16, layers=2, kernel=3, attention_layers=1, heads=2, condition_layers=1)
-    model = MODULES[order]((4, 4), 12, (12,), num_classes=3, output_layers=1, **shape, **fields)
+    shape |= dict(output_layers=1) | fields
+    model = MODULES[order]((4, 4), 12, (12,), num_classes=3, **shape)
     return prior.make_stage(model, 0, 2)
 
 
@@ -76,6 +79,10 @@ def test_a_state_cut_over_devices_trains_as_a_whole_one(make, batch, fsdp, monke
         assert x.sharding.is_fully_replicated
 
 
+def gradients(stage):
+    return jax.grad(lambda p: stage.loss(p, {}, codes(), jax.random.key(1))[0])
+
+
 @pytest.mark.parametrize('order', MODULES)
 def test_recomputing_changes_nothing_but_what_is_kept(order):
     plain, again = prior_stage(order), prior_stage(order, remat=True)
@@ -84,9 +91,6 @@ def test_recomputing_changes_nothing_but_what_is_kept(order):
         lambda a, b: a.shape == b.shape, params, jax.eval_shape(again.init, jax.random.key(0), codes())[0]
     )
     assert all(jax.tree.leaves(same_shapes))
-
-    def gradients(stage):
-        return jax.grad(lambda p: stage.loss(p, {}, codes(), jax.random.key(1))[0])
 
     def kept(stage):
         # Values that the backward pass takes from the forward one.
@@ -101,6 +105,50 @@ def test_recomputing_changes_nothing_but_what_is_kept(order):
         jax.jit(gradients(again))(params),
     )
     assert kept(again) < 0.6 * kept(plain)
+
+
+@pytest.mark.parametrize('remat', [False, True])
+@pytest.mark.parametrize('order', MODULES)
+def test_a_loop_over_layers_changes_nothing_but_the_length_of_the_program(order, remat):
+    def stage(layers, scan_layers):
+        fields = dict(layers=layers, condition_layers=layers, attention_layers=2, output_layers=layers)
+        return prior_stage(order, scan_layers=scan_layers, remat=remat, **fields)
+
+    def length(layers, scan_layers):
+        params, _ = jax.eval_shape(stage(layers, scan_layers).init, jax.random.key(0), codes())
+        text = jax.jit(gradients(stage(layers, scan_layers))).lower(params).as_text()
+        return sum('convolution' in line or 'dot_general' in line for line in text.splitlines())
+
+    params, _ = jax.jit(stage(4, False).init)(jax.random.key(0), codes())
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        jax.jit(gradients(stage(4, False)))(params),
+        jax.jit(gradients(stage(4, True)))(params),
+    )
+    assert length(6, True) == length(4, True) < length(4, False) < length(6, False)
+
+
+class _Dropping(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dropout(0.5, deterministic=False)(x) + self.param('bias', nn.initializers.zeros, ())
+
+
+class _Chain(nn.Module):
+    def setup(self):
+        self.blocks = [_Dropping() for _ in range(3)]
+
+    def __call__(self, x, repeat):
+        return repeat.run(lambda block, x, _: block(x), self.blocks, x)[1]
+
+
+def test_a_loop_over_layers_drops_other_units_in_each():
+    keys = {'params': jax.random.key(0), 'dropout': jax.random.key(1)}
+    chain, x = _Chain(), jnp.ones(1000)
+    params = chain.init(keys, x, PLAIN)
+    for repeat in (PLAIN, Repeat(scan=True), Repeat(remat=True, scan=True)):
+        outputs = chain.apply(params, x, repeat, rngs={'dropout': jax.random.key(2)})
+        np.testing.assert_allclose([jnp.mean(y > 0) for y in outputs], [0.5, 0.25, 0.125], atol=0.05)
 
 
 @pytest.mark.parametrize('fsdp', [1, 2])

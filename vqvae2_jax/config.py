@@ -27,7 +27,7 @@ from vqvae2_jax.sampling.control import Control
 # Fields of config.data that change how and from where images are read, not which images they are.
 _READING = ('path', 'workers', 'on_error')
 # Fields of modules that change how they are computed, not what.
-_COMPUTING = ('remat',)
+_COMPUTING = ('remat', 'scan_layers')
 _OWN_FIELDS = {  # of each stage's section, beside the fields of its module
     'vqvae': ('commitment_weight', 'training'),
     'prior': ('training',),

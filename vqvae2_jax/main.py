@@ -10,12 +10,12 @@ import sys
 
 import jax
 from absl import app, flags, logging
-from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from vqvae2_jax import checks, parallel
 from vqvae2_jax import config as configs
 from vqvae2_jax.data.decode import UnreadableImage
+from vqvae2_jax.io import bucket
 from vqvae2_jax.io.provenance import UpstreamChanged
 from vqvae2_jax.jobs.chips import topology_devices
 from vqvae2_jax.jobs.pipeline import JOBS, run_job
@@ -47,17 +47,27 @@ def main(_) -> None:
         if not parallel.is_writer():
             sys.stdout = open(os.devnull, 'w')  # one process tells what happens; errors are told by all
     config = _CONFIG.value
-    workdir = _WORKDIR.value or os.path.join('runs', config.name)
-    if '://' in workdir:  # resolved, it would be a local folder of that name
-        sys.exit(f'error: --workdir={workdir}: only local folders are supported; mount the bucket, or copy afterwards')
-    workdir = epath.Path(workdir).resolve()
     try:
+        workdir = _workdir(config)
         with parallel.use(configs.make_mesh(config, _devices())):
             checks.check(config)
             run_job(Run(config, workdir), _JOB.value, _LEVEL.value)
     except (configs.ConfigError, JobError, UpstreamChanged, UnreadableImage, NonFiniteLoss) as error:
         # These say what to do; a traceback would only hide it.
         sys.exit(f'error: {error}')
+
+
+def _workdir(config):
+    path = _WORKDIR.value or os.path.join('runs', config.name)
+    if not bucket.is_remote(path):
+        return bucket.absolute(path)
+    if configs.image_spec(config).on_error == 'skip':
+        raise JobError(f'data.on_error=skip keeps a growing list, which --workdir={path} on a bucket cannot hold')
+    try:
+        bucket.check_reachable(path)
+    except ValueError as error:
+        raise JobError(f'--workdir={error}') from error
+    return bucket.absolute(path)
 
 
 def _devices():

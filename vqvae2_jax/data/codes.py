@@ -18,14 +18,18 @@ Example i is record i of the shards read one after the other in order of their n
 """
 
 import dataclasses
+import functools
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 from etils import epath
+
+from vqvae2_jax.io import bucket, provenance
 
 SCHEMA = 1
 _META = 'meta.json'
@@ -112,7 +116,9 @@ def write_shard(
     """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.parent / f'{path.name}.unfinished-{uuid.uuid4().hex[:8]}'
+    remote = bucket.is_remote(path)  # where a file is there once it is whole
+    name = f'{path.name}.unfinished-{uuid.uuid4().hex[:8]}'
+    unfinished = epath.Path(tempfile.gettempdir() if remote else path.parent) / name
     # Fast compression: on codes, stronger settings cost much time and gain little.
     writer = array_record_module.ArrayRecordWriter(os.fspath(unfinished), 'group_size:1,zstd:1')
     count = 0
@@ -122,7 +128,10 @@ def write_shard(
                 writer.write(record.tobytes())
                 count += 1
         writer.close()
-        unfinished.replace(path)
+        if remote:
+            bucket.upload(os.fspath(unfinished), path)
+        else:
+            unfinished.replace(path)
     finally:
         if writer.is_open():
             writer.close()
@@ -132,10 +141,7 @@ def write_shard(
 
 def write_meta(directory: epath.PathLike, meta: CodesMeta) -> None:
     """Writes meta.json; call it when all shards are written."""
-    path = epath.Path(directory) / _META
-    unfinished = path.parent / f'{_META}.unfinished-{uuid.uuid4().hex[:8]}'
-    unfinished.write_text(meta.to_json())
-    unfinished.replace(path)
+    provenance.write_bytes(epath.Path(directory) / _META, meta.to_json().encode())
 
 
 def read_meta(directory: epath.PathLike) -> CodesMeta:
@@ -174,6 +180,7 @@ class CodeSource:
             raise FileNotFoundError(
                 f'{paths[missing[0]]} is missing ({len(missing)} of the {self.meta.shards} shards are). {_AGAIN}'
             )
+        paths = _local(os.fspath(directory), self.meta) if bucket.is_remote(directory) else paths
         count = sum(count_records(path) for path in paths)
         if count != self.meta.count:
             raise ValueError(
@@ -208,7 +215,16 @@ class CodeSource:
         return levels | {'label': np.int32(record['label']), 'index': np.int64(record['index'])}
 
 
+@functools.lru_cache(maxsize=4)
+def _local(directory, meta):
+    """Paths of the shards in a copy of a store on a bucket. `meta`: one that was replaced is another store."""
+    copy = bucket.local_copy(directory)
+    return [shard_path(copy, shard, meta.shards) for shard in range(meta.shards)]
+
+
 def count_records(path: str) -> int:
+    """Raises ValueError on a damaged file."""
+    path = bucket.local_copy(path)
     try:
         reader = array_record_module.ArrayRecordReader(path)
         count = reader.num_records()

@@ -24,6 +24,7 @@ from vqvae2_jax.data.decode import fit
 from vqvae2_jax.data.fashion import FashionPool
 from vqvae2_jax.data.folder import FilesPool, find_images, open_folder
 from vqvae2_jax.data.tfds_records import TfdsPool
+from vqvae2_jax.io import bucket
 
 SPLITS = ('train', 'validation', 'test')
 
@@ -197,9 +198,10 @@ def open_images(spec: ImageSpec, split: str) -> ImageSource:
     if spec.name == 'fashion':
         pool = FashionPool(spec.num_classes)
     elif spec.name == 'folder':
-        pool = open_folder(spec.path, spec.num_classes, named, spec.splits[0] if named else None)
+        pool = open_folder(_local(spec.path), spec.num_classes, named, spec.splits[0] if named else None)
     elif spec.name == 'npz':
-        pool = ArraysPool(os.path.join(spec.path, named) if named else spec.path, spec.num_classes)
+        path = _local(spec.path)
+        pool = ArraysPool(os.path.join(path, named) if named else path, spec.num_classes)
     else:
         pool = TfdsPool(spec.name, spec.path, named, spec.num_classes)
     if named:
@@ -222,6 +224,7 @@ def open_all(path: str, spec: ImageSpec, field: str) -> ImageSource:
     Raises:
       ValueError: there are none. FileNotFoundError: no such file or folder. Both name the config's `field`.
     """
+    path = _local(path, field)
     if path.endswith('.npz'):
         pool = ArraysPool(path, num_classes=0, field=field)
     elif not os.path.exists(path):
@@ -246,6 +249,14 @@ def open_as_they_are(path: str, field: str) -> ImageSource:
     first, _ = source.pool.read(0, 3)
     order = np.random.RandomState(0).permutation(len(source.pool))
     return dataclasses.replace(source, positions=order, image_size=(first.height, first.width), one_size=True)
+
+
+@functools.cache
+def _local(path, field='data.path'):
+    try:
+        return bucket.local_copy(path)
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        raise FileNotFoundError(f'{field}: {error}') from error
 
 
 def random_split(

@@ -4,12 +4,17 @@ The records are tf.train.Example messages. Only the features 'image' and 'label'
 through the same decoder as image files do.
 """
 
+import functools
+import os
+
 import numpy as np
 from PIL import Image
 
 from vqvae2_jax.data.decode import UnreadableImage, decode_image
+from vqvae2_jax.io import bucket
 
 _DEFAULT_SPLIT = 'train'
+_local = functools.cache(bucket.local_copy)  # once for all splits
 
 
 def _import_tfds():
@@ -101,6 +106,8 @@ def _prepared_builder(tfds, name: str, data_dir: str):
             f'data.name={name!r} under data.path={place!r} is prepared as {", ".join(sorted(formats))}, which has no '
             f'random access; needed is array_record. For another data_dir, run\n{recipe}'
         )
+    if bucket.is_remote(place):
+        return tfds.builder_from_directory(_local(os.fspath(builder.data_path)))
     return builder
 
 

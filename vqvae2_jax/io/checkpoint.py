@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from vqvae2_jax import parallel
-from vqvae2_jax.io import provenance
+from vqvae2_jax.io import bucket, provenance
 
 _RECORD = 'trained.json'
 
@@ -19,7 +19,7 @@ class Checkpoints:
 
     def __init__(self, directory):
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-        self._manager = ocp.CheckpointManager(epath.Path(directory).resolve() / 'checkpoints', options=options)
+        self._manager = ocp.CheckpointManager(bucket.absolute(directory) / 'checkpoints', options=options)
 
     def latest_step(self) -> int | None:
         """Of the newest whole checkpoint, or None."""
@@ -61,7 +61,7 @@ class Weights:
     """`weights/`: the best weights of a stage so far, {'params': ..., 'variables': ...}, and their held-out numbers."""
 
     def __init__(self, directory):
-        self._directory = epath.Path(directory).resolve() / 'weights'
+        self._directory = bucket.absolute(directory) / 'weights'
 
     def best(self) -> dict | None:
         """{'step', 'summary', 'directory'} of the weights kept, or None."""

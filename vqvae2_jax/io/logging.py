@@ -1,6 +1,6 @@
 """The log of one job: `metrics.jsonl`, a progress line, pictures and, where tensorboardX is installed, TensorBoard.
 
-`metrics.jsonl` holds one JSON object a line, appended and flushed at once:
+`metrics.jsonl` holds one JSON object a line, appended at once (on a bucket: within a minute, and before a checkpoint):
 `{"step": 1200, "train/loss": 0.0123, "time": 97.6}`, with `time` the seconds that the job has run, summed over
 restarts. A NaN is written as `NaN`, which Python reads back: whether to stop on one is the job's decision.
 """
@@ -12,10 +12,11 @@ import time
 import numpy as np
 from etils import epath
 
-from vqvae2_jax.io import pictures, provenance
+from vqvae2_jax.io import bucket, pictures, provenance
 
 PREFIXES = ('train', 'validation')
 _FILE = 'metrics.jsonl'
+_UPLOAD_EVERY = 60  # seconds
 # The rate on the progress line is over this many recent intervals between train lines.
 _WINDOW = 5
 
@@ -55,7 +56,7 @@ class RunLog:
             self._time_before = kept[-1]['time']
         self._recent = collections.deque(maxlen=_WINDOW + 1)  # (step, clock) of train lines
         self._first = None  # (step, clock) of the first train line: all compilation of the train step lies before it
-        self._file = (self._directory / _FILE).open('a')
+        self._file = (_Uploaded if bucket.is_remote(self._directory) else _Appended)(self._directory / _FILE)
         self._events = _event_writer(self._directory, start_step)
 
     def write(self, step: int, prefix: str, metrics: dict) -> None:
@@ -77,7 +78,6 @@ class RunLog:
         now, seconds = time.monotonic(), self.seconds()
         line = {'step': int(step)} | {f'{prefix}/{name}': value for name, value in values.items()}
         self._file.write(json.dumps(line | {'time': round(seconds, 3)}) + '\n')
-        self._file.flush()
         for name, value in values.items():
             if self._events:
                 self._events.add_scalar(f'{prefix}/{name}', value, step)
@@ -101,11 +101,16 @@ class RunLog:
         """
         return self._time_before + time.monotonic() - self._begin
 
+    def flush(self) -> None:
+        """All lines so far are in the file when this returns."""
+        if self._enabled:
+            self._file.flush()
+
     def close(self) -> None:
-        """Closes the files; no line is lost without it, since each is flushed."""
+        """Closes the files, with all lines in them."""
         if not self._enabled:
             return
-        self._file.close()
+        self._file.flush()
         if self._events:
             self._events.close()
 
@@ -136,6 +141,39 @@ class RunLog:
             # Everything so far contains compilation; a rate from it would mislead.
             parts.append(f'elapsed {format_duration(seconds)}')
         return '  '.join(parts)
+
+
+class _Appended:
+    """A local file that grows by lines."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def write(self, line: str) -> None:
+        with self._path.open('a') as file:
+            file.write(line)
+
+    def flush(self) -> None:
+        pass
+
+
+class _Uploaded:
+    """A file on a bucket, where nothing can be appended: written anew, at most once a minute."""
+
+    def __init__(self, path):
+        self._path, self._written = path, time.monotonic()
+        self._text = path.read_text() if path.exists() else ''
+        self._behind = False
+
+    def write(self, line: str) -> None:
+        self._text, self._behind = self._text + line, True
+        if time.monotonic() - self._written > _UPLOAD_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._behind:
+            self._path.write_text(self._text)
+            self._written, self._behind = time.monotonic(), False
 
 
 def read_metrics(directory) -> list[dict]:
@@ -217,7 +255,12 @@ def _keep_lines(path, start_step: int) -> list[dict]:
 
 
 def _event_writer(directory, start_step: int):
-    """A TensorBoard writer that hides the events of steps that will be written again; None without tensorboardX."""
+    """A TensorBoard writer that hides the events of steps that will be written again.
+
+    None without tensorboardX, and on a bucket, for which it wants a library of its own.
+    """
+    if bucket.is_remote(directory):
+        return None
     try:
         import tensorboardX
     except ImportError:

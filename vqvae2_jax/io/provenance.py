@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 import vqvae2_jax
+from vqvae2_jax.io import bucket
 
 
 class UpstreamChanged(ValueError):
@@ -92,6 +93,9 @@ def read_json(path):
 def write_bytes(path, data: bytes) -> None:
     """Writes a file under a temporary name beside it and renames it, so that a killed job leaves no torn file."""
     path = epath.Path(path)
+    if bucket.is_remote(path):  # where no file is ever torn
+        path.write_bytes(data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.parent / f'.{path.name}.{os.getpid()}.part'
     part.write_bytes(data)

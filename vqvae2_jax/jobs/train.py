@@ -104,15 +104,19 @@ class _Loop:
                     self.log.write(step, 'train', window.means())
                 self._look(state, step, last, stopped)
                 if last or _due(step, training.save_every):
-                    self.checkpoints.save(step, state, self.data.train, window.rows)
+                    self._save(step, state, window)
         self.stopping = parallel.any_process(self.stopping or bool(stopped()))
         if self.stopping:
             if previous is not None:
                 window.add(*previous)
-            self.checkpoints.save(step, state, self.data.train, window.rows)
+            self._save(step, state, window)
             self.checkpoints.wait()
             print(f'saved at step {step}; the same command continues from there', flush=True)
         return step
+
+    def _save(self, step, state, window):
+        self.log.flush()  # a resumed run continues the log from here
+        self.checkpoints.save(step, state, self.data.train, window.rows)
 
     def _look(self, state, step, last, stopped):
         training = self.training

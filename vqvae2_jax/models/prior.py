@@ -18,25 +18,23 @@ import jax.numpy as jnp
 
 from vqvae2_jax.models.causal import CausalAttention
 from vqvae2_jax.models.order import Order
+from vqvae2_jax.models.repeat import Repeat
 from vqvae2_jax.models.residual import ResidualStack
 
 _SMALL = nn.initializers.variance_scaling(0.01, 'fan_in', 'truncated_normal')  # blocks start near the identity
 
 
 def gate(y: jax.Array) -> jax.Array:
-    """[..., 2 F] -> [..., F]: tanh of one half times sigmoid of the other (Gated PixelCNN, van den Oord et al. 2016).
-
-    PixelSNAIL has no tanh, but normalises its weights: something must bound what a block can add.
-    """
+    """[..., 2 F] -> [..., F]: one half times the sigmoid of the other (PixelSNAIL, Chen et al. 2018)."""
     value, weight = jnp.split(y, 2, axis=-1)
-    return nn.tanh(value) * nn.sigmoid(weight)
+    return value * nn.sigmoid(weight)
 
 
 class GatedBlock(nn.Module):
     """x + gate(conv(elu(norm(conv(elu(x)))))), F -> R -> 2 F; `beside` joins inside, `condition` before the gate.
 
-    The norm lets all orders learn at the same, high rate. Without it and the gate's tanh, the vertical stack in raster
-    order, which no output holds back, grows until gradients explode.
+    The norm lets all orders learn at the same, high rate. Without it the vertical stack in raster order, which no
+    output holds back, grows until gradients explode. (Gated PixelCNN's tanh would hold it too, but costs likelihood.)
     """
 
     residual: int
@@ -78,6 +76,7 @@ class Prior(nn.Module):
     dropout: float = 0.0
     attention_dropout: float = 0.0
     remat: bool = False  # training recomputes what is inside of blocks and attention instead of keeping it
+    scan_layers: bool = False  # training runs blocks as a loop, which compiles one of them instead of all
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
@@ -132,29 +131,34 @@ class Prior(nn.Module):
 
     def _head(self, x, condition, *, train=False):
         """Features [B, h, w, F] -> logits [B, h, w, K] float32."""
-        for block in self.output_blocks:
-            x = self._block(block, x, condition=condition, train=train)
+        x, _ = self._run(self.output_blocks, x, condition=condition, train=train)
         return self.logits(nn.elu(x).astype(jnp.float32))
 
-    def _attend(self, x, depth, step, train):
-        """x, and what the attention after block `depth` (from 1) adds to it, if there is one."""
+    def _stack(self, blocks, x, step=None, *, beside=None, condition=None, train=False):
+        """x after all blocks, with attention after every few of them; `beside` has something for each block."""
+
+        def attend(layer, x, _):
+            return x + layer(x, step, train=train)
+
         every = self.layers // max(self.attention_layers, 1)
-        if depth % every or depth // every > self.attention_layers:
-            return x
+        for index, start in enumerate(range(0, self.layers, every)):
+            part = slice(start, start + every)
+            own = None if beside is None else beside[part]
+            x, _ = self._run(blocks[part], x, beside=own, condition=condition, train=train)
+            if index < self.attention_layers:
+                x, _ = self._repeat(train).run(attend, [self.attention[index]], x)
+        return x
 
-        def call(layer, x):
-            return layer(x, step, train=train)
+    def _run(self, blocks, x, *, beside=None, condition=None, train=False):
+        """x after the last block, and after each."""
 
-        return x + self._recomputed(call, train)(self.attention[depth // every - 1], x)
-
-    def _block(self, block, x, *, beside=None, condition=None, train=False):
-        def call(block, x, beside, condition):
+        def call(block, x, beside):
             return block(x, beside=beside, condition=condition, train=train)
 
-        return self._recomputed(call, train)(block, x, beside, condition)
+        return self._repeat(train).run(call, blocks, x, beside)
 
-    def _recomputed(self, call, train):
-        return nn.remat(call) if self.remat and train else call
+    def _repeat(self, train):
+        return Repeat(self.remat and train, self.scan_layers and train)
 
     def condition(self, labels=None, coarser=(), *, train: bool = False) -> jax.Array | None:
         """Class and coarser levels as one map [B, H, W, F], or [B, 1, 1, F] for the class alone; None for neither."""
@@ -165,7 +169,8 @@ class Prior(nn.Module):
             grown = [
                 jnp.repeat(jnp.repeat(m, self.shape[0] // m.shape[1], 1), self.shape[1] // m.shape[2], 2) for m in maps
             ]
-            condition = self.condition_stack(self.condition_in(jnp.concatenate(grown, axis=-1)))  # [B, H, W, F]
+            condition = self.condition_in(jnp.concatenate(grown, axis=-1))
+            condition = self.condition_stack(condition, self._repeat(train))  # [B, H, W, F]
         if self.num_classes:
             if train and self.label_dropout:
                 hidden = jax.random.bernoulli(self.make_rng('dropout'), self.label_dropout, labels.shape)

@@ -42,10 +42,10 @@ class RasterPrior(Prior):
         outside = self.codebook_size
         above = jnp.pad(codes, ((0, 0), (1, 0), (0, 0)), constant_values=outside)[:, :-1]  # [B, H, W]
         left = jnp.pad(codes, ((0, 0), (0, 0), (1, 0)), constant_values=outside)[:, :, :-1]  # [B, H, W]
-        vertical = self.vertical(above, rows, condition, train=train)
-        return self._horizontal(left, rows, columns, vertical, condition, train=train)
+        first, vertical = self._vertical(above, rows, condition, train=train)
+        return self._horizontal(left, rows, columns, first, vertical, condition, train=train)
 
-    def vertical(self, above, rows, condition, *, train: bool = False) -> tuple[jax.Array, ...]:
+    def vertical(self, above, rows, condition) -> tuple[jax.Array, ...]:
         """What each layer knows of all rows above, the first convolution included.
 
         Args:
@@ -56,13 +56,13 @@ class RasterPrior(Prior):
         Returns:
           [B, h, W, F] for the first convolution, and for each block.
         """
+        first, outputs = self._vertical(above, rows, condition)
+        return first, *outputs
+
+    def _vertical(self, above, rows, condition, *, train=False):
         x = self.vertical_first(self.embed(above))
         x = x + self.row_embed(rows)[:, None] + self.column_embed(jnp.arange(self.shape[1]))
-        outputs = [x]
-        for block in self.vertical_blocks:
-            x = self._block(block, x, condition=condition, train=train)
-            outputs.append(x)
-        return tuple(outputs)
+        return x, self._run(self.vertical_blocks, x, condition=condition, train=train)[1]
 
     def horizontal(self, left, rows, columns, vertical, condition) -> jax.Array:
         """Logits float32 [B, h, w, K].
@@ -73,13 +73,10 @@ class RasterPrior(Prior):
           vertical: [B, h, w, F] each, from `vertical`.
           condition: [B, h or 1, w or 1, F] or None.
         """
-        return self._head(self._horizontal(left, rows, columns, vertical, condition), condition)
-
-    def _horizontal(self, left, rows, columns, vertical, condition, *, train=False):
         first, *vertical = vertical
+        return self._head(self._horizontal(left, rows, columns, first, vertical, condition), condition)
+
+    def _horizontal(self, left, rows, columns, first, vertical, condition, *, train=False):
         x = self.horizontal_first(self.embed(left)) + first  # [B, h, w, F]
         step = rows[0] * self.shape[1] + columns[0]  # where one position is at hand
-        for depth, (block, above) in enumerate(zip(self.horizontal_blocks, vertical, strict=True), start=1):
-            x = self._block(block, x, beside=above, condition=condition, train=train)
-            x = self._attend(x, depth, step, train)
-        return x
+        return self._stack(self.horizontal_blocks, x, step, beside=vertical, condition=condition, train=train)

@@ -4,18 +4,30 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vqvae2_jax.models.repeat import PLAIN, Repeat
 
-class ResidualStack(nn.Module):
-    """`layers` blocks of ReLU, 3x3 to `residual`, ReLU, 1x1 back to the width of the input, added to it."""
 
-    layers: int
+class ResidualBlock(nn.Module):
+    """ReLU, 3x3 to `residual`, ReLU, 1x1 back to the width of the input, added to it."""
+
     residual: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        features = x.shape[-1]
-        for _ in range(self.layers):
-            y = nn.Conv(self.residual, (3, 3), dtype=self.dtype)(nn.relu(x))
-            x = x + nn.Conv(features, (1, 1), dtype=self.dtype)(nn.relu(y))
-        return x
+        y = nn.Conv(self.residual, (3, 3), dtype=self.dtype)(nn.relu(x))
+        return x + nn.Conv(x.shape[-1], (1, 1), dtype=self.dtype)(nn.relu(y))
+
+
+class ResidualStack(nn.Module):
+    """`layers` such blocks."""
+
+    layers: int
+    residual: int
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.blocks = [ResidualBlock(self.residual, self.dtype) for _ in range(self.layers)]
+
+    def __call__(self, x: jax.Array, repeat: Repeat = PLAIN) -> jax.Array:
+        return repeat.run(lambda block, x, _: block(x), self.blocks, x)[0]

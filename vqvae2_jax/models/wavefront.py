@@ -39,7 +39,7 @@ class WavefrontPrior(Prior):
 
     def _whole(self, codes, condition, *, train):
         rows, columns = jnp.arange(self.shape[0])[:, None], jnp.arange(self.shape[1])
-        return self._stack(codes, rows, columns, condition, train=train)
+        return self._features(codes, rows, columns, condition, train=train)
 
     def diagonal(self, previous: jax.Array, step: jax.Array, condition: jax.Array | None) -> jax.Array:
         """Logits float32 [B, n, K] of the positions of `step`, in `Order.positions`; those off the map mean nothing.
@@ -52,13 +52,10 @@ class WavefrontPrior(Prior):
         rows, columns, _ = self.order.positions(step)
         if condition is not None and condition.shape[1:3] != (1, 1):
             condition = condition[:, rows, columns][:, :, None]  # [B, n, 1, F]
-        x = self._stack(previous[..., None], rows[:, None], columns[:, None], condition, step)
+        x = self._features(previous[..., None], rows[:, None], columns[:, None], condition, step)
         return self._head(x, condition)[:, :, 0]
 
-    def _stack(self, codes, rows, columns, condition, step=None, *, train=False):
+    def _features(self, codes, rows, columns, condition, step=None, *, train=False):
         # rows and columns broadcast to the positions [h, w] at hand
         x = self.first(self.embed(codes)) + self.row_embed(rows) + self.column_embed(columns)  # [B, h, w, F]
-        for depth, block in enumerate(self.blocks, start=1):
-            x = self._block(block, x, condition=condition, train=train)
-            x = self._attend(x, depth, step, train)
-        return x
+        return self._stack(self.blocks, x, step, condition=condition, train=train)

@@ -1,0 +1,112 @@
+"""A workdir or data on a bucket is as good as a local one."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from tests.fake_gcs import serve
+from vqvae2_jax import main
+from vqvae2_jax.data import codes
+from vqvae2_jax.data.images import ImageSpec, open_images
+from vqvae2_jax.io import bucket, logging, provenance
+from vqvae2_jax.jobs import samples
+from vqvae2_jax.jobs.pipeline import run_job
+from vqvae2_jax.jobs.workdir import JobError, Run
+
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec('gcsfs'), reason='gcsfs is not installed')
+
+
+@pytest.fixture(scope='module')
+def gcs():
+    """A bucket of its own for this file: clients read where it is once a process."""
+    with serve() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.mark.slow
+def test_a_whole_run_on_a_bucket_equals_a_local_one(gcs, finished, config, capsys):
+    run = Run(config, epath.Path('gs://bucket/runs/tiny'))
+    run_job(run, 'pipeline')
+    ours, theirs = (samples.take(r.path('samples'), np.arange(20)) for r in (run, finished))
+    for name in theirs:
+        np.testing.assert_array_equal(ours[name], theirs[name])
+    for name in ('vqvae', 'prior_top', 'prior_bottom', 'classifier'):
+        lines = [logging.read_metrics(r.path(name)) for r in (run, finished)]
+        assert [line | {'time': 0} for line in lines[0]] == [line | {'time': 0} for line in lines[1]]
+    report = provenance.read_json(run.path('report', 'report.json'))
+    assert report['likelihood'] == provenance.read_json(finished.path('report', 'report.json'))['likelihood']
+    left = [name for name in gcs.objects if not name.startswith('runs/tiny/') or 'part' in name or 'unfinished' in name]
+    assert not left
+    capsys.readouterr()
+    before = {name: generation for name, (_, generation) in gcs.objects.items() if 'weights' in name}
+    del gcs.objects['runs/tiny/vqvae/trained.json']
+    run_job(run, 'pipeline')  # goes on from stage 1's last checkpoint, and finds everything done
+    assert 'vqvae: continuing from step 8' in capsys.readouterr().out
+    assert before == {name: generation for name, (_, generation) in gcs.objects.items() if 'weights' in name}
+
+
+def test_codes_on_a_bucket(gcs, tmp_path):
+    rng, path = np.random.default_rng(0), codes.shard_path('gs://bucket/codes', 0, 1)
+    batch = {'codes_0': rng.integers(0, 9, (5, 2, 2)), 'label': np.arange(5), 'index': np.arange(5)}
+    with pytest.raises(ValueError, match='codebook has 9'):
+        codes.write_shard(path, [batch, batch | {'codes_0': batch['codes_0'] + 9}], (9,))
+    assert not any(name.startswith('codes/') for name in gcs.objects)  # whole or absent
+    assert codes.write_shard(path, [batch], (9,)) == 5 and codes.finished_shards('gs://bucket/codes', 1) == [0]
+    meta = dict(num_classes=5, class_names=(), split='train', shards=1, version='1')
+    for digest in 'ab':  # the second store in the same place, of other codes, is not taken for the first
+        codes.write_meta(
+            'gs://bucket/codes',
+            codes.CodesMeta(shapes=((2, 2),), codebook_sizes=(9,), count=5, vqvae_digest=digest, **meta),
+        )
+        np.testing.assert_array_equal(codes.CodeSource('gs://bucket/codes')[3]['codes_0'], batch['codes_0'][3])
+        batch['codes_0'] = (batch['codes_0'] + 1) % 9
+        codes.write_shard(path, [batch], (9,))
+
+
+def test_a_log_on_a_bucket(gcs, monkeypatch):
+    def log(start):
+        return logging.RunLog('gs://bucket/log', name='x', total_steps=9, examples_per_step=1, start_step=start)
+
+    first = log(0)
+    first.write(1, 'train', {'loss': 1.0})
+    assert 'log/metrics.jsonl' not in gcs.objects
+    first.flush()
+    first.write(2, 'train', {'loss': 2.0})
+    assert [line['step'] for line in logging.read_metrics('gs://bucket/log')] == [1]
+    monkeypatch.setattr(logging, '_UPLOAD_EVERY', -1)
+    first.write(3, 'train', {'loss': 3.0})
+    assert [line['step'] for line in logging.read_metrics('gs://bucket/log')] == [1, 2, 3]
+    second = log(2)
+    second.write(3, 'train', {'loss': 4.0})
+    second.close()
+    assert [line['train/loss'] for line in logging.read_metrics('gs://bucket/log')] == [1, 2, 4]
+
+
+def test_images_on_a_bucket(gcs):
+    pixels = np.arange(4 * 6 * 6 * 3, dtype=np.uint8).reshape(4, 6, 6, 3)
+    for i, name in enumerate(['cat/one', 'cat/two', 'dog/deep/three', 'dog/four']):
+        with epath.Path(f'gs://bucket/images/{name}.png').open('wb') as file:
+            Image.fromarray(pixels[i]).save(file, 'PNG')
+    samples.write_npz(epath.Path('gs://bucket/arrays/a.npz'), {'arr_0': pixels, 'label': np.array([0, 0, 1, 1])})
+    sizes = dict(image_size=(6, 6), num_classes=2, held_out=(0.5, 0.0), channels=3)
+    for name, path in (('folder', 'images'), ('npz', 'arrays/a.npz'), ('npz', 'arrays/*.npz')):
+        source = open_images(ImageSpec(name, f'gs://bucket/{path}', **sizes), 'train')
+        found = {source[i]['image'].tobytes(): int(source[i]['label']) for i in range(len(source))}
+        assert found and all(found[p.tobytes()] == i // 2 for i, p in enumerate(pixels) if p.tobytes() in found)
+    with pytest.raises(FileNotFoundError, match='data.path: there is nothing at gs://bucket/none'):
+        open_images(ImageSpec('folder', 'gs://bucket/none', **sizes), 'train')
+
+
+def test_what_a_bucket_cannot_do(gcs, config, monkeypatch):
+    monkeypatch.setattr(main, '_WORKDIR', type('Flag', (), {'value': 'gs://bucket/run'}))
+    assert main._workdir(config) == epath.Path('gs://bucket/run')
+    config.data.on_error = 'skip'
+    with pytest.raises(JobError, match='data.on_error=skip .*gs://bucket/run'):
+        main._workdir(config)
+    with pytest.raises(ValueError, match='nowhere://x'):
+        bucket.check_reachable('nowhere://x')
