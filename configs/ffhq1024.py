@@ -4,8 +4,8 @@
 
 Reproduces: tables 2 and 4 of the paper's appendix, figures 3, 7 and 8. The paper has no number for FFHQ, only pictures.
 Measured here: stage 1 alone, on a CPU: 600 updates of 2 images (rate 1e-3, level_loss=1, float32) on 27 photographs
-bring held-out ones to 19.1 dB, plainly recognisable, their colours still pale (2 cores of an AMD EPYC, 2026-11-20). At
-the batch sizes below the priors need parameters and activations spread over a pod, which this project cannot do yet.
+bring held-out ones to 19.1 dB, plainly recognisable, their colours still pale (2 cores of an AMD EPYC, 2026-11-20). What
+the batch sizes below take is in docs/scale.md.
 
 Numbers marked [A] are the paper's appendix A; "open" is what the paper leaves open and this project chose.
 Faces have no classes: the priors are unconditional and there is no rejection.
@@ -32,6 +32,8 @@ def get_config() -> ConfigDict:
     config.data.crop = False
     config.data.on_error = 'raise'
     config.data.workers = 16
+
+    config.parallel = ConfigDict(dict(fsdp=16))  # devices that share one copy of a training state
 
     config.vqvae = ConfigDict()
     config.vqvae.factors = (8, 2, 2)  # [A] 128x128 (bottom), 64x64 (middle), 32x32 (top)

@@ -4,8 +4,8 @@
 
 Reproduces: tables 1 and 2 of the paper's appendix (VQ-VAE, top and bottom prior), figures 1, 5 and 6. The paper's
 numbers: validation MSE 0.0050 (its pixel range is not stated; [-1, 1] is plausible), validation NLL 3.41 (top) and 3.45
-(bottom), units not stated, nats per code assumed. Measured here: not run yet; at these batch sizes the priors need
-parameters and activations spread over a pod, which this project cannot do yet.
+(bottom), units not stated, nats per code assumed. Measured here: not run yet. What it takes is in docs/scale.md:
+`--job=plan --topology=v5e:16x16` says whether it fits, and how long it takes at least.
 
 Numbers marked [A] are the paper's appendix A, [T] its text. What is marked "open" the paper leaves open; the value
 is this project's choice and says where it comes from.
@@ -33,6 +33,8 @@ def get_config() -> ConfigDict:
     config.data.crop = False
     config.data.on_error = 'raise'
     config.data.workers = 16
+
+    config.parallel = ConfigDict(dict(fsdp=16))  # devices that share one copy of a training state
 
     config.vqvae = ConfigDict()
     config.vqvae.factors = (4, 2)  # [A] latent layers 64x64 (bottom) and 32x32 (top)

@@ -1,20 +1,21 @@
 #!/bin/sh
 # Cloud TPU VM: creates a slice, installs, runs on all its hosts, starts again after preemption, deletes it at the end.
 #
-#   SHARE=10.0.0.2:/vqvae2 REPOSITORY=https://... sh launch/tpu_vm.sh run --config.parallel.fsdp=16
+#   WORKDIR=gs://bucket/runs/imagenet256 REPOSITORY=https://... sh launch/tpu_vm.sh run
 #
-# Or one step of it: create, install, main, delete. SHARE, such as a Filestore instance, holds data and workdir: all hosts
-# read and write them.
+# Or one step of it: create, install, main, delete. All hosts read and write WORKDIR: on a bucket, or on SHARE, an NFS
+# share such as a Filestore instance, which may hold data too.
 set -eu
 TPU=${TPU:-vqvae2}
 ZONE=${ZONE:-us-west4-a}
 TYPE=${TYPE:-v5litepod-256}
 VERSION=${VERSION:-v2-alpha-tpuv5-lite}
 SPOT=${SPOT:-1} # 0: not to be preempted
-SHARE=${SHARE:?an NFS share that all hosts can write to, such as 10.0.0.2:/vqvae2}
+SHARE=${SHARE:-} # such as 10.0.0.2:/vqvae2; mounted at /mnt/shared
 REPOSITORY=${REPOSITORY:?where to clone this project from}
 CONFIG=${CONFIG:-configs/imagenet256.py}
-WORKDIR=${WORKDIR:-/mnt/shared/runs/$(basename "$CONFIG" .py)}
+WORKDIR=${WORKDIR:-${SHARE:+/mnt/shared/runs/$(basename "$CONFIG" .py)}}
+: "${WORKDIR:?a bucket, such as gs://bucket/runs/imagenet256; or set SHARE}"
 WAIT=${WAIT:-60} # seconds between two attempts
 
 tpu() { gcloud compute tpus tpu-vm "$@" --zone="$ZONE"; }
@@ -27,10 +28,12 @@ create() {
 }
 
 install() {
-  on_all_hosts "sudo apt-get install -y -q nfs-common && sudo mkdir -p /mnt/shared &&
-    (mountpoint -q /mnt/shared || sudo mount -t nfs $SHARE /mnt/shared) &&
-    (test -d vqvae2_jax || git clone -q $REPOSITORY vqvae2_jax) && cd vqvae2_jax &&
-    python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
+  if [ "$SHARE" ]; then
+    on_all_hosts "sudo apt-get install -y -q nfs-common && sudo mkdir -p /mnt/shared &&
+      (mountpoint -q /mnt/shared || sudo mount -t nfs $SHARE /mnt/shared)" || return
+  fi
+  on_all_hosts "(test -d vqvae2_jax || git clone -q $REPOSITORY vqvae2_jax) && cd vqvae2_jax &&
+    python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu,gcs]'"
 }
 
 main() {

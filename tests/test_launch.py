@@ -48,8 +48,8 @@ def tpu(tmp_path):
     (tmp_path / 'gcloud').chmod(stat.S_IRWXU)
     settings = {'SHARE': '10.0.0.2:/v', 'REPOSITORY': 'https://example.org/r', 'WAIT': '0'}
 
-    def run(*arguments):
-        environment = {**settings, 'HOME': str(tmp_path), 'PATH': f'{tmp_path}:{os.environ["PATH"]}'}
+    def run(*arguments, **others):
+        environment = {**settings, **others, 'HOME': str(tmp_path), 'PATH': f'{tmp_path}:{os.environ["PATH"]}'}
         found = subprocess.run(['sh', LAUNCH / 'tpu_vm.sh', *arguments], env=environment, timeout=60)
         return found.returncode, (tmp_path / 'calls').read_text().splitlines()
 
@@ -73,15 +73,23 @@ def test_a_preempted_slice_is_created_again_and_deleted_at_the_end(tpu):
     assert any('--accelerator-type=v5litepod-256' in call and '--spot' in call for call in calls)
 
 
+def test_a_workdir_on_a_bucket_needs_no_share(tpu):
+    code, calls = tpu('run', SHARE='', WORKDIR='gs://bucket/run')
+    assert code == 0 and not any('mount' in call for call in calls)
+    assert any('--workdir=gs://bucket/run --distributed' in call for call in calls)
+
+
 def test_an_error_of_the_program_leaves_the_slice_to_be_looked_at(tpu):
     (tpu.home / 'fails').touch()
     code, calls = tpu('run')
     assert code == 1 and kinds(calls) == ['delete', 'create', 'install', 'main']
 
 
-def test_a_setting_that_is_missing_is_named(tmp_path):
-    found = subprocess.run(['sh', LAUNCH / 'tpu_vm.sh', 'run'], env={'PATH': os.environ['PATH']}, capture_output=True)
-    assert found.returncode != 0 and b'SHARE' in found.stderr
+@pytest.mark.parametrize('given, missing', [({}, b'REPOSITORY'), ({'REPOSITORY': 'x'}, b'WORKDIR')])
+def test_a_setting_that_is_missing_is_named(given, missing):
+    environment = {'PATH': os.environ['PATH'], **given}
+    found = subprocess.run(['sh', LAUNCH / 'tpu_vm.sh', 'run'], env=environment, capture_output=True)
+    assert found.returncode != 0 and missing in found.stderr
 
 
 def test_slurm_requeues_what_was_saved(tmp_path):

@@ -180,5 +180,6 @@ def test_the_rule(monkeypatch):
 
 
 def test_fsdp_that_does_not_divide():
+    assert dict(parallel.make_mesh(fsdp=16).shape) == {'data': 1, 'fsdp': 8}  # at most all
     with pytest.raises(ValueError, match='fsdp is 3, but there are 8 devices: choose one of 1, 2, 4, 8'):
         parallel.make_mesh(fsdp=3)

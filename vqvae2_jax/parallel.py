@@ -24,12 +24,13 @@ _all_devices = functools.cache(lambda: make_mesh())
 
 
 def make_mesh(devices: Sequence | None = None, fsdp: int = 1) -> Mesh:
-    """A mesh of these devices (None: all), of which `fsdp` neighbours share one copy of a state.
+    """A mesh of these devices (None: all), of which `fsdp` neighbours (at most all) share one copy of a state.
 
     Raises:
       ValueError: `fsdp` does not divide their number.
     """
     devices = jax.devices() if devices is None else devices
+    fsdp = min(fsdp, len(devices))
     if fsdp < 1 or len(devices) % fsdp:
         choices = ', '.join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
         raise ValueError(f'parallel.fsdp is {fsdp}, but there are {len(devices)} devices: choose one of {choices}')
