@@ -4,8 +4,8 @@
 
 Reproduces: tables 2 and 4 of the paper's appendix, figures 3, 7 and 8. The paper has no number for FFHQ, only pictures.
 Measured here: stage 1 alone, on a CPU: 600 updates of 2 images (rate 1e-3, level_loss=1, float32) on 27 photographs
-bring held-out ones to 19.1 dB, plainly recognisable, their colours still pale (2 cores of an AMD EPYC, 2026-11-20). What
-the batch sizes below take is in docs/scale.md.
+bring held-out ones to 19.1 dB, plainly recognisable, their colours still pale (2 cores of an AMD EPYC, 2026-11-20).
+What the batch sizes below take is in docs/scale.md.
 
 Numbers marked [A] are the paper's appendix A; "open" is what the paper leaves open and this project chose.
 Faces have no classes: the priors are unconditional and there is no rejection.
