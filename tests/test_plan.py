@@ -81,6 +81,22 @@ def test_collectives_are_read_from_the_text_of_a_program():
     assert plan.collective_bytes(text) == 4 * 32 + 2 * 6 + 4
 
 
+def test_gpus_that_are_not_there_are_planned_for_by_arithmetic(config, tmp_path, capsys, monkeypatch):
+    h200 = next(chip for chip in chips._CHIPS.values() if chip.name == 'H200')
+    monkeypatch.setattr(chips, '_stood_for', dict.fromkeys(jax.devices(), h200))
+    run = Run(config, epath.Path(tmp_path))
+    with parallel.use(parallel.make_mesh(fsdp=2)):
+        plan.plan(run)
+        program = plan._training(run, 'vqvae')
+        least = max(program.cost.flops / h200.flops, program.cost.bytes / h200.bandwidth)
+        assert plan._seconds(program, h200) == pytest.approx(least / 8)
+        assert plan._seconds(program._replace(batch=4), h200) == pytest.approx(least / 4)  # in pairs, alike
+    text = capsys.readouterr().out
+    assert text.startswith('tiny on 8 x H200, by arithmetic')
+    for row in rows(text).values():
+        assert row['step'].endswith(' ms') and not (row['peak'] or row['XLA counts'] or row['traffic'])
+
+
 def test_topologies_that_are_none():
     for name in ('v5e', 'v9:2x2', 'h100'):
         with pytest.raises(JobError, match=rf'--topology={name}: .*v5e:4x8.*v6e:16x16'):

@@ -8,7 +8,6 @@ python -m vqvae2_jax.main --config=configs/fashion.py --config.sample.count=5000
 import os
 import sys
 
-import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -31,7 +30,11 @@ flags.FLAGS['config'].parser.parse = lambda path: _complete(_read_config(path))
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; runs/<config.name> when not given.')
 _JOB = flags.DEFINE_enum('job', 'pipeline', JOBS, 'What to do; pipeline: all jobs whose results are missing, in order.')
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'This process is one of many (parallel.start_processes).')
-_TOPOLOGY = flags.DEFINE_string('topology', None, 'With --job=plan: a TPU slice such as v5e:4x8; none is needed.')
+_TOPOLOGY = flags.DEFINE_string(
+    'topology', None, 'With --job=plan: a TPU slice such as v5e:4x8 or GPUs such as h100:8, which need not be there.'
+)
+    'topology', None, 'With --job=plan: a TPU slice such as v5e:4x8 or GPUs such as h100:8; no need to have them.'
+)
 _LEVEL = flags.DEFINE_string('level', None, 'With --job=prior: which level (top, bottom, ...); all when not given.')
 
 
@@ -75,7 +78,6 @@ def _devices():
         return None  # all there are
     if _JOB.value != 'plan':
         raise JobError(f'--topology={_TOPOLOGY.value} belongs to --job=plan, not to --job={_JOB.value}')
-    jax.config.update('jax_platforms', 'cpu')  # else JAX looks for the TPU that is not there
     return topology_devices(_TOPOLOGY.value)
 
 

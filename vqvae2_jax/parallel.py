@@ -65,8 +65,12 @@ def split_batch(rows: int | None = None) -> NamedSharding:
 
     Then the devices along `fsdp`, which share a state, repeat each other's arithmetic.
     """
-    every = rows is None or rows % mesh().size == 0
-    return NamedSharding(mesh(), PartitionSpec((DATA, FSDP) if every else DATA))
+    return NamedSharding(mesh(), PartitionSpec((DATA, FSDP) if rows is None or ways(rows) == mesh().size else DATA))
+
+
+def ways(rows: int) -> int:
+    """In how many parts a batch of so many rows is cut."""
+    return mesh().size if rows % mesh().size == 0 else mesh().shape[DATA]
 
 
 def cut(array) -> NamedSharding:

@@ -33,18 +33,32 @@ KNOWN = {  # examples; any that divides into hosts of 2x2 chips works
 }
 
 
+_GPUS = {'h100': 'NVIDIA H100 80GB HBM3', 'h200': 'NVIDIA H200'}
+_stood_for: dict[jax.Device, Chip] = {}  # by CPU devices, in a plan for GPUs
+
+
 def chip_of(device) -> Chip | None:
     """What is known of a device; None for CPUs and the rest."""
-    return _CHIPS.get(device.device_kind)
+    return _stood_for.get(device) or _CHIPS.get(device.device_kind)
+
+
+def stands_for_another(device) -> bool:
+    """Whether programs can be counted for a device, but not compiled."""
+    return device in _stood_for
 
 
 def topology_devices(name: str) -> list:
-    """The devices of a TPU slice such as 'v5e:4x8', without one.
+    """The devices of a TPU slice such as 'v5e:4x8', without one; or CPU devices that stand for GPUs such as 'h100:8'.
 
     Raises:
       JobError: there is no such slice, and the message lists some; or libtpu, the compiler, is not installed.
     """
     kind, _, shape = name.partition(':')
+    jax.config.update('jax_platforms', 'cpu')  # else JAX looks for the accelerators that are not there
+    if kind in _GPUS and shape.isdecimal() and int(shape):
+        jax.config.update('jax_num_cpu_devices', int(shape))
+        _stood_for.update(dict.fromkeys(jax.devices(), _CHIPS[_GPUS[kind]]))
+        return jax.devices()
     if kind not in KNOWN or not shape:
         raise JobError(f'--topology={name}: {_examples()}')
     try:
@@ -63,4 +77,5 @@ def topology_devices(name: str) -> list:
 
 
 def _examples():
-    return 'there are ' + ', '.join(f'{kind}:{shape}' for kind, shapes in KNOWN.items() for shape in shapes)
+    slices = [f'{kind}:{shape}' for kind, shapes in KNOWN.items() for shape in shapes]
+    return 'there are ' + ', '.join(slices + [f'{kind}:8' for kind in _GPUS]) + ' (or any number of GPUs)'

@@ -1,7 +1,8 @@
 """--job=plan: whether a config fits a machine and how long it takes, before paying for it.
 
 Compiles the very programs of training and sampling, for the devices at hand or for a TPU slice that is not
-(`--topology=v5e:4x8`), and prints what the compiler says of memory and communication beside what the chip can do.
+(`--topology=v5e:4x8`), and prints what the compiler says of memory and communication beside what the chip can do. For
+GPUs that are not at hand (`--topology=h100:8`) it compiles nothing: arithmetic alone, without activations.
 """
 
 import math
@@ -52,7 +53,8 @@ def plan(run: Run) -> None:
     """Prints a table for the devices of the mesh in use, with a row for each job, and what to change."""
     device = parallel.mesh().devices.flat[0]
     chip, advice = chips.chip_of(device), []
-    print(f'{run.config.name} on {parallel.mesh().size} x {device.device_kind}, parallel.fsdp={_fsdp()}', flush=True)
+    name = f'{chip.name}, by arithmetic' if chips.stands_for_another(device) else device.device_kind
+    print(f'{run.config.name} on {parallel.mesh().size} x {name}, parallel.fsdp={_fsdp()}', flush=True)
     print(f'\n| {" | ".join(COLUMNS)} |\n|{"---|" * len(COLUMNS)}', flush=True)
     for name in configs.networks(run.config):
         advice += _report(run.config, _training(run, name), chip)
@@ -136,6 +138,8 @@ def _bytes_on_a_chip(tree):
 
 
 def _compile(program) -> Compiled:
+    if chips.stands_for_another(parallel.mesh().devices.flat[0]):
+        return Compiled(None, None, None)
     try:
         compiled = program.compiled_by.lower(*program.inputs).compile()
     except jax.errors.JaxRuntimeError as error:  # a compiler for accelerators refuses what cannot fit
@@ -158,11 +162,11 @@ def collective_bytes(text: str) -> int:
 
 
 def _row(program, compiled, chip):
-    devices = parallel.mesh().size
-    seconds = _seconds(program, chip, devices)
+    seconds = _seconds(program, chip)
     cells = [program.job, program.batch, f'{program.parameters / 1e6:.3g} M', _bytes(program.state)]
-    cells += ['does not fit' if compiled.refused else _bytes(compiled.peak), f'{program.cost.flops / 1e12:.3g}']
-    cells.append(f'{compiled.flops * devices / 1e12:.3g}' if compiled.flops else '')
+    peak = '' if compiled.peak is None else _bytes(compiled.peak)
+    cells += ['does not fit' if compiled.refused else peak, f'{program.cost.flops / 1e12:.3g}']
+    cells.append(f'{compiled.flops * parallel.mesh().size / 1e12:.3g}' if compiled.flops else '')
     cells.append('' if compiled.traffic is None else _bytes(compiled.traffic))
     cells.append('' if seconds is None else f'{1e3 * seconds:.3g} ms')
     cells += [program.steps, '' if seconds is None else format_duration(seconds * program.steps)]
@@ -173,11 +177,12 @@ def _bytes(count):
     return f'{count / 1e9:.2f} GB' if count >= 1e8 else f'{count / 1e6:.2f} MB'
 
 
-def _seconds(program, chip, devices):
+def _seconds(program, chip):
     """Of a step at the chip's peaks: no program is faster."""
     if chip is None:
         return None
-    return max(program.cost.flops / chip.flops, program.cost.bytes / chip.bandwidth) / devices
+    ways = parallel.ways(program.batch)  # fewer than there are chips where some repeat what others do
+    return max(program.cost.flops / chip.flops, program.cost.bytes / chip.bandwidth) / ways
 
 
 def _notes(chip):
@@ -194,9 +199,10 @@ def _notes(chip):
 
 
 def _advice(config, program, compiled, chip):
-    if not compiled.refused and (chip is None or compiled.peak <= chip.memory):
+    needed = compiled.peak or program.state
+    if not compiled.refused and (chip is None or needed <= chip.memory):
         return
-    yield compiled.refused or f'needs {_bytes(compiled.peak)} of the {_bytes(chip.memory)} of a {chip.name}'
+    yield compiled.refused or f'needs {_bytes(needed)} of the {_bytes(chip.memory)} of a {chip.name}'
     if program.job == 'sample':
         yield 'lower sample.batch_size, or halve weights and caches: --config.sample.dtype=bfloat16'
         return
