@@ -33,8 +33,6 @@ _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'This process is one of m
 _TOPOLOGY = flags.DEFINE_string(
     'topology', None, 'With --job=plan: a TPU slice such as v5e:4x8 or GPUs such as h100:8, which need not be there.'
 )
-    'topology', None, 'With --job=plan: a TPU slice such as v5e:4x8 or GPUs such as h100:8; no need to have them.'
-)
 _LEVEL = flags.DEFINE_string('level', None, 'With --job=prior: which level (top, bottom, ...); all when not given.')
 
 
