@@ -87,10 +87,10 @@ def test_gpus_that_are_not_there_are_planned_for_by_arithmetic(config, tmp_path,
     run = Run(config, epath.Path(tmp_path))
     with parallel.use(parallel.make_mesh(fsdp=2)):
         plan.plan(run)
-        program = plan._training(run, 'vqvae')
-        least = max(program.cost.flops / h200.flops, program.cost.bytes / h200.bandwidth)
-        assert plan._seconds(program, h200) == pytest.approx(least / 8)
-        assert plan._seconds(program._replace(batch=4), h200) == pytest.approx(least / 4)  # in pairs, alike
+        costs = []
+        for config.vqvae.training.batch_size in (16, 4):  # two images a device, and one: in pairs, alike
+            costs.append(plan._training(run, 'vqvae').cost)
+    assert costs[0].flops == pytest.approx(2 * costs[1].flops) and costs[0].bytes < 2 * costs[1].bytes  # weights
     text = capsys.readouterr().out
     assert text.startswith('tiny on 8 x H200, by arithmetic')
     for row in rows(text).values():

@@ -11,7 +11,7 @@ import jax
 
 
 class Cost(NamedTuple):
-    """Of one call, over all devices."""
+    """Of one call."""
 
     flops: float = 0.0
     bytes: float = 0.0  # operands and results of products and convolutions: the traffic if all else is fused

@@ -35,7 +35,7 @@ class Program(NamedTuple):
     inputs: tuple  # shapes, with where they lie
     parameters: int
     state: int  # bytes on a chip of what lives from step to step
-    cost: cost.Cost  # of a step, over all devices
+    cost: cost.Cost  # of a step, on one device
     steps: int
     batch: int
 
@@ -90,7 +90,8 @@ def _training(run, section):
     state = jax.eval_shape(train.make_init(stage, optimizer), key, batch)
     layout = train.layout_of(state)
     placed = parallel.placed(state, layout)
-    forward = cost.count(lambda p, v, b: stage.loss(p, v, b, key), state.params, state.variables, batch)
+    part = {k: jax.ShapeDtypeStruct(split.shard_shape(x.shape), x.dtype) for k, x in batch.items()}
+    forward = cost.count(lambda p, v, b: stage.loss(p, v, b, key), state.params, state.variables, part)
     return Program(
         section,
         train.make_step(stage, optimizer, training, layout),
@@ -124,12 +125,15 @@ def _sampling(run, processes):
         weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), weights)
     held = weights, variables['vqvae']
     held = parallel.placed(held, jax.tree.map(lambda _: parallel.replicated(), held))
-    number = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=parallel.split_batch(size))
+    split = parallel.split_batch(size)
+    number = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)
     inputs = (*held, make_controls(config), number, number)
     draw = compiled_draw(config, networks['vqvae'][0], modules)
     counted = sum(x.size for x in jax.tree.leaves(weights))
+    part = jax.ShapeDtypeStruct(split.shard_shape((size,)), jnp.int32)
+    on_one = cost.count(draw.__wrapped__, *inputs[:-2], part, part)
     steps = -(-config.sample.count // (size * processes))
-    return Program('sample', draw, inputs, counted, _bytes_on_a_chip(held), cost.count(draw, *inputs), steps, size)
+    return Program('sample', draw, inputs, counted, _bytes_on_a_chip(held), on_one, steps, size)
 
 
 def _bytes_on_a_chip(tree):
@@ -164,8 +168,11 @@ def collective_bytes(text: str) -> int:
 def _row(program, compiled, chip):
     seconds = _seconds(program, chip)
     cells = [program.job, program.batch, f'{program.parameters / 1e6:.3g} M', _bytes(program.state)]
-    peak = '' if compiled.peak is None else _bytes(compiled.peak)
-    cells += ['does not fit' if compiled.refused else peak, f'{program.cost.flops / 1e12:.3g}']
+    peak, ways = '' if compiled.peak is None else _bytes(compiled.peak), parallel.ways(program.batch)
+    cells += [
+        'does not fit' if compiled.refused else peak,
+        f'{ways * program.cost.flops / 1e12:.3g}',
+    ]
     cells.append(f'{compiled.flops * parallel.mesh().size / 1e12:.3g}' if compiled.flops else '')
     cells.append('' if compiled.traffic is None else _bytes(compiled.traffic))
     cells.append('' if seconds is None else f'{1e3 * seconds:.3g} ms')
@@ -181,8 +188,7 @@ def _seconds(program, chip):
     """Of a step at the chip's peaks: no program is faster."""
     if chip is None:
         return None
-    ways = parallel.ways(program.batch)  # fewer than there are chips where some repeat what others do
-    return max(program.cost.flops / chip.flops, program.cost.bytes / chip.bandwidth) / ways
+    return max(program.cost.flops / chip.flops, program.cost.bytes / chip.bandwidth)
 
 
 def _notes(chip):
