@@ -1,7 +1,7 @@
 #!/bin/sh
 # Cloud TPU VM: creates a slice, installs, runs on all its hosts, starts again after preemption, deletes it at the end.
 #
-#   WORKDIR=gs://bucket/runs/imagenet256 REPOSITORY=https://... sh launch/tpu_vm.sh run
+#   WORKDIR=gs://bucket/runs/imagenet256 REPOSITORY=https://... sh launch/tpu_vm.sh run --job=prior
 #
 # Or one step of it: create, install, main, delete. All hosts read and write WORKDIR: on a bucket, or on SHARE, an NFS
 # share such as a Filestore instance, which may hold data too.

@@ -32,9 +32,8 @@ class FakeGCS(http.server.ThreadingHTTPServer):
 
     @property
     def environment(self):
-        # TensorStore would find no credentials and no machine that has any; gcsfs asks what kind of bucket it is.
-        plain = {'GCE_METADATA_ROOT': '127.0.0.1:1', 'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false'}
-        return {'STORAGE_EMULATOR_HOST': self.url, 'TENSORSTORE_GCS_HTTP_URL': self.url} | plain
+        none = {'GCE_METADATA_ROOT': '127.0.0.1:1'}  # of the machines whose metadata has credentials
+        return {'STORAGE_EMULATOR_HOST': self.url, 'TENSORSTORE_GCS_HTTP_URL': self.url} | none
 
 
 @contextlib.contextmanager
@@ -99,7 +98,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _get(self):
         name = self._name()
         if name is None:
-            return self._list() if self.path.split('?')[0].endswith('/o') else (200, {'name': 'bucket'})
+            place = self.path.split('?')[0]
+            if '/b/bucket' not in place:
+                return 404, {'error': {'code': 404, 'message': 'no such bucket'}}
+            return self._list() if place.endswith('/o') else (200, {'name': 'bucket'})
         if name not in self.server.objects:
             return 404, {'error': {'code': 404, 'message': f'no {name}'}}
         if status := self._wrong_generation(name):

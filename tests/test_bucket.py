@@ -31,7 +31,10 @@ def gcs():
 @pytest.mark.slow
 def test_a_whole_run_on_a_bucket_equals_a_local_one(gcs, finished, config, capsys):
     run = Run(config, epath.Path('gs://bucket/runs/tiny'))
+    config.classifier.training.save_every = 2  # of four checkpoints two are removed
     run_job(run, 'pipeline')
+    checkpoints = epath.Path('gs://bucket/runs/tiny/classifier/checkpoints')
+    assert sorted(path.name for path in checkpoints.iterdir() if path.name.isdecimal()) == ['6', '8']
     ours, theirs = (samples.take(r.path('samples'), np.arange(20)) for r in (run, finished))
     for name in theirs:
         np.testing.assert_array_equal(ours[name], theirs[name])
@@ -97,7 +100,9 @@ def test_images_on_a_bucket(gcs):
     for name, path in (('folder', 'images'), ('npz', 'arrays/a.npz'), ('npz', 'arrays/*.npz')):
         source = open_images(ImageSpec(name, f'gs://bucket/{path}', **sizes), 'train')
         found = {source[i]['image'].tobytes(): int(source[i]['label']) for i in range(len(source))}
-        assert found and all(found[p.tobytes()] == i // 2 for i, p in enumerate(pixels) if p.tobytes() in found)
+        assert found and found.items() <= {p.tobytes(): i // 2 for i, p in enumerate(pixels)}.items()
+    folder = open_images(ImageSpec('folder', 'gs://bucket/images', **sizes), 'train')
+    assert folder.where(0).startswith('gs://bucket/images/')  # not the copy
     with pytest.raises(FileNotFoundError, match='data.path: there is nothing at gs://bucket/none'):
         open_images(ImageSpec('folder', 'gs://bucket/none', **sizes), 'train')
 
@@ -108,5 +113,8 @@ def test_what_a_bucket_cannot_do(gcs, config, monkeypatch):
     config.data.on_error = 'skip'
     with pytest.raises(JobError, match='data.on_error=skip .*gs://bucket/run'):
         main._workdir(config)
-    with pytest.raises(ValueError, match='nowhere://x'):
-        bucket.check_reachable('nowhere://x')
+    for path in ('nowhere://x', 'gcs://bucket/run', 'file:///run'):  # which epath takes for local names
+        with pytest.raises(ValueError, match=f'{path}: there are local folders and'):
+            bucket.check(path)
+    with pytest.raises(ValueError, match='gs://another/run: there is no such bucket'):
+        bucket.check('gs://another/run')

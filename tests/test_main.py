@@ -38,7 +38,10 @@ def start(*arguments, **options):
             ['--config=configs/tiny.py', '--config.prior.top.order=wavefront', '--config.prior.top.slope=9'],
             'prior.top.slope is 9; on a 7x7 map it lies between 1 and the width, 7',
         ),
-        (['--config=configs/tiny.py', '--workdir=gs://bucket/run'], '--workdir=gs://bucket/run: only local folders'),
+        (
+            ['--config=configs/tiny.py', '--workdir=gcs://bucket/run'],
+            '--workdir=gcs://bucket/run: there are local folders',
+        ),
     ],
 )
 def test_mistakes_end_in_one_line(tmp_path, arguments, message):

@@ -60,12 +60,13 @@ def main(_) -> None:
 
 def _workdir(config):
     path = _WORKDIR.value or os.path.join('runs', config.name)
-    if not bucket.is_remote(path):
-        return bucket.absolute(path)
-    if configs.image_spec(config).on_error == 'skip':
-        raise JobError(f'data.on_error=skip keeps a growing list, which --workdir={path} on a bucket cannot hold')
+    if bucket.is_remote(path) and configs.image_spec(config).on_error == 'skip':
+        raise JobError(
+            f'data.on_error=skip keeps a growing list, which --workdir={path} on a bucket cannot hold: '
+            'set --config.data.on_error=raise, or take a local folder'
+        )
     try:
-        bucket.check_reachable(path)
+        bucket.check(path)
     except ValueError as error:
         raise JobError(f'--workdir={error}') from error
     return bucket.absolute(path)

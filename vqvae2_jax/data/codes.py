@@ -180,7 +180,8 @@ class CodeSource:
             raise FileNotFoundError(
                 f'{paths[missing[0]]} is missing ({len(missing)} of the {self.meta.shards} shards are). {_AGAIN}'
             )
-        paths = _local(os.fspath(directory), self.meta) if bucket.is_remote(directory) else paths
+        if bucket.is_remote(directory):
+            paths = _local(os.fspath(directory), self.meta)
         count = sum(count_records(path) for path in paths)
         if count != self.meta.count:
             raise ValueError(
@@ -224,11 +225,11 @@ def _local(directory, meta):
 
 def count_records(path: str) -> int:
     """Raises ValueError on a damaged file."""
-    path = bucket.local_copy(path)
     try:
-        reader = array_record_module.ArrayRecordReader(path)
-        count = reader.num_records()
-        reader.close()
+        with bucket.local(path) as file:
+            reader = array_record_module.ArrayRecordReader(file)
+            count = reader.num_records()
+            reader.close()
     except RuntimeError as error:
         raise ValueError(f'{path} is damaged: {error or "no valid ArrayRecord file"}. Delete it. {_AGAIN}') from error
     return count

@@ -52,6 +52,7 @@ class FilesPool:
 
     strata = None
     subfolder = ''  # of data.path, which `root` is
+    shown = None  # the folder's name for people, where `root` is a copy
 
     def __init__(self, root: str, files: list[str]):
         """`files` are relative to `root`."""
@@ -62,17 +63,16 @@ class FilesPool:
         return len(self.files)
 
     def where(self, position: int) -> str:
-        return os.path.join(self.root, self.files[position])
+        return os.path.join(self.shown or self.root, self.files[position])
 
     def identity(self, positions: np.ndarray) -> bytes:
         names = '\0'.join([self.subfolder, *(self.files[i] for i in positions), ''])  # no file name holds a NUL
         return names.encode('utf-8', 'surrogateescape') + self.labels[positions].astype('<i4').tobytes()
 
     def read(self, position: int, channels: int) -> tuple[Image.Image, int]:
-        path = self.where(position)
-        with open(path, 'rb') as file:
+        with open(os.path.join(self.root, self.files[position]), 'rb') as file:
             data = file.read()
-        return decode_image(data, channels, path), int(self.labels[position])
+        return decode_image(data, channels, self.where(position)), int(self.labels[position])
 
 
 class FolderPool(FilesPool):

@@ -199,6 +199,7 @@ def open_images(spec: ImageSpec, split: str) -> ImageSource:
         pool = FashionPool(spec.num_classes)
     elif spec.name == 'folder':
         pool = open_folder(_local(spec.path), spec.num_classes, named, spec.splits[0] if named else None)
+        pool.shown = os.path.join(spec.path, named or '') if bucket.is_remote(spec.path) else None
     elif spec.name == 'npz':
         path = _local(spec.path)
         pool = ArraysPool(os.path.join(path, named) if named else path, spec.num_classes)

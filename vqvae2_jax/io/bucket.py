@@ -1,18 +1,27 @@
 """Workdirs and data on a bucket (gs://...): epath writes and lists there, what needs local files works on copies."""
 
 import atexit
+import contextlib
 import functools
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import fsspec
 from etils import epath
 
+# One way to the bucket, with TensorFlow installed or not, and the plain kind of bucket: what the tests test.
+os.environ.setdefault('EPATH_USE_TF', 'false')
+os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
+# Nothing is remembered of what a folder held: other processes write there.
+for _name in ('gs', 'gcs'):
+    fsspec.config.conf.setdefault(_name, {})['use_listings_cache'] = False
+
 
 def is_remote(path) -> bool:
     """Whether a path lies on a bucket."""
-    return '://' in os.fspath(path)
+    return os.fspath(path).startswith('gs://')
 
 
 def absolute(path) -> epath.Path:
@@ -20,15 +29,21 @@ def absolute(path) -> epath.Path:
     return epath.Path(path) if is_remote(path) else epath.Path(path).resolve()
 
 
-def check_reachable(path: str) -> None:
-    """Raises ValueError where the library for such a bucket is missing, or the bucket cannot be listed."""
+def check(path: str) -> None:
+    """Raises ValueError for another kind of address than gs://, and for a bucket that cannot be reached."""
+    if '://' not in path:
+        return
+    if not is_remote(path):
+        raise ValueError(f'{path}: there are local folders and buckets of Google Cloud Storage, gs://bucket/folder')
     try:
         files, name = fsspec.core.url_to_fs(path)
-        files.exists(name)
-    except (ImportError, ValueError) as error:  # a library that is not installed, an unknown kind of bucket
-        raise ValueError(f'{path}: {error} (pip install "vqvae2_jax[gcs]" brings what gs:// needs)') from error
-    except Exception as error:  # each kind of bucket has its own errors, for names, networks and permissions
+        there = files.exists(name.split('/')[0])
+    except ImportError as error:
+        raise ValueError(f'{path}: {error}: pip install -e ".[gcs]"') from error
+    except Exception as error:  # gcsfs has many, for names, networks and permissions
         raise ValueError(f'{path} cannot be reached: {error}') from error
+    if not there:
+        raise ValueError(f'{path}: there is no such bucket, or it may not be listed with these credentials')
 
 
 def local_copy(path) -> str:
@@ -40,23 +55,32 @@ def local_copy(path) -> str:
     Raises:
       FileNotFoundError: there is none.
     """
-    path = os.fspath(path)
-    if not is_remote(path):
-        return path
+    return _copy(os.fspath(path), _copies()) if is_remote(path) else os.fspath(path)
+
+
+@contextlib.contextmanager
+def local(path) -> Iterator[str]:
+    """`path` itself where it is local; else a copy, for the duration of the context."""
+    with tempfile.TemporaryDirectory(prefix='vqvae2_jax-') as folder:
+        yield _copy(path, folder) if is_remote(path) else path
+
+
+def upload(file: str, path: epath.Path) -> None:
+    """Copies a local file to a bucket; readers see all of it or nothing."""
+    files, name = fsspec.core.url_to_fs(os.fspath(path))
+    files.put_file(file, name)
+
+
+def _copy(path, folder):
+    check(path)
     files, name = fsspec.core.url_to_fs(path)
-    folder, last = tempfile.mkdtemp(dir=_copies()), os.path.basename(name)
+    folder, last = tempfile.mkdtemp(dir=folder), os.path.basename(name)
     found = files.glob(name) if set('*?[') & set(last) else [name] if files.exists(name) else []
     if not found:
         raise FileNotFoundError(f'there is nothing at {path}')
     for each in found:
         files.get(each, os.path.join(folder, os.path.basename(each)), recursive=files.isdir(each))
     return os.path.join(folder, last)
-
-
-def upload(local: str, path: epath.Path) -> None:
-    """Copies a local file to a bucket; readers see all of it or nothing."""
-    files, name = fsspec.core.url_to_fs(os.fspath(path))
-    files.put_file(local, name)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """The log of one job: `metrics.jsonl`, a progress line, pictures and, where tensorboardX is installed, TensorBoard.
 
-`metrics.jsonl` holds one JSON object a line, appended at once (on a bucket: within a minute, and before a checkpoint):
+`metrics.jsonl` holds one JSON object a line, appended at once (on a bucket: after evaluations, before checkpoints, and
+when a minute has passed):
 `{"step": 1200, "train/loss": 0.0123, "time": 97.6}`, with `time` the seconds that the job has run, summed over
 restarts. A NaN is written as `NaN`, which Python reads back: whether to stop on one is the job's decision.
 """
@@ -78,6 +79,8 @@ class RunLog:
         now, seconds = time.monotonic(), self.seconds()
         line = {'step': int(step)} | {f'{prefix}/{name}': value for name, value in values.items()}
         self._file.write(json.dumps(line | {'time': round(seconds, 3)}) + '\n')
+        if prefix == 'validation':
+            self._file.flush()
         for name, value in values.items():
             if self._events:
                 self._events.add_scalar(f'{prefix}/{name}', value, step)
@@ -148,6 +151,7 @@ class _Appended:
 
     def __init__(self, path):
         self._path = path
+        path.touch()
 
     def write(self, line: str) -> None:
         with self._path.open('a') as file:

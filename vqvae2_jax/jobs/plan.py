@@ -194,7 +194,8 @@ def _seconds(program, chip):
 def _notes(chip):
     yield 'state, peak: memory of one chip, for what lives from step to step, and at most; traffic: what collectives'
     yield 'bring to it in a step. TFLOP: of products and convolutions, all chips, with nothing recomputed; XLA counts'
-    yield 'the rest too, what is recomputed, and the inside of loops (sampling, accumulation) once.'
+    yield 'the rest too, what is recomputed, and the inside of loops (sampling, accumulation, scan_layers) once;'
+    yield 'so does traffic.'
     if chip:
         yield (
             f'step: at the peak of {chip.name}, {chip.flops / 1e12:.0f} TFLOP/s in bfloat16 or '
