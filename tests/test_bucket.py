@@ -7,6 +7,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from benchmarks.input import packed
 from tests.fake_gcs import serve
 from vqvae2_jax import main
 from vqvae2_jax.data import codes
@@ -105,6 +106,19 @@ def test_images_on_a_bucket(gcs):
     assert folder.where(0).startswith('gs://bucket/images/')  # not the copy
     with pytest.raises(FileNotFoundError, match='data.path: there is nothing at gs://bucket/none'):
         open_images(ImageSpec('folder', 'gs://bucket/none', **sizes), 'train')
+
+
+def test_a_prepared_dataset_on_a_bucket(gcs, tmp_path):
+    pytest.importorskip('tensorflow_datasets')
+    for i in range(4):
+        Image.new('RGB', (6, 6), (i, 0, 0)).save(tmp_path / f'{i}.png')
+    packed(str(tmp_path), tmp_path / 'tfds')
+    for file in (tmp_path / 'tfds').rglob('*.*'):
+        if file.is_file():
+            bucket.upload(str(file), epath.Path('gs://bucket/tfds') / file.relative_to(tmp_path / 'tfds'))
+    spec = ImageSpec('packed', 'gs://bucket/tfds', image_size=(6, 6), channels=3, num_classes=0, held_out=(0.25, 0.0))
+    sources = [open_images(spec, split) for split in ('train', 'validation')]
+    assert sorted(int(s[i]['image'][0, 0, 0]) for s in sources for i in range(len(s))) == [0, 1, 2, 3]
 
 
 def test_what_a_bucket_cannot_do(gcs, config, monkeypatch):
