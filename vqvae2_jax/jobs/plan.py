@@ -196,6 +196,8 @@ def _notes(chip):
     yield 'bring to it in a step. TFLOP: of products and convolutions, all chips, with nothing recomputed; XLA counts'
     yield 'the rest too, what is recomputed, and the inside of loops (sampling, accumulation, scan_layers) once;'
     yield 'so does traffic.'
+    if chips.stands_for_another(parallel.mesh().devices.flat[0]):
+        yield 'Nothing was compiled, which peak, XLA counts and traffic need: plan on such a machine for these.'
     if chip:
         yield (
             f'step: at the peak of {chip.name}, {chip.flops / 1e12:.0f} TFLOP/s in bfloat16 or '
