@@ -28,25 +28,43 @@ STORED = 20_000  # examples in the store of codes
 SECONDS = 10  # of reading, each
 
 
-def packed(path, directory):
-    """The folder's files as a TensorFlow Dataset `packed` below `directory`: one shard, unlabelled."""
+def write_dataset(directory, name, features, splits):
+    """A TensorFlow Dataset below `directory`, prepared as ArrayRecord without TensorFlow, of one shard a split.
+
+    Args:
+      features: {feature: tfds.features.FeatureConnector}, with 'image' and perhaps 'label'.
+      splits: {split: (bytes of an image file, label) of every example, one after the other}.
+    """
     import tensorflow_datasets as tfds
     from tensorflow_datasets.proto import tf_example_pb2
 
-    home = pathlib.Path(directory) / 'packed' / '1.0.0'
+    home = pathlib.Path(directory) / name / '1.0.0'
     home.mkdir(parents=True)
-    tfds.features.FeaturesDict({'image': tfds.features.Image(shape=(None, None, 3))}).save_config(home)
-    files = folder.list_images(path)
-    writer = ArrayRecordWriter(str(home / 'packed-train.array_record-00000-of-00001'), 'group_size:1')
-    for file in files:
-        example = tf_example_pb2.Example()
-        example.features.feature['image'].bytes_list.value.append(pathlib.Path(path, file).read_bytes())
-        writer.write(example.SerializeToString())
-    writer.close()
-    template = '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'
-    split = {'name': 'train', 'shardLengths': [str(len(files))], 'filepathTemplate': template}
-    info = {'name': 'packed', 'version': '1.0.0', 'fileFormat': 'array_record', 'splits': [split]}
+    tfds.features.FeaturesDict(features).save_config(home)
+    infos = []
+    for split, examples in splits.items():
+        writer = ArrayRecordWriter(str(home / f'{name}-{split}.array_record-00000-of-00001'), 'group_size:1')
+        count = 0
+        for image, label in examples:
+            example = tf_example_pb2.Example()
+            example.features.feature['image'].bytes_list.value.append(image)
+            if 'label' in features:
+                example.features.feature['label'].int64_list.value.append(label)
+            writer.write(example.SerializeToString())
+            count += 1
+        writer.close()
+        template = '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'
+        infos.append({'name': split, 'shardLengths': [str(count)], 'filepathTemplate': template})
+    info = {'name': name, 'version': '1.0.0', 'fileFormat': 'array_record', 'splits': infos}
     (home / 'dataset_info.json').write_text(json.dumps(info))
+
+
+def packed(path, directory):
+    """The folder's files as a TensorFlow Dataset `packed` below `directory`, unlabelled."""
+    import tensorflow_datasets as tfds
+
+    images = ((pathlib.Path(path, file).read_bytes(), 0) for file in folder.find_images(path, '--path'))
+    write_dataset(directory, 'packed', {'image': tfds.features.Image(shape=(None, None, 3))}, {'train': images})
 
 
 def write_codes(directory):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.input import write_dataset
 from tests.test_decode import encoded
 from vqvae2_jax.data.images import ImageSpec, open_images
 
@@ -18,28 +19,16 @@ from vqvae2_jax.data.images import ImageSpec, open_images
 def tfds_dir(tmp_path_factory):
     """A dataset 'tiny' as TFDS prepares it, in ArrayRecord: 10 + 4 images whose red is the position."""
     tfds = pytest.importorskip('tensorflow_datasets')
-    from array_record.python.array_record_module import ArrayRecordWriter
-    from tensorflow_datasets.proto import tf_example_pb2
-
     root = tmp_path_factory.mktemp('tfds')
-    home = root / 'tiny' / '1.0.0'
-    home.mkdir(parents=True)
     label = tfds.features.ClassLabel(names=['even', 'odd'])
-    tfds.features.FeaturesDict({'image': tfds.features.Image(shape=(None, None, 3)), 'label': label}).save_config(home)
-    splits = []
-    for split, count in (('train', 10), ('test', 4)):
-        writer = ArrayRecordWriter(str(home / f'tiny-{split}.array_record-00000-of-00001'), 'group_size:1')
-        for i in range(count):
-            example = tf_example_pb2.Example()
-            image = encoded(Image.new('RGB', (16, 12), (10 * i, 0, 0))) if i != 3 else b'broken'
-            example.features.feature['image'].bytes_list.value.append(image)
-            example.features.feature['label'].int64_list.value.append(i % 2)
-            writer.write(example.SerializeToString())
-        writer.close()
-        template = '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'
-        splits.append({'name': split, 'shardLengths': [str(count)], 'filepathTemplate': template})
-    info = {'name': 'tiny', 'version': '1.0.0', 'fileFormat': 'array_record', 'splits': splits}
-    (home / 'dataset_info.json').write_text(json.dumps(info))
+    features = {'image': tfds.features.Image(shape=(None, None, 3)), 'label': label}
+
+    def example(i):
+        return encoded(Image.new('RGB', (16, 12), (10 * i, 0, 0))) if i != 3 else b'broken', i % 2
+
+    write_dataset(
+        root, 'tiny', features, {'train': [example(i) for i in range(10)], 'test': [example(i) for i in range(4)]}
+    )
     return root
 
 

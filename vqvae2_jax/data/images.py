@@ -255,8 +255,9 @@ def open_as_they_are(path: str, field: str) -> ImageSource:
 @functools.cache
 def _local(path, field='data.path'):
     try:
+        bucket.check(path)
         return bucket.local_copy(path)
-    except (FileNotFoundError, ImportError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise FileNotFoundError(f'{field}: {error}') from error
 
 

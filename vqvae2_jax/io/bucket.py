@@ -72,7 +72,6 @@ def upload(file: str, path: epath.Path) -> None:
 
 
 def _copy(path, folder):
-    check(path)
     files, name = fsspec.core.url_to_fs(path)
     folder, last = tempfile.mkdtemp(dir=folder), os.path.basename(name)
     found = files.glob(name) if set('*?[') & set(last) else [name] if files.exists(name) else []
