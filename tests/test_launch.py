@@ -12,6 +12,7 @@ import sys
 import kubernetes_validate
 import pytest
 import yaml
+from kubeflow_trainer_api.models import JobsetV1alpha2JobSet  # generated from JobSet's schema
 
 LAUNCH = pathlib.Path(__file__).parent.parent / 'launch'
 SHELLCHECK = shutil.which('shellcheck') or pathlib.Path(sys.executable).parent / 'shellcheck'  # of the environment
@@ -110,6 +111,7 @@ def test_the_jobset():
     values = dict.fromkeys(re.findall(r'\$\{(\w+)\}', text), 'x') | {'HOSTS': '64'}
     jobset = yaml.safe_load(string.Template(text).substitute(values))
     assert (jobset['apiVersion'], jobset['kind']) == ('jobset.x-k8s.io/v1alpha2', 'JobSet')
+    assert JobsetV1alpha2JobSet.from_dict(jobset).to_dict() == jobset  # no field is missing, unknown or of another type
     (slice_,) = jobset['spec']['replicatedJobs']
     job = {'apiVersion': 'batch/v1', 'kind': 'Job', 'metadata': {'name': 'slice'}, 'spec': slice_['template']['spec']}
     assert job['spec']['parallelism'] == job['spec']['completions'] == 64

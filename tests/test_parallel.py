@@ -110,22 +110,22 @@ def test_recomputing_changes_nothing_but_what_is_kept(order):
 @pytest.mark.parametrize('remat', [False, True])
 @pytest.mark.parametrize('order', MODULES)
 def test_a_loop_over_layers_changes_nothing_but_the_length_of_the_program(order, remat):
-    def stage(layers, scan_layers):
-        fields = dict(layers=layers, condition_layers=layers, attention_layers=2, output_layers=layers)
+    def stage(layers, scan_layers, attention_layers=2):
+        fields = dict(layers=layers, condition_layers=4, attention_layers=attention_layers, output_layers=layers)
         return prior_stage(order, scan_layers=scan_layers, remat=remat, **fields)
 
-    def length(layers, scan_layers):
-        params, _ = jax.eval_shape(stage(layers, scan_layers).init, jax.random.key(0), codes())
-        text = jax.jit(gradients(stage(layers, scan_layers))).lower(params).as_text()
+    def length(*sizes):
+        params, _ = jax.eval_shape(stage(*sizes).init, jax.random.key(0), codes())
+        text = jax.jit(gradients(stage(*sizes))).lower(params).as_text()
         return sum('convolution' in line or 'dot_general' in line for line in text.splitlines())
 
-    params, _ = jax.jit(stage(4, False).init)(jax.random.key(0), codes())
+    params, _ = jax.jit(stage(5, False).init)(jax.random.key(0), codes())  # twice two with attention, and one without
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-        jax.jit(gradients(stage(4, False)))(params),
-        jax.jit(gradients(stage(4, True)))(params),
+        jax.jit(gradients(stage(5, False)))(params),
+        jax.jit(gradients(stage(5, True)))(params),
     )
-    assert length(6, True) == length(4, True) < length(4, False) < length(6, False)
+    assert length(6, True, 3) == length(6, True) == length(4, True) < length(4, False) < length(6, False)
 
 
 class _Dropping(nn.Module):

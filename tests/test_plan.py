@@ -61,24 +61,47 @@ def test_a_plan_of_the_devices_at_hand(config, tmp_path, capsys):
 
 
 def test_communication_does_not_grow_with_the_devices(config, tmp_path):
-    def traffic(devices, fsdp=1):
-        with parallel.use(parallel.make_mesh(jax.devices()[:devices], fsdp)):
+    def traffic(devices, **fields):
+        config.prior.bottom.update(layers=4, **fields)
+        with parallel.use(parallel.make_mesh(jax.devices()[:devices])):
             program = plan._training(Run(config, epath.Path(tmp_path)), 'prior.bottom')
             return plan._compile(program).traffic, 4 * program.parameters
 
-    (two, parameters), (eight, _) = traffic(2), traffic(8)
+    (two, parameters), (eight, _), (looped, _) = traffic(2), traffic(8), traffic(8, scan_layers=True)
     assert parameters < eight <= 1.05 * parameters  # the gradients, and a few metrics
-    assert eight == pytest.approx(two, rel=0.01)
+    assert eight == pytest.approx(two, rel=0.01) and looped == pytest.approx(eight, rel=0.05)
 
 
 def test_collectives_are_read_from_the_text_of_a_program():
     text = """
+%twice.1 (x: s32[]) -> pred[] {
+  %n = s32[] constant(2)
+  ROOT %less = pred[] compare(%x, %n), direction=LT
+}
+
+%body (x: s32[]) -> s32[] {
   %a = f32[8,4]{1,0} all-gather(%x), channel_id=1
-  %b = (bf16[2,3]{1,0}, f32[]) all-reduce-start(%y, %z)
+}
+
+%fused (x: s32[]) -> s32[] {
+  %b = (bf16[2,3]{1,0}, f32[]) all-reduce-start(%y, %z), channel_id=2
+}
+
+ENTRY %main (x: s32[]) -> s32[] {
   %c = (bf16[2,3]{1,0}, f32[]) all-reduce-done(%b)
   %d = f32[100] add(%e, %f)
+  %g = f32[8,4]{1,0} all-gather(%x), channel_id=1
+  %h = s32[] while(%x), condition=%twice.1, body=%body
+  %i = s32[] fusion(%x), kind=kLoop, calls=%fused
+  %j = s32[] while(%x), condition=%twice.1, body=%other, backend_config={"known_trip_count":{"n":"5"}}
+  %k = (f32[2,4]{1,0}, f32[8,4]{1,0}) all-gather-start(%x), channel_id=3
+}
+
+%other (x: s32[]) -> s32[] {
+  %l = f32[3] reduce-scatter(%x)
+}
 """
-    assert plan.collective_bytes(text) == 4 * 32 + 2 * 6 + 4
+    assert plan.collective_bytes(text) == 2 * 4 * 32 + (2 * 6 + 4) + 5 * 4 * 3 + 4 * 32
 
 
 def test_gpus_that_are_not_there_are_planned_for_by_arithmetic(config, tmp_path, capsys, monkeypatch):

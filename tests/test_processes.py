@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from tests.fake_gcs import serve
 from vqvae2_jax.data.codes import CodeSource
 from vqvae2_jax.io.checkpoint import Weights
 from vqvae2_jax.io.logging import read_metrics
@@ -24,12 +25,19 @@ FEW_IMAGES = ('--config.data.held_out=(0.9,0.06)', '--config.codes.shard_size=30
 LONG = ('--job=vqvae', '--config.vqvae.training.steps=100000', '--config.vqvae.training.save_every=4')
 
 
-def start(workdir, count, *flags, devices=None):
-    """main.py in `count` processes on configs/tiny.py."""
+def start(workdir, count, *flags, devices=None, bucket=None):
+    """main.py in `count` processes on configs/tiny.py; where there is a bucket, only what they print is in `workdir`."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         address = f'127.0.0.1:{free.getsockname()[1]}'
-    command = [sys.executable, '-m', 'vqvae2_jax.main', '--config=configs/tiny.py', f'--workdir={workdir}', *flags]
+    command = [
+        sys.executable,
+        '-m',
+        'vqvae2_jax.main',
+        '--config=configs/tiny.py',
+        f'--workdir={bucket or workdir}',
+        *flags,
+    ]
     environment = os.environ | {'JAX_NUM_CPU_DEVICES': str(devices or DEVICES // count)}
     if count > 1:
         command.append('--distributed')
@@ -105,6 +113,27 @@ def test_two_processes_do_every_job_as_one(tmp_path):
     drawn = [samples.take(epath.Path(workdir / 'samples'), index) for workdir in (again, two)]
     assert_equal(*drawn)
     assert (two / 'report' / 'report.html').exists()
+
+
+def test_two_processes_on_a_bucket(tmp_path, monkeypatch):
+    pytest.importorskip('gcsfs')
+    with serve() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        for job in ('vqvae', 'codes'):
+            ended = end(start(tmp_path, 2, *FEW_IMAGES, f'--job={job}', bucket='gs://bucket/two'))
+            assert ended == [0, 0], output(tmp_path) + output(tmp_path, 1)
+        two = dict(server.objects)
+        server.objects.update(
+            {name.replace('two/', 'one/', 1): kept for name, kept in two.items() if '/codes/' not in name}
+        )
+        assert end(start(tmp_path, 1, *FEW_IMAGES, '--job=codes', bucket='gs://bucket/one')) == [0], output(tmp_path)
+        one = {
+            name.replace('one/', 'two/', 1): kept for name, kept in server.objects.items() if name.startswith('one/')
+        }
+    shards = [name for name in two if '/codes/' in name and 'shard-' in name]
+    assert len(shards) > 3 and all(one[name][0] == two[name][0] for name in shards)
+    assert one.keys() == two.keys() and not list(tmp_path.glob('*/'))
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step_and_others_continue(tmp_path):

@@ -1,5 +1,7 @@
 """--job=codes: every image of every split as codes, in shards that restart where they stopped (algorithm 2)."""
 
+import time
+
 import jax
 import numpy as np
 
@@ -87,11 +89,13 @@ def _extract_split(run, split, encode, digest, stopped):
             continue
         if stopped():
             break
+        begin = time.perf_counter()
         limits = {'start': shard * size, 'stop': min((shard + 1) * size, len(source))}
         batches = eval_batches(source, batch_size=config.codes.batch_size, **limits, **run.reading())
         sizes = (config.vqvae.codebook_size,) * len(run.levels)
         count = store.write_shard(store.shard_path(directory, shard, shards), _encoded(encode, batches), sizes)
-        print(f'codes {split}: shard {shard + 1} of {shards}, {count} images', flush=True)
+        rate = f'{count / (time.perf_counter() - begin):.3g} images/s'
+        print(f'codes {split}: shard {shard + 1} of {shards}, {count} images, {rate}', flush=True)
     stopping = parallel.any_process(stopped() > 0)
     done = store.finished_shards(directory, shards)
     if stopping and len(done) < shards:

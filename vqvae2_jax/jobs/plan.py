@@ -21,9 +21,9 @@ from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.models.vqvae import map_shapes
 
 COLUMNS = ('job', 'batch', 'parameters', 'state', 'peak', 'TFLOP', 'XLA counts', 'traffic', 'step', 'steps', 'in all')
-_COLLECTIVE = re.compile(
-    r'= (\S.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\('
-)
+_COLLECTIVE = re.compile(r'= (\S.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\(')
+_CALLED = re.compile(r'(?:calls|to_apply|branch_computations|(?:true|false)_computation)=\{?(%[^},]+(?:, %[^},]+)*)')
+_LOOP = re.compile(r' while\(.*condition=%([\w.-]+), body=%([\w.-]+)')
 _WIDTHS = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's64': 8, 'u64': 8}  # bytes; others 4
 
 
@@ -157,12 +157,46 @@ def _compile(program) -> Compiled:
 
 
 def collective_bytes(text: str) -> int:
-    """Bytes that the collectives of a compiled program (XLA's text) give one device; a loop's count once."""
-    total = 0
-    for shapes in _COLLECTIVE.findall(text):
-        for kind, sizes in re.findall(r'(\w+)\[([\d,]*)\]', shapes):
-            total += _WIDTHS.get(kind, 4) * math.prod(int(size) for size in sizes.split(',') if size)
-    return total
+    """Bytes that the collectives of a compiled program (XLA's text) give one device; a loop's as often as it runs."""
+    computations, entry = {}, ''
+    for line in text.splitlines():
+        if head := re.match(r'(ENTRY )?%([\w.-]+) \(.*\{$', line):
+            lines = computations[head[2]] = []
+            entry = head[2] if head[1] else entry
+        elif line.startswith(' '):
+            lines.append(line)
+    found = {}  # TPU programs name the pieces of one collective, which runs beside other work, by one channel
+
+    def walk(name, times):
+        for line in computations[name]:
+            if collective := _COLLECTIVE.search(line):
+                channel = re.search(r'channel_id=\d+', line)
+                key = channel[0] if channel else line
+                found[key] = max(found.get(key, 0), times * _result_bytes(*collective.groups()))
+            elif loop := _LOOP.search(line):
+                walk(loop[2], times * _trips(line, computations[loop[1]]))
+            elif called := _CALLED.search(line):
+                for each in called[1].split(', '):
+                    walk(each.removeprefix('%'), times)
+
+    walk(entry, 1)
+    return sum(found.values())
+
+
+def _trips(loop, condition):
+    """How often a loop runs: as its line says, or by the number that its condition compares with."""
+    known = re.findall(r'known_trip_count":\{"n":"(\d+)"', loop) or re.findall(
+        r' constant\((\d+)\)', '\n'.join(condition)
+    )
+    return max(map(int, known), default=1)
+
+
+def _result_bytes(shapes, kind, start):
+    sizes = re.findall(r'(\w+)\[([\d,]*)\]', shapes)
+    if start and kind != 'all-reduce':  # operands, then results, then perhaps what it waits for
+        sizes = [size for size in sizes if size != ('u32', '')]
+        sizes = sizes[len(sizes) // 2 :]
+    return sum(_WIDTHS.get(width, 4) * math.prod(int(n) for n in size.split(',') if n) for width, size in sizes)
 
 
 def _row(program, compiled, chip):
@@ -194,8 +228,7 @@ def _seconds(program, chip):
 def _notes(chip):
     yield 'state, peak: memory of one chip, for what lives from step to step, and at most; traffic: what collectives'
     yield 'bring to it in a step. TFLOP: of products and convolutions, all chips, with nothing recomputed; XLA counts'
-    yield 'the rest too, what is recomputed, and the inside of loops (sampling, accumulation, scan_layers) once;'
-    yield 'so does traffic.'
+    yield 'the rest too, what is recomputed, and the inside of loops (sampling, accumulation, scan_layers) once.'
     if chips.stands_for_another(parallel.mesh().devices.flat[0]):
         yield 'Nothing was compiled, which peak, XLA counts and traffic need: plan on such a machine for these.'
     if chip:

@@ -75,7 +75,9 @@ class WavefrontConv(nn.Module):
         bias = self.param('bias', nn.initializers.zeros, (self.features,))
         x, weights, bias = nn.dtypes.promote_dtype(x, weights, bias, dtype=self.dtype)
         if self.is_mutable_collection('diagonals') and not self.is_initializing():
-            return self._stream(x, taps) @ weights.reshape(-1, self.features) + bias
+            # Summed in float32, as accelerators do anyway: CPUs have fast products of bfloat16 only for that.
+            seen, weights = self._stream(x, taps), weights.reshape(-1, self.features)
+            return jnp.matmul(seen, weights, preferred_element_type=jnp.float32).astype(x.dtype) + bias
         rows, columns = np.array(taps).T
         above, below, left, right = -rows.min(), rows.max(), -columns.min(), columns.max()
         window = jnp.zeros((above + below + 1, left + right + 1, *weights.shape[1:]), weights.dtype)

@@ -10,6 +10,7 @@ what is drawn next.
 Glossary of shapes: B batch, H W this level's map (h w: the part of it at hand), K codebook size, F hidden, R residual.
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 
 from vqvae2_jax.models.causal import CausalAttention
 from vqvae2_jax.models.order import Order
-from vqvae2_jax.models.repeat import Repeat
+from vqvae2_jax.models.repeat import PLAIN, Repeat
 from vqvae2_jax.models.residual import ResidualStack
 
 _SMALL = nn.initializers.variance_scaling(0.01, 'fan_in', 'truncated_normal')  # blocks start near the identity
@@ -57,6 +58,29 @@ class GatedBlock(nn.Module):
         return x + gate(y)
 
 
+class AttentiveStack(nn.Module):
+    """Residual blocks, then attention where there is any: what the networks of both orders repeat."""
+
+    layers: int
+    block: Callable[[], GatedBlock]
+    attention: Callable[[], CausalAttention] | None
+
+    def setup(self):
+        self.blocks = [self.block() for _ in range(self.layers)]
+        self.attend = self.attention() if self.attention else None
+
+    def __call__(self, x, step=None, *, beside=None, condition=None, train=False, repeat=PLAIN):
+        # x [B, h, w, F], beside [B, h, w, F] for each block, step as in CausalAttention -> [B, h, w, F]
+        def block(layer, x, beside):
+            return layer(x, beside=beside, condition=condition, train=train)
+
+        def attend(layer, x, _):
+            return x + layer(x, step, train=train)
+
+        x, _ = repeat.run(block, self.blocks, x, beside)
+        return x if self.attend is None else repeat.run(attend, [self.attend], x)[0]
+
+
 class Prior(nn.Module):
     """p(codes of one level | codes of all coarser levels, class label); `RasterPrior` or `WavefrontPrior`."""
 
@@ -85,10 +109,6 @@ class Prior(nn.Module):
         if self.attention_layers > self.layers:
             raise ValueError(f'attention_layers={self.attention_layers} exceeds layers={self.layers}')
         self.row_embed, self.column_embed = self._embed(self.shape[0]), self._embed(self.shape[1])
-        self.attention = [
-            CausalAttention(self.heads, self.order, self.attention_dropout, dtype=self.dtype)
-            for _ in range(self.attention_layers)
-        ]
         self.output_blocks = self._blocks(self.output_layers, nn.Dense)
         self.logits = nn.Dense(self.codebook_size)  # float32: bfloat16 has steps of 0.06 at a logit of 10
         if self.num_classes:
@@ -103,7 +123,19 @@ class Prior(nn.Module):
         return nn.Embed(size, self.hidden, embedding_init=nn.initializers.normal(1.0), dtype=self.dtype)
 
     def _blocks(self, count: int, layer) -> list[GatedBlock]:
-        return [GatedBlock(self.residual, layer, self.dropout, self.dtype) for _ in range(count)]
+        return [self._block(layer)() for _ in range(count)]
+
+    def _block(self, layer):
+        return functools.partial(GatedBlock, self.residual, layer, self.dropout, self.dtype)
+
+    def _stacks(self, layer) -> list[AttentiveStack]:
+        """All blocks, with attention after every few of them; what remains of the blocks comes last."""
+        every = self.layers // max(self.attention_layers, 1)
+        attention = functools.partial(CausalAttention, self.heads, self.order, self.attention_dropout, dtype=self.dtype)
+        stacks = [AttentiveStack(every, self._block(layer), attention) for _ in range(self.attention_layers)]
+        if rest := self.layers - every * self.attention_layers:
+            stacks.append(AttentiveStack(rest, self._block(layer), None))
+        return stacks
 
     @property
     def order(self) -> Order:
@@ -134,20 +166,17 @@ class Prior(nn.Module):
         x, _ = self._run(self.output_blocks, x, condition=condition, train=train)
         return self.logits(nn.elu(x).astype(jnp.float32))
 
-    def _stack(self, blocks, x, step=None, *, beside=None, condition=None, train=False):
-        """x after all blocks, with attention after every few of them; `beside` has something for each block."""
+    def _through(self, stacks, x, step=None, *, beside=None, condition=None, train=False):
+        """x after all of `_stacks`; `beside` has something for each block."""
+        repeat = self._repeat(train)
 
-        def attend(layer, x, _):
-            return x + layer(x, step, train=train)
+        def call(stack, x, beside):
+            return stack(x, step, beside=beside, condition=condition, train=train, repeat=repeat)
 
-        every = self.layers // max(self.attention_layers, 1)
-        for index, start in enumerate(range(0, self.layers, every)):
-            part = slice(start, start + every)
-            own = None if beside is None else beside[part]
-            x, _ = self._run(blocks[part], x, beside=own, condition=condition, train=train)
-            if index < self.attention_layers:
-                x, _ = self._repeat(train).run(attend, [self.attention[index]], x)
-        return x
+        every, like = stacks[0].layers, self.attention_layers or 1  # so many stacks are alike
+        each = None if beside is None else [beside[i * every :][:every] for i in range(len(stacks))]
+        x, _ = repeat._replace(remat=False).run(call, stacks[:like], x, each and each[:like])
+        return x if len(stacks) == like else call(stacks[like], x, each and each[like])
 
     def _run(self, blocks, x, *, beside=None, condition=None, train=False):
         """x after the last block, and after each."""
