@@ -124,9 +124,27 @@ def check_batch_size(batch_size: int, field: str, parts: int = 1, own: bool = Fa
 
 
 def of_one_process() -> list:
-    """The devices of the mesh that belong to the process of its first one."""
+    """The devices on which the process of the mesh's first one works by itself."""
     devices = list(mesh().devices.flat)
-    return [device for device in devices if device.process_index == devices[0].process_index]
+    return list(_together(tuple(d for d in devices if d.process_index == devices[0].process_index)))
+
+
+@functools.cache
+def _together(devices: tuple) -> tuple:
+    """Those of one process's devices that run a program without all others; only one where TPUs need whole slices.
+
+    On v5e from 4x8 on, the compiler takes programs for one chip or for all.
+    """
+    if devices[0].platform == 'tpu' and len(devices) > 1:
+        with use(make_mesh(devices)):
+            x = jax.ShapeDtypeStruct((len(devices),), jax.numpy.float32, sharding=split_batch())
+        try:
+            jax.jit(lambda x: x + 1).lower(x).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if 'all slice devices' not in str(error):
+                raise
+            return devices[:1]
+    return devices
 
 
 @functools.cache
@@ -166,7 +184,7 @@ def share(items: Sequence) -> list:
 
 def own_devices() -> contextlib.AbstractContextManager[None]:
     """Within the context the mesh is this process's devices, each with a whole copy: no other has to keep in step."""
-    return use(make_mesh(jax.local_devices()))
+    return use(make_mesh(_together(tuple(jax.local_devices()))))
 
 
 def any_process(flag: bool) -> bool:
