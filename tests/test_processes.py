@@ -26,7 +26,7 @@ LONG = ('--job=vqvae', '--config.vqvae.training.steps=100000', '--config.vqvae.t
 
 
 def start(workdir, count, *flags, devices=None, bucket=None):
-    """main.py in `count` processes on configs/tiny.py; where there is a bucket, only what they print is in `workdir`."""
+    """main.py in `count` processes on configs/tiny.py; with a bucket, `workdir` holds only what they print."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         address = f'127.0.0.1:{free.getsockname()[1]}'
