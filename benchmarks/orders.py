@@ -117,11 +117,6 @@ def compare(run, level, attention, orders, seeds):
             'updates': updates[0].tolist(),
             'nats': np.array(nats).tolist(),  # [seeds, n]
         }
-    return judged(found)
-
-
-def judged(found):
-    """The same, with the nats after equal updates and in equal time."""
     budget = min(result['updates'][-1] * result['seconds an update'] for result in found.values())
     for result in found.values():
         within = budget / result['seconds an update']

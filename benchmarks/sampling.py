@@ -95,13 +95,13 @@ def size_of(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def floor(level, dtype, bandwidth):
-    """Seconds to read the weights that the raster sampler needs at a position, once."""
-    prior = make(level, dtype)
+def floor(level, dtype, bandwidth, slope=None):
+    """Seconds to read the weights that the sampler needs in a step, once; the vertical ones are for a whole row."""
+    prior = make(level, dtype, slope)
     size = {
         name: size_of(branch)
         for name, branch in jax.eval_shape(lambda: weights(prior)).items()
-        if name.startswith(('vertical', 'horizontal', 'attention', 'output', 'logits'))
+        if name.startswith(('vertical', 'horizontal', 'first', 'stacks', 'blocks', 'output', 'logits'))
     }
     per_row = sum(bytes_ for name, bytes_ in size.items() if name.startswith('vertical'))
     per_position = sum(size.values()) - per_row + per_row / prior.shape[1]
@@ -138,17 +138,18 @@ def growth_with_the_map(dtype):
     print(f'\n64x64 against 32x32, the same convolutional network, batch 1: {large / small:.2f}x the time', flush=True)
 
 
-def wavefront_against_raster(batches, dtype, slopes):
-    print('\n| level | batch | order | steps | s for the batch | raster over it |')
-    print('|---|---|---|---|---|---|')
+def wavefront_against_raster(batches, dtype, slopes, bandwidth):
+    print('\n| level | batch | order | steps | s for the batch | raster over it | ms a step | floor, ms |')
+    print('|---|---|---|---|---|---|---|---|')
     for level in LEVELS:
         for batch in batches:
             raster = cached(level, batch, dtype, None)
             for slope in (None, *slopes):
                 steps = make(level, dtype, slope).order.steps
-                time_ = cached(level, batch, dtype, slope)
+                time_, least = cached(level, batch, dtype, slope), floor(level, dtype, bandwidth, slope)
                 print(
-                    f'| {level} | {batch} | {name_of(slope)} | {steps} | {time_:.2f} | {raster / time_:.1f}x |',
+                    f'| {level} | {batch} | {name_of(slope)} | {steps} | {time_:.2f} | {raster / time_:.1f}x '
+                    f'| {1e3 * time_ / steps:.2f} | {1e3 * least:.2f} |',
                     flush=True,
                 )
 
@@ -188,7 +189,7 @@ def main():
     if options.only in (None, 'growth'):
         growth_with_the_map(dtype)
     if options.only in (None, 'wavefront'):
-        wavefront_against_raster(options.batch, dtype, options.slope)
+        wavefront_against_raster(options.batch, dtype, options.slope, bandwidth)
 
 
 if __name__ == '__main__':

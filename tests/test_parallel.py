@@ -119,11 +119,12 @@ def test_a_loop_over_layers_changes_nothing_but_the_length_of_the_program(order,
         text = jax.jit(gradients(stage(*sizes))).lower(params).as_text()
         return sum('convolution' in line or 'dot_general' in line for line in text.splitlines())
 
-    params, _ = jax.jit(stage(5, False).init)(jax.random.key(0), codes())  # twice two with attention, and one without
+    plain, looped = (stage(8, looped, 3) for looped in (False, True))  # thrice two blocks and attention, and two blocks
+    params, _ = jax.jit(plain.init)(jax.random.key(0), codes())
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-        jax.jit(gradients(stage(5, False)))(params),
-        jax.jit(gradients(stage(5, True)))(params),
+        jax.jit(gradients(plain))(params),
+        jax.jit(gradients(looped))(params),
     )
     assert length(6, True, 3) == length(6, True) == length(4, True) < length(4, False) < length(6, False)
 

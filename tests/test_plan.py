@@ -95,13 +95,18 @@ ENTRY %main (x: s32[]) -> s32[] {
   %i = s32[] fusion(%x), kind=kLoop, calls=%fused
   %j = s32[] while(%x), condition=%twice.1, body=%other, backend_config={"known_trip_count":{"n":"5"}}
   %k = (f32[2,4]{1,0}, f32[8,4]{1,0}) all-gather-start(%x), channel_id=3
+  %m = s32[] conditional(%p, %x, %x), true_computation=%other, false_computation=%last
 }
 
 %other (x: s32[]) -> s32[] {
   %l = f32[3] reduce-scatter(%x)
 }
+
+%last (x: s32[]) -> s32[] {
+  %o = f32[7] all-to-all(%x)
+}
 """
-    assert plan.collective_bytes(text) == 2 * 4 * 32 + (2 * 6 + 4) + 5 * 4 * 3 + 4 * 32
+    assert plan.collective_bytes(text) == 2 * 4 * 32 + (2 * 6 + 4) + 5 * 4 * 3 + 4 * 32 + 4 * 7
 
 
 def test_gpus_that_are_not_there_are_planned_for_by_arithmetic(config, tmp_path, capsys, monkeypatch):

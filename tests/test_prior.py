@@ -16,6 +16,7 @@ from vqvae2_jax.stages.prior import make_stage
 CASES = {
     'convolutions': {'shape': (5, 4)},
     'attention': {'shape': (4, 5), 'attention_layers': 1, 'heads': 2, 'output_layers': 1},
+    'rest': {'shape': (4, 4), 'layers': 5, 'attention_layers': 3, 'heads': 2},
     'deep kernel 5': {'shape': (4, 4), 'layers': 3, 'kernel': 5, 'attention_layers': 3, 'heads': 2},
     'classes': {'shape': (4, 4), 'num_classes': 3},
     'coarser level': {'shape': (4, 6), 'coarser_codebook_sizes': (5,), 'condition_layers': 1, 'num_classes': 3},

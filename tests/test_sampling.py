@@ -68,6 +68,17 @@ def test_log_probs_are_those_of_the_whole_network_on_the_finished_map(case):
 
 
 @pytest.mark.parametrize('case', ['attention', 'slope 3, attention'])
+def test_in_bfloat16_log_probs_are_nearly_those_of_the_whole_network(case):
+    prior, params, *_ = make_prior(case, batch=4)
+    prior = prior.clone(dtype=jnp.bfloat16)
+    keys = sample_keys(jax.random.key(5), jnp.arange(4))
+    sampled = jax.jit(lambda: sample(prior, params, keys))()
+    whole = jax.nn.log_softmax(prior.apply({'params': params}, sampled.codes))
+    expected = jnp.take_along_axis(whole, sampled.codes[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(sampled.log_probs, expected, atol=0.1)
+
+
+@pytest.mark.parametrize('case', ['attention', 'slope 3, attention'])
 def test_kept_codes_stay_and_the_rest_is_drawn_given_the_earlier_ones(case):
     prior, params, codes, labels, coarser = make_prior(case, batch=2)
     keys = sample_keys(jax.random.key(5), jnp.arange(2))
@@ -82,12 +93,12 @@ def test_kept_codes_stay_and_the_rest_is_drawn_given_the_earlier_ones(case):
 
 def poisoned(cache, written):
     """Keys beyond the `written` first are NaN, values there a number that would drown all others."""
-    attention = {}
-    for name, held in cache['attention'].items():
-        later = (jnp.arange(held['keys'].shape[1]) >= written)[:, None, None]
-        keys, values = jnp.where(later, jnp.nan, held['keys']), jnp.where(later, 1e30, held['values'])
-        attention[name] = {'keys': keys, 'values': values}
-    return {**cache, 'attention': attention}
+
+    def poison(path, held):
+        later = (jnp.arange(held.shape[1]) >= written)[:, None, None]
+        return jnp.where(later, jnp.nan if path[-1].key == 'keys' else 1e30, held)
+
+    return {**cache, 'attention': jax.tree_util.tree_map_with_path(poison, cache['attention'])}
 
 
 def test_what_a_cache_holds_of_later_steps_is_never_read():

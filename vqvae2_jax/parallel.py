@@ -124,24 +124,23 @@ def check_batch_size(batch_size: int, field: str, parts: int = 1, own: bool = Fa
 
 
 def of_one_process() -> list:
-    """The devices on which the process of the mesh's first one works by itself."""
-    devices = list(mesh().devices.flat)
-    return list(_together(tuple(d for d in devices if d.process_index == devices[0].process_index)))
+    """The devices of the mesh on which this process works by itself (of a slice that is not there, its first one)."""
+    return list(_working_alone(tuple(d for d in mesh().devices.flat if d.process_index == jax.process_index())))
 
 
 @functools.cache
-def _together(devices: tuple) -> tuple:
-    """Those of one process's devices that run a program without all others; only one where TPUs need whole slices.
+def _working_alone(devices: tuple) -> tuple:
+    """Those of one process's devices that run a program without all others: all of them, or only the first.
 
-    On v5e from 4x8 on, the compiler takes programs for one chip or for all.
+    For slices of v5e from 4x8 on, the TPU compiler takes programs for one chip or for all.
     """
     if devices[0].platform == 'tpu' and len(devices) > 1:
         with use(make_mesh(devices)):
-            x = jax.ShapeDtypeStruct((len(devices),), jax.numpy.float32, sharding=split_batch())
+            x = jax.ShapeDtypeStruct((len(devices),), np.float32, sharding=split_batch())
         try:
             jax.jit(lambda x: x + 1).lower(x).compile()
         except jax.errors.JaxRuntimeError as error:
-            if 'all slice devices' not in str(error):
+            if 'all slice devices' not in str(error):  # the compiler's own words; it has no code for this
                 raise
             return devices[:1]
     return devices
@@ -183,8 +182,8 @@ def share(items: Sequence) -> list:
 
 
 def own_devices() -> contextlib.AbstractContextManager[None]:
-    """Within the context the mesh is this process's devices, each with a whole copy: no other has to keep in step."""
-    return use(make_mesh(_together(tuple(jax.local_devices()))))
+    """Within the context the mesh is `of_one_process`, each with a whole copy: no other process has to keep in step."""
+    return use(make_mesh(of_one_process()))
 
 
 def any_process(flag: bool) -> bool:

@@ -21,7 +21,9 @@ from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.models.vqvae import map_shapes
 
 COLUMNS = ('job', 'batch', 'parameters', 'state', 'peak', 'TFLOP', 'XLA counts', 'traffic', 'step', 'steps', 'in all')
-_COLLECTIVE = re.compile(r'= (\S.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\(')
+_COLLECTIVE = re.compile(
+    r'= (\S.*?) (all-gather|all-reduce|reduce-scatter|(?:ragged-)?all-to-all|collective-permute)(-start)?\('
+)
 _CALLED = re.compile(r'(?:calls|to_apply|branch_computations|(?:true|false)_computation)=\{?(%[^},]+(?:, %[^},]+)*)')
 _LOOP = re.compile(r' while\(.*condition=%([\w.-]+), body=%([\w.-]+)')
 _WIDTHS = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's64': 8, 'u64': 8}  # bytes; others 4
@@ -168,15 +170,15 @@ def collective_bytes(text: str) -> int:
     found = {}  # TPU programs name the pieces of one collective, which runs beside other work, by one channel
 
     def walk(name, times):
-        for line in computations[name]:
+        for line in computations.get(name, ()):
             if collective := _COLLECTIVE.search(line):
                 channel = re.search(r'channel_id=\d+', line)
                 key = channel[0] if channel else line
                 found[key] = max(found.get(key, 0), times * _result_bytes(*collective.groups()))
-            elif loop := _LOOP.search(line):
-                walk(loop[2], times * _trips(line, computations[loop[1]]))
-            elif called := _CALLED.search(line):
-                for each in called[1].split(', '):
+            if loop := _LOOP.search(line):
+                walk(loop[2], times * _trips(line, computations.get(loop[1], ())))
+            for called in _CALLED.findall(line):
+                for each in called.split(', '):
                     walk(each.removeprefix('%'), times)
 
     walk(entry, 1)

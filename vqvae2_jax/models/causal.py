@@ -1,7 +1,7 @@
 """Causal layers with one definition and two ways to run: over whole maps, or as a stream with a cache.
 
 A layer sees its past as zeros (whole maps: training) or as what the cache holds (sampling: one row or one position a
-call). Nothing else differs, so a streamed network draws what the whole network would.
+call). Nothing else differs but how sums are rounded, so a streamed network draws what the whole network would.
 
 Streaming is on for the collections that the caller makes mutable:
   `rows`      the last rows that each convolution of a vertical stack has seen
@@ -75,7 +75,7 @@ class WavefrontConv(nn.Module):
         bias = self.param('bias', nn.initializers.zeros, (self.features,))
         x, weights, bias = nn.dtypes.promote_dtype(x, weights, bias, dtype=self.dtype)
         if self.is_mutable_collection('diagonals') and not self.is_initializing():
-            # Summed in float32, as accelerators do anyway: CPUs have fast products of bfloat16 only for that.
+            # Float32 sums: what accelerators do anyway, and the only products of bfloat16 that are fast on CPUs.
             seen, weights = self._stream(x, taps), weights.reshape(-1, self.features)
             return jnp.matmul(seen, weights, preferred_element_type=jnp.float32).astype(x.dtype) + bias
         rows, columns = np.array(taps).T

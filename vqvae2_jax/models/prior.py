@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from vqvae2_jax.models.causal import CausalAttention
 from vqvae2_jax.models.order import Order
-from vqvae2_jax.models.repeat import PLAIN, Repeat
+from vqvae2_jax.models.repeat import Repeat
 from vqvae2_jax.models.residual import ResidualStack
 
 _SMALL = nn.initializers.variance_scaling(0.01, 'fan_in', 'truncated_normal')  # blocks start near the identity
@@ -59,18 +59,18 @@ class GatedBlock(nn.Module):
 
 
 class AttentiveStack(nn.Module):
-    """Residual blocks, then attention where there is any: what the networks of both orders repeat."""
+    """Residual blocks, then attention."""
 
     layers: int
     block: Callable[[], GatedBlock]
-    attention: Callable[[], CausalAttention] | None
+    attention: Callable[[], CausalAttention]
 
     def setup(self):
         self.blocks = [self.block() for _ in range(self.layers)]
-        self.attend = self.attention() if self.attention else None
+        self.attend = self.attention()
 
-    def __call__(self, x, step=None, *, beside=None, condition=None, train=False, repeat=PLAIN):
-        # x [B, h, w, F], beside [B, h, w, F] for each block, step as in CausalAttention -> [B, h, w, F]
+    def __call__(self, x, step, beside, condition, train, repeat):
+        # x [B, h, w, F], beside None or [B, h, w, F] for each block, step as in CausalAttention -> [B, h, w, F]
         def block(layer, x, beside):
             return layer(x, beside=beside, condition=condition, train=train)
 
@@ -78,7 +78,7 @@ class AttentiveStack(nn.Module):
             return x + layer(x, step, train=train)
 
         x, _ = repeat.run(block, self.blocks, x, beside)
-        return x if self.attend is None else repeat.run(attend, [self.attend], x)[0]
+        return repeat.run(attend, [self.attend], x)[0]
 
 
 class Prior(nn.Module):
@@ -100,7 +100,7 @@ class Prior(nn.Module):
     dropout: float = 0.0
     attention_dropout: float = 0.0
     remat: bool = False  # training recomputes what is inside of blocks and attention instead of keeping it
-    scan_layers: bool = False  # training runs blocks as a loop, which compiles one of them instead of all
+    scan_layers: bool = False  # training runs what repeats as loops, which compiles one of each kind
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
@@ -122,20 +122,18 @@ class Prior(nn.Module):
         # Unit-sized rows: lookups are this network's inputs, and the default would make them tiny (1 / size).
         return nn.Embed(size, self.hidden, embedding_init=nn.initializers.normal(1.0), dtype=self.dtype)
 
+    def _block(self, layer) -> Callable[[], GatedBlock]:
+        return functools.partial(GatedBlock, self.residual, layer, self.dropout, self.dtype)
+
     def _blocks(self, count: int, layer) -> list[GatedBlock]:
         return [self._block(layer)() for _ in range(count)]
 
-    def _block(self, layer):
-        return functools.partial(GatedBlock, self.residual, layer, self.dropout, self.dtype)
-
-    def _stacks(self, layer) -> list[AttentiveStack]:
-        """All blocks, with attention after every few of them; what remains of the blocks comes last."""
+    def _stacks(self, layer) -> tuple[list[AttentiveStack], list[GatedBlock]]:
+        """All `layers` blocks: those with attention after every few of them, and what remains."""
         every = self.layers // max(self.attention_layers, 1)
-        attention = functools.partial(CausalAttention, self.heads, self.order, self.attention_dropout, dtype=self.dtype)
+        attention = functools.partial(CausalAttention, self.heads, self.order, self.attention_dropout, self.dtype)
         stacks = [AttentiveStack(every, self._block(layer), attention) for _ in range(self.attention_layers)]
-        if rest := self.layers - every * self.attention_layers:
-            stacks.append(AttentiveStack(rest, self._block(layer), None))
-        return stacks
+        return stacks, self._blocks(self.layers - every * self.attention_layers, layer)
 
     @property
     def order(self) -> Order:
@@ -166,17 +164,19 @@ class Prior(nn.Module):
         x, _ = self._run(self.output_blocks, x, condition=condition, train=train)
         return self.logits(nn.elu(x).astype(jnp.float32))
 
-    def _through(self, stacks, x, step=None, *, beside=None, condition=None, train=False):
+    def _through(self, stacks, blocks, x, step=None, *, beside=None, condition=None, train=False):
         """x after all of `_stacks`; `beside` has something for each block."""
         repeat = self._repeat(train)
 
         def call(stack, x, beside):
-            return stack(x, step, beside=beside, condition=condition, train=train, repeat=repeat)
+            return stack(x, step, beside, condition, train, repeat)
 
-        every, like = stacks[0].layers, self.attention_layers or 1  # so many stacks are alike
-        each = None if beside is None else [beside[i * every :][:every] for i in range(len(stacks))]
-        x, _ = repeat._replace(remat=False).run(call, stacks[:like], x, each and each[:like])
-        return x if len(stacks) == like else call(stacks[like], x, each and each[like])
+        every = self.layers // max(self.attention_layers, 1)
+        parts = None if beside is None else [beside[i * every : (i + 1) * every] for i in range(len(stacks))]
+        # What is inside of a stack recomputes itself.
+        x, _ = repeat._replace(remat=False).run(call, stacks, x, parts)
+        rest = None if beside is None else beside[every * len(stacks) :]
+        return self._run(blocks, x, beside=rest, condition=condition, train=train)[0]
 
     def _run(self, blocks, x, *, beside=None, condition=None, train=False):
         """x after the last block, and after each."""

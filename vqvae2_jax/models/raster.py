@@ -31,7 +31,7 @@ class RasterPrior(Prior):
         self.vertical_first = vertical(self.hidden, dtype=self.dtype)
         self.horizontal_first = horizontal(self.hidden, dtype=self.dtype)
         self.vertical_blocks = self._blocks(self.layers, vertical)
-        self.horizontal_stacks = self._stacks(horizontal)
+        self.horizontal_stacks, self.horizontal_blocks = self._stacks(horizontal)
 
     @property
     def order(self) -> Order:
@@ -79,4 +79,5 @@ class RasterPrior(Prior):
     def _horizontal(self, left, rows, columns, first, vertical, condition, *, train=False):
         x = self.horizontal_first(self.embed(left)) + first  # [B, h, w, F]
         step = rows[0] * self.shape[1] + columns[0]  # where one position is at hand
-        return self._through(self.horizontal_stacks, x, step, beside=vertical, condition=condition, train=train)
+        layers = self.horizontal_stacks, self.horizontal_blocks
+        return self._through(*layers, x, step, beside=vertical, condition=condition, train=train)
