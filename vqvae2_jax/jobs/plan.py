@@ -7,6 +7,7 @@ GPUs that are not at hand (`--topology=h100:8`) it compiles nothing: arithmetic 
 
 import math
 import re
+import sys
 from typing import NamedTuple
 
 import jax
@@ -146,6 +147,7 @@ def _bytes_on_a_chip(tree):
 def _compile(program) -> Compiled:
     if chips.stands_for_another(parallel.mesh().devices.flat[0]):
         return Compiled(None, None, None)
+    print(f'compiling {program.job} ...', file=sys.stderr, flush=True)  # which may take minutes
     try:
         compiled = program.compiled_by.lower(*program.inputs).compile()
     except jax.errors.JaxRuntimeError as error:  # a compiler for accelerators refuses what cannot fit
