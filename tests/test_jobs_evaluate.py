@@ -114,8 +114,8 @@ def test_the_page_holds_everything_it_shows(finished, report):
     text = finished.path('report', 'report.html').read_text()
     sources = re.findall(r'(?:src|href)="([^"]{0,40})', text)
     assert len(sources) == 5 and all(source.startswith('data:image/png;base64,') for source in sources)
-    for number in (report['reconstruction']['psnr'], report['likelihood']['levels']['top']['nll']):
-        assert f'{number:.2f}' in text
+    assert f'{report["reconstruction"]["psnr"]:.2f}' in text
+    assert f'{report["likelihood"]["levels"]["top"]["nll"]:.3f}' in text
     assert report['protocol']['quality']['weights'] in text
 
 
