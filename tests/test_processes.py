@@ -52,7 +52,7 @@ def start(workdir, count, *flags, devices=None, bucket=None):
     return started
 
 
-def end(processes, timeout=400):
+def end(processes, timeout=1200):
     """Their exit codes; none outlives the test."""
     try:
         return [process.wait(timeout) for process in processes]
