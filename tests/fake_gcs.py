@@ -6,9 +6,11 @@ import hashlib
 import http.server
 import itertools
 import json
+import os
 import re
 import threading
 import urllib.parse
+from unittest import mock
 
 _OBJECT = re.compile(r'(?:/download)?/storage/v1/b/([^/]+)/o/([^/]+)(?:/(?:rewriteTo|copyTo|moveTo)/.*o/([^/]+))?')
 
@@ -38,8 +40,8 @@ class FakeGCS(http.server.ThreadingHTTPServer):
 
 @contextlib.contextmanager
 def serve():
-    """A server that answers while the context lasts."""
-    with FakeGCS() as server:
+    """A server that answers while the context lasts, to which this process and those it starts are sent."""
+    with FakeGCS() as server, mock.patch.dict(os.environ, server.environment):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()

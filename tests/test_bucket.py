@@ -23,9 +23,7 @@ pytestmark = pytest.mark.skipif(not importlib.util.find_spec('gcsfs'), reason='g
 @pytest.fixture(scope='module')
 def gcs():
     """A bucket of its own for this file: clients read where it is once a process."""
-    with serve() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
+    with serve() as server:
         yield server
 
 

@@ -115,11 +115,9 @@ def test_two_processes_do_every_job_as_one(tmp_path):
     assert (two / 'report' / 'report.html').exists()
 
 
-def test_two_processes_on_a_bucket(tmp_path, monkeypatch):
+def test_two_processes_on_a_bucket(tmp_path):
     pytest.importorskip('gcsfs')
     with serve() as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
         for job in ('vqvae', 'codes'):
             ended = end(start(tmp_path, 2, *FEW_IMAGES, f'--job={job}', bucket='gs://bucket/two'))
             assert ended == [0, 0], output(tmp_path) + output(tmp_path, 1)

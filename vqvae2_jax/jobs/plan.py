@@ -162,7 +162,7 @@ def _compile(program) -> Compiled:
 
 def collective_bytes(text: str) -> int:
     """Bytes that the collectives of a compiled program (XLA's text) give one device; a loop's as often as it runs."""
-    computations, entry = {}, ''
+    computations, entry, lines = {}, '', []
     for line in text.splitlines():
         if head := re.match(r'(ENTRY )?%([\w.-]+) \(.*\{$', line):
             lines = computations[head[2]] = []

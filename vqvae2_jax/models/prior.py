@@ -58,6 +58,15 @@ class GatedBlock(nn.Module):
         return x + gate(y)
 
 
+def run_blocks(repeat, blocks, x, beside=None, condition=None, train=False):
+    """x after the last block, and after each; `beside` has something for each."""
+
+    def call(block, x, beside):
+        return block(x, beside=beside, condition=condition, train=train)
+
+    return repeat.run(call, blocks, x, beside)
+
+
 class AttentiveStack(nn.Module):
     """Residual blocks, then attention."""
 
@@ -71,13 +80,10 @@ class AttentiveStack(nn.Module):
 
     def __call__(self, x, step, beside, condition, train, repeat):
         # x [B, h, w, F], beside None or [B, h, w, F] for each block, step as in CausalAttention -> [B, h, w, F]
-        def block(layer, x, beside):
-            return layer(x, beside=beside, condition=condition, train=train)
-
         def attend(layer, x, _):
             return x + layer(x, step, train=train)
 
-        x, _ = repeat.run(block, self.blocks, x, beside)
+        x, _ = run_blocks(repeat, self.blocks, x, beside, condition, train)
         return repeat.run(attend, [self.attend], x)[0]
 
 
@@ -161,7 +167,7 @@ class Prior(nn.Module):
 
     def _head(self, x, condition, *, train=False):
         """Features [B, h, w, F] -> logits [B, h, w, K] float32."""
-        x, _ = self._run(self.output_blocks, x, condition=condition, train=train)
+        x, _ = run_blocks(self._repeat(train), self.output_blocks, x, condition=condition, train=train)
         return self.logits(nn.elu(x).astype(jnp.float32))
 
     def _through(self, stacks, blocks, x, step=None, *, beside=None, condition=None, train=False):
@@ -171,20 +177,13 @@ class Prior(nn.Module):
         def call(stack, x, beside):
             return stack(x, step, beside, condition, train, repeat)
 
-        every = self.layers // max(self.attention_layers, 1)
-        parts = None if beside is None else [beside[i * every : (i + 1) * every] for i in range(len(stacks))]
+        parts, rest = None, beside
+        if beside is not None:
+            parts = [beside[i * stack.layers : (i + 1) * stack.layers] for i, stack in enumerate(stacks)]
+            rest = beside[sum(stack.layers for stack in stacks) :]
         # What is inside of a stack recomputes itself.
         x, _ = repeat._replace(remat=False).run(call, stacks, x, parts)
-        rest = None if beside is None else beside[every * len(stacks) :]
-        return self._run(blocks, x, beside=rest, condition=condition, train=train)[0]
-
-    def _run(self, blocks, x, *, beside=None, condition=None, train=False):
-        """x after the last block, and after each."""
-
-        def call(block, x, beside):
-            return block(x, beside=beside, condition=condition, train=train)
-
-        return self._repeat(train).run(call, blocks, x, beside)
+        return run_blocks(repeat, blocks, x, rest, condition, train)[0]
 
     def _repeat(self, train):
         return Repeat(self.remat and train, self.scan_layers and train)

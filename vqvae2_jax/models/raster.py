@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from vqvae2_jax.models.causal import CausalConv
 from vqvae2_jax.models.order import Order
-from vqvae2_jax.models.prior import Prior
+from vqvae2_jax.models.prior import Prior, run_blocks
 
 
 class RasterPrior(Prior):
@@ -62,7 +62,7 @@ class RasterPrior(Prior):
     def _vertical(self, above, rows, condition, *, train=False):
         x = self.vertical_first(self.embed(above))
         x = x + self.row_embed(rows)[:, None] + self.column_embed(jnp.arange(self.shape[1]))
-        return x, self._run(self.vertical_blocks, x, condition=condition, train=train)[1]
+        return x, run_blocks(self._repeat(train), self.vertical_blocks, x, condition=condition, train=train)[1]
 
     def horizontal(self, left, rows, columns, vertical, condition) -> jax.Array:
         """Logits float32 [B, h, w, K].
