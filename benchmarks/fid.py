@@ -21,6 +21,7 @@ import pytorch_fid.inception
 import torch
 from PIL import Image
 
+from benchmarks.timing import machine
 from vqvae2_jax.io import state_dict
 from vqvae2_jax.jobs.features import load_inception
 from vqvae2_jax.metrics.frechet import Moments, frechet_distance
@@ -81,7 +82,7 @@ def main():
     look(some[: options.batch]), network.embed(some[: options.batch])  # compiled, warm
     rates = [(rate(network.embed, some), rate(look, some)) for _ in range(TURNS)]
     ours, theirs = np.max(rates, axis=0)
-    print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}; {device}, torch {torch.__version__}')
+    print(f'{machine()}, jax {jax.__version__}; {device}, torch {torch.__version__}')
     print(f'{ours:.1f} images/s here, {theirs:.1f} with pytorch-fid: {ours / theirs:.2f}x', flush=True)
 
     here = frechet_distance(*(Moments.of(network.embed(part)['features']) for part in sets))

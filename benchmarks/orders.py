@@ -5,15 +5,18 @@
 Trains stage 1, extracts the codes, and trains a prior for every level, number of attentions, order and seed: same data,
 width, depth, batches and updates. Stopped, the same command continues. Rates must be constant (`decay`), so that the
 curve of one training answers both questions: held-out nats after equal updates, and after the time in which the
-fastest order has done all of its updates. That time is counted in seconds of pure training, of which a short training
-afterwards measures the least: neither compilation nor evaluation counts. Trainings may share the machine with other
-work; the last run of this command, when all are done, should not.
+fastest order has done all of its updates. That time is counted in seconds of pure training, which short trainings
+afterwards measure, of all orders in turns: neither compilation nor evaluation counts. Trainings may share the machine
+with other work; these, in the last run of this command, should not. `--trained=orders.json` takes the nats of an
+earlier study and measures the time alone.
 
 Prints a table, and writes orders.png and orders.json into the workdir: nats are those of the averaged weights on
-`eval_examples` images; the mean over the seeds, and their range. Seconds an image are those of drawing 16 maps at once.
+`eval_examples` images; the mean over the seeds, and their range. Seconds an image are those of drawing 16 maps at once,
+with weights that were not trained.
 """
 
 import argparse
+import datetime
 import importlib.util
 import itertools
 import os
@@ -24,18 +27,18 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from benchmarks.timing import seconds
+from benchmarks.timing import machine, seconds
 from vqvae2_jax import checks
 from vqvae2_jax import config as configs
 from vqvae2_jax.io import pictures, provenance
 from vqvae2_jax.io.logging import read_metrics
 from vqvae2_jax.jobs.codes import extract
 from vqvae2_jax.jobs.stages import train_prior, train_vqvae
-from vqvae2_jax.jobs.workdir import Run, load_trained, prior_directory
+from vqvae2_jax.jobs.workdir import Run, prior_directory
 from vqvae2_jax.sampling.ancestral import sample, sample_keys
 
 DRAWN = 16  # maps at once
-TIMED = 50  # updates
+TIMED, TURNS = 50, 2  # updates
 COLUMNS = ('level', 'attentions', 'order', 'steps', 'ms an image', 'ms an update')
 COLUMNS += ('equal updates: nats', 'against raster', 'equal time: nats', 'against raster')
 
@@ -91,39 +94,42 @@ def seconds_an_update(run, level):
 
 
 def seconds_an_image(run, level):
-    """Of drawing the level's maps with the trained weights, classes in turn, on codes of held-out images."""
-    index = run.levels.index(level)
-    prior, params = configs.make_prior(run.config, index), load_trained(run, prior_directory(level), 'prior').params
-    examples = [run.codes('validation')[i] for i in range(DRAWN)]
-    coarser = [jnp.stack([e[f'codes_{i}'] for e in examples]).astype(int) for i in range(index + 1, len(run.levels))]
-    labels = jnp.arange(DRAWN) % prior.num_classes if prior.num_classes else None
+    """Of drawing the level's maps."""
+    prior, arguments = configs.networks(run.config)[f'prior.{level}']
+    key, *one = arguments
+    params = jax.jit(prior.init)(key, *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one))['params']
+    _, labels, coarser = jax.tree.map(lambda x: jnp.zeros((DRAWN, *x.shape[1:]), x.dtype), one)
 
     def draw(params, labels, coarser):
         return sample(prior, params, sample_keys(jax.random.key(0), jnp.arange(DRAWN)), labels, coarser).codes
 
-    return seconds(draw, params, labels, tuple(coarser)) / DRAWN
+    return seconds(draw, params, labels, coarser) / DRAWN
 
 
-def compare(run, level, attention, orders, seeds):
-    """{order: what was measured}, for one level and one number of attentions."""
+def learning_curves(run, level, attention, orders, seeds):
+    """{order: held-out nats after so many updates}, for one level and one number of attentions."""
     found = {}
     for order in orders:
         runs = [variant(run, level, order, attention, seed) for seed in seeds]
         updates, nats = zip(*[learning_curve(r, level) for r in runs], strict=True)
-        found[order] = {
-            'steps': configs.make_prior(runs[0].config, run.levels.index(level)).order.steps,
-            'seconds an image': seconds_an_image(runs[0], level),
-            'seconds an update': seconds_an_update(runs[0], level),
-            'updates': updates[0].tolist(),
-            'nats': np.array(nats).tolist(),  # [seeds, n]
-        }
+        found[order] = {'updates': updates[0].tolist(), 'nats': np.array(nats).tolist()}  # [n], [seeds, n]
+    return found
+
+
+def add_times(found, run, level, attention):
+    """To learning curves: steps, seconds, and the nats after equal updates and after equal time."""
+    runs = {order: variant(run, level, order, attention, seed=0) for order in found}
+    updates = [{order: seconds_an_update(r, level) for order, r in runs.items()} for _ in range(TURNS)]
+    for order, result in found.items():
+        result['steps'] = configs.make_prior(runs[order].config, run.levels.index(level)).order.steps
+        result['seconds an image'] = seconds_an_image(runs[order], level)
+        result['seconds an update'] = min(turn[order] for turn in updates)
     budget = min(result['updates'][-1] * result['seconds an update'] for result in found.values())
     for result in found.values():
         within = budget / result['seconds an update']
         result['equal updates'] = [curve[-1] for curve in result['nats']]
         result['equal time'] = [np.interp(within, result['updates'], curve) for curve in result['nats']]
         result['updates in equal time'] = round(within)
-    return found
 
 
 def name_of(order):
@@ -161,6 +167,7 @@ def main():
     parser.add_argument('--attention', type=int, nargs='+', default=[0, 2], help='numbers of attention layers')
     parser.add_argument('--slopes', type=int, nargs='*', default=[3, 2])
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--trained', help='orders.json of a study whose levels, attentions and orders are timed here')
     options = parser.parse_args()
     config = load_config(options.config)
     checks.check(config)
@@ -173,17 +180,19 @@ def main():
     train_vqvae(run)
     extract(run)
 
-    results = {}
-    for level in options.levels:
-        for attention in options.attention:
-            orders = ('raster', *map(str, options.slopes))
-            results[level, attention] = compare(run, level, attention, orders, options.seeds)
+    now = f'{datetime.date.today()}, {machine()}'
+    study = provenance.read_json(epath.Path(options.trained)) if options.trained else {'trained': now}
+    orders, results = ('raster', *map(str, options.slopes)), {}
+    for level, attention in itertools.product(options.levels, options.attention):
+        curves = study.get(f'{level}, {attention} attentions')
+        results[level, attention] = curves or learning_curves(run, level, attention, orders, options.seeds)
+        add_times(results[level, attention], run, level, attention)
     print(f'\n| {" | ".join(COLUMNS)} |\n|{"---|" * len(COLUMNS)}')
     for (level, attention), found in results.items():
         print('\n'.join(table(level, attention, found)))
     pictures.plot_panels(run.path('orders.png'), [panel(*key, found) for key, found in results.items()])
     named = {f'{level}, {attention} attentions': found for (level, attention), found in results.items()}
-    provenance.write_json(run.path('orders.json'), {'device': jax.devices()[0].device_kind, **named})
+    provenance.write_json(run.path('orders.json'), {'trained': study['trained'], 'timed': now, **named})
 
 
 if __name__ == '__main__':

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import seconds
+from benchmarks.timing import machine, measure_products, seconds
 from vqvae2_jax.models.raster import RasterPrior
 from vqvae2_jax.models.wavefront import WavefrontPrior
 from vqvae2_jax.sampling.ancestral import sample, sample_keys
@@ -101,7 +101,7 @@ def floor(level, dtype, bandwidth, slope=None):
     size = {
         name: size_of(branch)
         for name, branch in jax.eval_shape(lambda: weights(prior)).items()
-        if name.startswith(('vertical', 'horizontal', 'first', 'stacks', 'blocks', 'output', 'logits'))
+        if name.startswith(('vertical', 'horizontal', 'first', 'trunk', 'output', 'logits'))
     }
     per_row = sum(bytes_ for name, bytes_ in size.items() if name.startswith('vertical'))
     per_position = sum(size.values()) - per_row + per_row / prior.shape[1]
@@ -181,7 +181,8 @@ def main():
     options = parser.parse_args()
     dtype = jnp.dtype(options.dtype)
     bandwidth = measure_bandwidth()
-    print(f'{jax.devices()[0].device_kind}, JAX {jax.__version__}, {dtype.name}; memory {bandwidth / 1e9:.1f} GB/s')
+    print(f'{machine()}, JAX {jax.__version__}, {dtype.name}')
+    print(f'memory {bandwidth / 1e9:.1f} GB/s, a large matrix product {measure_products(dtype) / 1e9:.0f} GFLOP/s')
     if options.only in (None, 'memory'):
         memory(dtype, options.slope)
     if options.only in (None, 'raster'):

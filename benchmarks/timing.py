@@ -1,8 +1,11 @@
-"""The one stopwatch of the benchmarks."""
+"""What the benchmarks share: a stopwatch, and what machine it is."""
 
+import os
+import re
 import time
 
 import jax
+import jax.numpy as jnp
 
 
 def seconds(function, *arguments):
@@ -14,3 +17,20 @@ def seconds(function, *arguments):
         jax.block_until_ready(compiled(*arguments))
         times.append(time.perf_counter() - begin)
     return min(times)
+
+
+def measure_products(dtype=jnp.float32):
+    """FLOP/s of a large matrix product."""
+    x = jnp.ones((4096, 4096), dtype)
+    return 2 * len(x) ** 3 / seconds(jnp.matmul, x, x)
+
+
+def machine():
+    """What times were measured on."""
+    kind = jax.devices()[0].device_kind
+    if kind != 'cpu':
+        return f'{jax.device_count()} x {kind}'
+    if os.path.exists('/proc/cpuinfo'):
+        with open('/proc/cpuinfo') as file:
+            kind = next(iter(re.findall(r'^model name\s*: (.*)', file.read(), re.MULTILINE)), kind)
+    return f'{len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()} cores of {kind}'

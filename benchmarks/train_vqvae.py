@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.timing import machine, measure_products
 from vqvae2_jax import optim, parallel
-from vqvae2_jax.jobs import train
+from vqvae2_jax.jobs import cost, train
 from vqvae2_jax.models.vqvae import VQVAE
 from vqvae2_jax.stages import vqvae
 
@@ -121,7 +122,7 @@ def plain_training(factors, images):
 
 
 def training_here(factors, images):
-    """As `plain_training`, of this project."""
+    """As `plain_training`, of this project; and the FLOPs of an update."""
     shape = {'hidden': HIDDEN, 'residual': RESIDUAL, 'layers': LAYERS, 'codebook_size': CODES, 'codebook_dim': WIDTH}
     stage = vqvae.make_stage(VQVAE(tuple(factors), channels=3, **shape), ('bottom', 'top'), COMMITMENT, 100)
     training = optim.Training(steps=10**6, batch_size=len(images), learning_rate=RATE, weight_ema=DECAY)
@@ -131,6 +132,7 @@ def training_here(factors, images):
     layout = train.layout_of(jax.eval_shape(init, key, batch))
     state, step = jax.jit(init, out_shardings=layout)(key, batch), train.make_step(stage, optimizer, training, layout)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    forward = cost.count(lambda p, v, b: stage.loss(p, v, b, key), state.params, state.variables, batch)
 
     def run(steps):
         nonlocal state
@@ -138,7 +140,7 @@ def training_here(factors, images):
             state, metrics = step(state, batch)
         jax.block_until_ready((state, metrics))
 
-    return run, parameters
+    return run, parameters, forward.times(3).flops
 
 
 def main():
@@ -150,10 +152,8 @@ def main():
     options = parser.parse_args()
     shape = (options.batch, options.size, options.size, 3)
     images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    (here, parameters), (there, others) = (
-        training_here(options.factors, images),
-        plain_training(options.factors, images),
-    )
+    here, parameters, flops = training_here(options.factors, images)
+    there, others = plain_training(options.factors, images)
     if parameters != others:
         raise SystemExit(f'not the same network: {parameters} parameters here, {others} there')
     here(2), there(2)  # compiled, warm
@@ -164,9 +164,11 @@ def main():
             run(options.steps)
             best[run] = min(best[run], time.perf_counter() - begin)
     ours, plain = (options.batch * options.steps / best[run] for run in (here, there))
-    print(f'{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}, torch {torch.__version__}')
+    rates = [f'{flops / options.batch * rate / 1e9:.0f}' for rate in (ours, plain)]
+    print(f'{machine()}, jax {jax.__version__}, torch {torch.__version__}')
     print(f'{options.size} px, {parameters} parameters')
     print(f'{ours:.1f} images/s here, {plain:.1f} in PyTorch: {ours / plain:.2f}x')
+    print(f'GFLOP/s: {rates[0]} here, {rates[1]} in PyTorch; a large matrix product {measure_products() / 1e9:.0f}')
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from benchmarks.timing import seconds
+from benchmarks.timing import machine, seconds
 from vqvae2_jax.models.upsample import Upsample
 
 SHAPES = (((4, 64, 64, 128), 64), ((4, 128, 128, 64), 3))  # input, features: the two doublings of the last decoder
@@ -22,7 +22,7 @@ def seconds_per_gradient(module: nn.Module, x: jax.Array) -> float:
 
 
 def main() -> None:
-    print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}')
+    print(f'{machine()}, jax {jax.__version__}')
     for shape, features in SHAPES:
         x = jax.random.normal(jax.random.key(1), shape)
         plain = seconds_per_gradient(nn.ConvTranspose(features, (4, 4), (2, 2), transpose_kernel=True), x)

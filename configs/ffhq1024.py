@@ -73,7 +73,7 @@ def get_config() -> ConfigDict:
     prior.output_layers = 0  # [A]
     prior.dtype = 'bfloat16'  # open
     prior.remat = True  # recomputes what would not fit
-    prior.scan_layers = True  # a loop over blocks, which compiles few of them
+    prior.scan_layers = True  # loops over blocks and their attention, which compile few of them
     prior.training = dict(
         steps=237_000,
         batch_size=1024,

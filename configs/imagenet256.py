@@ -80,7 +80,7 @@ def get_config() -> ConfigDict:
     config.prior.top.attention_dropout = 0.1  # [T] dropout on the logits of attention; its rate is open
     config.prior.top.dtype = 'bfloat16'  # open
     config.prior.top.remat = True  # recomputes what would not fit
-    config.prior.top.scan_layers = True  # a loop over blocks, which compiles few of them
+    config.prior.top.scan_layers = True  # loops over blocks and their attention, which compile few of them
     config.prior.top.training = dict(
         steps=1_600_000,  # [A]
         batch_size=1024,  # [A]
@@ -108,7 +108,7 @@ def get_config() -> ConfigDict:
     config.prior.bottom.attention_dropout = 0.0  # unused
     config.prior.bottom.dtype = 'bfloat16'  # open
     config.prior.bottom.remat = True  # recomputes what would not fit
-    config.prior.bottom.scan_layers = True  # a loop over blocks, which compiles few of them
+    config.prior.bottom.scan_layers = True  # loops over blocks and their attention, which compile few of them
     config.prior.bottom.training = dict(config.prior.top.training, steps=754_000, batch_size=512)  # [A]
 
     # The classifier for rejection [T, section 3.3]: the paper states neither its architecture nor its training. This is

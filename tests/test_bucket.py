@@ -14,6 +14,7 @@ from vqvae2_jax.data import codes
 from vqvae2_jax.data.images import ImageSpec, open_images
 from vqvae2_jax.io import bucket, logging, provenance
 from vqvae2_jax.jobs import samples
+from vqvae2_jax.jobs.edit import read_mask
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import JobError, Run
 
@@ -104,6 +105,14 @@ def test_images_on_a_bucket(gcs):
     assert folder.where(0).startswith('gs://bucket/images/')  # not the copy
     with pytest.raises(FileNotFoundError, match='data.path: there is nothing at gs://bucket/none'):
         open_images(ImageSpec('folder', 'gs://bucket/none', **sizes), 'train')
+
+
+def test_a_mask_on_a_bucket(gcs):
+    corner = np.zeros((4, 4), np.uint8)
+    corner[:2, :2] = 255
+    with epath.Path('gs://bucket/mask.png').open('wb') as file:
+        Image.fromarray(corner).save(file, 'PNG')
+    np.testing.assert_array_equal(read_mask('gs://bucket/mask.png', (4, 4)), corner > 0)
 
 
 def test_a_prepared_dataset_on_a_bucket(gcs, tmp_path):

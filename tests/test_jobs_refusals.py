@@ -139,6 +139,21 @@ def test_augmentation_may_differ_once_trained(run, field):
     assert run.path('codes', 'test', 'meta.json').stat().mtime == before  # accepted as they are
 
 
+def test_weights_of_another_versions_network_are_refused(run, monkeypatch):
+    load = Weights.load
+
+    def renamed(weights):
+        loaded = load(weights)
+        if 'logits' in (params := loaded['params']):
+            params['head'] = params.pop('logits')
+        return loaded
+
+    monkeypatch.setattr(Weights, 'load', renamed)
+    run.path('samples').rmtree()
+    with pytest.raises(JobError, match=r'(?s)prior_bottom.*version.*4 parameters.*head/bias.*None now.*Delete'):
+        run_job(run, 'sample')
+
+
 def test_a_record_tells_the_digest_without_the_weights(run, monkeypatch):
     monkeypatch.setattr(Weights, 'load', None)
     evaluate.check_upstreams(run)

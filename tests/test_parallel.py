@@ -83,9 +83,11 @@ def gradients(stage):
     return jax.grad(lambda p: stage.loss(p, {}, codes(), jax.random.key(1))[0])
 
 
+@pytest.mark.parametrize('scan_layers', [False, True])
 @pytest.mark.parametrize('order', MODULES)
-def test_recomputing_changes_nothing_but_what_is_kept(order):
-    plain, again = prior_stage(order), prior_stage(order, remat=True)
+def test_recomputing_changes_nothing_but_what_is_kept(order, scan_layers):
+    shape = dict(layers=5, attention_layers=2, scan_layers=scan_layers)  # twice two blocks and attention, and a block
+    plain, again = prior_stage(order, **shape), prior_stage(order, remat=True, **shape)
     params, _ = jax.jit(plain.init)(jax.random.key(0), codes())
     same_shapes = jax.tree.map(
         lambda a, b: a.shape == b.shape, params, jax.eval_shape(again.init, jax.random.key(0), codes())[0]
@@ -104,7 +106,7 @@ def test_recomputing_changes_nothing_but_what_is_kept(order):
         jax.jit(gradients(plain))(params),
         jax.jit(gradients(again))(params),
     )
-    assert kept(again) < 0.6 * kept(plain)
+    assert kept(again) < 0.3 * kept(plain)
 
 
 @pytest.mark.parametrize('remat', [False, True])
@@ -136,20 +138,27 @@ class _Dropping(nn.Module):
 
 
 class _Chain(nn.Module):
+    """Of two chains of two."""
+
+    inner: bool = False
+
     def setup(self):
-        self.blocks = [_Dropping() for _ in range(3)]
+        self.blocks = [_Dropping() if self.inner else _Chain(inner=True) for _ in range(2)]
 
     def __call__(self, x, repeat):
-        return repeat.run(lambda block, x, _: block(x), self.blocks, x)[1]
+        def call(block, x, _):
+            return block(x) if self.inner else block(x, repeat)
+
+        return repeat.run(call, self.blocks, x)[0]
 
 
-def test_a_loop_over_layers_drops_other_units_in_each():
+def test_a_loop_of_loops_drops_other_units_in_each_layer():
     keys = {'params': jax.random.key(0), 'dropout': jax.random.key(1)}
     chain, x = _Chain(), jnp.ones(1000)
     params = chain.init(keys, x, PLAIN)
     for repeat in (PLAIN, Repeat(scan=True), Repeat(remat=True, scan=True)):
-        outputs = chain.apply(params, x, repeat, rngs={'dropout': jax.random.key(2)})
-        np.testing.assert_allclose([jnp.mean(y > 0) for y in outputs], [0.5, 0.25, 0.125], atol=0.05)
+        output = chain.apply(params, x, repeat, rngs={'dropout': jax.random.key(2)})
+        np.testing.assert_allclose(jnp.mean(output > 0), 1 / 16, atol=0.03)  # 1 / 4, were both chains alike
 
 
 @pytest.mark.parametrize('fsdp', [1, 2])

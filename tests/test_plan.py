@@ -61,12 +61,14 @@ def test_a_plan_of_the_devices_at_hand(config, tmp_path, capsys):
 
 
 def test_communication_does_not_grow_with_the_devices(config, tmp_path):
-    def traffic(devices, **fields):
+    def traffic(devices, job='prior.bottom', **fields):
         config.prior.bottom.update(layers=4, **fields)
         with parallel.use(parallel.make_mesh(jax.devices()[:devices])):
-            program = plan._training(Run(config, epath.Path(tmp_path)), 'prior.bottom')
+            program = plan._training(Run(config, epath.Path(tmp_path)), job)
             return plan._compile(program).traffic, 4 * program.parameters
 
+    (two, parameters), (eight, _) = traffic(2, 'vqvae'), traffic(8, 'vqvae')
+    assert parameters < eight == two < 1.2 * parameters  # the gradients, and the codebooks' sums and counts
     (two, parameters), (eight, _), (looped, _) = traffic(2), traffic(8), traffic(8, scan_layers=True)
     assert parameters < eight <= 1.05 * parameters  # the gradients, and a few metrics
     assert eight == pytest.approx(two, rel=0.01) and looped == pytest.approx(eight, rel=0.05)
@@ -75,8 +77,12 @@ def test_communication_does_not_grow_with_the_devices(config, tmp_path):
 def test_collectives_are_read_from_the_text_of_a_program():
     text = """
 %twice.1 (x: s32[]) -> pred[] {
+  ROOT %less = pred[] fusion(%x), kind=kLoop, calls=%compare.2
+}
+
+%compare.2 (x: s32[]) -> pred[] {
   %n = s32[] constant(2)
-  ROOT %less = pred[] compare(%x, %n), direction=LT
+  ROOT %less.2 = pred[] compare(%x, %n), direction=LT
 }
 
 %body (x: s32[]) -> s32[] {
@@ -107,12 +113,15 @@ ENTRY %main (x: s32[]) -> s32[] {
 }
 """
     assert plan.collective_bytes(text) == 2 * 4 * 32 + (2 * 6 + 4) + 5 * 4 * 3 + 4 * 32 + 4 * 7
+    assert plan.collective_bytes(text.replace('constant(2)', 'parameter(0)')) is None  # how often is not known
 
 
 def test_gpus_that_are_not_there_are_planned_for_by_arithmetic(config, tmp_path, capsys, monkeypatch):
     h200 = next(chip for chip in chips._CHIPS.values() if chip.name == 'H200')
     monkeypatch.setattr(chips, '_stood_for', dict.fromkeys(jax.devices(), h200))
     run = Run(config, epath.Path(tmp_path))
+    monkeypatch.setattr(parallel, '_imagined_process', {})
+    parallel.spread_over_processes(jax.devices(), 4)
     with parallel.use(parallel.make_mesh(fsdp=2)):
         plan.plan(run)
         costs = []
@@ -121,6 +130,7 @@ def test_gpus_that_are_not_there_are_planned_for_by_arithmetic(config, tmp_path,
     assert costs[0].flops == pytest.approx(2 * costs[1].flops) and costs[0].bytes < 2 * costs[1].bytes  # weights
     text = capsys.readouterr().out
     assert text.startswith('tiny on 8 x H200, by arithmetic')
+    assert rows(text)['sample']['steps'] == '1'  # 24 in batches of 16, one for each of two processes
     for row in rows(text).values():
         assert row['step'].endswith(' ms') and not (row['peak'] or row['XLA counts'] or row['traffic'])
 
@@ -141,7 +151,7 @@ def test_a_slice_that_is_not_there(config, tmp_path, capsys):
     assert text.startswith('tiny on 8 x TPU v5 lite, parallel.fsdp=4') and re.search(r'\| sample \| 16 .* ms \|', text)
     assert all(row['step'].endswith(' ms') for row in rows(text).values())
     with parallel.use(parallel.make_mesh(devices)):
-        assert len(parallel.of_one_process()) == 4
+        assert len(parallel.devices_alone()) == 4
     with pytest.raises(JobError, match='--topology=v5e:3x9: .*there are v4:2x2x1'):
         chips.topology_devices('v5e:3x9')
     assert len(chips.topology_devices('v4:2x2x1')) == 4  # chips, not cores
@@ -152,7 +162,7 @@ def test_a_process_draws_on_one_chip_where_the_others_cannot_be_left_out(config,
     run = Run(config, epath.Path(tmp_path))
     with parallel.use(parallel.make_mesh(chips.topology_devices('v5e:4x8'))):
         assert parallel.processes(parallel.mesh()) == 8
-        own = parallel.of_one_process()
+        own = parallel.devices_alone()
     with parallel.use(parallel.make_mesh(own)):
         compiled = plan._compile(plan._sampling(run, 8))
     assert len(own) == 1 and compiled.peak

@@ -11,7 +11,7 @@ import pytest
 
 from vqvae2_jax import optim, parallel, state
 from vqvae2_jax.data.loader import eval_batches, train_batches
-from vqvae2_jax.io.checkpoint import Checkpoints, Weights
+from vqvae2_jax.io.checkpoint import CheckpointMismatch, Checkpoints, Weights
 from vqvae2_jax.io.interrupt import Interrupted
 from vqvae2_jax.io.logging import read_metrics
 from vqvae2_jax.jobs import train
@@ -62,9 +62,9 @@ class Watched(grain.DatasetIterator):
         self.seen = {number: rows for number, rows in self.seen.items() if number < state['next_batch']}
 
 
-def small_stage():
+def small_stage(layers=1):
     model = VQVAE(
-        (2, 2), channels=1, hidden=8, residual=4, layers=1, codebook_size=12, codebook_dim=4, reseed_threshold=0.3
+        (2, 2), channels=1, hidden=8, residual=4, layers=layers, codebook_size=12, codebook_dim=4, reseed_threshold=0.3
     )
     return vqvae.make_stage(model, ('bottom', 'top'), 0.25, steps_per_epoch=3)
 
@@ -96,11 +96,11 @@ def kill():
     raise Killed
 
 
-def saved_state(directory, training=TRAINING):
+def saved_state(directory, training=TRAINING, stage=None):
     """The newest checkpoint's leaves by path, and its step."""
     iterator, checkpoints = train_batches(Images(), batch_size=BATCH, seed=4, flip=True), Checkpoints(directory)
     optimizer = optim.make_optimizer(training)
-    _, restored, step, _ = train._first_state(small_stage(), optimizer, iterator, checkpoints, seed=3)
+    _, restored, step, _ = train._first_state(stage or small_stage(), optimizer, iterator, checkpoints, seed=3)
     assert iterator.get_state() == {'next_batch': step}
     iterator.close()
     checkpoints.close()
@@ -119,6 +119,11 @@ def rows_without_time(directory):
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory):
     return (directory := tmp_path_factory.mktemp('uninterrupted')), train_small(directory)
+
+
+def test_a_checkpoint_of_another_network_is_refused(uninterrupted):
+    with pytest.raises(CheckpointMismatch, match=r'(?s)checkpoints/\d+ is not the state of this network.*delete'):
+        saved_state(uninterrupted[0], stage=small_stage(layers=2))
 
 
 def first_state(stage, training):

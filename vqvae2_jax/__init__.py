@@ -3,4 +3,4 @@
 Start at `vqvae2_jax.main` (the command line) or `vqvae2_jax.jobs` (the same verbs from Python).
 """
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'

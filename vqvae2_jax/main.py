@@ -15,6 +15,7 @@ from vqvae2_jax import checks, parallel
 from vqvae2_jax import config as configs
 from vqvae2_jax.data.decode import UnreadableImage
 from vqvae2_jax.io import bucket
+from vqvae2_jax.io.checkpoint import CheckpointMismatch
 from vqvae2_jax.io.provenance import UpstreamChanged
 from vqvae2_jax.jobs.chips import topology_devices
 from vqvae2_jax.jobs.pipeline import JOBS, run_job
@@ -53,7 +54,14 @@ def main(_) -> None:
         with parallel.use(configs.make_mesh(config, _devices())):
             checks.check(config)
             run_job(Run(config, workdir), _JOB.value, _LEVEL.value)
-    except (configs.ConfigError, JobError, UpstreamChanged, UnreadableImage, NonFiniteLoss) as error:
+    except (
+        configs.ConfigError,
+        JobError,
+        UpstreamChanged,
+        UnreadableImage,
+        CheckpointMismatch,
+        NonFiniteLoss,
+    ) as error:
         # These say what to do; a traceback would only hide it.
         sys.exit(f'error: {error}')
 

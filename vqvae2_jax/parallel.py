@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 DATA, FSDP = 'data', 'fsdp'
 _SMALL = 2**14  # elements: the memory that cutting such an array saves is not worth its communication
 _in_use: list[Mesh] = []  # innermost last
+_imagined_process: dict = {}  # of devices that stand for those of other machines, in a plan
 _all_devices = functools.cache(lambda: make_mesh())
 
 
@@ -112,7 +113,7 @@ def check_batch_size(batch_size: int, field: str, parts: int = 1, own: bool = Fa
       parts: that it is taken in, one after the other.
       own: it is for one process's devices, not for all.
     """
-    devices, ways = (len(of_one_process()),) * 2 if own else (mesh().size, mesh().shape[DATA])
+    devices, ways = (len(devices_alone()),) * 2 if own else (mesh().size, mesh().shape[DATA])
     unit = devices * parts
     if batch_size < 1 or batch_size % (ways * parts):
         example = max(-(-batch_size // unit), 1) * unit
@@ -123,9 +124,9 @@ def check_batch_size(batch_size: int, field: str, parts: int = 1, own: bool = Fa
         )
 
 
-def of_one_process() -> list:
-    """The devices of the mesh on which this process works by itself (of a slice that is not there, its first one)."""
-    return list(_working_alone(tuple(d for d in mesh().devices.flat if d.process_index == jax.process_index())))
+def devices_alone() -> list:
+    """The devices of the mesh on which this process (of a slice that is not there, its first one) works by itself."""
+    return list(_working_alone(tuple(d for d in mesh().devices.flat if _process_of(d) == jax.process_index())))
 
 
 @functools.cache
@@ -146,10 +147,18 @@ def _working_alone(devices: tuple) -> tuple:
     return devices
 
 
-@functools.cache
 def processes(mesh: Mesh) -> int:
     """How many processes have devices in a mesh."""
-    return len({device.process_index for device in mesh.devices.flat})
+    return len({_process_of(device) for device in mesh.devices.flat})
+
+
+def spread_over_processes(devices: Sequence, count: int) -> None:
+    """For a plan: as if every `count` of these devices were those of a process of its own."""
+    _imagined_process.update({device: index // count for index, device in enumerate(devices)})
+
+
+def _process_of(device):
+    return _imagined_process.get(device, device.process_index)
 
 
 def put_batch(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -182,8 +191,8 @@ def share(items: Sequence) -> list:
 
 
 def own_devices() -> contextlib.AbstractContextManager[None]:
-    """Within the context the mesh is `of_one_process`, each with a whole copy: no other process has to keep in step."""
-    return use(make_mesh(of_one_process()))
+    """Within the context the mesh is `devices_alone`, each with a whole copy: no other process has to keep in step."""
+    return use(make_mesh(devices_alone()))
 
 
 def any_process(flag: bool) -> bool:

@@ -14,6 +14,10 @@ from vqvae2_jax.io import bucket, provenance
 _RECORD = 'trained.json'
 
 
+class CheckpointMismatch(ValueError):
+    """A checkpoint holds other arrays than the state it is to become."""
+
+
 class Checkpoints:
     """`checkpoints/`: the last states of a run, each with its data iterator; saved asynchronously, whole or absent."""
 
@@ -37,13 +41,23 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, step: int, like: Any, iterator: grain.DatasetIterator) -> tuple[Any, list[dict[str, float]]]:
-        """The state, laid out as `like` (arrays or shapes with shardings), and unlogged metrics; sets `iterator`."""
+        """The state, laid out as `like` (arrays or shapes with shardings), and unlogged metrics; sets `iterator`.
+
+        Raises:
+          CheckpointMismatch: it is the state of another network, as an older version's may be.
+        """
         items = {
             'state': ocp.args.StandardRestore(jax.tree.map(_abstract, like)),
             'data': ocp.args.JsonRestore(),
             'unlogged': ocp.args.JsonRestore(),
         }
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except ValueError as error:  # Orbax has no class for it
+            raise CheckpointMismatch(
+                f'{self._manager.directory}/{step} is not the state of this network: {error}\n'
+                f'If another version wrote it, delete {self._manager.directory.parent} to train it anew.'
+            ) from error
         iterator.set_state(restored['data'])
         return restored['state'], restored['unlogged']
 

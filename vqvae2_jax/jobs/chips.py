@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 
+from vqvae2_jax import parallel
 from vqvae2_jax.jobs.workdir import JobError
 
 
@@ -31,8 +32,7 @@ KNOWN = {  # examples; any that divides into hosts of 2x2 chips works
     'v5p': ('2x2x1', '2x2x4', '4x4x4', '4x4x8', '8x8x8'),
     'v6e': ('2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16'),
 }
-
-
+_GPUS_A_HOST = 8  # with one process, as launch/slurm.sh starts them
 _GPUS = {'h100': 'NVIDIA H100 80GB HBM3', 'h200': 'NVIDIA H200'}
 _stood_for: dict[jax.Device, Chip] = {}  # by CPU devices, in a plan for GPUs
 
@@ -58,6 +58,7 @@ def topology_devices(name: str) -> list:
     if kind in _GPUS and shape.isdecimal() and int(shape):
         jax.config.update('jax_num_cpu_devices', int(shape))
         _stood_for.update(dict.fromkeys(jax.devices(), _CHIPS[_GPUS[kind]]))
+        parallel.spread_over_processes(jax.devices(), _GPUS_A_HOST)
         return jax.devices()
     if kind not in KNOWN or not shape:
         raise JobError(f'--topology={name}: {_examples()}')

@@ -76,8 +76,9 @@ def _extract_split(run, split, encode, digest, stopped):
     started |= {'images': len(source), 'images_digest': source.digest}
     _check_started(directory, started)
     done = set(store.finished_shards(directory, shards))
-    finished = (directory / _META).exists() and len(done) == shards
-    if parallel.any_process(stopped() > 0):  # from here on files appear
+    # All see the same before files appear, whatever a shared file system may still show to one of them.
+    finished = not parallel.any_process(not (directory / _META).exists() or len(done) < shards)
+    if parallel.any_process(stopped() > 0):
         return
     if finished:
         print(f'codes {split}: done ({store.read_meta(directory).count} images)', flush=True)

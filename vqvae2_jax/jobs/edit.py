@@ -11,11 +11,13 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from vqvae2_jax import config as configs
 from vqvae2_jax.data.decode import UnreadableImage, decode_image, fit
 from vqvae2_jax.io import pictures, provenance
 from vqvae2_jax.jobs import samples, workdir
+from vqvae2_jax.jobs.sample import make_controls
 from vqvae2_jax.jobs.workdir import JobError, Run
 from vqvae2_jax.sampling.ancestral import sample_levels
 from vqvae2_jax.stages.stage import to_float, to_uint8
@@ -73,7 +75,6 @@ def make_editor(run: Run, levels: tuple[str, ...]):
     """
     config = run.config
     model, decoder, modules, weights = workdir.load_generator(run, config.sample.get('dtype'))
-    controls = tuple(configs.make_control(config, name) for name in run.levels)
     key = jax.random.key(config.sample.seed)
 
     @jax.jit
@@ -88,7 +89,7 @@ def make_editor(run: Run, levels: tuple[str, ...]):
         codes = sample_levels(modules, weights, jax.random.fold_in(key, number), index, labels, controls, given)
         return to_uint8(model.apply(decoder, codes, method='decode')), codes
 
-    return functools.partial(draw, decoder, weights, controls)
+    return functools.partial(draw, decoder, weights, make_controls(config))
 
 
 def read_mask(mask: str, size: tuple[int, int]) -> np.ndarray:
@@ -100,7 +101,7 @@ def read_mask(mask: str, size: tuple[int, int]) -> np.ndarray:
     height, width = size
     if not mask:
         return np.ones(size, bool)
-    if os.path.isfile(mask):
+    if epath.Path(mask).is_file():
         return _mask_of_file(mask, size)
     try:
         top, left, bottom, right = (float(share) for share in mask.split(','))
@@ -118,8 +119,7 @@ def read_mask(mask: str, size: tuple[int, int]) -> np.ndarray:
 
 def _mask_of_file(path, size):
     try:
-        with open(path, 'rb') as file:
-            image = decode_image(file.read(), 1, path)
+        image = decode_image(epath.Path(path).read_bytes(), 1, path)
     except UnreadableImage as error:
         raise JobError(f'edit.mask: cannot decode the image {path}: {error.reason}') from error
     return _not_empty(fit(image, size)[..., 0] >= _GREY, path)  # cropped and resized as the images are

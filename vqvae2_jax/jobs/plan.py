@@ -2,9 +2,11 @@
 
 Compiles the very programs of training and sampling, for the devices at hand or for a TPU slice that is not
 (`--topology=v5e:4x8`), and prints what the compiler says of memory and communication beside what the chip can do. For
-GPUs that are not at hand (`--topology=h100:8`) it compiles nothing: arithmetic alone, without activations.
+GPUs that are not at hand (`--topology=h100:8`, in hosts of eight) it compiles nothing: arithmetic alone, without
+activations.
 """
 
+import itertools
 import math
 import re
 import sys
@@ -12,13 +14,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from vqvae2_jax import config as configs
 from vqvae2_jax import optim, parallel
 from vqvae2_jax.io.logging import format_duration
 from vqvae2_jax.jobs import chips, cost, stages, train
 from vqvae2_jax.jobs.sample import compiled_draw, make_controls
-from vqvae2_jax.jobs.workdir import Run
+from vqvae2_jax.jobs.workdir import Run, make_priors
 from vqvae2_jax.models.vqvae import map_shapes
 
 COLUMNS = ('job', 'batch', 'parameters', 'state', 'peak', 'TFLOP', 'XLA counts', 'traffic', 'step', 'steps', 'in all')
@@ -61,8 +64,10 @@ def plan(run: Run) -> None:
     print(f'\n| {" | ".join(COLUMNS)} |\n|{"---|" * len(COLUMNS)}', flush=True)
     for name in configs.networks(run.config):
         advice += _report(run.config, _training(run, name), chip)
-    processes = parallel.processes(parallel.mesh())
-    with parallel.use(parallel.make_mesh(parallel.of_one_process())):  # a process draws on its own devices
+    processes, alone = parallel.processes(parallel.mesh()), parallel.devices_alone()
+    if (idle := parallel.mesh().size - processes * len(alone)) > 0:
+        advice.append(f'codes, sample: {idle} chips are idle, as a host by itself works on one; take a smaller slice')
+    with parallel.use(parallel.make_mesh(alone)):
         advice += _report(run.config, _sampling(run, processes), chip)
     print('\n' + '\n'.join([*_notes(chip), *advice]), flush=True)
 
@@ -121,17 +126,14 @@ def _sampling(run, processes):
     config, size, dtype = run.config, run.config.sample.batch_size, run.config.sample.get('dtype')
     networks = configs.networks(config)
     variables = {name: jax.eval_shape(model.init, *inputs) for name, (model, inputs) in networks.items()}
-    priors = [f'prior.{name}' for name in run.levels]
-    modules, weights = [networks[name][0] for name in priors], [variables[name]['params'] for name in priors]
-    if dtype:
-        modules = [module.clone(dtype=jnp.dtype(dtype)) for module in modules]
-        weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), weights)
+    weights = [variables[f'prior.{name}']['params'] for name in run.levels]
+    weights = jax.eval_shape(lambda w: optax.tree.cast(w, dtype or None), weights)
     held = weights, variables['vqvae']
     held = parallel.placed(held, jax.tree.map(lambda _: parallel.replicated(), held))
     split = parallel.split_batch(size)
     number = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)
     inputs = (*held, make_controls(config), number, number)
-    draw = compiled_draw(config, networks['vqvae'][0], modules)
+    draw = compiled_draw(config, networks['vqvae'][0], make_priors(run, dtype))
     counted = sum(x.size for x in jax.tree.leaves(weights))
     part = jax.ShapeDtypeStruct(split.shard_shape((size,)), jnp.int32)
     on_one = cost.count(draw.__wrapped__, *inputs[:-2], part, part)
@@ -160,8 +162,11 @@ def _compile(program) -> Compiled:
     return Compiled(peak + memory.temp_size_in_bytes, flops, collective_bytes(compiled.as_text()))
 
 
-def collective_bytes(text: str) -> int:
-    """Bytes that the collectives of a compiled program (XLA's text) give one device; a loop's as often as it runs."""
+def collective_bytes(text: str) -> int | None:
+    """Bytes that the collectives of a compiled program (XLA's text) give one device; a loop's as often as it runs.
+
+    None where the text does not say how often that is.
+    """
     computations, entry, lines = {}, '', []
     for line in text.splitlines():
         if head := re.match(r'(ENTRY )?%([\w.-]+) \(.*\{$', line):
@@ -178,21 +183,25 @@ def collective_bytes(text: str) -> int:
                 key = channel[0] if channel else line
                 found[key] = max(found.get(key, 0), times * _result_bytes(*collective.groups()))
             if loop := _LOOP.search(line):
-                walk(loop[2], times * _trips(line, computations.get(loop[1], ())))
+                walk(loop[2], times * _trips(line, computations, loop[1]))
             for called in _CALLED.findall(line):
                 for each in called.split(', '):
                     walk(each.removeprefix('%'), times)
 
     walk(entry, 1)
-    return sum(found.values())
+    total = sum(found.values())
+    return None if math.isinf(total) else total
 
 
-def _trips(loop, condition):
-    """How often a loop runs: as its line says, or by the number that its condition compares with."""
-    known = re.findall(r'known_trip_count":\{"n":"(\d+)"', loop) or re.findall(
-        r' constant\((\d+)\)', '\n'.join(condition)
-    )
-    return max(map(int, known), default=1)
+def _trips(loop, computations, condition):
+    """How often a loop runs: as its line says, or by the number that its condition compares with; else infinity."""
+    known = re.findall(r'known_trip_count":\{"n":"(\d+)"', loop)
+    if not known:
+        lines = computations.get(condition, [])
+        called = [name.removeprefix('%') for line in lines for name in _CALLED.findall(line)]
+        text = '\n'.join(itertools.chain(lines, *(computations.get(name, []) for name in called)))
+        known = re.findall(r' constant\((\d+)\)', text)
+    return max(map(int, known), default=math.inf)
 
 
 def _result_bytes(shapes, kind, start):
@@ -231,8 +240,9 @@ def _seconds(program, chip):
 
 def _notes(chip):
     yield 'state, peak: memory of one chip, for what lives from step to step, and at most; traffic: what collectives'
-    yield 'bring to it in a step. TFLOP: of products and convolutions, all chips, with nothing recomputed; XLA counts'
-    yield 'the rest too, what is recomputed, and the inside of loops (sampling, accumulation, scan_layers) once.'
+    yield 'bring to it in a step. TFLOP: of products and convolutions, all chips (of sample: of one process), with'
+    yield 'nothing recomputed; XLA counts the rest too, what is recomputed, and the inside of loops (sampling,'
+    yield 'accumulation, scan_layers) once.'
     if chips.stands_for_another(parallel.mesh().devices.flat[0]):
         yield 'Nothing was compiled, which peak, XLA counts and traffic need: plan on such a machine for these.'
     if chip:

@@ -30,9 +30,8 @@ def draw_samples(run: Run) -> None:
     _check_started(directory, meta)
     ranges = samples.shard_ranges(sample.count, sample.batch_size)
     missing = [r for r in ranges if not samples.shard_path(directory, *r).exists()]
-    finished = not missing and _is_recorded(directory, meta)
-    parallel.any_process(finished)  # from here on files change
-    if finished:
+    # All see the same before files change, whatever a shared file system may still show to one of them.
+    if not parallel.any_process(bool(missing) or not _is_recorded(directory, meta)):
         print(f'sample: done ({sample.count} samples in {directory})', flush=True)
         return
     if parallel.is_writer():

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -19,6 +20,7 @@ from vqvae2_jax.data.codes import CodeSource
 from vqvae2_jax.data.images import ImageSource
 from vqvae2_jax.io import provenance
 from vqvae2_jax.io.checkpoint import Weights, read_record
+from vqvae2_jax.models.prior import Prior
 
 SKIPPED = 'skipped.txt'
 
@@ -139,9 +141,14 @@ def trained_record(run: Run, directory: str, job: str) -> dict:
 
 
 def load_trained(run: Run, directory: str, job: str) -> Trained:
-    """The best weights of a finished stage; raises as `trained_record`."""
+    """The best weights of a finished stage.
+
+    Raises:
+      JobError: as `trained_record`; or they are those of another version's network.
+    """
     record = trained_record(run, directory, job)
     weights = Weights(run.path(directory)).load()
+    _check_network(run, run.path(directory), record, weights['params'])
     return Trained(weights['params'], weights.get('variables') or {}, record)
 
 
@@ -190,14 +197,15 @@ def load_generator(run: Run, dtype: str | None = None):
     Args:
       dtype: of the priors' weights, caches and arithmetic (logits stay float32); None or '': each prior's own.
     """
-    priors = load_priors(run)
-    modules = [configs.make_prior(run.config, level) for level in range(len(run.levels))]
-    weights = [prior.params for prior in priors]
-    if dtype:
-        modules = [module.clone(dtype=jnp.dtype(dtype)) for module in modules]
-        weights = jax.tree.map(lambda x: x.astype(dtype), weights)
+    weights = optax.tree.cast([prior.params for prior in load_priors(run)], dtype or None)
     weights = jax.device_put(weights, parallel.replicated())
-    return configs.make_vqvae(run.config), load_vqvae(run).on_devices(), modules, weights
+    return configs.make_vqvae(run.config), load_vqvae(run).on_devices(), make_priors(run, dtype), weights
+
+
+def make_priors(run: Run, dtype: str | None = None) -> list[Prior]:
+    """Stage 2's modules, finest level first, as they are drawn from in `dtype` (None or '': each in its own)."""
+    modules = [configs.make_prior(run.config, level) for level in range(len(run.levels))]
+    return [module.clone(dtype=jnp.dtype(dtype)) for module in modules] if dtype else modules
 
 
 def check_images(run: Run, directory: str, record: dict) -> None:
@@ -221,6 +229,23 @@ def _check_settings(run: Run, path: epath.Path, record: dict) -> None:
     remedy = 'Go back to those settings, or give another --workdir.'
     recorded = {k: record['settings'].get(k) for k in fields}
     check_same(f'the training in {path}', recorded, {k: current[k] for k in fields}, remedy)
+
+
+def _check_network(run: Run, path: epath.Path, record: dict, params: Any) -> None:
+    """Refuses weights that the same settings no longer make."""
+    model, inputs = configs.networks(run.config)[record['stage']]
+    there, now = _shapes(params), _shapes(jax.eval_shape(model.init, *inputs)['params'])
+    if different := sorted(name for name in there.keys() | now.keys() if there.get(name) != now.get(name)):
+        name = different[0]
+        raise JobError(
+            f'{path} was trained by version {record["version"]}, whose network differs from that of version '
+            f'{provenance.package_version()} in {len(different)} parameters, such as {name}: '
+            f'{there.get(name)} there, {now.get(name)} now. Delete {path} to train it anew, or go back to that version.'
+        )
+
+
+def _shapes(params):
+    return {jax.tree_util.keystr(k, simple=True, separator='/'): x.shape for k, x in jax.tree.leaves_with_path(params)}
 
 
 def check_same(what: str, recorded: dict, current: dict, remedy: str) -> None:

@@ -21,70 +21,7 @@ from vqvae2_jax.models.causal import CausalAttention
 from vqvae2_jax.models.order import Order
 from vqvae2_jax.models.repeat import Repeat
 from vqvae2_jax.models.residual import ResidualStack
-
-_SMALL = nn.initializers.variance_scaling(0.01, 'fan_in', 'truncated_normal')  # blocks start near the identity
-
-
-def gate(y: jax.Array) -> jax.Array:
-    """[..., 2 F] -> [..., F]: one half times the sigmoid of the other (PixelSNAIL, Chen et al. 2018)."""
-    value, weight = jnp.split(y, 2, axis=-1)
-    return value * nn.sigmoid(weight)
-
-
-class GatedBlock(nn.Module):
-    """x + gate(conv(elu(norm(conv(elu(x)))))), F -> R -> 2 F; `beside` joins inside, `condition` before the gate.
-
-    The norm lets all orders learn at the same, high rate. Without it the vertical stack in raster order, which no
-    output holds back, grows until gradients explode. (Gated PixelCNN's tanh would hold it too, but costs likelihood.)
-    """
-
-    residual: int
-    layer: Callable[..., nn.Module]  # (features, kernel_init=, dtype=) -> a causal convolution, or nn.Dense
-    dropout: float
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x, *, beside=None, condition=None, train=False):
-        # x [B, h, w, F], beside [B, h, w, F], condition [B, h or 1, w or 1, F] -> [B, h, w, F]
-        features = x.shape[-1]
-        y = self.layer(self.residual, dtype=self.dtype)(nn.elu(x))
-        if beside is not None:
-            y = y + nn.Dense(self.residual, dtype=self.dtype)(nn.elu(beside))
-        y = nn.elu(nn.RMSNorm(dtype=self.dtype)(y))
-        y = nn.Dropout(self.dropout, deterministic=not train)(y)
-        y = self.layer(2 * features, kernel_init=_SMALL, dtype=self.dtype)(y)
-        if condition is not None:
-            y = y + nn.Dense(2 * features, dtype=self.dtype)(condition)
-        return x + gate(y)
-
-
-def run_blocks(repeat, blocks, x, beside=None, condition=None, train=False):
-    """x after the last block, and after each; `beside` has something for each."""
-
-    def call(block, x, beside):
-        return block(x, beside=beside, condition=condition, train=train)
-
-    return repeat.run(call, blocks, x, beside)
-
-
-class AttentiveStack(nn.Module):
-    """Residual blocks, then attention."""
-
-    layers: int
-    block: Callable[[], GatedBlock]
-    attention: Callable[[], CausalAttention]
-
-    def setup(self):
-        self.blocks = [self.block() for _ in range(self.layers)]
-        self.attend = self.attention()
-
-    def __call__(self, x, step, beside, condition, train, repeat):
-        # x [B, h, w, F], beside None or [B, h, w, F] for each block, step as in CausalAttention -> [B, h, w, F]
-        def attend(layer, x, _):
-            return x + layer(x, step, train=train)
-
-        x, _ = run_blocks(repeat, self.blocks, x, beside, condition, train)
-        return repeat.run(attend, [self.attend], x)[0]
+from vqvae2_jax.models.trunk import GatedBlock, Trunk, run_blocks
 
 
 class Prior(nn.Module):
@@ -134,12 +71,9 @@ class Prior(nn.Module):
     def _blocks(self, count: int, layer) -> list[GatedBlock]:
         return [self._block(layer)() for _ in range(count)]
 
-    def _stacks(self, layer) -> tuple[list[AttentiveStack], list[GatedBlock]]:
-        """All `layers` blocks: those with attention after every few of them, and what remains."""
-        every = self.layers // max(self.attention_layers, 1)
+    def _trunk(self, layer) -> Trunk:
         attention = functools.partial(CausalAttention, self.heads, self.order, self.attention_dropout, self.dtype)
-        stacks = [AttentiveStack(every, self._block(layer), attention) for _ in range(self.attention_layers)]
-        return stacks, self._blocks(self.layers - every * self.attention_layers, layer)
+        return Trunk(self.layers, self.attention_layers, self._block(layer), attention)
 
     @property
     def order(self) -> Order:
@@ -169,21 +103,6 @@ class Prior(nn.Module):
         """Features [B, h, w, F] -> logits [B, h, w, K] float32."""
         x, _ = run_blocks(self._repeat(train), self.output_blocks, x, condition=condition, train=train)
         return self.logits(nn.elu(x).astype(jnp.float32))
-
-    def _through(self, stacks, blocks, x, step=None, *, beside=None, condition=None, train=False):
-        """x after all of `_stacks`; `beside` has something for each block."""
-        repeat = self._repeat(train)
-
-        def call(stack, x, beside):
-            return stack(x, step, beside, condition, train, repeat)
-
-        parts, rest = None, beside
-        if beside is not None:
-            parts = [beside[i * stack.layers : (i + 1) * stack.layers] for i, stack in enumerate(stacks)]
-            rest = beside[sum(stack.layers for stack in stacks) :]
-        # What is inside of a stack recomputes itself.
-        x, _ = repeat._replace(remat=False).run(call, stacks, x, parts)
-        return run_blocks(repeat, blocks, x, rest, condition, train)[0]
 
     def _repeat(self, train):
         return Repeat(self.remat and train, self.scan_layers and train)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from vqvae2_jax.models.causal import CausalConv
 from vqvae2_jax.models.order import Order
-from vqvae2_jax.models.prior import Prior, run_blocks
+from vqvae2_jax.models.prior import Prior
+from vqvae2_jax.models.trunk import run_blocks
 
 
 class RasterPrior(Prior):
@@ -31,7 +32,7 @@ class RasterPrior(Prior):
         self.vertical_first = vertical(self.hidden, dtype=self.dtype)
         self.horizontal_first = horizontal(self.hidden, dtype=self.dtype)
         self.vertical_blocks = self._blocks(self.layers, vertical)
-        self.horizontal_stacks, self.horizontal_blocks = self._stacks(horizontal)
+        self.horizontal_trunk = self._trunk(horizontal)
 
     @property
     def order(self) -> Order:
@@ -79,5 +80,4 @@ class RasterPrior(Prior):
     def _horizontal(self, left, rows, columns, first, vertical, condition, *, train=False):
         x = self.horizontal_first(self.embed(left)) + first  # [B, h, w, F]
         step = rows[0] * self.shape[1] + columns[0]  # where one position is at hand
-        layers = self.horizontal_stacks, self.horizontal_blocks
-        return self._through(*layers, x, step, beside=vertical, condition=condition, train=train)
+        return self.horizontal_trunk(x, step, vertical, condition, train, self._repeat(train))

@@ -31,7 +31,7 @@ class WavefrontPrior(Prior):
         self.embed = self._embed(self.codebook_size)
         conv = functools.partial(WavefrontConv, kernel=self.kernel, order=self.order)
         self.first = conv(self.hidden, strict=True, dtype=self.dtype)
-        self.stacks, self.blocks = self._stacks(conv)
+        self.trunk = self._trunk(conv)
 
     @property
     def order(self) -> Order:
@@ -58,4 +58,4 @@ class WavefrontPrior(Prior):
     def _features(self, codes, rows, columns, condition, step=None, *, train=False):
         # rows and columns broadcast to the positions [h, w] at hand
         x = self.first(self.embed(codes)) + self.row_embed(rows) + self.column_embed(columns)  # [B, h, w, F]
-        return self._through(self.stacks, self.blocks, x, step, condition=condition, train=train)
+        return self.trunk(x, step, None, condition, train, self._repeat(train))
