@@ -55,8 +55,11 @@ def test_a_plan_of_the_devices_at_hand(config, tmp_path, capsys):
     for job in ('vqvae', 'classifier'):
         assert float(found[job]['TFLOP']) == pytest.approx(float(found[job]['XLA counts']), rel=0.25)
     assert found['vqvae']['steps'] == '8' and found['sample']['batch'] == '16'
-    for job in ('vqvae', 'prior.top'):  # parameters, their average and Adam's two moments, in float32
-        assert megabytes(found[job]['state']) == pytest.approx(16 * float(found[job]['parameters'].split()[0]), rel=0.1)
+    for job in ('vqvae', 'prior.top'):  # parameters and their average, and Adam's two moments, in float32
+        each = pytest.approx(8 * float(found[job]['parameters'].split()[0]), rel=0.1)
+        memory = [megabytes(found[job][name]) for name in ('weights', 'optimizer', 'activations', 'peak')]
+        assert memory[0] == each and memory[1] == each
+        assert sum(memory[:3]) == pytest.approx(memory[3], rel=0.01)
     assert not list(tmp_path.iterdir())
 
 
@@ -149,6 +152,7 @@ def test_a_slice_that_is_not_there(config, tmp_path, capsys):
         plan.plan(Run(config, epath.Path(tmp_path)))
     text = capsys.readouterr().out
     assert text.startswith('tiny on 8 x TPU v5 lite, parallel.fsdp=4') and re.search(r'\| sample \| 16 .* ms \|', text)
+    assert all(re.fullmatch(r'.*B \(\d+%\)', row['peak']) for row in rows(text).values())
     assert all(row['step'].endswith(' ms') for row in rows(text).values())
     with parallel.use(parallel.make_mesh(devices)):
         assert len(parallel.devices_alone()) == 4

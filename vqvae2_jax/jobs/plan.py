@@ -24,7 +24,8 @@ from vqvae2_jax.jobs.sample import compiled_draw, make_controls
 from vqvae2_jax.jobs.workdir import Run, make_priors
 from vqvae2_jax.models.vqvae import map_shapes
 
-COLUMNS = ('job', 'batch', 'parameters', 'state', 'peak', 'TFLOP', 'XLA counts', 'traffic', 'step', 'steps', 'in all')
+COLUMNS = ('job', 'batch', 'parameters', 'weights', 'optimizer', 'activations', 'peak')
+COLUMNS += ('TFLOP', 'XLA counts', 'traffic', 'step', 'steps', 'in all')
 _COLLECTIVE = re.compile(
     r'= (\S.*?) (all-gather|all-reduce|reduce-scatter|(?:ragged-)?all-to-all|collective-permute)(-start)?\('
 )
@@ -40,10 +41,16 @@ class Program(NamedTuple):
     compiled_by: object  # jitted function
     inputs: tuple  # shapes, with where they lie
     parameters: int
-    state: int  # bytes on a chip of what lives from step to step
+    weights: int  # bytes on a chip: parameters, their average, codebooks
+    optimizer: int  # bytes on a chip
     cost: cost.Cost  # of a step, on one device
     steps: int
     batch: int
+
+    @property
+    def state(self) -> int:
+        """Bytes on a chip of what lives from step to step."""
+        return self.weights + self.optimizer
 
 
 class Compiled(NamedTuple):
@@ -105,7 +112,8 @@ def _training(run, section):
         train.make_step(stage, optimizer, training, layout),
         (placed, batch),
         sum(x.size for x in jax.tree.leaves(state.params)),
-        _bytes_on_a_chip(placed),
+        _bytes_on_a_chip((placed.params, placed.ema_params, placed.variables)),
+        _bytes_on_a_chip(placed.opt_state),
         forward.times(3),  # the backward pass does about twice the work of the forward one
         training.steps,
         size,
@@ -138,12 +146,11 @@ def _sampling(run, processes):
     part = jax.ShapeDtypeStruct(split.shard_shape((size,)), jnp.int32)
     on_one = cost.count(draw.__wrapped__, *inputs[:-2], part, part)
     steps = -(-config.sample.count // (size * processes))
-    return Program('sample', draw, inputs, counted, _bytes_on_a_chip(held), on_one, steps, size)
+    return Program('sample', draw, inputs, counted, _bytes_on_a_chip(held), 0, on_one, steps, size)
 
 
 def _bytes_on_a_chip(tree):
-    leaves = [x for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)]
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _compile(program) -> Compiled:
@@ -214,17 +221,24 @@ def _result_bytes(shapes, kind, start):
 
 def _row(program, compiled, chip):
     seconds = _seconds(program, chip)
-    cells = [program.job, program.batch, f'{program.parameters / 1e6:.3g} M', _bytes(program.state)]
-    peak, ways = '' if compiled.peak is None else _bytes(compiled.peak), parallel.ways(program.batch)
-    cells += [
-        'does not fit' if compiled.refused else peak,
-        f'{ways * program.cost.flops / 1e12:.3g}',
-    ]
+    cells = [program.job, program.batch, f'{program.parameters / 1e6:.3g} M']
+    cells += [_bytes(program.weights), _bytes(program.optimizer), *_memory(program, compiled, chip)]
+    cells.append(f'{parallel.ways(program.batch) * program.cost.flops / 1e12:.3g}')
     cells.append(f'{compiled.flops * parallel.mesh().size / 1e12:.3g}' if compiled.flops else '')
     cells.append('' if compiled.traffic is None else _bytes(compiled.traffic))
     cells.append('' if seconds is None else f'{1e3 * seconds:.3g} ms')
     cells += [program.steps, '' if seconds is None else format_duration(seconds * program.steps)]
     return f'| {" | ".join(map(str, cells))} |'
+
+
+def _memory(program, compiled, chip):
+    """Cells of activations and peak."""
+    if compiled.refused:
+        return '', 'does not fit'
+    if compiled.peak is None:
+        return '', ''
+    share = f' ({compiled.peak / chip.memory:.0%})' if chip else ''
+    return _bytes(compiled.peak - program.state), _bytes(compiled.peak) + share
 
 
 def _bytes(count):
@@ -239,10 +253,10 @@ def _seconds(program, chip):
 
 
 def _notes(chip):
-    yield 'state, peak: memory of one chip, for what lives from step to step, and at most; traffic: what collectives'
-    yield 'bring to it in a step. TFLOP: of products and convolutions, all chips (of sample: of one process), with'
-    yield 'nothing recomputed; XLA counts the rest too, what is recomputed, and the inside of loops (sampling,'
-    yield 'accumulation, scan_layers) once.'
+    yield 'Memory is that of one chip. weights: parameters, their average, codebooks; activations: whatever else a'
+    yield 'step needs at its peak, gradients and gathered parameters too. traffic: what collectives bring to a chip in'
+    yield 'a step. TFLOP: of products and convolutions, all chips (of sample: of one process), with nothing recomputed;'
+    yield 'XLA counts the rest too, what is recomputed, and what is inside of loops (drawing, scan_layers) once.'
     if chips.stands_for_another(parallel.mesh().devices.flat[0]):
         yield 'Nothing was compiled, which peak, XLA counts and traffic need: plan on such a machine for these.'
     if chip:
