@@ -8,7 +8,7 @@ curve of one training answers both questions: held-out nats after equal updates,
 fastest order has done all of its updates. That time is counted in seconds of pure training, which short trainings
 afterwards measure, of all orders in turns: neither compilation nor evaluation counts. Trainings may share the machine
 with other work; these, in the last run of this command, should not. `--trained=orders.json` takes the nats of an
-earlier study and measures the time alone.
+earlier study: no prior is trained to the end, and only times are measured.
 
 Prints a table, and writes orders.png and orders.json into the workdir: nats are those of the averaged weights on
 `eval_examples` images; the mean over the seeds, and their range. Seconds an image are those of drawing 16 maps at once,
@@ -38,7 +38,8 @@ from vqvae2_jax.jobs.workdir import Run, prior_directory
 from vqvae2_jax.sampling.ancestral import sample, sample_keys
 
 DRAWN = 16  # maps at once
-TIMED, TURNS = 50, 2  # updates
+TIMED = 50  # updates
+TURNS = 2
 COLUMNS = ('level', 'attentions', 'order', 'steps', 'ms an image', 'ms an update')
 COLUMNS += ('equal updates: nats', 'against raster', 'equal time: nats', 'against raster')
 
@@ -136,6 +137,10 @@ def name_of(order):
     return order if order == 'raster' else f'slope {order}'
 
 
+def name_of_row(level, attention):
+    return f'{level}, {attention} attentions'
+
+
 def table(level, attention, found):
     """Its lines."""
     first = next(iter(found.values()))
@@ -176,23 +181,27 @@ def main():
             parser.error(
                 f'prior.{level}.training.decay is {decay!r}: only under a constant rate may curves stop anywhere'
             )
+    keys = list(itertools.product(options.levels, options.attention))
+    study = provenance.read_json(epath.Path(options.trained)) if options.trained else {}
+    if study and (missing := [name for key in keys if (name := name_of_row(*key)) not in study]):
+        parser.error(f'--trained={options.trained} does not hold {missing}: leave them out, or train them without it')
     run = Run(config, epath.Path(options.workdir or f'runs/{config.name}').resolve())
     train_vqvae(run)
     extract(run)
 
-    now = f'{datetime.date.today()}, {machine()}'
-    study = provenance.read_json(epath.Path(options.trained)) if options.trained else {'trained': now}
     orders, results = ('raster', *map(str, options.slopes)), {}
-    for level, attention in itertools.product(options.levels, options.attention):
-        curves = study.get(f'{level}, {attention} attentions')
-        results[level, attention] = curves or learning_curves(run, level, attention, orders, options.seeds)
-        add_times(results[level, attention], run, level, attention)
+    for key in keys:
+        results[key] = study.get(name_of_row(*key)) or learning_curves(run, *key, orders, options.seeds)
+        add_times(results[key], run, *key)
     print(f'\n| {" | ".join(COLUMNS)} |\n|{"---|" * len(COLUMNS)}')
     for (level, attention), found in results.items():
         print('\n'.join(table(level, attention, found)))
     pictures.plot_panels(run.path('orders.png'), [panel(*key, found) for key, found in results.items()])
-    named = {f'{level}, {attention} attentions': found for (level, attention), found in results.items()}
-    provenance.write_json(run.path('orders.json'), {'trained': study['trained'], 'timed': now, **named})
+    when = {'timed': f'{datetime.date.today()}, {machine()}'}
+    if study:
+        when['trained'] = study.get('trained', study.get('timed'))
+    named = {name_of_row(*key): found for key, found in results.items()}
+    provenance.write_json(run.path('orders.json'), when | named)
 
 
 if __name__ == '__main__':

@@ -149,9 +149,12 @@ def test_weights_of_another_versions_network_are_refused(run, monkeypatch):
         return loaded
 
     monkeypatch.setattr(Weights, 'load', renamed)
-    run.path('samples').rmtree()
-    with pytest.raises(JobError, match=r'(?s)prior_bottom.*version.*4 parameters.*head/bias.*None now.*Delete'):
+    run_job(run, 'sample')  # done, whoever drew them
+    run.config.sample.count += 1
+    before = run.path('samples', 'meta.json').read_text()
+    with pytest.raises(JobError, match=r'(?s)prior_bottom.*version.*4 arrays.*params/head/bias.*None now.*Delete'):
         run_job(run, 'sample')
+    assert run.path('samples', 'samples.png').exists() and run.path('samples', 'meta.json').read_text() == before
 
 
 def test_a_record_tells_the_digest_without_the_weights(run, monkeypatch):

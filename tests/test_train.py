@@ -122,7 +122,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_a_checkpoint_of_another_network_is_refused(uninterrupted):
-    with pytest.raises(CheckpointMismatch, match=r'(?s)checkpoints/\d+ is not the state of this network.*delete'):
+    with pytest.raises(CheckpointMismatch, match=r'(?s)checkpoints/\d+ cannot become the state.*delete'):
         saved_state(uninterrupted[0], stage=small_stage(layers=2))
 
 

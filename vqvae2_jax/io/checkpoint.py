@@ -15,7 +15,7 @@ _RECORD = 'trained.json'
 
 
 class CheckpointMismatch(ValueError):
-    """A checkpoint holds other arrays than the state it is to become."""
+    """A checkpoint cannot become the state that is asked for."""
 
 
 class Checkpoints:
@@ -44,7 +44,7 @@ class Checkpoints:
         """The state, laid out as `like` (arrays or shapes with shardings), and unlogged metrics; sets `iterator`.
 
         Raises:
-          CheckpointMismatch: it is the state of another network, as an older version's may be.
+          CheckpointMismatch: it is the state of another network, as an older version's may be, or damaged.
         """
         items = {
             'state': ocp.args.StandardRestore(jax.tree.map(_abstract, like)),
@@ -55,8 +55,9 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except ValueError as error:  # Orbax has no class for it
             raise CheckpointMismatch(
-                f'{self._manager.directory}/{step} is not the state of this network: {error}\n'
-                f'If another version wrote it, delete {self._manager.directory.parent} to train it anew.'
+                f'{self._manager.directory}/{step} cannot become the state of this network: {error}\n'
+                f'If another version wrote it, delete {self._manager.directory.parent} to train it anew. '
+                'If it is damaged, delete it to go on from the one before.'
             ) from error
         iterator.set_state(restored['data'])
         return restored['state'], restored['unlogged']

@@ -55,8 +55,8 @@ def reconstruct(run: Run) -> None:
         before, remedy = samples.read_meta(directory), f'Delete {directory} to make them anew.'
         workdir.check_digests(str(directory), before['upstream'], meta['upstream'], remedy)
         workdir.check_same(str(directory), {'batch_size': before['batch_size']}, {'batch_size': size}, remedy)
-    provenance.write_json(directory / 'meta.json', meta)
     model, variables = configs.make_vqvae(run.config), workdir.load_vqvae(run).on_devices()
+    provenance.write_json(directory / 'meta.json', meta)
     decode = jax.jit(lambda codes: to_uint8(model.apply(variables, codes, method='decode')))
     keys = [f'codes_{level}' for level in range(len(run.levels))]
     ranges = samples.shard_ranges(len(source), size)

@@ -15,7 +15,7 @@ from etils import epath
 
 from vqvae2_jax import config as configs
 from vqvae2_jax.data.decode import UnreadableImage, decode_image, fit
-from vqvae2_jax.io import pictures, provenance
+from vqvae2_jax.io import bucket, pictures, provenance
 from vqvae2_jax.jobs import samples, workdir
 from vqvae2_jax.jobs.sample import make_controls
 from vqvae2_jax.jobs.workdir import JobError, Run
@@ -101,6 +101,10 @@ def read_mask(mask: str, size: tuple[int, int]) -> np.ndarray:
     height, width = size
     if not mask:
         return np.ones(size, bool)
+    try:
+        bucket.check(mask)
+    except ValueError as error:
+        raise JobError(f'edit.mask={error}') from error
     if epath.Path(mask).is_file():
         return _mask_of_file(mask, size)
     try:

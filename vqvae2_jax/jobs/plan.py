@@ -256,7 +256,7 @@ def _notes(chip):
     yield 'Memory is that of one chip. weights: parameters, their average, codebooks; activations: whatever else a'
     yield 'step needs at its peak, gradients and gathered parameters too. traffic: what collectives bring to a chip in'
     yield 'a step. TFLOP: of products and convolutions, all chips (of sample: of one process), with nothing recomputed;'
-    yield 'XLA counts the rest too, what is recomputed, and what is inside of loops (drawing, scan_layers) once.'
+    yield 'XLA counts the rest too, what is recomputed, and what loops hold (drawing, accumulate, scan_layers) once.'
     if chips.stands_for_another(parallel.mesh().devices.flat[0]):
         yield 'Nothing was compiled, which peak, XLA counts and traffic need: plan on such a machine for these.'
     if chip:

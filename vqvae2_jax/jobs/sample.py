@@ -34,20 +34,21 @@ def draw_samples(run: Run) -> None:
     if not parallel.any_process(bool(missing) or not _is_recorded(directory, meta)):
         print(f'sample: done ({sample.count} samples in {directory})', flush=True)
         return
-    if parallel.is_writer():
-        (directory / 'samples.png').unlink(missing_ok=True)  # written last: its presence says that nothing is missing
-        provenance.write_json(directory / 'meta.json', meta)
     with stop_signals() as stopped:
         with parallel.own_devices():
-            _draw(run, directory, [r for r in parallel.share(ranges) if r in missing], stopped)
+            draw = make_sampler(run)  # refuses before anything changes
+            if parallel.is_writer():
+                (directory / 'samples.png').unlink(missing_ok=True)  # written last: where it is, nothing is missing
+                provenance.write_json(directory / 'meta.json', meta)
+            _draw(run, draw, directory, [r for r in parallel.share(ranges) if r in missing], stopped)
         stopping = parallel.any_process(stopped() > 0)
     if parallel.is_writer() and not stopping:
         samples.remove_others(directory, ranges)
         _picture(run, directory)
 
 
-def _draw(run, directory, missing, stopped):
-    sample, draw = run.config.sample, make_sampler(run)
+def _draw(run, draw, directory, missing, stopped):
+    sample = run.config.sample
     begin, before = time.monotonic(), _seconds(directory)
     for number, (start, stop, arrays) in enumerate(_shards(run, draw, missing), start=1):
         samples.write_npz(samples.shard_path(directory, start, stop), arrays)
@@ -79,7 +80,8 @@ def compiled_draw(config, model, modules):
         codes = sample_levels(modules, weights, key, index, label, controls)
         return to_uint8(model.apply(decoder, codes, method='decode')), codes
 
-    return jax.jit(draw, in_shardings=(whole, whole, whole, split, split), out_shardings=split)
+    # All of stage 1 lies on the devices, so it counts in what a plan says of memory.
+    return jax.jit(draw, in_shardings=(whole, whole, whole, split, split), out_shardings=split, keep_unused=True)
 
 
 def make_controls(config):
@@ -150,7 +152,10 @@ def _check_started(directory, meta):
 
 def _is_recorded(directory, meta) -> bool:
     path = directory / 'meta.json'
-    return path.exists() and samples.read_meta(directory) == meta and (directory / 'samples.png').exists()
+    if not path.exists() or not (directory / 'samples.png').exists():
+        return False
+    before = samples.read_meta(directory)
+    return before | {'version': None} == meta | {'version': None}  # an older one may have drawn them
 
 
 def _seconds(directory) -> float:

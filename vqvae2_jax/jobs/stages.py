@@ -9,7 +9,7 @@ from vqvae2_jax import config as configs
 from vqvae2_jax import parallel
 from vqvae2_jax.data.loader import eval_batches, train_batches
 from vqvae2_jax.io import provenance
-from vqvae2_jax.io.checkpoint import Weights, read_record, remove_record, write_record
+from vqvae2_jax.io.checkpoint import CheckpointMismatch, Weights, read_record, remove_record, write_record
 from vqvae2_jax.jobs import workdir
 from vqvae2_jax.jobs.codes import current_codes_digest
 from vqvae2_jax.jobs.train import Data, fit
@@ -90,12 +90,17 @@ def train_stage(
     if record and record['steps'] >= training.steps:
         print(f'{directory}: done ({_line(record)})', flush=True)
         return
+    stage = make()  # refuses before anything changes
     if parallel.is_writer():
         provenance.write_json(path / 'settings.json', {'settings': settings, 'upstream': upstream})
         remove_record(path)  # of fewer steps: from here on its weights may be replaced
     data = make_data()
     try:
-        result = fit(make(), training, data, path, name=directory, seed=run.config.seed)
+        result = fit(stage, training, data, path, name=directory, seed=run.config.seed)
+    except CheckpointMismatch:
+        if record and parallel.is_writer():
+            write_record(path, record)  # its weights are as they were
+        raise
     finally:
         data.train.close()
     if parallel.is_writer():

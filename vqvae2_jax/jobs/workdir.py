@@ -148,8 +148,9 @@ def load_trained(run: Run, directory: str, job: str) -> Trained:
     """
     record = trained_record(run, directory, job)
     weights = Weights(run.path(directory)).load()
-    _check_network(run, run.path(directory), record, weights['params'])
-    return Trained(weights['params'], weights.get('variables') or {}, record)
+    trained = Trained(weights['params'], weights.get('variables') or {}, record)
+    _check_network(run, run.path(directory), trained)
+    return trained
 
 
 def vqvae_record(run: Run) -> dict:
@@ -231,21 +232,21 @@ def _check_settings(run: Run, path: epath.Path, record: dict) -> None:
     check_same(f'the training in {path}', recorded, {k: current[k] for k in fields}, remedy)
 
 
-def _check_network(run: Run, path: epath.Path, record: dict, params: Any) -> None:
+def _check_network(run: Run, path: epath.Path, trained: Trained) -> None:
     """Refuses weights that the same settings no longer make."""
-    model, inputs = configs.networks(run.config)[record['stage']]
-    there, now = _shapes(params), _shapes(jax.eval_shape(model.init, *inputs)['params'])
+    model, inputs = configs.networks(run.config)[trained.record['stage']]
+    there, now = _shapes(trained.collections), _shapes(jax.eval_shape(model.init, *inputs))
     if different := sorted(name for name in there.keys() | now.keys() if there.get(name) != now.get(name)):
         name = different[0]
         raise JobError(
-            f'{path} was trained by version {record["version"]}, whose network differs from that of version '
-            f'{provenance.package_version()} in {len(different)} parameters, such as {name}: '
+            f'{path} was trained by version {trained.record["version"]}, whose network differs from the one now '
+            f'({provenance.package_version()}) in {len(different)} arrays, such as {name}: '
             f'{there.get(name)} there, {now.get(name)} now. Delete {path} to train it anew, or go back to that version.'
         )
 
 
-def _shapes(params):
-    return {jax.tree_util.keystr(k, simple=True, separator='/'): x.shape for k, x in jax.tree.leaves_with_path(params)}
+def _shapes(tree):
+    return {jax.tree_util.keystr(k, simple=True, separator='/'): x.shape for k, x in jax.tree.leaves_with_path(tree)}
 
 
 def check_same(what: str, recorded: dict, current: dict, remedy: str) -> None:
