@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import machine, measure_products, seconds
+from benchmarks.timing import machine, measure_bandwidth, measure_products, seconds
 from vqvae2_jax.models.raster import RasterPrior
 from vqvae2_jax.models.wavefront import WavefrontPrior
 from vqvae2_jax.sampling.ancestral import sample, sample_keys
@@ -106,12 +106,6 @@ def floor(level, dtype, bandwidth, slope=None):
     per_row = sum(bytes_ for name, bytes_ in size.items() if name.startswith('vertical'))
     per_position = sum(size.values()) - per_row + per_row / prior.shape[1]
     return per_position / bandwidth
-
-
-def measure_bandwidth():
-    """Bytes a second of reading memory: the sum of 512 MiB."""
-    x = jnp.ones((2**27,), jnp.float32)
-    return x.nbytes / seconds(jnp.sum, x)
 
 
 def raster_against_rerunning(batches, dtype, bandwidth):

@@ -19,6 +19,12 @@ def seconds(function, *arguments):
     return min(times)
 
 
+def measure_bandwidth():
+    """Bytes a second of reading memory: the sum of 512 MiB."""
+    x = jnp.ones((2**27,), jnp.float32)
+    return x.nbytes / seconds(jnp.sum, x)
+
+
 def measure_products(dtype=jnp.float32):
     """FLOP/s of a large matrix product."""
     x = jnp.ones((4096, 4096), dtype)

@@ -119,12 +119,13 @@ ENTRY %main (x: s32[]) -> s32[] {
     assert plan.collective_bytes(text.replace('constant(2)', 'parameter(0)')) is None  # how often is not known
 
 
-def test_gpus_that_are_not_there_are_planned_for_by_arithmetic(config, tmp_path, capsys, monkeypatch):
+def test_gpus_that_are_not_there_are_planned_for_by_arithmetic(config, tmp_path, capsys, monkeypatch, request):
     h200 = next(chip for chip in chips._CHIPS.values() if chip.name == 'H200')
     monkeypatch.setattr(chips, '_stood_for', dict.fromkeys(jax.devices(), h200))
     run = Run(config, epath.Path(tmp_path))
     monkeypatch.setattr(parallel, '_imagined_process', {})
     parallel.spread_over_processes(jax.devices(), 4)
+    request.addfinalizer(parallel.processes.cache_clear)
     with parallel.use(parallel.make_mesh(fsdp=2)):
         plan.plan(run)
         costs = []

@@ -147,6 +147,7 @@ def _working_alone(devices: tuple) -> tuple:
     return devices
 
 
+@functools.cache
 def processes(mesh: Mesh) -> int:
     """How many processes have devices in a mesh."""
     return len({_process_of(device) for device in mesh.devices.flat})
@@ -155,6 +156,7 @@ def processes(mesh: Mesh) -> int:
 def spread_over_processes(devices: Sequence, count: int) -> None:
     """For a plan: as if every `count` of these devices were those of a process of its own."""
     _imagined_process.update({device: index // count for index, device in enumerate(devices)})
+    processes.cache_clear()
 
 
 def _process_of(device):

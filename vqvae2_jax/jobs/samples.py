@@ -75,8 +75,13 @@ def take(directory: epath.Path, index: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def digest(directory: epath.Path) -> str:
-    """Identifies a set by its meta.json, but for the version of the package; raises as `read_meta`."""
-    return provenance.digest_json({k: v for k, v in read_meta(directory).items() if k != 'version'})
+    """Identifies a set by its meta.json; raises as `read_meta`."""
+    return digest_meta(read_meta(directory))
+
+
+def digest_meta(meta: dict) -> str:
+    """Identifies a set by what meta.json is to hold, but for the version of the package."""
+    return provenance.digest_json({k: v for k, v in meta.items() if k != 'version'})
 
 
 def read_meta(directory: epath.Path) -> dict:
