@@ -23,9 +23,8 @@ help:  ## show this list
 	@echo '  CONFIG=configs/x.py the experiment that `make demo` runs'
 	@echo '  ARGS="..."          more flags for `make demo`'
 
-# Without an accelerator two devices keep two cores busier than one does.
 demo: $(RUN_STAMP)  ## train, sample and evaluate a small model on this machine
-	JAX_NUM_CPU_DEVICES=$${JAX_NUM_CPU_DEVICES:-2} $(BIN)/python -m vqvae2_jax.main --config=$(CONFIG) $(ARGS)
+	$(BIN)/python -m vqvae2_jax.main --config=$(CONFIG) $(ARGS)
 
 test: lint  ## ruff and every test, the slow ones too
 	$(BIN)/python -m pytest

@@ -1,7 +1,7 @@
 """FID beside pytorch-fid: the same number, and how many images a second each looks at.
 
   pip install -e ".[torch]" torchvision pytorch-fid     # in an environment of its own
-  JAX_NUM_CPU_DEVICES=2 python -m benchmarks.fid --weights='fid_inception_part*.npz' --images=data/cifar10.npz
+  python -m benchmarks.fid --weights='fid_inception_part*.npz' --images=data/cifar10.npz
 
 Takes two disjoint sets of `count` images. pytorch-fid reads them from PNG files, as it does; this project from memory.
 The speeds are of features alone, compiled and warm, on the same images and batches, in turns; the ratio is of the best

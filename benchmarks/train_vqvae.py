@@ -1,7 +1,7 @@
 """Training of stage 1 beside the same network written plainly in PyTorch: images a second of both, in one run.
 
   pip install -e ".[torch]"
-  JAX_NUM_CPU_DEVICES=2 python -m benchmarks.train_vqvae [--size 256 --factors 4 2 --batch 8]
+  python -m benchmarks.train_vqvae [--size 256 --factors 4 2 --batch 8]
 
 Both do whole updates: encoder, codebook by moving averages, decoder, preview head, backward pass, Adam, average of the
 weights. Random images; float32; two levels. Each side in turns, the ratio of the best. PyTorch uses the GPU if there is

@@ -53,6 +53,14 @@ def test_mistakes_end_in_one_line(tmp_path, arguments, message):
     assert 'Traceback' not in output
 
 
+@pytest.mark.parametrize('own', ['', '--xla_cpu_max_isa=AVX2', '--xla_cpu_experimental_ynn_fusion_type='])
+def test_cpus_convolve_without_ynnpack_unless_the_user_says_otherwise(own):
+    command = [sys.executable, '-c', 'import os, vqvae2_jax; print(os.environ["XLA_FLAGS"])']
+    flags = subprocess.check_output(command, cwd=ROOT, env=os.environ | {'XLA_FLAGS': own}, text=True).split()
+    added = [] if 'ynn' in own else ['--xla_cpu_experimental_ynn_fusion_type=-individual_convolution']
+    assert flags == own.split() + added
+
+
 OVERRIDES = {'steps': 200, 'save_every': 10_000, 'eval_every': 100, 'show_every': 0, 'log_every': 20}
 
 

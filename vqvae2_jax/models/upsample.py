@@ -31,12 +31,10 @@ class Upsample(nn.Module):
         kernel = self.param('kernel', nn.initializers.lecun_normal(), (4, 4, x.shape[-1], self.features))
         bias = self.param('bias', nn.initializers.zeros, (self.features,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        height, width = x.shape[1:3]
-        # Output 2 m + i takes the inputs m + i - 1 and m + i, through kernel rows 3 - i and 1 - i.
-        kernel = rearrange(kernel[::-1, ::-1], '(s i) (t j) c f -> s t c (i j f)', i=2, j=2)  # [2, 2, C, 4 F]
+        # Rows 2 m - 1 and 2 m of the output both take the inputs m - 1 and m, through kernel rows 2 + i and i.
+        kernel = rearrange(kernel, '(s i) (t j) c f -> s t c (i j f)', i=2, j=2)[::-1, ::-1]  # [2, 2, C, 4 F]
         # Padded beforehand: the same padding inside the convolution costs its kernel's gradient the fast path on CPUs.
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         y = jax.lax.conv_general_dilated(x, kernel, (1, 1), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-        y = rearrange(y, 'b h w (i j f) -> i j b h w f', i=2, j=2)  # [2, 2, B, H + 1, W + 1, F]
-        pixels = [[y[i, j, :, i : i + height, j : j + width] for j in range(2)] for i in range(2)]
-        return rearrange(jnp.array(pixels), 'i j b h w f -> b (h i) (w j) f') + bias
+        blocks = rearrange(y, 'b h w (i j f) -> b (h i) (w j) f', i=2, j=2)  # [B, 2 H + 2, 2 W + 2, F], from row -1 on
+        return blocks[:, 1:-1, 1:-1] + bias
