@@ -115,6 +115,22 @@ def test_two_processes_do_every_job_as_one(tmp_path):
     assert (two / 'report' / 'report.html').exists()
 
 
+def test_processes_that_share_rows_of_a_batch_read_the_same(tmp_path):
+    flags = (
+        '--job=vqvae',
+        '--config.parallel.fsdp=4',
+        '--config.vqvae.training.batch_size=6',
+    )  # six rows, four devices
+    flags += ('--config.vqvae.training.steps=8', '--config.vqvae.training.eval_every=8')
+    one, two = tmp_path / 'one', tmp_path / 'two'
+    for workdir, count in ((one, 1), (two, 2)):
+        assert end(start(workdir, count, *flags)) == [0] * count, output(workdir)
+    first, second = (Weights(epath.Path(workdir / 'vqvae')).load() for workdir in (one, two))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), first, second)
+    logs = [read_metrics(workdir / 'vqvae') for workdir in (one, two)]
+    assert logs[0][0]['train/loss'] == pytest.approx(logs[1][0]['train/loss'], rel=1e-4)
+
+
 def test_two_processes_on_a_bucket(tmp_path):
     pytest.importorskip('gcsfs')
     with serve() as server:

@@ -100,7 +100,9 @@ def saved_state(directory, training=TRAINING, stage=None):
     """The newest checkpoint's leaves by path, and its step."""
     iterator, checkpoints = train_batches(Images(), batch_size=BATCH, seed=4, flip=True), Checkpoints(directory)
     optimizer = optim.make_optimizer(training)
-    _, restored, step, _ = train._first_state(stage or small_stage(), optimizer, iterator, checkpoints, seed=3)
+    _, restored, step, _ = train._first_state(
+        stage or small_stage(), optimizer, iterator, checkpoints, seed=3, batch_size=BATCH
+    )
     assert iterator.get_state() == {'next_batch': step}
     iterator.close()
     checkpoints.close()

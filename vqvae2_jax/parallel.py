@@ -163,10 +163,45 @@ def _process_of(device):
     return _imagined_process.get(device, device.process_index)
 
 
-def put_batch(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's part of a batch, on the devices as one global array per entry."""
-    layout = split_batch(processes(mesh()) * len(next(iter(batch.values()))))
-    return {name: jax.make_array_from_process_local_data(layout, value) for name, value in batch.items()}
+def part_of_batch(rows: int) -> tuple[int, int]:
+    """Which of how many equal parts of a batch this process reads: (index, count).
+
+    There are as many as processes, unless processes share rows: where these are cut over `data` alone and the devices
+    along `fsdp` belong to several, all of those read the same part.
+
+    Raises:
+      ValueError: two processes share a part of their rows.
+    """
+    cut_at: dict[int, set[int]] = {}
+    for device, (rows_of_device,) in split_batch(rows).devices_indices_map((rows,)).items():
+        cut_at.setdefault(_process_of(device), set()).add(rows_of_device.start or 0)
+    parts = sorted({tuple(sorted(starts)) for starts in cut_at.values()})
+    if len({start for part in parts for start in part}) < sum(map(len, parts)):
+        raise ValueError(
+            f'parallel.fsdp is {mesh().shape[FSDP]}: with a batch of {rows}, hosts would share a part of their rows. '
+            f'Choose a multiple of {mesh().size} for the batch, or another fsdp'
+        )
+    return parts.index(tuple(sorted(cut_at[jax.process_index()]))), len(parts)
+
+
+def put_batch(batch: dict[str, np.ndarray], rows: int | None = None) -> dict[str, jax.Array]:
+    """This process's part (`part_of_batch`) of a batch of so many rows, on the devices as one global array per entry.
+
+    Without `rows` the processes of the mesh share none.
+    """
+    rows = rows or processes(mesh()) * len(next(iter(batch.values())))
+    layout = split_batch(rows)
+    return {
+        name: jax.make_array_from_process_local_data(layout, value, (rows, *value.shape[1:]))
+        for name, value in batch.items()
+    }
+
+
+def put_flag(flag: bool) -> jax.Array:
+    """What every process says for itself: bool, an entry for each device of the mesh."""
+    layout = split_batch(mesh().size)
+    own = mesh().size // processes(mesh())
+    return jax.make_array_from_process_local_data(layout, np.full(own, flag), (mesh().size,))
 
 
 def start_processes() -> None:

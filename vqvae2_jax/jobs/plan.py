@@ -93,7 +93,7 @@ def _fsdp():
 def _training(run, section):
     config, training = run.config, configs.training(run.config, section)
     stage, size = _stage(run, section), training.batch_size
-    shapes = {'label': ((size,), jnp.int32), train.STOP: ((size,), jnp.bool_)}
+    shapes = {'label': ((size,), jnp.int32)}
     if section.startswith('prior'):
         for level, shape in enumerate(map_shapes(config.data.image_size, config.vqvae.factors)):
             shapes[f'codes_{level}'] = ((size, *shape), jnp.int32)
@@ -101,11 +101,13 @@ def _training(run, section):
         shapes['image'] = ((size, *config.data.image_size, config.data.channels), jnp.uint8)
     split = parallel.split_batch(size)
     batch = {k: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for k, (shape, dtype) in shapes.items()}
+    devices = parallel.mesh().size
+    batch[train.STOP] = jax.ShapeDtypeStruct((devices,), jnp.bool_, sharding=parallel.split_batch(devices))
     optimizer, key = optim.make_optimizer(training), jax.random.key(0)
     state = jax.eval_shape(train.make_init(stage, optimizer), key, batch)
     layout = train.layout_of(state)
     placed = parallel.placed(state, layout)
-    part = {k: jax.ShapeDtypeStruct(split.shard_shape(x.shape), x.dtype) for k, x in batch.items()}
+    part = {k: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype) for k, x in batch.items()}
     forward = cost.count(lambda p, v, b: stage.loss(p, v, b, key), state.params, state.variables, part)
     return Program(
         section,

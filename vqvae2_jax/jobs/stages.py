@@ -3,8 +3,6 @@
 import functools
 from collections.abc import Callable
 
-import jax
-
 from vqvae2_jax import config as configs
 from vqvae2_jax import parallel
 from vqvae2_jax.data.loader import eval_batches, train_batches
@@ -149,12 +147,8 @@ def image_data(run: Run, section: str, train=None, validation=None, **augment) -
 def _data(run: Run, section: str, source, validation, reading, **augment) -> Data:
     training = configs.training(run.config, section)
     stop = min(training.eval_examples or len(validation), len(validation))
-    shared = {
-        'batch_size': training.batch_size,
-        'process_index': jax.process_index(),
-        'process_count': jax.process_count(),
-        **reading,
-    }
+    index, count = parallel.part_of_batch(training.batch_size)
+    shared = {'batch_size': training.batch_size, 'process_index': index, 'process_count': count, **reading}
     return Data(
         train=train_batches(source, seed=run.config.seed, **augment, **shared),
         held_out=lambda: eval_batches(validation, stop=stop, **shared),

@@ -25,7 +25,7 @@ from vqvae2_jax.io.logging import RunLog
 from vqvae2_jax.stages.stage import Stage, to_uint8
 
 _SHOWN = 10  # images in a row of the pictures
-STOP = 'stop'  # in a batch: whether the process that read the row was told to stop
+STOP = 'stop'  # in a batch: for each device, whether its process was told to stop
 
 
 class Data(NamedTuple):
@@ -51,7 +51,7 @@ def fit(stage: Stage, training: optim.Training, data: Data, directory, *, name: 
     """
     optimizer = optim.make_optimizer(training)
     checkpoints, weights = Checkpoints(directory), Weights(directory)
-    layout, state, start, unlogged = _first_state(stage, optimizer, data.train, checkpoints, seed)
+    layout, state, start, unlogged = _first_state(stage, optimizer, data.train, checkpoints, seed, training.batch_size)
     log = RunLog(
         directory,
         name=name,
@@ -81,7 +81,7 @@ class _Loop:
     def __init__(self, stage, training, data, checkpoints, weights, log, step):
         self.stage, self.training, self.data = stage, training, data
         self.checkpoints, self.weights, self.log, self.train_step = checkpoints, weights, log, step
-        self.evaluate = make_evaluation(stage)
+        self.evaluate = make_evaluation(stage, training.batch_size)
         self.show = jax.jit(stage.show) if stage.show else None
         self.best = weights.best()
         self.stopping = False  # as soon as a signal to stop came to any process; on all of them at the same step
@@ -90,8 +90,8 @@ class _Loop:
         training, window, previous = self.training, _Window(unlogged), None
         while step < training.steps and not self.stopping:
             batch = _next(self.data.train, stopped)
-            rows = len(next(iter(batch.values())))
-            state, metrics = self.train_step(state, parallel.put_batch(batch | {STOP: np.full(rows, bool(stopped()))}))
+            batch = parallel.put_batch(batch, training.batch_size) | {STOP: parallel.put_flag(bool(stopped()))}
+            state, metrics = self.train_step(state, batch)
             step += 1
             if previous is not None:
                 self.stopping |= window.add(*previous)  # step - 1, while this step runs
@@ -192,10 +192,10 @@ def _due(step: int, every: int) -> bool:
     return step % every == 0
 
 
-def _first_state(stage, optimizer, iterator, checkpoints, seed):
+def _first_state(stage, optimizer, iterator, checkpoints, seed, batch_size):
     """Layout, state, step and unlogged metrics of the newest checkpoint, or of the start; the iterator stands there."""
     before = iterator.get_state()
-    batch = parallel.put_batch(next(iterator))
+    batch = parallel.put_batch(next(iterator), batch_size)
     iterator.set_state(before)
     init, key, step = make_init(stage, optimizer), jax.random.key(seed), checkpoints.latest_step()
     shapes = jax.eval_shape(init, key, batch)
@@ -235,8 +235,7 @@ def make_step(stage: Stage, optimizer, training: optim.Training, layout: train_s
         metrics = {**metrics, 'gradient_norm': optax.tree.norm(gradients), STOP: stop}
         return train_state.update(state, gradients, variables, optimizer, training.weight_ema), metrics
 
-    whole, split = parallel.replicated(), parallel.split_batch(training.batch_size)
-    return jax.jit(step, donate_argnums=0, in_shardings=(layout, split), out_shardings=(layout, whole))
+    return jax.jit(step, donate_argnums=0, in_shardings=(layout, None), out_shardings=(layout, parallel.replicated()))
 
 
 def _gradient(stage):
@@ -271,8 +270,13 @@ def _accumulated(stage, parts):
     return gradient
 
 
-def make_evaluation(stage: Stage) -> Callable[[Any, Any, Iterator[dict]], dict[str, float]]:
+def make_evaluation(
+    stage: Stage, batch_size: int | None = None
+) -> Callable[[Any, Any, Iterator[dict]], dict[str, float]]:
     """(params, variables, batches with 'mask') -> summary, exact on a padded last batch.
+
+    Args:
+      batch_size: the global one, when processes work together.
 
     Raises:
       ValueError: no example was left unmasked.
@@ -288,7 +292,7 @@ def make_evaluation(stage: Stage) -> Callable[[Any, Any, Iterator[dict]], dict[s
     def evaluate(params, variables, batches):
         totals, count = {}, 0
         for batch in batches:
-            batch_sums, batch_count = jax.device_get(sums(params, variables, parallel.put_batch(batch)))
+            batch_sums, batch_count = jax.device_get(sums(params, variables, parallel.put_batch(batch, batch_size)))
             count += int(batch_count)
             totals = {k: totals.get(k, 0) + v.astype(np.float64) for k, v in batch_sums.items()}
         if not count:
