@@ -199,9 +199,7 @@ def put_batch(batch: dict[str, np.ndarray], rows: int | None = None) -> dict[str
 
 def put_flag(flag: bool) -> jax.Array:
     """What every process says for itself: bool, an entry for each device of the mesh."""
-    layout = split_batch(mesh().size)
-    own = mesh().size // processes(mesh())
-    return jax.make_array_from_process_local_data(layout, np.full(own, flag), (mesh().size,))
+    return jax.make_array_from_callback((mesh().size,), split_batch(), lambda _: np.full(1, flag))
 
 
 def start_processes() -> None:

@@ -101,8 +101,7 @@ def _training(run, section):
         shapes['image'] = ((size, *config.data.image_size, config.data.channels), jnp.uint8)
     split = parallel.split_batch(size)
     batch = {k: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for k, (shape, dtype) in shapes.items()}
-    devices = parallel.mesh().size
-    batch[train.STOP] = jax.ShapeDtypeStruct((devices,), jnp.bool_, sharding=parallel.split_batch(devices))
+    batch[train.STOP] = jax.ShapeDtypeStruct((parallel.mesh().size,), jnp.bool_, sharding=parallel.split_batch())
     optimizer, key = optim.make_optimizer(training), jax.random.key(0)
     state = jax.eval_shape(train.make_init(stage, optimizer), key, batch)
     layout = train.layout_of(state)
