@@ -127,7 +127,7 @@ def training_here(factors, images):
     stage = vqvae.make_stage(VQVAE(tuple(factors), channels=3, **shape), ('bottom', 'top'), COMMITMENT, 100)
     training = optim.Training(steps=10**6, batch_size=len(images), learning_rate=RATE, weight_ema=DECAY)
     optimizer = optim.make_optimizer(training)
-    batch = parallel.put_batch({'image': images, train.STOP: np.zeros(len(images), bool)})
+    batch = parallel.put_batch({'image': images}) | {train.STOP: parallel.put_flag(False)}
     init, key = train.make_init(stage, optimizer), jax.random.key(0)
     layout = train.layout_of(jax.eval_shape(init, key, batch))
     state, step = jax.jit(init, out_shardings=layout)(key, batch), train.make_step(stage, optimizer, training, layout)

@@ -3,9 +3,11 @@
 import os
 import signal
 
+import jax
 import numpy as np
 import pytest
 
+from vqvae2_jax import parallel
 from vqvae2_jax.data import codes as store
 from vqvae2_jax.io.interrupt import Interrupted
 from vqvae2_jax.io.logging import RunLog
@@ -155,6 +157,24 @@ def test_a_sample_depends_on_its_number_and_not_on_its_batch(run, finished):
     run.config.sample.update(count=8, batch_size=8)
     run_job(run, 'sample')
     assert_same_samples(read_all(run, 8), read_all(finished, 24))
+
+
+def test_devices_that_run_no_program_together_take_turns(run, finished, monkeypatch):
+    monkeypatch.setattr(parallel, '_run_one_program', lambda devices: False)
+    used, put_batch = [], parallel.put_batch
+    monkeypatch.setattr(parallel, 'put_batch', lambda batch: used.append(parallel.mesh()) or put_batch(batch))
+    run.path('samples').rmtree()
+    run.config.sample.update(batch_size=8)
+    run_job(run, 'sample')
+    assert_same_samples(read_all(run, 24), read_all(finished, 24))
+    assert [list(mesh.devices.flat) for mesh in used] == [[device] for device in jax.devices()[:3]]
+
+    used.clear()
+    lost = shards(run, 'validation')[0]
+    content = lost.read_bytes()
+    lost.unlink()
+    run_job(run, 'codes')
+    assert lost.read_bytes() == content and len(set(used)) == 8
 
 
 @pytest.mark.parametrize(

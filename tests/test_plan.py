@@ -156,18 +156,18 @@ def test_a_slice_that_is_not_there(config, tmp_path, capsys):
     assert all(re.fullmatch(r'.*B \(\d+%\)', row['peak']) for row in rows(text).values())
     assert all(row['step'].endswith(' ms') for row in rows(text).values())
     with parallel.use(parallel.make_mesh(devices)):
-        assert len(parallel.devices_alone()) == 4
+        assert [mesh.size for mesh in parallel.meshes_alone()] == [4]
     with pytest.raises(JobError, match='--topology=v5e:3x9: .*there are v4:2x2x1'):
         chips.topology_devices('v5e:3x9')
     assert len(chips.topology_devices('v4:2x2x1')) == 4  # chips, not cores
 
 
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='libtpu is not installed')
-def test_a_process_draws_on_one_chip_where_the_others_cannot_be_left_out(config, tmp_path):
+def test_a_process_draws_on_each_chip_where_the_others_cannot_be_left_out(config, tmp_path):
     run = Run(config, epath.Path(tmp_path))
     with parallel.use(parallel.make_mesh(chips.topology_devices('v5e:4x8'))):
         assert parallel.processes(parallel.mesh()) == 8
-        own = parallel.devices_alone()
-    with parallel.use(parallel.make_mesh(own)):
-        compiled = plan._compile(plan._sampling(run, 8))
-    assert len(own) == 1 and compiled.peak
+        alone = parallel.meshes_alone()
+    with parallel.use(alone[0]):
+        compiled = plan._compile(plan._sampling(run, 32))
+    assert [mesh.size for mesh in alone] == [1] * 4 and compiled.peak

@@ -5,11 +5,13 @@ communication. Batches are cut over both axes. Big arrays of a training state ar
 `data`: with an `fsdp` of 1 every device holds the whole state.
 """
 
+import collections
 import contextlib
 import functools
+import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -113,7 +115,7 @@ def check_batch_size(batch_size: int, field: str, parts: int = 1, own: bool = Fa
       parts: that it is taken in, one after the other.
       own: it is for one process's devices, not for all.
     """
-    devices, ways = (len(devices_alone()),) * 2 if own else (mesh().size, mesh().shape[DATA])
+    devices, ways = (meshes_alone()[0].size,) * 2 if own else (mesh().size, mesh().shape[DATA])
     unit = devices * parts
     if batch_size < 1 or batch_size % (ways * parts):
         example = max(-(-batch_size // unit), 1) * unit
@@ -124,17 +126,19 @@ def check_batch_size(batch_size: int, field: str, parts: int = 1, own: bool = Fa
         )
 
 
-def devices_alone() -> list:
-    """The devices of the mesh on which this process (of a slice that is not there, its first one) works by itself."""
-    return list(_working_alone(tuple(d for d in mesh().devices.flat if _process_of(d) == jax.process_index())))
+def meshes_alone() -> list[Mesh]:
+    """Meshes on which this process works by itself, on all at the same time: one of all its devices, or one of each.
+
+    Of a slice that is not there it is the first process. For slices of v5e from 4x8 on, the TPU compiler takes programs
+    for one chip or for all.
+    """
+    devices = tuple(d for d in mesh().devices.flat if _process_of(d) == jax.process_index())
+    return [make_mesh(group) for group in ([devices] if _run_one_program(devices) else zip(devices))]
 
 
 @functools.cache
-def _working_alone(devices: tuple) -> tuple:
-    """Those of one process's devices that run a program without all others: all of them, or only the first.
-
-    For slices of v5e from 4x8 on, the TPU compiler takes programs for one chip or for all.
-    """
+def _run_one_program(devices: tuple) -> bool:
+    """Whether these devices run a program together and without all others."""
     if devices[0].platform == 'tpu' and len(devices) > 1:
         with use(make_mesh(devices)):
             x = jax.ShapeDtypeStruct((len(devices),), np.float32, sharding=split_batch())
@@ -143,8 +147,8 @@ def _working_alone(devices: tuple) -> tuple:
         except jax.errors.JaxRuntimeError as error:
             if 'all slice devices' not in str(error):  # the compiler's own words; it has no code for this
                 raise
-            return devices[:1]
-    return devices
+            return False
+    return True
 
 
 @functools.cache
@@ -225,9 +229,14 @@ def share(items: Sequence) -> list:
     return list(items)[jax.process_index() :: jax.process_count()]
 
 
-def own_devices() -> contextlib.AbstractContextManager[None]:
-    """Within the context the mesh is `devices_alone`, each with a whole copy: no other process has to keep in step."""
-    return use(make_mesh(devices_alone()))
+def in_turn(functions: Sequence[Callable], items: Iterable) -> Iterator[tuple]:
+    """(item, result) of all items in order. Functions take turns; each starts its next before its last is awaited."""
+    started = collections.deque()
+    for function, item in zip(itertools.cycle(functions), items):
+        started.append((item, function(item)))
+        if len(started) == 2 * len(functions):
+            yield started.popleft()
+    yield from started
 
 
 def any_process(flag: bool) -> bool:
@@ -236,8 +245,8 @@ def any_process(flag: bool) -> bool:
 
 
 def on_writer(work: Callable[[], None]) -> None:
-    """What one process does, on its own devices, while the others wait."""
+    """What one process does, on the first of `meshes_alone`, while the others wait."""
     if is_writer():
-        with own_devices():
+        with use(meshes_alone()[0]):
             work()
     any_process(False)

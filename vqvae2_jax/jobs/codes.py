@@ -25,11 +25,22 @@ def extract(run: Run) -> None:
     trained = workdir.load_vqvae(run)
     workdir.check_images(run, 'vqvae', trained.record)
     model = configs.make_vqvae(run.config)
-    with stop_signals() as stopped, parallel.own_devices():
-        variables = trained.on_devices()
-        encode = jax.jit(lambda image: model.apply(variables, to_float(image), method='encode'))
+    encoders = [_encoder_on(mesh, model, trained) for mesh in parallel.meshes_alone()]
+    with stop_signals() as stopped:
         for split in SPLITS:
-            _extract_split(run, split, encode, trained.digest, stopped)
+            _extract_split(run, split, encoders, trained.digest, stopped)
+
+
+def _encoder_on(mesh, model, trained):
+    with parallel.use(mesh):
+        variables = trained.on_devices()
+    encode = jax.jit(lambda image: model.apply(variables, to_float(image), method='encode'))
+
+    def encoder(batch):
+        with parallel.use(mesh):
+            return encode(parallel.put_batch({'image': batch['image']})['image'])
+
+    return encoder
 
 
 def current_codes_digest(run: Run) -> str:
@@ -67,7 +78,7 @@ def _images_digest(directory):
     return provenance.read_json(path).get('images_digest') if path.exists() else None
 
 
-def _extract_split(run, split, encode, digest, stopped):
+def _extract_split(run, split, encoders, digest, stopped):
     config, directory = run.config, run.path('codes', split)
     source = run.images(split)
     size = config.codes.shard_size
@@ -94,7 +105,7 @@ def _extract_split(run, split, encode, digest, stopped):
         limits = {'start': shard * size, 'stop': min((shard + 1) * size, len(source))}
         batches = eval_batches(source, batch_size=config.codes.batch_size, **limits, **run.reading())
         sizes = (config.vqvae.codebook_size,) * len(run.levels)
-        count = store.write_shard(store.shard_path(directory, shard, shards), _encoded(encode, batches), sizes)
+        count = store.write_shard(store.shard_path(directory, shard, shards), _encoded(encoders, batches), sizes)
         rate = f'{count / (time.perf_counter() - begin):.3g} images/s'
         print(f'codes {split}: shard {shard + 1} of {shards}, {count} images, {rate}', flush=True)
     stopping = parallel.any_process(stopped() > 0)
@@ -105,9 +116,8 @@ def _extract_split(run, split, encode, digest, stopped):
         _finish(run, source, split, shards, digest)
 
 
-def _encoded(encode, batches):
-    for batch in batches:
-        codes = encode(parallel.put_batch({'image': batch['image']})['image'])
+def _encoded(encoders, batches):
+    for batch, codes in parallel.in_turn(encoders, batches):
         yield {
             **{f'codes_{level}': np.asarray(c) for level, c in enumerate(codes)},
             **{k: batch[k] for k in ('label', 'index', 'mask')},

@@ -71,11 +71,10 @@ def plan(run: Run) -> None:
     print(f'\n| {" | ".join(COLUMNS)} |\n|{"---|" * len(COLUMNS)}', flush=True)
     for name in configs.networks(run.config):
         advice += _report(run.config, _training(run, name), chip)
-    processes, alone = parallel.processes(parallel.mesh()), parallel.devices_alone()
-    if (idle := parallel.mesh().size - processes * len(alone)) > 0:
-        advice.append(f'codes, sample: {idle} chips are idle, as a host by itself works on one; take a smaller slice')
-    with parallel.use(parallel.make_mesh(alone)):
-        advice += _report(run.config, _sampling(run, processes), chip)
+    alone = parallel.meshes_alone()
+    samplers = parallel.processes(parallel.mesh()) * len(alone)
+    with parallel.use(alone[0]):
+        advice += _report(run.config, _sampling(run, samplers), chip)
     print('\n' + '\n'.join([*_notes(chip), *advice]), flush=True)
 
 
@@ -130,8 +129,8 @@ def _stage(run, section):
     return stages.prior_stage(run, run.levels.index(section.removeprefix('prior.')), show=False)
 
 
-def _sampling(run, processes):
-    """Of one process of so many, each of which draws on its own devices."""
+def _sampling(run, samplers):
+    """Of one of so many that draw at the same time, each by itself."""
     config, size, dtype = run.config, run.config.sample.batch_size, run.config.sample.get('dtype')
     networks = configs.networks(config)
     variables = {name: jax.eval_shape(model.init, *inputs) for name, (model, inputs) in networks.items()}
@@ -146,7 +145,7 @@ def _sampling(run, processes):
     counted = sum(x.size for x in jax.tree.leaves(weights))
     part = jax.ShapeDtypeStruct(split.shard_shape((size,)), jnp.int32)
     on_one = cost.count(draw.__wrapped__, *inputs[:-2], part, part)
-    steps = -(-config.sample.count // (size * processes))
+    steps = -(-config.sample.count // (size * samplers))
     return Program('sample', draw, inputs, counted, _bytes_on_a_chip(held), 0, on_one, steps, size)
 
 
@@ -256,7 +255,7 @@ def _seconds(program, chip):
 def _notes(chip):
     yield 'Memory is that of one chip. weights: parameters, their average, codebooks; activations: whatever else a'
     yield 'step needs at its peak, gradients and gathered parameters too. traffic: what collectives bring to a chip in'
-    yield 'a step. TFLOP: of products and convolutions, all chips (of sample: of one process), with nothing recomputed;'
+    yield 'a step. TFLOP: of products and convolutions, all chips (of sample: of one batch), with nothing recomputed;'
     yield 'XLA counts the rest too, what is recomputed, and what loops hold (drawing, accumulate, scan_layers) once.'
     if chips.stands_for_another(parallel.mesh().devices.flat[0]):
         yield 'Nothing was compiled, which peak, XLA counts and traffic need: plan on such a machine for these.'

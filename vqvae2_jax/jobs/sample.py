@@ -6,6 +6,7 @@ or on the devices.
 
 import functools
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -35,22 +36,21 @@ def draw_samples(run: Run) -> None:
         print(f'sample: done ({sample.count} samples in {directory})', flush=True)
         return
     with stop_signals() as stopped:
-        with parallel.own_devices():
-            draw = make_sampler(run)  # refuses before anything changes
-            if parallel.is_writer():
-                (directory / 'samples.png').unlink(missing_ok=True)  # written last: where it is, nothing is missing
-                provenance.write_json(directory / 'meta.json', meta)
-            _draw(run, draw, directory, [r for r in parallel.share(ranges) if r in missing], stopped)
+        samplers = make_samplers(run)  # refuses before anything changes
+        if parallel.is_writer():
+            (directory / 'samples.png').unlink(missing_ok=True)  # written last: where it is, nothing is missing
+            provenance.write_json(directory / 'meta.json', meta)
+        _draw(run, samplers, directory, [r for r in parallel.share(ranges) if r in missing], stopped)
         stopping = parallel.any_process(stopped() > 0)
     if parallel.is_writer() and not stopping:
         samples.remove_others(directory, ranges)
         _picture(run, directory)
 
 
-def _draw(run, draw, directory, missing, stopped):
+def _draw(run, samplers, directory, missing, stopped):
     sample = run.config.sample
     begin, before = time.monotonic(), _seconds(directory)
-    for number, (start, stop, arrays) in enumerate(_shards(run, draw, missing), start=1):
+    for number, (start, stop, arrays) in enumerate(_shards(run, samplers, missing), start=1):
         samples.write_npz(samples.shard_path(directory, start, stop), arrays)
         seconds = time.monotonic() - begin
         if parallel.is_writer():
@@ -63,15 +63,29 @@ def _draw(run, draw, directory, missing, stopped):
             break
 
 
-def make_sampler(run: Run):
-    """A jitted (index int [B], label int [B]) -> (images uint8 [B, H, W, C], codes per level)."""
-    config = run.config
-    model, decoder, modules, weights = workdir.load_generator(run, config.sample.get('dtype'))
-    return functools.partial(compiled_draw(config, model, modules), weights, decoder, make_controls(config))
+def make_samplers(run: Run) -> list[Callable]:
+    """{index, label: int32 [B]} -> (images uint8 [B, H, W, C], codes per level), for each of `meshes_alone`."""
+    meshes = parallel.meshes_alone()
+    with parallel.use(meshes[0]):
+        model, decoder, modules, weights = workdir.load_generator(run, run.config.sample.get('dtype'))
+    return [_sampler_on(mesh, run.config, model, modules, weights, decoder) for mesh in meshes]
+
+
+def _sampler_on(mesh, config, model, modules, weights, decoder):
+    with parallel.use(mesh):
+        held = jax.device_put((weights, decoder), parallel.replicated())
+        draw = functools.partial(compiled_draw(config, model, modules), *held, make_controls(config))
+
+    def sampler(batch):
+        with parallel.use(mesh):
+            batch = parallel.put_batch(batch)
+        return draw(batch['index'], batch['label'])
+
+    return sampler
 
 
 def compiled_draw(config, model, modules):
-    """A jitted (priors' weights, decoder's collections, controls, index, label) -> as `make_sampler` says."""
+    """A jitted (priors' weights, decoder's collections, controls, index, label) -> as `make_samplers` says."""
     whole, split = parallel.replicated(), parallel.split_batch(config.sample.batch_size)
     key = jax.random.key(config.sample.seed)
 
@@ -95,27 +109,20 @@ def sample_labels(config, index: np.ndarray) -> np.ndarray:
     return choices[index % len(choices)]
 
 
-def _shards(run, draw, ranges):
+def _shards(run, samplers, ranges):
     """(start, stop, arrays) of every range; while the caller writes one, the devices draw the next."""
-    waiting = None
-    for start, stop in ranges:
-        # The last shard may be smaller than a batch; drawing past the end keeps one compiled program.
-        index = np.arange(start, start + run.config.sample.batch_size)
-        label = sample_labels(run.config, index)
-        batch = parallel.put_batch({'index': index.astype(np.int32), 'label': label})
-        current = start, stop, index, label, draw(batch['index'], batch['label'])
-        if waiting:
-            yield _arrays(*waiting)
-        waiting = current
-    if waiting:
-        yield _arrays(*waiting)
+    batches = (_batch(run.config, start) for start, _ in ranges)
+    for (start, stop), (batch, drawn) in zip(ranges, parallel.in_turn(samplers, batches), strict=True):
+        images, codes = jax.device_get(drawn)
+        arrays = {'arr_0': images, 'label': batch['label'], 'index': batch['index'].astype(np.int64)}
+        arrays |= {f'codes_{level}': c for level, c in enumerate(codes)}
+        yield start, stop, {name: a[: stop - start] for name, a in arrays.items()}
 
 
-def _arrays(start, stop, index, label, drawn):
-    images, codes = jax.device_get(drawn)
-    arrays = {'arr_0': images, 'label': label, 'index': index.astype(np.int64)}
-    arrays |= {f'codes_{level}': c for level, c in enumerate(codes)}
-    return start, stop, {name: a[: stop - start] for name, a in arrays.items()}
+def _batch(config, start):
+    # The last shard may be smaller than a batch; drawing past the end keeps one compiled program.
+    index = np.arange(start, start + config.sample.batch_size, dtype=np.int32)
+    return {'index': index, 'label': sample_labels(config, index)}
 
 
 def _meta(run):
