@@ -182,8 +182,8 @@ def part_of_batch(rows: int) -> tuple[int, int]:
     parts = sorted({tuple(sorted(starts)) for starts in cut_at.values()})
     if len({start for part in parts for start in part}) < sum(map(len, parts)):
         raise ValueError(
-            f'parallel.fsdp is {mesh().shape[FSDP]}: with a batch of {rows}, hosts would share a part of their rows. '
-            f'Choose a multiple of {mesh().size} for the batch, or another fsdp'
+            f'parallel.fsdp is {mesh().shape[FSDP]}: with a batch of {rows}, hosts would share a part of their rows: '
+            f'choose a multiple of {mesh().size} for the batch, or another fsdp'
         )
     return parts.index(tuple(sorted(cut_at[jax.process_index()]))), len(parts)
 
