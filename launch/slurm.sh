@@ -3,7 +3,7 @@
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=96
+#SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --requeue
@@ -19,10 +19,12 @@ CONFIG=${CONFIG:-configs/imagenet256.py}
 WORKDIR=${WORKDIR:-runs/$(basename "$CONFIG" .py)}
 PYTHON=${PYTHON:-.venv/bin/python}
 
-# JAX finds the coordinator and the number of processes in Slurm's own variables.
+# JAX finds the coordinator and the number of processes in Slurm's own variables; by itself it would take one GPU each.
+JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
+export JAX_LOCAL_DEVICE_IDS
 status=0
-srun --kill-on-bad-exit=1 "$PYTHON" -m vqvae2_jax.main --config="$CONFIG" --workdir="$WORKDIR" --distributed "$@" ||
-  status=$?
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
+  "$PYTHON" -m vqvae2_jax.main --config="$CONFIG" --workdir="$WORKDIR" --distributed "$@" || status=$?
 # 143: SIGTERM came and everything is saved.
 if [ "$status" = 143 ]; then
   scontrol requeue "$SLURM_JOB_ID"

@@ -3,55 +3,58 @@
 #
 #   WORKDIR=gs://bucket/runs/imagenet256 REPOSITORY=https://... sh launch/tpu_vm.sh run --job=prior
 #
-# Or one step of it: create, install, main, delete. All hosts read and write WORKDIR: on a bucket, or on SHARE, an NFS
-# share such as a Filestore instance, which may hold data too.
+# Or one step of it: create, install, main, stop, delete. All hosts read and write WORKDIR: on a bucket, or on SHARE, an
+# NFS share such as a Filestore instance, which may hold data too. `main` goes on without this script, until `stop`.
 set -eu
 TPU=${TPU:-vqvae2}
 ZONE=${ZONE:-us-west4-a}
 TYPE=${TYPE:-v5litepod-256}
 VERSION=${VERSION:-v2-alpha-tpuv5-lite}
-SPOT=${SPOT:-1} # 0: not to be preempted
+SPOT=${SPOT-1} # empty: not to be preempted
 SHARE=${SHARE:-} # such as 10.0.0.2:/vqvae2; mounted at /mnt/shared
 REPOSITORY=${REPOSITORY:?where to clone this project from}
+REVISION=${REVISION:-main} # branch, tag or commit
 CONFIG=${CONFIG:-configs/imagenet256.py}
 WORKDIR=${WORKDIR:-${SHARE:+/mnt/shared/runs/$(basename "$CONFIG" .py)}}
 : "${WORKDIR:?a bucket, such as gs://bucket/runs/imagenet256; or set SHARE}"
-WAIT=${WAIT:-60} # seconds between two attempts
+WAIT=${WAIT:-60} ATTEMPTS=${ATTEMPTS:-3} # seconds between two attempts; how many on one slice
+PROGRAM='^[^ ]*python -m vqvae2_jax.main'
 
 tpu() { gcloud compute tpus tpu-vm "$@" --zone="$ZONE"; }
 on_all_hosts() { tpu ssh "$TPU" --worker=all --command="$1"; }
-is_ready() { [ "$(tpu describe "$TPU" --format='value(state)' 2>/dev/null)" = READY ]; }
-
-create() {
-  if [ "$SPOT" = 0 ]; then set --; else set -- --spot; fi
-  tpu create "$TPU" --accelerator-type="$TYPE" --version="$VERSION" "$@"
-}
+state() { tpu describe "$TPU" --format='value(state)' 2>/dev/null || true; }
+quoted() { for word; do printf " '%s'" "$(printf %s "$word" | sed "s/'/'\\\\''/g")"; done; }
+create() { tpu create "$TPU" --accelerator-type="$TYPE" --version="$VERSION" ${SPOT:+--spot}; }
+delete() { tpu delete "$TPU" --quiet; }
+stop() { on_all_hosts "pkill -f '$PROGRAM'; while pgrep -f '$PROGRAM' >/dev/null; do sleep 1; done"; }
 
 install() {
-  if [ "$SHARE" ]; then
-    on_all_hosts "sudo apt-get install -y -q nfs-common && sudo mkdir -p /mnt/shared &&
-      (mountpoint -q /mnt/shared || sudo mount -t nfs $SHARE /mnt/shared)" || return
-  fi
+  [ -z "$SHARE" ] || on_all_hosts "sudo apt-get -o DPkg::Lock::Timeout=600 install -y -q nfs-common &&
+    sudo mkdir -p /mnt/shared && (mountpoint -q /mnt/shared || sudo mount -t nfs $SHARE /mnt/shared) &&
+    sudo install -d -m 777 /mnt/shared/runs" || return
+  # The image's own Python is older than 3.11.
   on_all_hosts "(test -d vqvae2_jax || git clone -q $REPOSITORY vqvae2_jax) && cd vqvae2_jax &&
-    python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu,gcs]'"
+    git fetch -q origin $REVISION && git checkout -q FETCH_HEAD && curl -LsSf https://astral.sh/uv/install.sh | sh &&
+    ~/.local/bin/uv venv -q --allow-existing -p 3.12 .venv && ~/.local/bin/uv pip install -q -e '.[tpu,gcs]'"
 }
 
 main() {
-  on_all_hosts "cd vqvae2_jax && .venv/bin/python -m vqvae2_jax.main --config=$CONFIG --workdir=$WORKDIR --distributed $*"
+  stop && on_all_hosts "cd vqvae2_jax && sh launch/detached.sh $(date +%s) .venv/bin/python -m vqvae2_jax.main \
+    --config=$CONFIG --workdir=$WORKDIR --distributed$(quoted "$@")"
 }
 
-delete() { tpu delete "$TPU" --quiet; }
-
 run() {
-  until is_ready && install && main "$@"; do
-    if is_ready; then exit 1; fi # not preempted: the error is the program's
-    # A preempted slice is deleted before it is created again; the training goes on from its last checkpoint.
-    delete 2>/dev/null || true
-    create || sleep "$WAIT"
+  failures=0
+  until [ "$(state)" = READY ] && install && main "$@"; do
+    case $(state) in
+      READY) failures=$((failures + 1)) && [ $failures -lt "$ATTEMPTS" ] || exit 1 ;; # not preempted: it stays
+      '') failures=0 && create || true ;; # the training goes on from its last checkpoint
+      PREEMPTED | TERMINATED) delete || true ;;
+    esac
+    sleep "$WAIT"
   done
   delete
 }
 
-command=${1:?create, install, main, delete or run}
-shift
-"$command" "$@"
+: "${1:?create, install, main, stop, delete or run}"
+"$@"

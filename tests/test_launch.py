@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import stat
 import string
 import subprocess
@@ -17,15 +18,15 @@ from kubeflow_trainer_api.models import JobsetV1alpha2JobSet  # generated from J
 LAUNCH = pathlib.Path(__file__).parent.parent / 'launch'
 SHELLCHECK = shutil.which('shellcheck') or pathlib.Path(sys.executable).parent / 'shellcheck'  # of the environment
 GCLOUD = """#!/bin/sh
-# Records its calls. The slice is there once created; the first `main` on it ends with preemption.
+# Records its calls. The slice is there once created; the first `main` on it ends with preemption, unless it fails.
 echo "$*" >> "$HOME/calls"
 case "$*" in
-  *" create "*) touch "$HOME/ready" "$HOME/exists" ;;
-  *" delete "*) if [ -f "$HOME/exists" ]; then rm -f "$HOME/ready" "$HOME/exists"; else exit 1; fi ;;
-  *" describe "*) if [ -f "$HOME/ready" ]; then echo READY; else exit 1; fi ;;
-  *vqvae2_jax.main*)
-    if [ -f "$HOME/fails" ]; then exit 1; fi
-    if [ ! -f "$HOME/preempted" ]; then touch "$HOME/preempted"; rm "$HOME/ready"; exit 255; fi ;;
+  *" create "*) echo READY > "$HOME/state" ;;
+  *" delete "*) rm "$HOME/state" ;;
+  *" describe "*) cat "$HOME/state" ;;
+  *detached.sh*)
+    if [ -f "$HOME/fails" ]; then rm "$HOME/fails"; exit 1; fi
+    if [ ! -f "$HOME/preempted" ]; then touch "$HOME/preempted"; echo PREEMPTED > "$HOME/state"; exit 255; fi ;;
 esac
 """
 
@@ -59,19 +60,28 @@ def tpu(tmp_path):
 
 
 def kinds(calls):
-    """What the calls do, without looking whether the slice is there, and repeated lines of one command left out."""
-    names = {' create ': 'create', ' delete ': 'delete', 'pip install': 'install', 'vqvae2_jax.main': 'main'}
+    """What the calls do, without looking whether the slice is there, and mounting left out."""
+    names = {' create ': 'create', ' delete ': 'delete', 'pip install': 'install', 'detached.sh': 'main'}
     return [kind for call in calls for text, kind in names.items() if text in call]
 
 
 def test_a_preempted_slice_is_created_again_and_deleted_at_the_end(tpu):
     code, calls = tpu('run', '--config.parallel.fsdp=16')
     assert code == 0
-    assert kinds(calls) == ['delete', 'create', 'install', 'main', 'delete', 'create', 'install', 'main', 'delete']
-    line = next(call for call in calls if 'vqvae2_jax.main' in call)
-    assert '--worker=all' in line and line.endswith('--distributed --config.parallel.fsdp=16 --zone=us-west4-a')
-    assert '--config=configs/imagenet256.py --workdir=/mnt/shared/runs/imagenet256' in line
+    assert kinds(calls) == ['create', 'install', 'main', 'delete'] * 2
+    line = next(call for call in calls if 'detached.sh' in call)
+    assert '--worker=all' in line and line.endswith("--distributed '--config.parallel.fsdp=16' --zone=us-west4-a")
+    assert '--config=configs/imagenet256.py --workdir=/mnt/shared/runs/imagenet256' in ' '.join(line.split())
     assert any('--accelerator-type=v5litepod-256' in call and '--spot' in call for call in calls)
+
+
+def test_flags_reach_the_hosts_as_they_are(tpu):
+    flags = ['--config.data.held_out=(0.9, 0.06)', "--config.data.path=it's", '*']
+    tpu('main', *flags)
+    call = (tpu.home / 'calls').read_text().splitlines()[-1]
+    words = call.partition('--distributed')[2].removesuffix(' --zone=us-west4-a')
+    found = subprocess.run(['sh', '-c', f"printf '%s\\n' {words}"], capture_output=True, text=True)
+    assert found.stdout.splitlines() == flags
 
 
 def test_a_workdir_on_a_bucket_needs_no_share(tpu):
@@ -80,10 +90,36 @@ def test_a_workdir_on_a_bucket_needs_no_share(tpu):
     assert any('--workdir=gs://bucket/run --distributed' in call for call in calls)
 
 
-def test_an_error_of_the_program_leaves_the_slice_to_be_looked_at(tpu):
+def test_a_program_that_fails_is_tried_again_on_the_same_slice(tpu):
     (tpu.home / 'fails').touch()
+    (tpu.home / 'preempted').touch()
     code, calls = tpu('run')
-    assert code == 1 and kinds(calls) == ['delete', 'create', 'install', 'main']
+    assert code == 0 and kinds(calls) == ['create', 'install', 'main', 'install', 'main', 'delete']
+
+
+def test_a_program_that_goes_on_failing_leaves_the_slice_to_be_looked_at(tpu):
+    (tpu.home / 'fails').touch()
+    code, calls = tpu('run', ATTEMPTS='1')
+    assert code == 1 and kinds(calls) == ['create', 'install', 'main']
+
+
+def test_a_command_outlives_the_connection_that_started_it(tmp_path):
+    program = f'echo begin; echo . >> {tmp_path}/starts; until [ -f {tmp_path}/go ]; do sleep 0.1; done; echo end; exit 3'
+
+    def call(name):
+        command = ['sh', LAUNCH / 'detached.sh', name, 'sh', '-c', program]
+        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+    first = call('a')
+    assert first.stdout.readline() == 'begin\n'
+    os.killpg(first.pid, signal.SIGKILL)
+    second = call('a')
+    assert second.stdout.readline() == 'begin\n'
+    (tmp_path / 'go').touch()
+    assert second.communicate(timeout=60) == ('end\n', None) and second.returncode == 3
+    third = call('b')
+    assert third.communicate(timeout=60) == ('begin\nend\n', None) and third.returncode == 3
+    assert (tmp_path / 'starts').read_text() == '.\n.\n'
 
 
 @pytest.mark.parametrize('given, missing', [({}, b'REPOSITORY'), ({'REPOSITORY': 'x'}, b'WORKDIR')])
@@ -96,14 +132,27 @@ def test_a_setting_that_is_missing_is_named(given, missing):
 def test_slurm_requeues_what_was_saved(tmp_path):
     calls = tmp_path / 'calls'
     for name, code in (('srun', 143), ('scontrol', 0)):
-        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {calls}\nexit {code}\n')
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} $JAX_LOCAL_DEVICE_IDS "$@" >> {calls}\nexit {code}\n')
         (tmp_path / name).chmod(stat.S_IRWXU)
     environment = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_JOB_ID': '7', 'CONFIG': 'configs/tiny.py'}
+    environment |= {'SLURM_GPUS_ON_NODE': '4', 'SLURM_CPUS_ON_NODE': '96'}
     found = subprocess.run(['sh', LAUNCH / 'slurm.sh', '--job=vqvae'], env=environment)
     assert found.returncode == 0
     started, requeued = calls.read_text().splitlines()
+    assert started.startswith('srun 0,1,2,3 ') and '--cpus-per-task=96 .venv/bin/python' in started
     assert started.endswith('--config=configs/tiny.py --workdir=runs/tiny --distributed --job=vqvae')
-    assert requeued == 'scontrol requeue 7'
+    assert requeued == 'scontrol 0,1,2,3 requeue 7'
+
+
+def test_a_process_of_slurm_takes_the_gpus_it_is_told_of():
+    slurm = {'JOB_ID': str(os.getpid()), 'STEP_NODELIST': 'localhost', 'NTASKS': '1', 'PROCID': '0', 'LOCALID': '0'}
+    environment = os.environ | {f'SLURM_{name}': value for name, value in slurm.items()}
+    show = 'from vqvae2_jax import parallel; import jax; parallel.start_processes(); '
+    show += 'print(jax.config.values["jax_cuda_visible_devices"])'
+    for given, taken in (({}, '0'), ({'JAX_LOCAL_DEVICE_IDS': '0,1,2,3'}, '0,1,2,3')):
+        command = [sys.executable, '-c', show]
+        found = subprocess.run(command, env=environment | given, capture_output=True, text=True, cwd=LAUNCH.parent)
+        assert found.stdout.splitlines()[-1:] == [taken], found.stderr
 
 
 def test_the_jobset():
@@ -116,8 +165,17 @@ def test_the_jobset():
     job = {'apiVersion': 'batch/v1', 'kind': 'Job', 'metadata': {'name': 'slice'}, 'spec': slice_['template']['spec']}
     assert job['spec']['parallelism'] == job['spec']['completions'] == 64
     container = job['spec']['template']['spec']['containers'][0]
-    assert container['command'] == ['python', '-m', 'vqvae2_jax.main'] and '--distributed' in container['args']
+    assert container['command'] == ['sh', '-c'] and container['args'][0].endswith('--distributed --job=x x')
+    mounted = {mount['name']: mount['mountPath'] for mount in container['volumeMounts']}
+    (memory,) = [v['name'] for v in job['spec']['template']['spec']['volumes'] if 'emptyDir' in v]
+    assert mounted[memory] == '/dev/shm'
     kubernetes_validate.validate(job, '1.30', strict=True)
+
+
+def test_the_image_is_made_of_files_that_are_there():
+    text = (LAUNCH / 'Dockerfile').read_text()
+    copied = [name for line in re.findall(r'^COPY (.*) \S+$', text, re.MULTILINE) for name in line.split()]
+    assert 'pyproject.toml' in copied and all((LAUNCH.parent / name).exists() for name in copied)
 
 
 def test_local(tmp_path):

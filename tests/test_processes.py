@@ -121,6 +121,7 @@ def test_processes_that_share_rows_of_a_batch_read_the_same(tmp_path):
     one, two = tmp_path / 'one', tmp_path / 'two'
     for workdir, count in ((one, 1), (two, 2)):
         assert end(start(workdir, count, *flags)) == [0] * count, output(workdir)
+    assert output(two).splitlines()[0] == '4 x cpu in 2 processes, parallel.fsdp=4'
     first, second = (Weights(epath.Path(workdir / 'vqvae')).load() for workdir in (one, two))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), first, second)
     logs = [read_metrics(workdir / 'vqvae') for workdir in (one, two)]

@@ -53,6 +53,8 @@ def main(_) -> None:
         workdir = _workdir(config)
         with parallel.use(configs.make_mesh(config, _devices())):
             checks.check(config)
+            if _DISTRIBUTED.value:
+                print(parallel.summary(), flush=True)
             run_job(Run(config, workdir), _JOB.value, _LEVEL.value)
     except (
         configs.ConfigError,

@@ -219,6 +219,12 @@ def start_processes() -> None:
         jax.distributed.initialize()
 
 
+def summary() -> str:
+    """The mesh in words: what is missing in it would train too, only longer."""
+    kinds = ', '.join(sorted({device.device_kind for device in mesh().devices.flat}))
+    return f'{mesh().size} x {kinds} in {processes(mesh())} processes, parallel.fsdp={mesh().shape[FSDP]}'
+
+
 def is_writer() -> bool:
     """True on the one process that writes logs, records and reports."""
     return jax.process_index() == 0
