@@ -104,7 +104,9 @@ def test_a_program_that_goes_on_failing_leaves_the_slice_to_be_looked_at(tpu):
 
 
 def test_a_command_outlives_the_connection_that_started_it(tmp_path):
-    program = f'echo begin; echo . >> {tmp_path}/starts; until [ -f {tmp_path}/go ]; do sleep 0.1; done; echo end; exit 3'
+    program = (
+        f'echo begin; echo . >> {tmp_path}/starts; until [ -f {tmp_path}/go ]; do sleep 0.1; done; echo end; exit 3'
+    )
 
     def call(name):
         command = ['sh', LAUNCH / 'detached.sh', name, 'sh', '-c', program]
@@ -144,15 +146,16 @@ def test_slurm_requeues_what_was_saved(tmp_path):
     assert requeued == 'scontrol 0,1,2,3 requeue 7'
 
 
-def test_a_process_of_slurm_takes_the_gpus_it_is_told_of():
+def test_a_process_of_slurm_takes_the_gpus_it_is_told_of_and_its_signals():
     slurm = {'JOB_ID': str(os.getpid()), 'STEP_NODELIST': 'localhost', 'NTASKS': '1', 'PROCID': '0', 'LOCALID': '0'}
     environment = os.environ | {f'SLURM_{name}': value for name, value in slurm.items()}
-    show = 'from vqvae2_jax import parallel; import jax; parallel.start_processes(); '
-    show += 'print(jax.config.values["jax_cuda_visible_devices"])'
+    show = 'import jax, os, signal; from vqvae2_jax import parallel; parallel.start_processes(); '
+    show += 'print(jax.config.values["jax_cuda_visible_devices"], flush=True); os.kill(os.getpid(), signal.SIGTERM)'
     for given, taken in (({}, '0'), ({'JAX_LOCAL_DEVICE_IDS': '0,1,2,3'}, '0,1,2,3')):
         command = [sys.executable, '-c', show]
         found = subprocess.run(command, env=environment | given, capture_output=True, text=True, cwd=LAUNCH.parent)
         assert found.stdout.splitlines()[-1:] == [taken], found.stderr
+        assert found.returncode == -signal.SIGTERM  # JAX leaves it to us
 
 
 def test_the_jobset():

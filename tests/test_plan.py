@@ -165,6 +165,9 @@ def test_a_slice_that_is_not_there(config, tmp_path, capsys):
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='libtpu is not installed')
 def test_a_process_draws_on_each_chip_where_the_others_cannot_be_left_out(config, tmp_path):
     run = Run(config, epath.Path(tmp_path))
+    for slice_, sizes in (('v6e:4x4', [1] * 4), ('v4:2x2x4', [4])):
+        with parallel.use(parallel.make_mesh(chips.topology_devices(slice_))):
+            assert [mesh.size for mesh in parallel.meshes_alone()] == sizes, slice_
     with parallel.use(parallel.make_mesh(chips.topology_devices('v5e:4x8'))):
         assert parallel.processes(parallel.mesh()) == 8
         alone = parallel.meshes_alone()

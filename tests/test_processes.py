@@ -22,11 +22,14 @@ from vqvae2_jax.jobs import samples
 pytestmark = pytest.mark.slow
 DEVICES = 4  # of all processes together
 # vqvae2_jax.main, but the dead are missed after 20 seconds, not after JAX's 100.
-MAIN = '''
-import functools, runpy, jax
+MAIN = """
+import functools, os, runpy, jax, numpy as np
+from jax.experimental import mesh_utils
 jax.distributed.initialize = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=20)
+if 'INTERLEAVED' in os.environ:  # as in slices of TPUs, neighbours in the mesh belong to two processes
+    mesh_utils.create_device_mesh = lambda shape, devices, **_: np.array(devices).reshape(2, -1).T.reshape(shape)
 runpy.run_module('vqvae2_jax.main', run_name='__main__', alter_sys=True)
-'''
+"""
 SHORT = (
     '--config.data.held_out=(0.9,0.06)',
     '--config.codes.shard_size=3000',
@@ -96,8 +99,8 @@ def test_two_processes_do_every_job_as_one(tmp_path):
     assert 'vqvae' not in output(two, 1)  # one process tells what happens
     assert end(start(one, 1, *SHORT, '--job=vqvae')) == [0], output(one)
 
-    # Sums over the batch are rounded in another order. (Adam makes steps of gradients that are but rounding: other seeds
-    # or images may need more tolerance.)
+    # Sums over the batch are rounded in another order. (Adam makes steps of gradients that are but rounding: with other
+    # seeds or images more differs.)
     first, second = Weights(epath.Path(one / 'vqvae')).load(), Weights(epath.Path(two / 'vqvae')).load()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), first, second)
     logs = [read_metrics(workdir / 'vqvae') for workdir in (one, two)]
@@ -106,9 +109,15 @@ def test_two_processes_do_every_job_as_one(tmp_path):
         for name in a.keys() - {'step', 'time'}:
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
 
-    # By the same weights codes and samples are the same to the bit.
+    # By the same weights codes and samples are the same to the bit, also where two were stopped before.
     again = tmp_path / 'again'
     shutil.copytree(two, again, ignore=shutil.ignore_patterns('codes', 'samples', 'rejection', 'report'))
+    processes = start(again, 2, *SHORT, '--job=codes')
+    while not list(again.glob('codes/*/shard-*')) and processes[0].poll() is None:
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)
+    assert end(processes, 100) == [128 + signal.SIGTERM] * 2, output(again) + output(again, 1)
+    assert not (again / 'codes' / 'test' / 'meta.json').exists()
     for job in ('codes', 'sample'):
         assert end(start(again, 1, *SHORT, f'--job={job}')) == [0], output(again)
     assert len(list((two / 'codes' / 'validation').glob('shard-*'))) == 3
@@ -118,17 +127,23 @@ def test_two_processes_do_every_job_as_one(tmp_path):
     drawn = [samples.take(epath.Path(workdir / 'samples'), index) for workdir in (again, two)]
     assert_equal(*drawn)
     assert (two / 'report' / 'report.html').exists()
+    failing = start(two, 2, *SHORT, '--job=evaluate', '--config.evaluate.inception=nowhere.npz')
+    assert end(failing, 100) == [1, 1] and 'nowhere.npz' in output(two)
 
 
-def test_processes_that_share_rows_of_a_batch_read_the_same(tmp_path):
-    # Six rows do not divide over four devices.
-    flags = ('--job=vqvae', '--config.parallel.fsdp=4', '--config.vqvae.training.batch_size=6')
+@pytest.mark.parametrize('interleaved', [False, True])
+def test_a_batch_is_the_same_wherever_the_rows_of_a_process_are(tmp_path, interleaved, monkeypatch):
+    flags = ('--job=vqvae', '--config.vqvae.training.steps=4')
+    if interleaved:
+        monkeypatch.setenv('INTERLEAVED', '1')
+    else:  # six rows do not divide over four devices: the processes share all of them
+        flags += ('--config.parallel.fsdp=4', '--config.vqvae.training.batch_size=6')
     one, two = tmp_path / 'one', tmp_path / 'two'
     for workdir, count in ((one, 1), (two, 2)):
         assert end(start(workdir, count, *flags)) == [0] * count, output(workdir)
-    assert output(two).splitlines()[0] == '4 x cpu in 2 processes, parallel.fsdp=4'
+    assert output(two).splitlines()[0].startswith('4 x cpu in 2 processes, parallel.fsdp=')
     first, second = (Weights(epath.Path(workdir / 'vqvae')).load() for workdir in (one, two))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), first, second)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), first, second)
     logs = [read_metrics(workdir / 'vqvae') for workdir in (one, two)]
     assert logs[0][0]['train/loss'] == pytest.approx(logs[1][0]['train/loss'], rel=1e-4)
 

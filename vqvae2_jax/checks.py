@@ -112,7 +112,6 @@ def _check_networks(config):
 def _check_training(section, fields):
     path = f'{section}.training'
     parallel.check_batch_size(fields.batch_size, f'{path}.batch_size', parts=fields.accumulate)
-    parallel.part_of_batch(fields.batch_size)  # raises where hosts cannot share it
     _check_ranges(path, vars(fields))
     if section == 'vqvae' and fields.accumulate > 1:
         raise ConfigError(

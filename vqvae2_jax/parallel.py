@@ -129,8 +129,8 @@ def check_batch_size(batch_size: int, field: str, parts: int = 1, own: bool = Fa
 def meshes_alone() -> list[Mesh]:
     """Meshes on which this process works by itself, on all at the same time: one of all its devices, or one of each.
 
-    Of a slice that is not there it is the first process. For slices of v5e from 4x8 on, the TPU compiler takes programs
-    for one chip or for all.
+    Of a slice that is not there it is the first process. For slices of v5e and v6e from 4x4 on, the TPU
+    compiler takes programs for one chip or for all.
     """
     devices = tuple(d for d in mesh().devices.flat if _process_of(d) == jax.process_index())
     return [make_mesh(group) for group in ([devices] if _run_one_program(devices) else zip(devices))]
@@ -138,17 +138,17 @@ def meshes_alone() -> list[Mesh]:
 
 @functools.cache
 def _run_one_program(devices: tuple) -> bool:
-    """Whether these devices run a program together and without all others."""
-    if devices[0].platform == 'tpu' and len(devices) > 1:
-        with use(make_mesh(devices)):
-            x = jax.ShapeDtypeStruct((len(devices),), np.float32, sharding=split_batch())
-        try:
-            jax.jit(lambda x: x + 1).lower(x).compile()
-        except jax.errors.JaxRuntimeError as error:
-            if 'all slice devices' not in str(error):  # the compiler's own words; it has no code for this
-                raise
-            return False
-    return True
+    """Whether the devices of each process run a program together and without all others; all processes ask together."""
+    if devices[0].platform != 'tpu' or len(devices) == 1:
+        return True
+    with use(make_mesh(devices)):
+        x = jax.ShapeDtypeStruct((len(devices),), np.float32, sharding=split_batch())
+    try:
+        jax.jit(lambda x: x.sum()).lower(x).compile()  # on some slices programs do that do not communicate
+        refused = False
+    except jax.errors.JaxRuntimeError:
+        refused = True
+    return not any_process(refused)
 
 
 @functools.cache
@@ -167,38 +167,32 @@ def _process_of(device):
     return _imagined_process.get(device, device.process_index)
 
 
-def part_of_batch(rows: int) -> tuple[int, int]:
-    """Which of how many equal parts of a batch this process reads: (index, count).
+def own_rows(rows: int) -> np.ndarray:
+    """Which rows of a batch of so many this process reads: int, ascending.
 
-    There are as many as processes, unless processes share rows: where these are cut over `data` alone and the devices
-    along `fsdp` belong to several, all of those read the same part.
-
-    Raises:
-      ValueError: two processes share a part of their rows.
+    Those of its devices, wherever these lie in the mesh, so that any number of processes trains on the same batch.
+    Where it is cut over `data` alone and the devices along `fsdp` belong to several processes, these share rows.
     """
-    cut_at: dict[int, set[int]] = {}
-    for device, (rows_of_device,) in split_batch(rows).devices_indices_map((rows,)).items():
-        cut_at.setdefault(_process_of(device), set()).add(rows_of_device.start or 0)
-    parts = sorted({tuple(sorted(starts)) for starts in cut_at.values()})
-    if len({start for part in parts for start in part}) < sum(map(len, parts)):
-        raise ValueError(
-            f'parallel.fsdp is {mesh().shape[FSDP]}: with a batch of {rows}, hosts would share a part of their rows: '
-            f'choose a multiple of {mesh().size} for the batch, or another fsdp'
-        )
-    return parts.index(tuple(sorted(cut_at[jax.process_index()]))), len(parts)
+    parts = split_batch(rows).addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[part] for part in parts]))
 
 
 def put_batch(batch: dict[str, np.ndarray], rows: int | None = None) -> dict[str, jax.Array]:
-    """This process's part (`part_of_batch`) of a batch of so many rows, on the devices as one global array per entry.
+    """This process's rows of a batch of so many (`own_rows`), on the devices as one global array per entry.
 
-    Without `rows` the processes of the mesh share none.
+    Without `rows` it has all.
     """
-    rows = rows or processes(mesh()) * len(next(iter(batch.values())))
-    layout = split_batch(rows)
-    return {
-        name: jax.make_array_from_process_local_data(layout, value, (rows, *value.shape[1:]))
-        for name, value in batch.items()
-    }
+    rows = rows or len(next(iter(batch.values())))
+    layout, own = split_batch(rows), own_rows(rows)
+
+    def put(values):
+        def part(index):
+            start, stop, _ = index[0].indices(rows)
+            return values[slice(*np.searchsorted(own, (start, stop)))]
+
+        return jax.make_array_from_callback((rows, *values.shape[1:]), layout, part)
+
+    return {name: put(values) for name, values in batch.items()}
 
 
 def put_flag(flag: bool) -> jax.Array:
@@ -212,11 +206,10 @@ def start_processes() -> None:
     Cloud TPU, Slurm, Open MPI and Kubernetes say how many there are. Elsewhere the environment does:
     JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
+    jax.config.update('jax_enable_preemption_service', False)  # it takes SIGTERM away from io/interrupt.py
     count, index = os.environ.get('JAX_NUM_PROCESSES'), os.environ.get('JAX_PROCESS_ID')
-    if count and index:
-        jax.distributed.initialize(num_processes=int(count), process_id=int(index))
-    else:
-        jax.distributed.initialize()
+    known = {'num_processes': int(count), 'process_id': int(index)} if count and index else {}
+    jax.distributed.initialize(shutdown_timeout_seconds=60, **known)  # how long one that failed waits for the others
 
 
 def summary() -> str:
@@ -245,14 +238,28 @@ def in_turn(functions: Sequence[Callable], items: Iterable) -> Iterator[tuple]:
     yield from started
 
 
+def highest(number: int) -> int:
+    """The highest of all processes' numbers; waits for all of them."""
+    return int(np.max(multihost_utils.process_allgather(np.array(number)))) if jax.process_count() > 1 else number
+
+
 def any_process(flag: bool) -> bool:
     """Whether the flag is true on any process; waits for all of them."""
-    return bool(np.any(multihost_utils.process_allgather(np.array(bool(flag))))) if jax.process_count() > 1 else flag
+    return highest(int(flag)) > 0
 
 
 def on_writer(work: Callable[[], None]) -> None:
-    """What one process does, on the first of `meshes_alone`, while the others wait."""
+    """What one process does, on the first of `meshes_alone`, while the others wait; they end too where it fails."""
+    error = None
     if is_writer():
-        with use(meshes_alone()[0]):
-            work()
-    any_process(False)
+        try:
+            with use(meshes_alone()[0]):
+                work()
+        except BaseException as raised:  # noqa: BLE001 it is raised below, when the others have heard of it
+            error = raised
+    code = getattr(error, 'code', 1)  # of SystemExit
+    status = highest(0 if error is None else code if isinstance(code, int) else 1)
+    if error is not None:
+        raise error
+    if status:
+        raise SystemExit(status)

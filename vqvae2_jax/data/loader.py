@@ -2,15 +2,17 @@
 
 Batch number k is a pure function of (source, seed, k). So an iterator's whole state is the number of batches it has
 handed out, and a restored one continues exactly, even with another number of worker processes. Nor does the global
-batch depend on the number of processes (hosts): process p of P gets its rows [p*b, (p+1)*b), b = batch_size / P.
+batch depend on the number of processes (hosts): each says which of its rows it wants.
 
 Unreadable examples (source.on_error == 'skip') do not shift this: each is replaced by the next readable one, which in
 training means that a neighbour is seen once more, and in evaluation is masked out.
 """
 
+import contextlib
 import gc
 import os
 import signal
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -30,8 +32,7 @@ def train_batches(
     flip: bool = False,
     crop: bool = False,
     workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     skip_log: str | None = None,
 ) -> 'BatchIterator':
     """Endless batches, reshuffled every epoch; an epoch's end does not end a batch.
@@ -43,23 +44,22 @@ def train_batches(
       flip: mirror half of the images.
       crop: crop each image at a random place (source.read, see decode.CROP_ZOOM).
       workers: grain worker processes; 0 reads in threads.
-      process_index, process_count: which rows of the global batch are wanted.
+      rows: of the global batch, those that are wanted, ascending; None: all.
       skip_log: file that the names of unreadable examples are appended to; see read_skipped.
 
     Returns:
-      A grain.DatasetIterator over dicts of arrays [batch_size / process_count, ...]. get_state() is a JSON-able dict to
+      A grain.DatasetIterator over dicts of arrays [rows, ...]. get_state() is a JSON-able dict to
       go on from. Close it when done if workers > 0.
 
     Raises:
-      ValueError: an empty source, a batch size that does not divide, or augmentation of a source without images.
+      ValueError: an empty source, rows that the batch has not, or augmentation of a source without images.
     """
-    rows = _local_rows(batch_size, process_index, process_count)
+    rows = _checked_rows(rows, batch_size)
     reader = _Reader(source, skip_log, flip, crop)
     examples = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     # Augmentation is drawn by position in the endless sequence, hence anew in each epoch.
     examples = examples.random_map(reader.augmented) if flip or crop else examples.map(reader.plain)
-    local_batches = examples.batch(rows, drop_remainder=True, batch_fn=_stack)
-    return BatchIterator(local_batches[process_index::process_count], workers)
+    return BatchIterator(grain.MapDataset.source(_TrainBatches(examples, batch_size, rows)), workers)
 
 
 def eval_batches(
@@ -69,8 +69,7 @@ def eval_batches(
     start: int = 0,
     stop: int | None = None,
     workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     skip_log: str | None = None,
 ) -> 'BatchIterator':
     """source[start:stop] once, in order, in batches that are all full.
@@ -80,22 +79,44 @@ def eval_batches(
       batch_size: the global one.
       start: first example.
       stop: one past the last example; None is the end of the source.
-      workers, process_index, process_count, skip_log: as in train_batches. Every process yields equally many batches.
+      workers, rows, skip_log: as in train_batches. The number of batches does not depend on the rows.
 
     Returns:
-      An iterator over dicts of arrays [batch_size / process_count, ...] with 'mask': bool [batch_size / process_count],
-      False where an example was repeated to fill the last batch, or stands in for an unreadable one.
+      An iterator over dicts of arrays [rows, ...] with 'mask': bool [rows], False where an example was repeated to fill
+      the last batch, or stands in for an unreadable one.
 
     Raises:
-      ValueError: an empty source, a range outside of it, or a batch size that does not divide.
+      ValueError: an empty source, a range outside of it, or rows that the batch has not.
     """
-    rows = _local_rows(batch_size, process_index, process_count)
+    rows = _checked_rows(rows, batch_size)
     reader = _Reader(source, skip_log)
     stop = len(source) if stop is None else stop
     if not 0 <= start <= stop <= len(source):
         raise ValueError(f'start={start}, stop={stop}: not a range within the {len(source)} examples of the source.')
-    batches = _EvalBatches(reader, start, stop, batch_size, slice(process_index * rows, (process_index + 1) * rows))
-    return BatchIterator(grain.MapDataset.source(batches), workers)
+    return BatchIterator(grain.MapDataset.source(_EvalBatches(reader, start, stop, batch_size, rows)), workers)
+
+
+def read_next(batches: 'BatchIterator', stopped: Callable[[], int]) -> dict[str, np.ndarray]:
+    """The next batch, also where a signal to the whole process group has ended the workers that were reading it.
+
+    Whoever was `stopped` has to finish what is begun: other processes wait for their part of a batch.
+    """
+    try:
+        return next(batches)
+    except StopIteration:
+        raise
+    except Exception:
+        if not stopped():
+            raise
+    batches.without_workers()
+    return next(batches)
+
+
+def read_all(batches: 'BatchIterator', stopped: Callable[[], int]) -> Iterator[dict[str, np.ndarray]]:
+    """All that are left, each as in `read_next`."""
+    with contextlib.suppress(StopIteration):
+        while True:
+            yield read_next(batches, stopped)
 
 
 def read_skipped(skip_log: str) -> list[str]:
@@ -150,8 +171,9 @@ class BatchIterator(grain.DatasetIterator):
                 flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, which nobody parses in a notebook or a test.
             dataset = remaining.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_WORKER_BUFFER)
-            self._reading = iter(dataset.mp_prefetch(options, _leave_ctrl_c_to_the_parent if workers else None))
-            self._reading.start_prefetch()
+            with _without_sigterm() if workers else contextlib.nullcontext():
+                self._reading = iter(dataset.mp_prefetch(options, _prepare_worker if workers else None))
+                self._reading.start_prefetch()
 
     def without_workers(self) -> None:
         """Goes on reading in threads of this process, for when its worker processes were ended."""
@@ -171,12 +193,23 @@ class BatchIterator(grain.DatasetIterator):
                 gc.collect()  # Grain leaves its last batches in reference cycles, and with them shared memory.
 
 
-def _leave_ctrl_c_to_the_parent(worker: int, workers: int):
+@contextlib.contextmanager
+def _without_sigterm():
+    """Spares SIGTERM to threads and processes that start within: who starts a worker waits for ever where it dies."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _prepare_worker(worker: int, workers: int):
     """Run in each worker process: a terminal sends Ctrl-C to all, but the parent still has to save and to close them.
 
     SIGTERM is not ignored, as Python ends daemonic processes by it when it exits, and then waits for them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 class _Reader:
@@ -234,24 +267,39 @@ class _Reader:
                 file.write(line.encode('utf-8', 'surrogateescape'))
 
 
-class _EvalBatches:
-    """The full batches over examples start..stop as a random-access sequence; of each only the rows `local`."""
+class _TrainBatches:
+    """An endless sequence of examples as a random-access sequence of batches; of each only the rows wanted."""
 
-    def __init__(self, reader: _Reader, start: int, stop: int, batch_size: int, local: slice):
+    def __init__(self, examples: grain.MapDataset, batch_size: int, rows: Sequence[int]):
+        self._examples = examples
+        self._batch_size = batch_size
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._examples) // self._batch_size
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        return _stack([self._examples[number * self._batch_size + row] for row in self._rows])
+
+
+class _EvalBatches:
+    """The full batches over examples start..stop as a random-access sequence; of each only the rows wanted."""
+
+    def __init__(self, reader: _Reader, start: int, stop: int, batch_size: int, rows: Sequence[int]):
         self._reader = reader
         self._range = range(start, stop)
         self._batch_size = batch_size
-        self._local = local
+        self._rows = rows
 
     def __len__(self) -> int:
         return -(-len(self._range) // self._batch_size)
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        wanted = self._range[number * self._batch_size :][self._local]
+        batch = self._range[number * self._batch_size :]
+        wanted = [batch[row] for row in self._rows if row < len(batch)]
         read = [self._reader.readable(index) for index in wanted] or [self._reader.readable(self._range[-1])]
-        rows = self._local.stop - self._local.start
-        examples = [example for example, _ in read] + [read[-1][0]] * (rows - len(read))
-        mask = np.zeros(rows, bool)
+        examples = [example for example, _ in read] + [read[-1][0]] * (len(self._rows) - len(read))
+        mask = np.zeros(len(self._rows), bool)
         mask[: len(wanted)] = [as_asked for _, as_asked in read][: len(wanted)]
         return _stack(examples) | {'mask': mask}
 
@@ -260,9 +308,10 @@ def _stack(examples: list[dict]) -> dict[str, np.ndarray]:
     return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
-def _local_rows(batch_size: int, process_index: int, process_count: int) -> int:
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f'batch_size={batch_size} must be a positive multiple of process_count={process_count}.')
-    if not 0 <= process_index < process_count:
-        raise ValueError(f'process_index={process_index} must be in [0, {process_count}).')
-    return batch_size // process_count
+def _checked_rows(rows: Sequence[int] | None, batch_size: int) -> list[int]:
+    if batch_size < 1:
+        raise ValueError(f'batch_size={batch_size} must be positive.')
+    rows = list(range(batch_size)) if rows is None else [int(row) for row in rows]
+    if not rows or rows != sorted(set(rows)) or rows[0] < 0 or rows[-1] >= batch_size:
+        raise ValueError(f'rows={rows} must be some of 0 to {batch_size - 1}, ascending.')
+    return rows

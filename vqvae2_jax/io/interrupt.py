@@ -5,9 +5,17 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 
+from vqvae2_jax import parallel
+
 
 class Interrupted(SystemExit):
     """The work was saved and stops here; the same command continues it. The process ends with 128 + the signal."""
+
+
+def leave_together(stopped: Callable[[], int]) -> None:
+    """Raises `Interrupted` on all processes where a signal came to any of them; all call this together."""
+    if received := parallel.highest(stopped()):
+        raise Interrupted(128 + received)
 
 
 @contextlib.contextmanager

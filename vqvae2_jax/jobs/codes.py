@@ -9,9 +9,9 @@ from vqvae2_jax import config as configs
 from vqvae2_jax import parallel
 from vqvae2_jax.data import codes as store
 from vqvae2_jax.data.images import SPLITS
-from vqvae2_jax.data.loader import eval_batches
+from vqvae2_jax.data.loader import eval_batches, read_all
 from vqvae2_jax.io import provenance
-from vqvae2_jax.io.interrupt import stop_signals
+from vqvae2_jax.io.interrupt import leave_together, stop_signals
 from vqvae2_jax.jobs import workdir
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.models.vqvae import map_shapes
@@ -29,6 +29,7 @@ def extract(run: Run) -> None:
     with stop_signals() as stopped:
         for split in SPLITS:
             _extract_split(run, split, encoders, trained.digest, stopped)
+        leave_together(stopped)
 
 
 def _encoder_on(mesh, model, trained):
@@ -105,7 +106,8 @@ def _extract_split(run, split, encoders, digest, stopped):
         limits = {'start': shard * size, 'stop': min((shard + 1) * size, len(source))}
         batches = eval_batches(source, batch_size=config.codes.batch_size, **limits, **run.reading())
         sizes = (config.vqvae.codebook_size,) * len(run.levels)
-        count = store.write_shard(store.shard_path(directory, shard, shards), _encoded(encoders, batches), sizes)
+        encoded = _encoded(encoders, read_all(batches, stopped))
+        count = store.write_shard(store.shard_path(directory, shard, shards), encoded, sizes)
         rate = f'{count / (time.perf_counter() - begin):.3g} images/s'
         print(f'codes {split}: shard {shard + 1} of {shards}, {count} images, {rate}', flush=True)
     stopping = parallel.any_process(stopped() > 0)

@@ -28,7 +28,7 @@ def write_likelihood(run: Run) -> None:
     known = not options.path and bool(run.config.data.num_classes)  # a folder's images may be of any class
     measure = make_likelihood(run, known)
     rows = []
-    for batch in eval_batches(source, batch_size=run.config.codes.batch_size, **run.reading()):
+    for batch in eval_batches(source, batch_size=run.config.sample.batch_size, **run.reading()):
         inputs = parallel.put_batch({name: batch[name] for name in ('image', 'label')})
         nats = -np.asarray(measure(inputs['image'], inputs['label']), np.float64)  # [L, B]
         for i in np.flatnonzero(batch['mask']):

@@ -36,7 +36,7 @@ def look(run: Run, network: Network | None) -> Seen:
     """
     options = configs.options(run.config, 'evaluate')
     trained, stage = workdir.load_vqvae(run), stages.vqvae_stage(run)
-    batch_size = run.config.vqvae.training.batch_size
+    batch_size = run.config.sample.batch_size  # one process does this, on as many devices as it draws on
 
     def show(weights, images):
         rows = stage.show(*weights, {'image': images})
@@ -83,7 +83,7 @@ def _reconstruction(run: Run, stage, trained, split) -> dict:
     def summary(split, count=None):
         source = run.images(split)
         stop = min(count or len(source), len(source))
-        batches = eval_batches(source, batch_size=config.vqvae.training.batch_size, stop=stop, **run.reading())
+        batches = eval_batches(source, batch_size=config.sample.batch_size, stop=stop, **run.reading())
         return evaluation(trained.params, trained.variables, batches)
 
     held_out, train = summary(split), summary('train', _TRAIN_EXAMPLES)
@@ -121,11 +121,10 @@ def likelihood(run: Run, split: str) -> dict:
     levels, shapes = {}, []
     for level, (name, prior) in enumerate(zip(run.levels, workdir.load_priors(run), strict=True)):
         stage = stages.prior_stage(run, level, show=False)
-        batch_size = run.config.prior[name].training.batch_size
         evaluation = make_evaluation(stage)
 
-        def nll(source, count, evaluation=evaluation, prior=prior, batch_size=batch_size):
-            batches = eval_batches(source, batch_size=batch_size, stop=count)
+        def nll(source, count, evaluation=evaluation, prior=prior):
+            batches = eval_batches(source, batch_size=run.config.sample.batch_size, stop=count)
             return evaluation(prior.params, prior.variables, batches)['nll']
 
         key = f'codes_{level}'

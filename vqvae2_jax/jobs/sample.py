@@ -14,7 +14,7 @@ import numpy as np
 from vqvae2_jax import config as configs
 from vqvae2_jax import parallel
 from vqvae2_jax.io import pictures, provenance
-from vqvae2_jax.io.interrupt import stop_signals
+from vqvae2_jax.io.interrupt import leave_together, stop_signals
 from vqvae2_jax.io.logging import format_duration
 from vqvae2_jax.jobs import samples, workdir
 from vqvae2_jax.jobs.workdir import Run
@@ -41,8 +41,8 @@ def draw_samples(run: Run) -> None:
             (directory / 'samples.png').unlink(missing_ok=True)  # written last: where it is, nothing is missing
             provenance.write_json(directory / 'meta.json', meta)
         _draw(run, samplers, directory, [r for r in parallel.share(ranges) if r in missing], stopped)
-        stopping = parallel.any_process(stopped() > 0)
-    if parallel.is_writer() and not stopping:
+        leave_together(stopped)
+    if parallel.is_writer():
         samples.remove_others(directory, ranges)
         _picture(run, directory)
 

@@ -147,8 +147,7 @@ def image_data(run: Run, section: str, train=None, validation=None, **augment) -
 def _data(run: Run, section: str, source, validation, reading, **augment) -> Data:
     training = configs.training(run.config, section)
     stop = min(training.eval_examples or len(validation), len(validation))
-    index, count = parallel.part_of_batch(training.batch_size)
-    shared = {'batch_size': training.batch_size, 'process_index': index, 'process_count': count, **reading}
+    shared = {'batch_size': training.batch_size, 'rows': parallel.own_rows(training.batch_size), **reading}
     return Data(
         train=train_batches(source, seed=run.config.seed, **augment, **shared),
         held_out=lambda: eval_batches(validation, stop=stop, **shared),

@@ -18,6 +18,7 @@ import optax
 
 from vqvae2_jax import optim, parallel
 from vqvae2_jax import state as train_state
+from vqvae2_jax.data.loader import read_all, read_next
 from vqvae2_jax.io import pictures
 from vqvae2_jax.io.checkpoint import Checkpoints, Weights
 from vqvae2_jax.io.interrupt import Interrupted, stop_signals
@@ -89,7 +90,7 @@ class _Loop:
     def run(self, state, step, unlogged, stopped):
         training, window, previous = self.training, _Window(unlogged), None
         while step < training.steps and not self.stopping:
-            batch = _next(self.data.train, stopped)
+            batch = read_next(self.data.train, stopped)
             batch = parallel.put_batch(batch, training.batch_size) | {STOP: parallel.put_flag(bool(stopped()))}
             state, metrics = self.train_step(state, batch)
             step += 1
@@ -122,7 +123,7 @@ class _Loop:
         training = self.training
         if last or _due(step, training.eval_every):
             with contextlib.closing(self.data.held_out()) as batches:
-                summary = self.evaluate(state.ema_params, state.variables, _all(batches, stopped))
+                summary = self.evaluate(state.ema_params, state.variables, read_all(batches, stopped))
             self.log.write(step, 'validation', summary)
             # Equal counts as better, so that a run resumed from before its best step keeps the weights it finds again.
             select = self.stage.select
@@ -136,32 +137,12 @@ class _Loop:
 
     def _show(self, weights, step, stopped):
         with contextlib.closing(self.data.held_out()) as batches:
-            batch = {name: jnp.asarray(rows[:_SHOWN]) for name, rows in _next(batches, stopped).items()}
+            batch = {name: jnp.asarray(rows[:_SHOWN]) for name, rows in read_next(batches, stopped).items()}
         rows = [
             (name, np.asarray(to_uint8(images)))
             for name, images in zip(self.stage.shown, self.show(*weights, batch), strict=True)
         ]
         self.log.image(step, 'held_out', pictures.labelled_rows(rows, scale=pictures.visible_scale(rows[0][1])))
-
-
-def _next(batches, stopped):
-    """The next batch, also where a signal to the whole process group has ended the workers that were reading it."""
-    try:
-        return next(batches)
-    except StopIteration:
-        raise
-    except Exception:
-        if not stopped():
-            raise
-    # Other processes wait for this one's part of the batch: it cannot just stop here.
-    batches.without_workers()
-    return next(batches)
-
-
-def _all(batches, stopped):
-    with contextlib.suppress(StopIteration):
-        while True:
-            yield _next(batches, stopped)
 
 
 class _Window:
