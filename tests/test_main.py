@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from etils import epath
@@ -105,3 +106,21 @@ def test_a_signal_to_the_whole_group_with_workers_saves(tmp_path, stop_signal):
     assert 20 <= step < 200 and Checkpoints(tmp_path / 'run' / 'vqvae').latest_step() == step
     if stop_signal == signal.SIGINT:
         assert 'Worker process' not in output and 'KeyboardInterrupt' not in output, output
+
+
+def test_a_signal_to_the_whole_group_while_workers_start_stops_all(run):
+    run.path('codes').rmtree()
+    flags = ['--config.data.held_out=(0.9,0.06)', '--config.data.workers=1', '--config.codes.shard_size=1000']
+    process = start(
+        '--config=configs/tiny.py', *flags, f'--workdir={run.workdir}', '--job=codes', start_new_session=True
+    )
+    try:
+        for line in process.stdout:
+            if line.startswith('codes validation: shard 1'):
+                time.sleep(1.5)  # workers for the second are on their way
+                os.killpg(process.pid, signal.SIGTERM)
+                break
+        output = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, output

@@ -145,7 +145,8 @@ class BatchIterator(grain.DatasetIterator):
             self._stop_reading()
             raise StopIteration
         self.start_prefetch()
-        batch = next(self._reading)
+        with _without_sigterm() if self._workers else contextlib.nullcontext():  # Grain starts workers when asked, too.
+            batch = next(self._reading)
         self._next_batch += 1
         if self._workers:  # Out of the workers' shared memory, which is scarce and must not outlive them.
             batch = {name: np.array(values) for name, values in batch.items()}
