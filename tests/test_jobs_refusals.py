@@ -214,6 +214,8 @@ def test_evaluation_opens_each_split_once_and_ends_its_readers(run, monkeypatch)
     loads = results_of(monkeypatch, Weights, 'load')
     opened = results_of(monkeypatch, images, 'open_images')
     readers = [results_of(monkeypatch, module, 'eval_batches') for module in (measure, cas, report)]
+    for section in (run.config.vqvae, run.config.prior.top):
+        section.training.batch_size = 6  # eight devices may have shared it by fsdp; here one process judges alone
     run_job(run, 'evaluate')
     assert len(opened) == 3
     assert len(loads) == 7  # stage 1, two priors, the judge; the three classifiers of CAS
