@@ -9,6 +9,7 @@ shift
 
 mkdir -p .detached
 if mkdir "$run" 2>/dev/null; then
+  : >"$run/log"
   # shellcheck disable=SC2016 # expanded by the inner shell
   setsid sh -c 'run=$0; "$@" >"$run/log" 2>&1 & echo $! >"$run/pid"; wait $!; echo $? >"$run/status"' "$run" "$@" \
     </dev/null >/dev/null 2>&1 &

@@ -39,13 +39,13 @@ install() {
 }
 
 main() {
-  stop && on_all_hosts "cd vqvae2_jax && sh launch/detached.sh $(date +%s) .venv/bin/python -m vqvae2_jax.main \
+  on_all_hosts "cd vqvae2_jax && sh launch/detached.sh $(date +%s) .venv/bin/python -m vqvae2_jax.main \
     --config=$CONFIG --workdir=$WORKDIR --distributed$(quoted "$@")"
 }
 
 run() {
   failures=0
-  until [ "$(state)" = READY ] && install && main "$@"; do
+  until [ "$(state)" = READY ] && stop && install && main "$@"; do
     case $(state) in
       READY) failures=$((failures + 1)) && [ $failures -lt "$ATTEMPTS" ] || exit 1 ;; # not preempted: it stays
       '') failures=0 && create || true ;; # the training goes on from its last checkpoint

@@ -1,7 +1,10 @@
 """Batches: deterministic, resumable, the same however many workers and hosts; nothing lost in evaluation."""
 
 import multiprocessing
+import pathlib
 import re
+import subprocess
+import sys
 import time
 
 import grain
@@ -10,6 +13,8 @@ import pytest
 
 from vqvae2_jax.data.images import ImageSpec, open_images
 from vqvae2_jax.data.loader import BatchIterator, eval_batches, train_batches
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 WORKERS = [0, pytest.param(2, marks=pytest.mark.slow)]
 
@@ -147,6 +152,31 @@ def test_worker_processes(fashion):
     while set(multiprocessing.active_children()) - before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not set(multiprocessing.active_children()) - before
+
+
+WATCHED = """
+import signal
+from multiprocessing.context import SpawnProcess
+from vqvae2_jax.data.loader import eval_batches
+
+start = SpawnProcess.start
+def watched(process):
+    print(signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []), flush=True)
+    start(process)
+SpawnProcess.start = watched
+
+class Source:
+    __len__ = lambda _: 4
+    __getitem__ = lambda _, index: {'index': index}
+
+assert len(list(eval_batches(Source(), batch_size=2, workers=1))) == 2
+"""
+
+
+def test_workers_start_where_sigterm_waits():
+    """Who starts a worker that dies meanwhile waits for ever. In a process of its own: the first start is special."""
+    found = subprocess.run([sys.executable, '-c', WATCHED], capture_output=True, text=True, cwd=ROOT)
+    assert found.stdout == 'True\n', found.stderr
 
 
 @pytest.mark.parametrize('count', [24, 25])

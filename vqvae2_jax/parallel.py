@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -145,10 +146,11 @@ def _run_one_program(devices: tuple) -> bool:
         x = jax.ShapeDtypeStruct((len(devices),), np.float32, sharding=split_batch())
     try:
         jax.jit(lambda x: x.sum()).lower(x).compile()  # on some slices programs do that do not communicate
-        refused = False
-    except jax.errors.JaxRuntimeError:
-        refused = True
-    return not any_process(refused)
+        refused = ''
+    except jax.errors.JaxRuntimeError as error:  # the words differ, and the compiler has no code for this
+        refused = str(error).splitlines()[0]
+        print(f'the devices of one process take turns, as they run no program together: {refused}', file=sys.stderr)
+    return not any_process(bool(refused))
 
 
 @functools.cache
@@ -257,8 +259,8 @@ def on_writer(work: Callable[[], None]) -> None:
                 work()
         except BaseException as raised:  # noqa: BLE001 it is raised below, when the others have heard of it
             error = raised
-    code = getattr(error, 'code', 1)  # of SystemExit
-    status = highest(0 if error is None else code if isinstance(code, int) else 1)
+    code = error.code if isinstance(error, SystemExit) else 1
+    status = highest(0 if error is None else code if isinstance(code, int) and code else 1)
     if error is not None:
         raise error
     if status:

@@ -13,6 +13,7 @@ import gc
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 
 import grain
 import numpy as np
@@ -197,6 +198,7 @@ class BatchIterator(grain.DatasetIterator):
 @contextlib.contextmanager
 def _without_sigterm():
     """Spares SIGTERM to threads and processes that start within: who starts a worker waits for ever where it dies."""
+    resource_tracker.ensure_running()  # workers would start it, and its start unblocks SIGTERM
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield

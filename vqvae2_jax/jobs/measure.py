@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from vqvae2_jax import config as configs
+from vqvae2_jax import parallel
 from vqvae2_jax.data.codes import CodeSource
 from vqvae2_jax.data.loader import eval_batches
 from vqvae2_jax.jobs import quality, reject, sample, samples, stages, workdir
@@ -79,12 +81,13 @@ def _compare(network, real, generated) -> dict:
 def _reconstruction(run: Run, stage, trained, split) -> dict:
     config = run.config
     evaluation = make_evaluation(stage)
+    weights = jax.device_put((trained.params, trained.variables), parallel.replicated())
 
     def summary(split, count=None):
         source = run.images(split)
         stop = min(count or len(source), len(source))
         batches = eval_batches(source, batch_size=config.sample.batch_size, stop=stop, **run.reading())
-        return evaluation(trained.params, trained.variables, batches)
+        return evaluation(*weights, batches)
 
     held_out, train = summary(split), summary('train', _TRAIN_EXAMPLES)
     shapes = map_shapes(config.data.image_size, config.vqvae.factors)
@@ -122,10 +125,11 @@ def likelihood(run: Run, split: str) -> dict:
     for level, (name, prior) in enumerate(zip(run.levels, workdir.load_priors(run), strict=True)):
         stage = stages.prior_stage(run, level, show=False)
         evaluation = make_evaluation(stage)
+        weights = jax.device_put((prior.params, prior.variables), parallel.replicated())  # once, not for every batch
 
-        def nll(source, count, evaluation=evaluation, prior=prior):
+        def nll(source, count, evaluation=evaluation, weights=weights):
             batches = eval_batches(source, batch_size=run.config.sample.batch_size, stop=count)
-            return evaluation(prior.params, prior.variables, batches)['nll']
+            return evaluation(*weights, batches)['nll']
 
         key = f'codes_{level}'
         shapes.append(held_out_codes[key].shape[1:])
