@@ -133,7 +133,8 @@ def test_two_processes_do_every_job_as_one(tmp_path):
 
 @pytest.mark.parametrize('interleaved', [False, True])
 def test_a_batch_is_the_same_wherever_the_rows_of_a_process_are(tmp_path, interleaved, monkeypatch):
-    flags = ('--job=vqvae', '--config.vqvae.training.steps=4')
+    # One step: further ones make much of what is but rounded otherwise.
+    flags = ('--job=vqvae', '--config.vqvae.training.steps=1', '--config.vqvae.training.warmup_steps=0')
     if interleaved:
         monkeypatch.setenv('INTERLEAVED', '1')
     else:  # six rows do not divide over four devices: the processes share all of them
@@ -142,8 +143,8 @@ def test_a_batch_is_the_same_wherever_the_rows_of_a_process_are(tmp_path, interl
     for workdir, count in ((one, 1), (two, 2)):
         assert end(start(workdir, count, *flags)) == [0] * count, output(workdir)
     assert output(two).splitlines()[0].startswith('4 x cpu in 2 processes, parallel.fsdp=')
-    first, second = (Weights(epath.Path(workdir / 'vqvae')).load() for workdir in (one, two))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), first, second)
+    first, second = (Weights(epath.Path(workdir / 'vqvae')).load()['variables'] for workdir in (one, two))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), first, second)
     logs = [read_metrics(workdir / 'vqvae') for workdir in (one, two)]
     assert logs[0][0]['train/loss'] == pytest.approx(logs[1][0]['train/loss'], rel=1e-4)
 
