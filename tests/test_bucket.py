@@ -48,7 +48,8 @@ def test_a_whole_run_on_a_bucket_equals_a_local_one(gcs, finished, config, capsy
     capsys.readouterr()
     before = {name: generation for name, (_, generation) in gcs.objects.items() if 'weights' in name}
     del gcs.objects['runs/tiny/vqvae/trained.json']
-    run_job(run, 'vqvae')  # goes on from its last checkpoint, and finds everything done
+    for job in ('vqvae', 'codes', 'prior', 'classifier', 'sample', 'reject', 'cas'):
+        run_job(run, job)  # stage 1 goes on from its last checkpoint; everything is found done
     assert 'vqvae: continuing from step 8' in capsys.readouterr().out
     assert before == {name: generation for name, (_, generation) in gcs.objects.items() if 'weights' in name}
 

@@ -130,8 +130,8 @@ def check_batch_size(batch_size: int, field: str, parts: int = 1, own: bool = Fa
 def meshes_alone() -> list[Mesh]:
     """Meshes on which this process works by itself, on all at the same time: one of all its devices, or one of each.
 
-    Of a slice that is not there it is the first process. For slices of v5e and v6e from 4x4 on, the TPU
-    compiler takes programs for one chip or for all.
+    Of a slice that is not there it is the first process. For slices of v5e and v6e from 4x4 on, the TPU compiler takes
+    programs for one chip or for all.
     """
     devices = tuple(d for d in mesh().devices.flat if _process_of(d) == jax.process_index())
     return [make_mesh(group) for group in ([devices] if _run_one_program(devices) else zip(devices))]
@@ -230,6 +230,15 @@ def share(items: Sequence) -> list:
     return list(items)[jax.process_index() :: jax.process_count()]
 
 
+def on_each_alone(make: Callable[[], Callable]) -> list[Callable]:
+    """What `make` returns on each of `meshes_alone`: functions that put arrays there, and run there, when called."""
+    functions = []
+    for chosen in meshes_alone():
+        with use(chosen):
+            functions.append(use(chosen)(make()))
+    return functions
+
+
 def in_turn(functions: Sequence[Callable], items: Iterable) -> Iterator[tuple]:
     """(item, result) of all items in order. Functions take turns; each starts its next before its last is awaited."""
     started = collections.deque()
@@ -252,15 +261,16 @@ def any_process(flag: bool) -> bool:
 
 def on_writer(work: Callable[[], None]) -> None:
     """What one process does, on the first of `meshes_alone`, while the others wait; they end too where it fails."""
-    error = None
+    error, status = None, 0
     if is_writer():
         try:
             with use(meshes_alone()[0]):
                 work()
         except BaseException as raised:  # noqa: BLE001 it is raised below, when the others have heard of it
-            error = raised
-    code = error.code if isinstance(error, SystemExit) else 1
-    status = highest(0 if error is None else code if isinstance(code, int) and code else 1)
+            error, status = raised, 1
+            if isinstance(raised, SystemExit) and raised.code in range(1, 256):
+                status = raised.code
+    status = highest(status)
     if error is not None:
         raise error
     if status:

@@ -49,8 +49,8 @@ def train_batches(
       skip_log: file that the names of unreadable examples are appended to; see read_skipped.
 
     Returns:
-      A grain.DatasetIterator over dicts of arrays [rows, ...]. get_state() is a JSON-able dict to
-      go on from. Close it when done if workers > 0.
+      A grain.DatasetIterator over dicts of arrays [rows, ...]. get_state() is a JSON-able dict to go on from. Close it
+      when done if workers > 0.
 
     Raises:
       ValueError: an empty source, rows that the batch has not, or augmentation of a source without images.

@@ -25,23 +25,17 @@ def extract(run: Run) -> None:
     trained = workdir.load_vqvae(run)
     workdir.check_images(run, 'vqvae', trained.record)
     model = configs.make_vqvae(run.config)
-    encoders = [_encoder_on(mesh, model, trained) for mesh in parallel.meshes_alone()]
+    encoders = parallel.on_each_alone(lambda: _encoder(model, trained))
     with stop_signals() as stopped:
         for split in SPLITS:
             _extract_split(run, split, encoders, trained.digest, stopped)
         leave_together(stopped)
 
 
-def _encoder_on(mesh, model, trained):
-    with parallel.use(mesh):
-        variables = trained.on_devices()
+def _encoder(model, trained):
+    variables = trained.on_devices()
     encode = jax.jit(lambda image: model.apply(variables, to_float(image), method='encode'))
-
-    def encoder(batch):
-        with parallel.use(mesh):
-            return encode(parallel.put_batch({'image': batch['image']})['image'])
-
-    return encoder
+    return lambda batch: encode(parallel.put_batch({'image': batch['image']})['image'])
 
 
 def current_codes_digest(run: Run) -> str:

@@ -65,23 +65,21 @@ def _draw(run, samplers, directory, missing, stopped):
 
 def make_samplers(run: Run) -> list[Callable]:
     """{index, label: int32 [B]} -> (images uint8 [B, H, W, C], codes per level), for each of `meshes_alone`."""
-    meshes = parallel.meshes_alone()
-    with parallel.use(meshes[0]):
-        model, decoder, modules, weights = workdir.load_generator(run, run.config.sample.get('dtype'))
-    return [_sampler_on(mesh, run.config, model, modules, weights, decoder) for mesh in meshes]
+    config = run.config
+    with parallel.use(parallel.meshes_alone()[0]):
+        model, decoder, modules, weights = workdir.load_generator(run, config.sample.get('dtype'))
 
-
-def _sampler_on(mesh, config, model, modules, weights, decoder):
-    with parallel.use(mesh):
+    def make():
         held = jax.device_put((weights, decoder), parallel.replicated())
         draw = functools.partial(compiled_draw(config, model, modules), *held, make_controls(config))
 
-    def sampler(batch):
-        with parallel.use(mesh):
+        def sampler(batch):
             batch = parallel.put_batch(batch)
-        return draw(batch['index'], batch['label'])
+            return draw(batch['index'], batch['label'])
 
-    return sampler
+        return sampler
+
+    return parallel.on_each_alone(make)
 
 
 def compiled_draw(config, model, modules):
