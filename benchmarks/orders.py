@@ -17,7 +17,6 @@ with weights that were not trained.
 
 import argparse
 import datetime
-import importlib.util
 import itertools
 import os
 import tempfile
@@ -28,7 +27,7 @@ import numpy as np
 from etils import epath
 
 from benchmarks.timing import machine, seconds
-from vqvae2_jax import checks
+from vqvae2_jax import checks, load_config, xla_flags
 from vqvae2_jax import config as configs
 from vqvae2_jax.io import pictures, provenance
 from vqvae2_jax.io.logging import read_metrics
@@ -42,14 +41,6 @@ TIMED = 50  # updates
 TURNS = 2
 COLUMNS = ('level', 'attentions', 'order', 'steps', 'ms an image', 'ms an update')
 COLUMNS += ('equal updates: nats', 'against raster', 'equal time: nats', 'against raster')
-
-
-def load_config(path):
-    """The config file's fields, complete."""
-    spec = importlib.util.spec_from_file_location('config', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return configs.complete(module.get_config())
 
 
 def variant(run, level, order, attention, seed):
@@ -165,6 +156,7 @@ def panel(level, attention, found):
 
 
 def main():
+    xla_flags.set_cpu_flags()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', required=True)
     parser.add_argument('--workdir', help='runs/<name of the config> when not given')
@@ -174,7 +166,7 @@ def main():
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--trained', help='orders.json of a study whose levels, attentions and orders are timed here')
     options = parser.parse_args()
-    config = load_config(options.config)
+    config = configs.complete(load_config(options.config))
     checks.check(config)
     for level in options.levels:
         if (decay := config.prior[level].training.decay) != 'constant':

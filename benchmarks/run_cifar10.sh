@@ -13,7 +13,6 @@ run=${RUN:-runs/cifar10}
 python=${PYTHON:-python}
 
 if [ ! -f data/cifar10.npz ]; then
-  mkdir -p data
   if [ -f "$data/cifar-10-binary.tar.gz" ]; then
     $python -m benchmarks.cifar10_npz "$data/cifar-10-binary.tar.gz" data/cifar10.npz
   else

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.timing import machine, measure_bandwidth, measure_products, seconds
+from vqvae2_jax import xla_flags
 from vqvae2_jax.models.raster import RasterPrior
 from vqvae2_jax.models.wavefront import WavefrontPrior
 from vqvae2_jax.sampling.ancestral import sample, sample_keys
@@ -167,6 +168,7 @@ def temporary_bytes(prior, params, batch):
 
 
 def main():
+    xla_flags.set_cpu_flags()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--batch', type=int, nargs='+', default=[1, 8])
     parser.add_argument('--slope', type=int, nargs='+', default=[1, 2, 3])

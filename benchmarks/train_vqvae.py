@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.timing import machine, measure_products
-from vqvae2_jax import optim, parallel
+from vqvae2_jax import optim, parallel, xla_flags
 from vqvae2_jax.jobs import cost, train
 from vqvae2_jax.models.vqvae import VQVAE
 from vqvae2_jax.stages import vqvae
@@ -144,6 +144,7 @@ def training_here(factors, images):
 
 
 def main():
+    xla_flags.set_cpu_flags()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--size', type=int, default=64)
     parser.add_argument('--factors', type=int, nargs=2, default=[4, 2])

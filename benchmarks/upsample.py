@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.timing import machine, seconds
+from vqvae2_jax import xla_flags
 from vqvae2_jax.models.upsample import Upsample
 
 SHAPES = (((4, 64, 64, 128), 64), ((4, 128, 128, 64), 3))  # input, features: the two doublings of the last decoder
@@ -22,6 +23,7 @@ def seconds_per_gradient(module: nn.Module, x: jax.Array) -> float:
 
 
 def main() -> None:
+    xla_flags.set_cpu_flags()
     print(f'{machine()}, jax {jax.__version__}')
     for shape, features in SHAPES:
         x = jax.random.normal(jax.random.key(1), shape)

@@ -9,11 +9,11 @@ Measured: see "What an order costs in likelihood" in docs/sampling.md.
 
 from ml_collections import ConfigDict
 
-from configs import cifar10
+from vqvae2_jax import load_config
 
 
 def get_config() -> ConfigDict:
-    config = cifar10.get_config()
+    config = load_config('cifar10')
     config.name = 'cifar10_small'
     config.data.update(name='npz', path='data/cifar10.npz', splits=())
 

@@ -9,11 +9,11 @@ project's choice for some thousand to some hundred thousand images. Measured: no
 
 from ml_collections import ConfigDict
 
-from configs import imagenet256
+from vqvae2_jax import load_config
 
 
 def get_config() -> ConfigDict:
-    config = imagenet256.get_config()
+    config = load_config('imagenet256')
     config.name = 'folder256'
     config.data.update(name='folder', splits=(), num_classes=0, flip=True, workers=4)
     config.vqvae.update(level_loss=1.0)  # the top level carries the image from the first steps on

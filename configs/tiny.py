@@ -7,11 +7,11 @@ The images of configs/fashion.py and its structure, every width and step count c
 
 from ml_collections import ConfigDict
 
-from configs import fashion
+from vqvae2_jax import load_config
 
 
 def get_config() -> ConfigDict:
-    config = fashion.get_config()
+    config = load_config('fashion')
     config.name = 'tiny'
     config.data.held_out = (0.01, 0.01)  # 9800 train, 100 validation, 100 test
     small = dict(steps=8, batch_size=16, warmup_steps=2, log_every=2, eval_every=4, show_every=8, save_every=4)

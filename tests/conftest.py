@@ -18,10 +18,11 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 import pytest  # noqa: E402
 from etils import epath  # noqa: E402
 
-from configs import tiny  # noqa: E402
-from vqvae2_jax import checks  # noqa: E402
+from vqvae2_jax import checks, load_config, xla_flags  # noqa: E402
 from vqvae2_jax.jobs.pipeline import run_job  # noqa: E402
 from vqvae2_jax.jobs.workdir import Run  # noqa: E402
+
+xla_flags.set_cpu_flags()  # as the command line does, so that both give the same numbers
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def config():
 
 def small_config():
     """configs/tiny.py with 400 training, 9000 validation (three shards of codes) and 600 test images."""
-    config = tiny.get_config()
+    config = load_config('tiny')
     config.data.held_out = (0.9, 0.06)
     config.codes.batch_size = 512
     for section in ('vqvae', 'prior.top', 'prior.bottom', 'classifier'):

@@ -11,7 +11,7 @@ import pathlib
 PACKAGE = 'vqvae2_jax'
 ROOT = pathlib.Path(__file__).parents[1] / PACKAGE
 
-PLUMBING = {'io', 'data', 'parallel', 'state', 'optim', 'config', 'checks'}
+PLUMBING = {'io', 'data', 'parallel', 'state', 'optim', 'config', 'config_files', 'checks', 'xla_flags'}
 SCIENCE = {'stages', 'sampling', 'metrics', 'models'}
 # What each floor must not import. Every folder and top-level module of the package has to be here.
 FORBIDDEN = {

@@ -1,6 +1,5 @@
 """Configs: every file builds and is documented, every mistake is an error that names its field."""
 
-import importlib
 import inspect
 import math
 import pathlib
@@ -9,7 +8,7 @@ import re
 import jax
 import pytest
 
-from vqvae2_jax import checks
+from vqvae2_jax import checks, load_config
 from vqvae2_jax import config as configs
 from vqvae2_jax.config import ConfigError
 from vqvae2_jax.data.images import ImageSpec
@@ -19,12 +18,12 @@ from vqvae2_jax.models.wavefront import WavefrontPrior
 from vqvae2_jax.optim import Training
 
 ROOT = pathlib.Path(__file__).parents[1]
-NAMES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py') if path.stem != '__init__')
+NAMES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
 DOCUMENT = (ROOT / 'docs' / 'configs.md').read_text()
 
 
 def load(name):
-    config = importlib.import_module(f'configs.{name}').get_config()
+    config = load_config(name)
     if config.data.name == 'folder' and not config.data.path:
         config.data.path = '/somewhere'  # which only the user knows
     return config

@@ -11,7 +11,7 @@ import time
 import pytest
 from etils import epath
 
-from configs import tiny
+from vqvae2_jax import load_config
 from vqvae2_jax.io.checkpoint import Checkpoints, read_record
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import Run
@@ -82,7 +82,7 @@ def test_a_terminated_process_saves_and_the_same_command_continues_to_the_same_w
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and f'continuing from step {step}' in output, output
 
-    config = tiny.get_config()
+    config = load_config('tiny')
     config.vqvae.training.update(OVERRIDES)
     run_job(Run(config, epath.Path(tmp_path) / 'whole'), 'vqvae')
     continued, whole = (read_record(os.path.join(tmp_path, name, 'vqvae')) for name in ('run', 'whole'))

@@ -1,8 +1,8 @@
-"""The front door: flags, the config, the job. The only file that knows flags.
+"""The command line: flags, the config, the job. The only file that knows flags.
 
 python -m vqvae2_jax.main --config=configs/fashion.py                      # everything that is missing, in order
 python -m vqvae2_jax.main --config=configs/fashion.py --job=prior --level=top
-python -m vqvae2_jax.main --config=configs/fashion.py --config.sample.count=50000 --job=sample
+vqvae2 --config=fashion --config.sample.count=50000 --job=sample           # the same, from any directory
 """
 
 import os
@@ -11,8 +11,9 @@ import sys
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from vqvae2_jax import checks, parallel
+from vqvae2_jax import checks, parallel, xla_flags
 from vqvae2_jax import config as configs
+from vqvae2_jax.config_files import config_path
 from vqvae2_jax.data.decode import UnreadableImage
 from vqvae2_jax.io import bucket
 from vqvae2_jax.io.checkpoint import CheckpointMismatch
@@ -23,11 +24,9 @@ from vqvae2_jax.jobs.train import NonFiniteLoss
 from vqvae2_jax.jobs.workdir import JobError, Run
 
 _CONFIG = config_flags.DEFINE_config_file(
-    'config', None, 'Path of the config file; --config.a.b=value overrides a field.'
+    'config', None, 'A config of the package such as fashion, or a .py file; --config.a.b=value sets a field.'
 )
-_read_config = flags.FLAGS['config'].parser.parse
-# A field that a config leaves to its default can be set by a flag too.
-flags.FLAGS['config'].parser.parse = lambda path: _complete(_read_config(path))
+_parse_config = flags.FLAGS['config'].parser.parse
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; runs/<config.name> when not given.')
 _JOB = flags.DEFINE_enum('job', 'pipeline', JOBS, 'What to do; pipeline: all jobs whose results are missing, in order.')
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'This process is one of many (parallel.start_processes).')
@@ -37,13 +36,25 @@ _TOPOLOGY = flags.DEFINE_string(
 _LEVEL = flags.DEFINE_string('level', None, 'With --job=prior: which level (top, bottom, ...); all when not given.')
 
 
-def _complete(config):
-    return configs.complete(config) if isinstance(config, ConfigDict) else config  # else it says what is wrong later
+def _read_config(name):
+    # After a colon there may be an argument of get_config. With every field in place, flags can set those that the
+    # config leaves at their defaults.
+    name, *argument = name.split(':', 1)
+    try:
+        config = _parse_config(':'.join([str(config_path(name)), *argument]))
+    except FileNotFoundError as error:
+        raise ValueError(error) from error  # absl reports a ValueError of a parser in one line
+    return configs.complete(config) if isinstance(config, ConfigDict) else config
+
+
+flags.FLAGS['config'].parser.parse = _read_config
 
 
 def main(_) -> None:
     if not flags.FLAGS['verbosity'].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells at length of every file
+    if not _TOPOLOGY.value:  # the compiler of another platform may not know the flag, and abort
+        xla_flags.set_cpu_flags()
     if _DISTRIBUTED.value:
         parallel.start_processes()
         if not parallel.is_writer():
@@ -93,7 +104,10 @@ def _devices():
 def _explain_field(arguments: list[str]) -> None:
     """Exits with a message about the first --config.a.b that is no field, or is a whole section; else does nothing."""
     paths = [a.partition('=')[2] for a in arguments if a.startswith('--config=')]
-    config = flags.FLAGS['config'].parser.parse(paths[-1]) if paths else None
+    try:
+        config = flags.FLAGS['config'].parser.parse(paths[-1]) if paths else None
+    except ValueError:  # the config itself cannot be read
+        return
     if not isinstance(config, ConfigDict):
         return
     for argument in arguments:
@@ -119,7 +133,7 @@ def _parse(arguments: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(arguments)
         if _CONFIG.value is None:
-            sys.exit('error: --config is missing, for example --config=configs/fashion.py')
+            sys.exit('error: --config is missing, for example --config=fashion')
         _CONFIG.value.to_dict()  # a config file that could not be read fails here, not at the flag
     except (AttributeError, KeyError, OSError, flags.Error) as error:
         _explain_field(arguments)
@@ -128,9 +142,14 @@ def _parse(arguments: list[str]) -> list[str]:
         message = error.args[0] if isinstance(error, KeyError) else error  # str(KeyError) is quoted and escaped
         sys.exit(f'error: {" ".join(str(message).split())}')
     if len(rest) > 1:
-        sys.exit(f'error: {rest[1]!r} is no flag; flags look like --config=configs/fashion.py')
+        sys.exit(f'error: unexpected argument {rest[1]!r}; flags look like --config=fashion')
     return rest
 
 
-if __name__ == '__main__':
+def run() -> None:
+    """Runs the command line; the console script `vqvae2` starts here."""
     app.run(main, flags_parser=_parse)
+
+
+if __name__ == '__main__':
+    run()

@@ -11,12 +11,19 @@ from collections.abc import Iterator
 import fsspec
 from etils import epath
 
-# One way to the bucket, with TensorFlow installed or not, and the plain kind of bucket: what the tests test.
-os.environ.setdefault('EPATH_USE_TF', 'false')
-os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
-# Nothing is remembered of what a folder held: other processes write there.
-for _name in ('gs', 'gcs'):
-    fsspec.config.conf.setdefault(_name, {})['use_listings_cache'] = False
+
+@functools.cache
+def configure() -> None:
+    """Configures epath, gcsfs and fsspec for buckets, once; importing this module does not.
+
+    Everything here that takes a path calls it when the path is on a bucket.
+    """
+    # epath uses fsspec even if TensorFlow is installed, and gcsfs its plain kind of bucket. The tests cover only these.
+    os.environ.setdefault('EPATH_USE_TF', 'false')
+    os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
+    # Directory listings are not cached: other processes write there.
+    for name in ('gs', 'gcs'):
+        fsspec.config.conf.setdefault(name, {})['use_listings_cache'] = False
 
 
 def is_remote(path) -> bool:
@@ -26,7 +33,10 @@ def is_remote(path) -> bool:
 
 def absolute(path) -> epath.Path:
     """A path that means the same from any folder, and on a bucket is what it is."""
-    return epath.Path(path) if is_remote(path) else epath.Path(path).resolve()
+    if not is_remote(path):
+        return epath.Path(path).resolve()
+    configure()
+    return epath.Path(path)
 
 
 def check(path: str) -> None:
@@ -35,6 +45,7 @@ def check(path: str) -> None:
         return
     if not is_remote(path):
         raise ValueError(f'{path}: there are local folders and buckets of Google Cloud Storage, gs://bucket/folder')
+    configure()
     try:
         files, name = fsspec.core.url_to_fs(path)
         there = files.exists(name.split('/')[0])
@@ -67,11 +78,13 @@ def local(path) -> Iterator[str]:
 
 def upload(file: str, path: epath.Path) -> None:
     """Copies a local file to a bucket; readers see all of it or nothing."""
+    configure()
     files, name = fsspec.core.url_to_fs(os.fspath(path))
     files.put_file(file, name)
 
 
 def _copy(path, folder):
+    configure()
     files, name = fsspec.core.url_to_fs(path)
     folder, last = tempfile.mkdtemp(dir=folder), os.path.basename(name)
     found = files.glob(name) if set('*?[') & set(last) else [name] if files.exists(name) else []

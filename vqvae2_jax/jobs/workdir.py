@@ -18,7 +18,7 @@ from vqvae2_jax import parallel
 from vqvae2_jax.data import images, loader
 from vqvae2_jax.data.codes import CodeSource
 from vqvae2_jax.data.images import ImageSource
-from vqvae2_jax.io import provenance
+from vqvae2_jax.io import bucket, provenance
 from vqvae2_jax.io.checkpoint import Weights, read_record
 from vqvae2_jax.models.prior import Prior
 
@@ -31,11 +31,14 @@ class JobError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A config and its folder."""
+    """A config and its folder; `workdir` may be given as a string."""
 
     config: ConfigDict
     workdir: epath.Path
     _images: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # opened: listing takes long
+
+    def __post_init__(self):
+        object.__setattr__(self, 'workdir', bucket.absolute(self.workdir))
 
     def path(self, *parts: str) -> epath.Path:
         """A file or folder below the workdir."""
