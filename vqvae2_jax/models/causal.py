@@ -128,6 +128,7 @@ class CausalAttention(nn.Module):
     heads: int
     order: Order
     dropout: float = 0.0
+    dropout_kind: str = 'keys'  # or 'logits', see `_drop`
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -151,13 +152,22 @@ class CausalAttention(nn.Module):
             visible = jnp.asarray(steps[None, :] <= steps[:, None])  # [P, P]
         logits = jnp.einsum('bqnd,bknd->bnqk', query, key, preferred_element_type=jnp.float32) * shape[-1] ** -0.5
         if train and self.dropout > 0:
-            # "Dropout on the logits" (section 3.2.1): a dropped logit is one that the softmax does not see. A
-            # position always keeps itself, so that no row is empty.
-            kept = jax.random.bernoulli(self.make_rng('dropout'), 1 - self.dropout, logits.shape)
-            visible = visible & (kept | jnp.eye(height * width, dtype=bool))
+            logits, visible = self._drop(logits, visible)
         weights = nn.softmax(jnp.where(visible, logits, jnp.finfo(logits.dtype).min)).astype(value.dtype)
         attended = jnp.einsum('bnqk,bknd->bqnd', weights, value).reshape(x.shape)
         return nn.Dense(features, kernel_init=nn.initializers.zeros, dtype=self.dtype, name='out')(attended)
+
+    def _drop(self, logits: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Dropout on logits [B, N, P, P] float32 and the mask of visible keys, broadcastable to it.
+
+        'logits' is ordinary dropout, the reading of "dropout on the logits" in the paper's section 3.2: a dropped
+        logit is 0 and the others are scaled up, so that every visible key keeps some weight. 'keys' is DropKey (Li et
+        al. 2022): a dropped key gets no weight. A position always keeps itself, so that no row of the mask is empty.
+        """
+        kept = jax.random.bernoulli(self.make_rng('dropout'), 1 - self.dropout, logits.shape)
+        if self.dropout_kind == 'logits':
+            return jnp.where(kept, logits / (1 - self.dropout), 0), visible
+        return logits, visible & (kept | jnp.eye(logits.shape[-1], dtype=bool))
 
     def _remember(self, name: str, new: jax.Array, step: jax.Array) -> jax.Array:
         # [B, n, N, d] -> [B, T n, N, d], with the new entries written at their step

@@ -24,6 +24,9 @@ from vqvae2_jax.models.residual import ResidualStack
 from vqvae2_jax.models.trunk import GatedBlock, Trunk, run_blocks
 
 
+PLACEMENTS, KINDS = ('inside', 'after'), ('keys', 'logits')
+
+
 class Prior(nn.Module):
     """p(codes of one level | codes of all coarser levels, class label); `RasterPrior` or `WavefrontPrior`."""
 
@@ -41,7 +44,9 @@ class Prior(nn.Module):
     output_layers: int = 0  # 1x1 residual blocks on top
     condition_layers: int = 0  # residual blocks over the coarser levels
     dropout: float = 0.0
+    dropout_placement: str = 'inside'  # of every gated block; or 'after' it, as the paper states
     attention_dropout: float = 0.0
+    attention_dropout_kind: str = 'keys'  # or 'logits', as the paper states
     remat: bool = False  # training recomputes what is inside of blocks and attention instead of keeping it
     scan_layers: bool = False  # training runs what repeats as loops, which compiles one of each kind
     dtype: jnp.dtype = jnp.float32
@@ -51,6 +56,9 @@ class Prior(nn.Module):
             raise ValueError(f'kernel must be odd, so that it has a middle; it is {self.kernel}')
         if self.attention_layers > self.layers:
             raise ValueError(f'attention_layers={self.attention_layers} exceeds layers={self.layers}')
+        for field, allowed in (('dropout_placement', PLACEMENTS), ('attention_dropout_kind', KINDS)):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f'{field} must be one of {", ".join(allowed)}; it is {getattr(self, field)!r}')
         self.row_embed, self.column_embed = self._embed(self.shape[0]), self._embed(self.shape[1])
         self.output_blocks = self._blocks(self.output_layers, nn.Dense)
         self.logits = nn.Dense(self.codebook_size)  # float32: bfloat16 has steps of 0.06 at a logit of 10
@@ -66,13 +74,14 @@ class Prior(nn.Module):
         return nn.Embed(size, self.hidden, embedding_init=nn.initializers.normal(1.0), dtype=self.dtype)
 
     def _block(self, layer) -> Callable[[], GatedBlock]:
-        return functools.partial(GatedBlock, self.residual, layer, self.dropout, self.dtype)
+        return functools.partial(GatedBlock, self.residual, layer, self.dropout, self.dropout_placement, self.dtype)
 
     def _blocks(self, count: int, layer) -> list[GatedBlock]:
         return [self._block(layer)() for _ in range(count)]
 
     def _trunk(self, layer) -> Trunk:
-        attention = functools.partial(CausalAttention, self.heads, self.order, self.attention_dropout, self.dtype)
+        dropout = self.attention_dropout, self.attention_dropout_kind
+        attention = functools.partial(CausalAttention, self.heads, self.order, *dropout, self.dtype)
         return Trunk(self.layers, self.attention_layers, self._block(layer), attention)
 
     @property

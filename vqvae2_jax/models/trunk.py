@@ -31,6 +31,7 @@ class GatedBlock(nn.Module):
     residual: int
     layer: Callable[..., nn.Module]  # (features, kernel_init=, dtype=) -> a causal convolution, or nn.Dense
     dropout: float
+    dropout_placement: str  # 'inside': before the second convolution (PixelSNAIL); 'after': on the block's output
     dtype: jnp.dtype
 
     @nn.compact
@@ -41,11 +42,13 @@ class GatedBlock(nn.Module):
         if beside is not None:
             y = y + nn.Dense(self.residual, dtype=self.dtype)(nn.elu(beside))
         y = nn.elu(nn.RMSNorm(dtype=self.dtype)(y))
-        y = nn.Dropout(self.dropout, deterministic=not train)(y)
+        dropout = nn.Dropout(self.dropout, deterministic=not train)
+        y = dropout(y) if self.dropout_placement == 'inside' else y
         y = self.layer(2 * features, kernel_init=_SMALL, dtype=self.dtype)(y)
         if condition is not None:
             y = y + nn.Dense(2 * features, dtype=self.dtype)(condition)
-        return x + gate(y)
+        x = x + gate(y)
+        return dropout(x) if self.dropout_placement == 'after' else x
 
 
 def run_blocks(repeat: Repeat, blocks: Sequence[GatedBlock], x, beside=None, condition=None, train=False):
