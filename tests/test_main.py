@@ -1,4 +1,4 @@
-"""The front door as a user meets it: a process, its messages, its exit status."""
+"""The command line as a process: its messages and its exit status."""
 
 import os
 import pathlib
@@ -32,7 +32,8 @@ def start(*arguments, **options):
         (['--config=configs/tiny.py', '--config.sample.temperature.tpo=1.0'], "'tpo'; did you mean 'top'?"),
         (['--config=configs/tiny.py', '--config.sample.temperature=1.0'], '--config.sample.temperature.bottom='),
         (['--config=configs/tiny.py', '--config.seed.a=1'], 'seed is a value, without fields'),
-        (['--config=configs/missing.py'], 'configs/missing.py'),
+        (['--config=configs/missing.py'], "no file 'configs/missing.py': give the path of a .py file, or one of the"),
+        (['--config=fashon'], "no config 'fashon': give the path of a .py file, or one of the names cifar10,"),
         (['--config=configs/tiny.py', '--job=prior', '--level=middle'], 'the levels of this config are top, bottom'),
         (['--config=configs/tiny.py', '--config.sample.batch_size=12'], '--config.sample.batch_size=16'),
         (  # fields that the config leaves at their defaults
@@ -54,12 +55,21 @@ def test_mistakes_end_in_one_line(tmp_path, arguments, message):
     assert 'Traceback' not in output
 
 
-@pytest.mark.parametrize('own', ['', '--xla_cpu_max_isa=AVX2', '--xla_cpu_experimental_ynn_fusion_type='])
-def test_cpus_convolve_without_ynnpack_unless_the_user_says_otherwise(own):
-    command = [sys.executable, '-c', 'import os, vqvae2_jax; print(os.environ["XLA_FLAGS"])']
-    flags = subprocess.check_output(command, cwd=ROOT, env=os.environ | {'XLA_FLAGS': own}, text=True).split()
-    added = [] if 'ynn' in own else ['--xla_cpu_experimental_ynn_fusion_type=-individual_convolution']
-    assert flags == own.split() + added
+PRINT_FLAGS = """
+import atexit, os, runpy
+atexit.register(lambda: print('flags:', os.environ.get('XLA_FLAGS')))
+runpy.run_module('vqvae2_jax.main', run_name='__main__', alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize('topology', ['', 'v5e:1x1'])
+def test_the_command_line_sets_the_cpu_flag_but_not_for_another_platforms_compiler(tmp_path, topology):
+    environment = os.environ | {'XLA_FLAGS': '--xla_cpu_max_isa=AVX2'}
+    command = [sys.executable, '-c', PRINT_FLAGS, '--config=tiny', '--job=prior', '--level=middle']
+    command += [f'--workdir={tmp_path}', f'--topology={topology}']  # both end in an error, before any work
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    added = '' if topology else ' --xla_cpu_experimental_ynn_fusion_type=-individual_convolution'
+    assert found.returncode == 1 and found.stdout == f'flags: --xla_cpu_max_isa=AVX2{added}\n', found
 
 
 OVERRIDES = {'steps': 200, 'save_every': 10_000, 'eval_every': 100, 'show_every': 0, 'log_every': 20}
