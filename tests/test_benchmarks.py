@@ -43,7 +43,7 @@ def test_sprites_of_cifar10_are_read_in_order(tmp_path):
     np.testing.assert_array_equal(read, labels)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_orders_are_compared_at_equal_updates_and_at_equal_time(run):
     found = orders.learning_curves(run, 'top', 0, ('raster', '2'), [0, 1])
     orders.add_times(found, run, 'top', 0)

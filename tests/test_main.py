@@ -100,6 +100,7 @@ def test_a_terminated_process_saves_and_the_same_command_continues_to_the_same_w
     assert continued['validation'] == whole['validation']
 
 
+@pytest.mark.system
 @pytest.mark.parametrize('stop_signal', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_group_with_workers_saves(tmp_path, stop_signal):
     """As a terminal sends Ctrl-C: to the worker processes too."""
@@ -118,6 +119,7 @@ def test_a_signal_to_the_whole_group_with_workers_saves(tmp_path, stop_signal):
         assert 'Worker process' not in output and 'KeyboardInterrupt' not in output, output
 
 
+@pytest.mark.system
 def test_a_signal_to_the_whole_group_while_workers_start_stops_all(run):
     run.path('codes').rmtree()
     flags = ['--config.data.held_out=(0.9,0.06)', '--config.data.workers=1', '--config.codes.shard_size=1000']
