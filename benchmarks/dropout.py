@@ -24,6 +24,7 @@ from vqvae2_jax.jobs.stages import train_vqvae
 from vqvae2_jax.jobs.workdir import Run
 
 PLACEMENTS, KINDS = ('inside', 'after'), ('keys', 'logits')
+COLUMNS = ('level', 'placement', 'kind', 'nats per code', 'against the first', 'beyond both ranges')
 
 
 def variant(run, level, placement, kind, seed, options):
@@ -69,9 +70,7 @@ def main():
     extract(run)
 
     print(f'{machine()}, {datetime.date.today()}, rate {options.rate}, {options.steps} updates, seeds {options.seeds}')
-    print(
-        '| level | placement | kind | nats per code | against the first | beyond both ranges |\n|---|---|---|---|---|---|'
-    )
+    print(f'| {" | ".join(COLUMNS)} |\n|{"---|" * len(COLUMNS)}')
     for level in options.levels:
         base = None
         for placement, kind in variants(config, level):

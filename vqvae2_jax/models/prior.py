@@ -23,7 +23,6 @@ from vqvae2_jax.models.repeat import Repeat
 from vqvae2_jax.models.residual import ResidualStack
 from vqvae2_jax.models.trunk import GatedBlock, Trunk, run_blocks
 
-
 PLACEMENTS, KINDS = ('inside', 'after'), ('keys', 'logits')
 
 
