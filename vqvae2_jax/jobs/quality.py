@@ -134,12 +134,13 @@ def sweep(
             missing.append(f'{share:g}: {error}')
     notes = []
     if points:
-        notes.append(f'n = {count}: each share is measured on its first {count} samples and {count} real images')
-        if count < FEW:
-            notes.append(_caution(points[0]))
+        few = f': {_caution(points[0])}' if count < FEW else ''
+        notes.append(
+            f'Each share is measured on n = {count} samples, the first it keeps, and {count} real images{few}.'
+        )
     if missing:
-        notes.append(f'left out: {", ".join(missing)}')
-    return points, '. '.join(note[0].upper() + note[1:] for note in notes)
+        notes.append(f'Left out: {"; ".join(missing)}.')
+    return points, ' '.join(notes)
 
 
 def _caution(found) -> str:

@@ -85,7 +85,8 @@ def log_probability(logits: np.ndarray, label: np.ndarray) -> np.ndarray:
     logits[rows, label] = -np.inf  # leaves the other classes
     top = logits.max(axis=-1)
     others = top + np.log(np.exp(logits - top[:, None]).sum(axis=-1))
-    return -np.logaddexp(0, others - own)
+    with np.errstate(invalid='ignore'):  # NaN stays NaN; `keep_best` refuses it
+        return -np.logaddexp(0, others - own)
 
 
 def _score(judge, source):
