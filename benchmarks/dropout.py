@@ -4,7 +4,8 @@
 
 Trains stage 1, extracts the codes, and trains a prior for every level, variant and seed: same data, network, batches
 and updates. `placement` is that of the dropout in residual blocks, `kind` that of attention (docs/configs.md); the
-paper states after the blocks, and logits. Stopped, the same command continues.
+paper states after the blocks, and logits. Stopped, the same command continues; with a constant
+learning rate, a longer training also answers for fewer updates.
 
 Prints a table: held-out nats per code after the last update, mean over the seeds and their range, and the difference to
 the first variant, in percent and beyond the ranges of both variants (0 if they overlap).
@@ -47,6 +48,11 @@ def variants(config, level):
     return [(placement, kind) for kind in kinds for placement in PLACEMENTS]
 
 
+def nats_after(run, level, steps):
+    """Held-out nats per code after so many updates; the training may have gone on further."""
+    return dict(learning_curve(run, level).T)[steps]
+
+
 def beyond(nats, base):
     """How far the range of `nats` lies above the range of `base`, in percent of the mean of `base`; 0 if not at all."""
     return 100 * max(np.min(nats) - np.max(base), 0.0) / np.mean(base)
@@ -75,7 +81,7 @@ def main():
         base = None
         for placement, kind in variants(config, level):
             runs = [variant(run, level, placement, kind, seed, options) for seed in options.seeds]
-            nats = np.array([learning_curve(r, level)[1][-1] for r in runs])
+            nats = np.array([nats_after(r, level, options.steps) for r in runs])
             base = nats if base is None else base
             cells = [level, placement, kind if config.prior[level].attention_layers else '']
             cells += [f'{nats.mean():.4f} ({nats.min():.4f} to {nats.max():.4f})']

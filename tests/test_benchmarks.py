@@ -51,7 +51,7 @@ def test_seeds_of_a_benchmark_are_checked_before_it_works():
             orders.seed_argument(text)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_orders_are_compared_at_equal_updates_and_at_equal_time(run):
     found = orders.learning_curves(run, 'top', 0, ('raster', '2'), [0, 1])
     orders.add_times(found, run, 'top', 0)

@@ -137,8 +137,8 @@ def likelihood(run: Run, split: str) -> dict:
         levels[name] = {
             'nll': nll(held_out, len(held_out)),
             'nll_train': nll(train, min(len(train), _TRAIN_EXAMPLES)),
-            'empirical_entropy': code_metrics.empirical_entropy(held_out_codes[key], size),
-            'positional_entropy': code_metrics.positional_entropy(
+            'unigram_entropy': code_metrics.unigram_entropy(held_out_codes[key], size),
+            'positional_cross_entropy': code_metrics.positional_cross_entropy(
                 train_codes[key], held_out_codes[key], size, alpha=1.0
             ),
             'parameters': prior.record['parameters'],

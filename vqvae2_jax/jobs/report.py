@@ -43,23 +43,38 @@ def _picture_of_levels(run: Run, split: str, directory, reconstruct) -> None:
 
 
 def _curves(run: Run, directory, likelihood: dict) -> None:
-    panels = [_panel(run, 'vqvae', 'vqvae: reconstruction', 'mse', 'MSE in [-1, 1]', log_y=True)]
+    panels = [_panel(run, 'vqvae', 'vqvae', 'vqvae: reconstruction', 'mse', 'MSE in [-1, 1]', log_y=True)]
     for name in reversed(run.levels):
-        lines = {'entropy of the codes': likelihood['levels'][name]['empirical_entropy']}
-        panels.append(_panel(run, workdir.prior_directory(name), f'{name} prior', 'nll', 'nats per code', lines))
+        place = f'prior.{name}', workdir.prior_directory(name), f'{name} prior'
+        lines = {'unigram entropy': likelihood['levels'][name]['unigram_entropy']}
+        panels.append(_panel(run, *place, 'nll', 'nats per code', lines))
     if configs.trains_classifier(run.config):
-        panels.append(_panel(run, 'classifier', 'classifier', 'nll', 'cross-entropy, nats'))
+        panels.append(_panel(run, 'classifier', 'classifier', 'classifier', 'nll', 'cross-entropy, nats'))
     pictures.plot_panels(directory / 'curves.png', panels)
 
 
-def _panel(run, stage_directory, title, metric, ylabel, hlines=None, log_y=False) -> pictures.Panel:
+def _panel(run, section, stage_directory, title, metric, ylabel, hlines=None, log_y=False) -> pictures.Panel:
     lines = read_metrics(run.path(stage_directory))
     curves = {}
-    for prefix, label in (('train', 'train'), ('validation', 'held out')):
+    for prefix, label in zip(('train', 'validation'), curve_labels(run.config, section), strict=True):
         points = [(line['step'], line[f'{prefix}/{metric}']) for line in lines if f'{prefix}/{metric}' in line]
         if points:
             curves[label] = tuple(zip(*points, strict=True))
     return pictures.Panel(title, curves, ylabel, hlines or {}, log_y)
+
+
+def curve_labels(config, section: str) -> tuple[str, str]:
+    """Labels of the training and the held-out curve of a stage, with everything in which the two differ."""
+    fields, train, held_out = config[section], [], []
+    if configs.training(config, section).weight_ema:
+        train.append('last weights')
+        held_out.append('averaged weights')
+    if fields.get('dropout') or fields.get('attention_dropout'):
+        train.append('dropout')
+    augmented = {'vqvae': config.data, 'classifier': fields}.get(section, {})
+    if augmented.get('flip') or augmented.get('crop'):
+        train.append('augmented')
+    return tuple(', '.join([name, *notes]) for name, notes in (('train', train), ('held out', held_out)))
 
 
 def _sweep(directory, points: list[dict]) -> None:
@@ -140,8 +155,9 @@ def _reconstruction_table(run: Run, found: dict) -> str:
 
 
 def _likelihood_table(found: dict) -> str:
-    header = ('prior', 'nats per code', 'on training images', 'entropy', 'entropy by position', 'parameters')
-    keys = ('nll', 'nll_train', 'empirical_entropy', 'positional_entropy')
+    unigrams = ('unigram entropy', 'cross-entropy under per-position unigrams')
+    header = ('prior', 'nats per code', 'on training images', *unigrams, 'parameters')
+    keys = ('nll', 'nll_train', 'unigram_entropy', 'positional_cross_entropy')
     rows = [
         (name, *(f'{level[key]:.3f}' for key in keys), f'{level["parameters"]:,}')
         for name, level in reversed(found['levels'].items())
@@ -216,8 +232,8 @@ def summarize(run: Run, directory, found: dict) -> None:
         likelihood = found['likelihood']['levels'][name]
         print(
             f'  {name:<16} {level["used"]:.0%} of the codebook used, perplexity {level["perplexity"]:.1f}; '
-            f'prior {likelihood["nll"]:.3f} nats per code (entropy {likelihood["empirical_entropy"]:.3f}, '
-            f'by position {likelihood["positional_entropy"]:.3f})'
+            f'prior {likelihood["nll"]:.3f} nats per code (unigram entropy {likelihood["unigram_entropy"]:.3f}, '
+            f'under per-position unigrams {likelihood["positional_cross_entropy"]:.3f})'
         )
     if 'quality' in drawn:
         for name, quality in (
