@@ -16,7 +16,7 @@ import datetime
 
 import numpy as np
 
-from benchmarks.orders import learning_curve, link
+from benchmarks.orders import learning_curve, link, seed_argument
 from benchmarks.timing import machine
 from vqvae2_jax import checks, load_config, xla_flags
 from vqvae2_jax import config as configs
@@ -66,7 +66,7 @@ def main():
     parser.add_argument('--levels', nargs='+', default=['top', 'bottom'])
     parser.add_argument('--rate', type=float, default=0.1, help='of both kinds of dropout')
     parser.add_argument('--steps', type=int, default=800)
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--seeds', type=seed_argument, nargs='+', default=[0, 1, 2])
     parser.add_argument('--data', help='data.path, where the config has another')
     options = parser.parse_args()
     config = configs.complete(load_config(options.config))

@@ -1,5 +1,6 @@
 """The parts of benchmarks that make claims: readers of CIFAR-10, and the study of orders, on next to nothing."""
 
+import argparse
 import io
 import tarfile
 import zipfile
@@ -41,6 +42,13 @@ def test_sprites_of_cifar10_are_read_in_order(tmp_path):
     images, read = cifar10_npz.read_sprites(tmp_path / 'a.zip')
     np.testing.assert_array_equal(images, tiles)
     np.testing.assert_array_equal(read, labels)
+
+
+def test_seeds_of_a_benchmark_are_checked_before_it_works():
+    assert orders.seed_argument('3') == 3
+    for text in ('-1', '4294967296', '1.5'):
+        with pytest.raises(argparse.ArgumentTypeError):
+            orders.seed_argument(text)
 
 
 @pytest.mark.system

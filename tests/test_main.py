@@ -32,6 +32,10 @@ def start(*arguments, **options):
         (['--config=configs/tiny.py', '--config.sample.temperature.tpo=1.0'], "'tpo'; did you mean 'top'?"),
         (['--config=configs/tiny.py', '--config.sample.temperature=1.0'], '--config.sample.temperature.bottom='),
         (['--config=configs/tiny.py', '--config.seed.a=1'], 'seed is a value, without fields'),
+        (
+            ['--config=configs/tiny.py', '--config.sample.seed=4294967296'],
+            'sample.seed is 4294967296; a seed must be an integer from 0 to 4294967295',
+        ),
         (['--config=configs/missing.py'], "no file 'configs/missing.py': give the path of a .py file, or one of the"),
         (['--config=fashon'], "no config 'fashon': give the path of a .py file, or one of the names cifar10,"),
         (['--config=configs/tiny.py', '--job=prior', '--level=middle'], 'the levels of this config are top, bottom'),

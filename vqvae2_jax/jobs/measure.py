@@ -1,5 +1,6 @@
 """The numbers of a run: reconstruction, likelihood, and how like real images its samples are."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from vqvae2_jax import parallel
 from vqvae2_jax.data.codes import CodeSource
 from vqvae2_jax.data.loader import eval_batches
 from vqvae2_jax.jobs import quality, reject, sample, samples, stages, workdir
-from vqvae2_jax.jobs.features import Network, Observed, in_batches
+from vqvae2_jax.jobs.features import KEPT, Network, Observed, in_batches
 from vqvae2_jax.jobs.train import make_evaluation
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.metrics import codes as code_metrics
@@ -165,17 +166,19 @@ def drawn(run: Run, network: Network | None, real: Observed | None, judge: Netwo
     """What the samples are like: to the classifier, and beside real images, before and after rejection."""
     meta = samples.read_meta(run.path(sample.DIRECTORY))
     found = {name: meta[name] for name in ('count', 'seed', 'temperature', *configs.CONTROLS, 'dtype')}
-    paths = samples.shard_paths(run.path(sample.DIRECTORY))
-    generated = None
+    options, chosen = configs.options(run.config, 'evaluate'), []
+    if judge is not None:
+        scores = samples.read_npz(run.path(reject.DIRECTORY, 'scores.npz'))
+        chosen = quality.choose_samples(scores['log_probability'], scores['label'], options.sweep, len(real))
     if network is not None:
-        generated = Observed(network)
-        for path in paths:
-            generated.add(samples.read_npz(path)['arr_0'])
-        found['quality'] = _compare(network, real, generated)
+        needed = functools.reduce(
+            np.union1d, [share.positions for share in chosen], np.arange(min(meta['count'], KEPT))
+        )
+        generated = _look_at_samples(run, network, needed)
+        found['quality'] = _compare(network, real, generated.take(slice(KEPT)))
     if judge is None:
         return found
-    options = configs.options(run.config, 'evaluate')
-    scores = samples.read_npz(run.path(reject.DIRECTORY, 'scores.npz'))
+    points, note = quality.sweep(network, real, generated, needed, chosen, scores['score'])
     accepted, rejection = samples.read_npz(run.path(reject.DIRECTORY, 'accepted.npz')), reject.read_meta(run)
     kept = scores['predicted'][np.searchsorted(scores['index'], accepted['index'])]
     names = run.images(options.split).class_names
@@ -189,8 +192,21 @@ def drawn(run: Run, network: Network | None, real: Observed | None, judge: Netwo
         'accepted': len(accepted['index']),
         'note': 'the classifier that rejects is the one that judges: the number after rejection is optimistic',
         'intended_class_by_class': dict(zip(names, each, strict=True)),
-        'sweep': quality.sweep(network, real, generated, scores['score'], scores['label'], options.sweep),
+        'sweep': points,
+        'sweep_note': note,
     }
+
+
+def _look_at_samples(run, network, positions) -> Observed:
+    """Shows the network the samples `positions`, int [M], rising, and holds all their features."""
+    directory = run.path(sample.DIRECTORY)
+    meta, observed = samples.read_meta(directory), Observed(network, held=len(positions))
+    ranges = samples.shard_ranges(meta['count'], meta['batch_size'])
+    for (start, stop), path in zip(ranges, samples.shard_paths(directory), strict=True):
+        first, last = np.searchsorted(positions, (start, stop))
+        if first < last:
+            observed.add(samples.read_npz(path)['arr_0'][positions[first:last] - start])
+    return observed
 
 
 def _accuracy_on_real(run: Run, judge: Network, split: str) -> float:

@@ -83,12 +83,13 @@ def _sweep(directory, points: list[dict]) -> None:
     quality = [[p[sureness] for p in points], [p[distance] for p in points]]
     variety = [[p['recall'] for p in points], [p['precision'] for p in points]]
     kept = f'kept {points[0]["kept"]:.0%} to {points[-1]["kept"]:.0%}'
+    images = f'n = {points[0]["count"]}'
     label = {'inception_score': 'Inception Score', 'confidence': "classifier's confidence"}[sureness]
     pictures.plot_panels(
         directory / 'rejection.png',
         [
-            pictures.Panel('quality', {kept: quality}, _LABELS[distance], xlabel=label),
-            pictures.Panel('precision and recall', {kept: variety}, 'precision', xlabel='recall'),
+            pictures.Panel(f'quality, {images}', {kept: quality}, _LABELS[distance], xlabel=label),
+            pictures.Panel(f'precision and recall, {images}', {kept: variety}, 'precision', xlabel='recall'),
         ],
     )
 
@@ -187,9 +188,11 @@ def _samples(directory, found: dict) -> list[str]:
     if found['sweep']:
         parts.append(page.picture(directory / 'rejection.png', 'Keeping less: quality against variety', plot=True))
         points = found['sweep']
-        keys = [key for key in ('count', 'confidence', *_LABELS) if all(key in p for p in points)]
+        labels = {'kept_count': 'samples kept', 'count': 'n', 'confidence': 'confidence'} | _LABELS
+        keys = [key for key in labels if all(key in p for p in points)]
         rows = [(f'{p["kept"]:.0%}', *(_number(p[key]) for key in keys)) for p in points]
-        parts.append(page.table(('kept', *(_LABELS.get(key, key) for key in keys)), rows))
+        parts.append(page.table(('share kept', *(labels[key] for key in keys)), rows))
+    parts.append(page.note(found['sweep_note']))
     return parts
 
 
