@@ -145,6 +145,6 @@ def test_a_sweep_leaves_out_the_shares_of_which_there_are_no_numbers():
     scores = np.concatenate([np.linspace(0.5, 0, 16), np.linspace(1, 0.6, 16), np.linspace(0.4, 0.1, 32)])
     generated.add(np.concatenate([pixels[:16], np.full_like(pixels[:16], 7), pixels[32:]]))  # the best are all alike
     chosen = choose_samples(scores, np.zeros(64, int), (1.0, 0.25), len(real))
-    found, note = sweep(network, real, generated, np.arange(64), chosen, scores)
+    found, note = sweep(network, real, real, generated, np.arange(64), chosen, scores)
     assert [point['kept'] for point in found] == [1.0]
     assert '0.25: all 16 images of a set look alike' in note

@@ -62,6 +62,35 @@ def test_quality_is_that_of_all_features_at_once(report, seen, name):
     assert '10000' in found['warning'] and 'fid' not in found
 
 
+def test_samples_are_compared_with_reconstructions_too(report, seen):
+    again, drawn = seen['reconstructions'][1], seen['samples'][1]
+    distance = frechet_distance(Moments.of(again), Moments.of(drawn))
+    found = report['samples']['quality_against_reconstructions']
+    np.testing.assert_allclose(found['frechet_distance'], distance, rtol=2e-2)
+    first = report['samples']['sweep'][0]
+    distance = frechet_distance(Moments.of(again[:10]), Moments.of(drawn[:10]))
+    np.testing.assert_allclose(first['frechet_distance_against_reconstructions'], distance, rtol=2e-2)
+
+
+def test_originals_are_compared_with_another_split(report, run):
+    assert 'evaluate.reference is evaluate.split' in report['originals']['quality']['missing']
+    run.config.evaluate = dict(reference='train', cas=False, sweep=(1.0,))
+    run_job(run, 'evaluate')
+    found = read_json(run.path('report', 'report.json'))['originals']['quality']
+    assert (found['count_real'], found['count']) == (len(run.images('train')), len(run.images('test')))
+    model = configs.make_classifier(run.config)
+    params = workdir.load_trained(run, 'classifier', 'classifier').params
+
+    def moments(split):
+        source = run.images(split)
+        images = np.stack([source[i]['image'] for i in range(len(source))])
+        return Moments.of(model.apply({'params': params}, to_float(images), with_features=True)[1])
+
+    distance = frechet_distance(moments('train'), moments('test'))
+    np.testing.assert_allclose(found['frechet_distance'], distance, rtol=1e-3)
+    assert '<td>original images</td>' in run.path('report', 'report.html').read_text()
+
+
 def test_sweep_goes_from_all_to_few(report, finished, seen):
     points = report['samples']['sweep']
     assert points[0]['kept'] == 1 and points[0]['kept_count'] == 24

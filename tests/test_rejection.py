@@ -52,6 +52,11 @@ def observe(network, images):
     return observed
 
 
+def as_seen(real):
+    """As `measure.look` returns it, with the real images in place of their reconstructions."""
+    return measure.Seen({}, {}, real, real, None)
+
+
 @pytest.fixture
 def judge(monkeypatch):
     judge = Judge()
@@ -80,7 +85,7 @@ def test_random_scores_give_a_flat_sweep(empty_run, judge, monkeypatch):
     empty_run.config.evaluate.sweep = (1.0, 0.5, 0.1)
     reject.reject(empty_run)
     real = observe(judge.network, random_images(2000, seed=1))
-    found = measure.drawn(empty_run, judge.network, real, judge.network)
+    found = measure.drawn(empty_run, judge.network, as_seen(real), judge.network)
     points = found['sweep']
     distances = [point['frechet_distance'] for point in points]
     assert max(distances) < 1.5 * min(distances)
@@ -103,7 +108,7 @@ def test_the_sweep_uses_the_best_samples_whatever_their_index(empty_run, judge, 
     real = random_images(150, seed=1)
     real_seen = observe(judge.network, real)
     judge.images_seen = 0
-    whole, best = measure.drawn(empty_run, judge.network, real_seen, judge.network)['sweep']
+    whole, best = measure.drawn(empty_run, judge.network, as_seen(real_seen), judge.network)['sweep']
     for point, used in ((whole, images[:100]), (best, images[900:])):
         first, second = (judge.network.embed(x)['features'] for x in (real[:100], used))
         assert point['count'] == 100
@@ -117,7 +122,7 @@ def test_the_distance_of_samples_is_that_of_the_first_ones(empty_run, judge, sma
     images, real = random_images(250, seed=0), random_images(150, seed=1)
     store_samples(empty_run, images, np.arange(250) % CLASSES, batch_size=64)
     reject.reject(empty_run)
-    found = measure.drawn(empty_run, judge.network, observe(judge.network, real), judge.network)
+    found = measure.drawn(empty_run, judge.network, as_seen(observe(judge.network, real)), judge.network)
     assert found['count'] == 250
     assert (found['quality']['count_real'], found['quality']['count']) == (150, 100)
     seen = [Moments.of(judge.network.embed(x)['features']) for x in (real, images[:100])]
@@ -129,11 +134,11 @@ def test_shares_that_keep_too_few_images_are_left_out_and_named(judge):
     chosen = quality.choose_samples(scores, labels, (0.03, 0.25, 1.0), real_count=40)
     assert [(c.share, c.kept_count, len(c.positions)) for c in chosen] == [(1, 64, 16), (0.25, 16, 16), (0.03, 2, 0)]
     real, generated = (observe(judge.network, random_images(64, seed)) for seed in (0, 1))
-    points, note = quality.sweep(judge.network, real, generated, np.arange(64), chosen, scores)
+    points, note = quality.sweep(judge.network, real, real, generated, np.arange(64), chosen, scores)
     assert [point['count'] for point in points] == [16, 16]
     assert '0.03 keeps 2 images; more than 3 kept and real ones are needed' in note
     chosen = quality.choose_samples(scores, labels, (1.0,), real_count=3)
-    points, note = quality.sweep(judge.network, real, generated, np.arange(64), chosen, scores)
+    points, note = quality.sweep(judge.network, real, real, generated, np.arange(64), chosen, scores)
     assert points == [] and '1 keeps 64 images; more than 3' in note
 
 

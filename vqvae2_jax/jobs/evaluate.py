@@ -37,8 +37,9 @@ def evaluate(run: Run) -> None:
         'config': run.config.name,
         'protocol': _protocol(run, network),
         'reconstruction': seen.reconstruction,
+        'originals': seen.originals,
         'likelihood': measure.likelihood(run, options.split),
-        'samples': measure.drawn(run, network, seen.real, judge),
+        'samples': measure.drawn(run, network, seen, judge),
     }
     if configs.has_cas(run.config):
         found['cas'] = cas.measure(run, seen.reconstruct, options.split)

@@ -27,7 +27,9 @@ class Seen(NamedTuple):
     """One look at a split's images and their reconstructions."""
 
     reconstruction: dict  # its part of the report
-    real: Observed | None  # None without a network to look with
+    originals: dict  # the part of the report on the split's own images
+    real: Observed | None  # of evaluate.reference; None without a network to look with
+    reconstructed: Observed | None  # of the reconstructions of the same images
     # uint8 [N, H, W, C] -> what it is -> the same images: original, by ever more levels, by all
     reconstruct: Callable[[np.ndarray], dict[str, np.ndarray]]
 
@@ -53,7 +55,7 @@ def look(run: Run, network: Network | None) -> Seen:
 
     found = _reconstruction(run, stage, trained, options.split)
     if network is None:
-        return Seen(found, None, reconstruct)
+        return Seen(found, {}, None, None, reconstruct)
     real, reconstructed = Observed(network), [Observed(network) for _ in run.levels]
     reference = run.images(options.reference or options.split)
     for batch in eval_batches(reference, batch_size=batch_size, **run.reading()):
@@ -68,7 +70,19 @@ def look(run: Run, network: Network | None) -> Seen:
     found['quality'] = whole
     for name, numbers in zip(reversed(run.levels[1:]), coarser, strict=True):
         found['levels'][name]['without_finer_levels']['quality'] = numbers
-    return Seen(found, real, reconstruct)
+    return Seen(found, _originals(run, network, real), real, reconstructed[-1], reconstruct)
+
+
+def _originals(run: Run, network: Network, real: Observed) -> dict:
+    """Compares the images of evaluate.split with those of evaluate.reference: the best that a model can reach."""
+    options = configs.options(run.config, 'evaluate')
+    if options.reference in ('', options.split):
+        return {'quality': {'missing': 'evaluate.reference is evaluate.split: set it to another split'}}
+    observed = Observed(network)
+    for batch in eval_batches(run.images(options.split), batch_size=network.batch_size, **run.reading()):
+        if len(images := batch['image'][batch['mask']]):
+            observed.add(images)
+    return {'quality': _compare(network, real, observed)}
 
 
 def _compare(network, real, generated) -> dict:
@@ -162,23 +176,25 @@ def _codes(source: CodeSource, count: int) -> dict[str, np.ndarray]:
     return {k: np.stack([e[k] for e in examples]) for k in examples[0] if k.startswith('codes_')}
 
 
-def drawn(run: Run, network: Network | None, real: Observed | None, judge: Network | None) -> dict:
-    """What the samples are like: to the classifier, and beside real images, before and after rejection."""
+def drawn(run: Run, network: Network | None, seen: Seen, judge: Network | None) -> dict:
+    """Measures the samples: by the classifier, and against real images, before and after rejection."""
     meta = samples.read_meta(run.path(sample.DIRECTORY))
     found = {name: meta[name] for name in ('count', 'seed', 'temperature', *configs.CONTROLS, 'dtype')}
     options, chosen = configs.options(run.config, 'evaluate'), []
     if judge is not None:
         scores = samples.read_npz(run.path(reject.DIRECTORY, 'scores.npz'))
-        chosen = quality.choose_samples(scores['log_probability'], scores['label'], options.sweep, len(real))
+        chosen = quality.choose_samples(scores['log_probability'], scores['label'], options.sweep, len(seen.real))
     if network is not None:
         needed = functools.reduce(
             np.union1d, [share.positions for share in chosen], np.arange(min(meta['count'], KEPT))
         )
         generated = _look_at_samples(run, network, needed)
-        found['quality'] = _compare(network, real, generated.take(slice(KEPT)))
+        first = generated.take(slice(KEPT))
+        found['quality'] = _compare(network, seen.real, first)
+        found['quality_against_reconstructions'] = _compare(network, seen.reconstructed, first)
     if judge is None:
         return found
-    points, note = quality.sweep(network, real, generated, needed, chosen, scores['score'])
+    points, note = quality.sweep(network, seen.real, seen.reconstructed, generated, needed, chosen, scores['score'])
     accepted, rejection = samples.read_npz(run.path(reject.DIRECTORY, 'accepted.npz')), reject.read_meta(run)
     kept = scores['predicted'][np.searchsorted(scores['index'], accepted['index'])]
     names = run.images(options.split).class_names

@@ -102,6 +102,7 @@ def choose_samples(scores: np.ndarray, labels: np.ndarray, shares: Sequence[floa
 def sweep(
     network: Network,
     real: Observed,
+    reconstructed: Observed,
     generated: Observed,
     held: np.ndarray,
     chosen: list[Share],
@@ -110,7 +111,7 @@ def sweep(
     """Measures quality and diversity after keeping the best share of every class: the curves of the paper's section 5.
 
     Args:
-      real: the first n images are used.
+      real, reconstructed: the first n images of each are used.
       generated: features of the samples `held`; int64 [M], rising, all positions in `chosen` among them.
       chosen: from `choose_samples`.
       probability: float [N], the classifier's probability of the intended class of every sample.
@@ -120,7 +121,7 @@ def sweep(
       keep too few samples, or samples that all look alike.
     """
     count = max((len(share.positions) for share in chosen), default=0)  # n
-    reference = real.take(slice(count)) if count else None
+    references = [images.take(slice(count)) for images in (real, reconstructed)] if count else None
     points, missing = [], []
     for share, kept_count, positions in chosen:
         if not len(positions):
@@ -129,7 +130,9 @@ def sweep(
         confidence = float(np.mean(probability[positions], dtype=np.float64))
         point = {'kept': share, 'kept_count': kept_count, 'count': count, 'confidence': confidence}
         try:
-            points.append(point | _likeness(network, reference, generated.take(np.searchsorted(held, positions))))
+            points.append(
+                point | _sweep_numbers(network, *references, generated.take(np.searchsorted(held, positions)))
+            )
         except ValueError as error:
             missing.append(f'{share:g}: {error}')
     notes = []
@@ -141,6 +144,11 @@ def sweep(
     if missing:
         notes.append(f'Left out: {"; ".join(missing)}.')
     return points, ' '.join(notes)
+
+
+def _sweep_numbers(network, real, reconstructed, generated) -> dict:
+    name = f'{_NAMES[network.name]["frechet"]}_against_reconstructions'  # FID* of the paper's figure 7a
+    return _likeness(network, real, generated) | {name: frechet_distance(reconstructed.moments, generated.moments)}
 
 
 def _caution(found) -> str:

@@ -98,7 +98,7 @@ def write_page(run: Run, directory, found: dict) -> None:
     """report.html, with everything in it."""
     parts = [
         page.heading('Reconstruction'),
-        _reconstruction_table(run, found['reconstruction']),
+        _reconstruction_table(run, found['reconstruction'], found['originals']),
         page.picture(directory / 'reconstructions.png', 'Images of the split, and what each level makes of them'),
         page.heading('Likelihood'),
         _likelihood_table(found['likelihood']),
@@ -130,13 +130,18 @@ def _caution(quality: dict) -> str:
     return missing or quality.get('warning', '')
 
 
-def _reconstruction_table(run: Run, found: dict) -> str:
-    rows = [(f'{name} only', found['levels'][name]['without_finer_levels']) for name in reversed(run.levels[1:])]
+def _reconstruction_table(run: Run, found: dict, originals: dict) -> str:
+    rows = [('original images', originals)] if 'missing' not in originals.get('quality', {'missing': ''}) else []
+    rows += [(f'{name} only', found['levels'][name]['without_finer_levels']) for name in reversed(run.levels[1:])]
     rows += [('all levels', found), ('all levels, training images', found['train'])]
     shown = [key for key in _LABELS if key in found.get('quality', {})]
     header = ('', 'PSNR, dB', 'MSE in [-1, 1]', 'MSE in [0, 1]', 'SSIM', *(_LABELS[key] for key in shown))
     cells = [
-        (name, f'{e["psnr"]:.2f}', *(_number(e.get(k, '')) for k in ('mse_11', 'mse_01', 'ssim')))
+        (
+            name,
+            f'{e["psnr"]:.2f}' if 'psnr' in e else '',
+            *(_number(e.get(k, '')) for k in ('mse_11', 'mse_01', 'ssim')),
+        )
         + tuple(_number(e.get('quality', {}).get(key, '')) for key in shown)
         for name, e in rows
     ]
@@ -171,7 +176,9 @@ def _samples(directory, found: dict) -> list[str]:
     if 'quality' in found:
         quality = found['quality']
         shown = [key for key in _LABELS if key in quality]
-        parts.append(page.table([_LABELS[k] for k in shown], [[_number(quality[k]) for k in shown]]))
+        compared = {'real images': quality, 'reconstructions': found['quality_against_reconstructions']}
+        rows = [(name, *(_number(numbers.get(k, '')) for k in shown)) for name, numbers in compared.items()]
+        parts.append(page.table(('samples against', *(_LABELS[k] for k in shown)), rows))
         parts.append(page.note(_caution(quality)))
     parts.append(
         page.picture(directory / 'samples.png', f'{found["count"]} samples, nothing filtered: one class a row')
