@@ -46,7 +46,7 @@ _DECODE_ERRORS = (
     Image.DecompressionBombError,
 )
 
-_SUPPORTED = 'supported are grayscale, RGB and CMYK with 1 to 16 bits, with or without alpha'
+_REMEDY = 'convert it to grayscale or RGB of 8 or 16 bits'
 _MODES = ('1', 'L', 'LA', 'La', 'P', 'PA', 'RGB', 'RGBA', 'RGBa', 'CMYK', 'YCbCr')
 
 _EXIF_ORIENTATION = 0x0112
@@ -88,8 +88,8 @@ class _Unsupported(Exception):
 def decode_image(data: bytes, channels: int, where: str) -> Image.Image:
     """Decodes an image in one of `FORMATS`, upright as its EXIF orientation says.
 
-    Transparency (alpha channel, transparent palette entry or colour) is composited on white. Samples of more than 8 bits
-    are scaled to 8 bits, so that white stays white. CMYK becomes RGB. Of an animation the first frame is taken, of
+    Transparency (alpha channel, transparent palette entry or colour) is composited on white. Samples of more than 8
+    bits are scaled to 8, so that white stays white. CMYK becomes RGB. Of an animation the first frame is taken, of
     several pages the first.
 
     Args:
@@ -111,7 +111,8 @@ def decode_image(data: bytes, channels: int, where: str) -> Image.Image:
             orientation = image.getexif().get(_EXIF_ORIENTATION)  # Pillow turns a TIFF itself, and leaves 1 or None.
             image = to_channels(_to_8_bits(image), channels)
     except UnidentifiedImageError as error:
-        reason = f'{tiff} is not supported; {_SUPPORTED}' if tiff else f'not an image in a known format ({", ".join(FORMATS)})'
+        unknown = f'not an image in a known format ({", ".join(FORMATS)})'
+        reason = f'{tiff} is not supported; {_REMEDY}' if tiff else unknown
         raise UnreadableImage(where, reason) from error
     except _Unsupported as error:
         raise UnreadableImage(where, str(error)) from error
@@ -140,13 +141,14 @@ def _check_tiff(data: bytes) -> str:
 
     details = [
         {1: '', 2: 'signed', 3: 'floating-point'}.get(kind, 'of unknown type'),
+        'white is 0' if bits > 8 and tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0 else '',
         f'{unknown} of them neither color nor alpha' if unknown else '',
         'in separate planes without compression' if planes else '',
     ]
     text = f'TIFF with {channels} channel{"s" * (channels != 1)} of {bits} bits'
     text += f' ({", ".join(filter(None, details))})' if any(details) else ''
     if kind != 1 or bits > 16 or unknown or planes:
-        raise _Unsupported(f'{text} is not supported; {_SUPPORTED}')
+        raise _Unsupported(f'{text} is not supported; {_REMEDY}')
     return text
 
 
@@ -156,7 +158,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
         return image
     white = 65535  # PNG has 16 bits; Pillow scales every PGM of more than 8 to 16.
     if not image.mode.startswith('I') or image.mode == 'I' and image.format != 'PPM':
-        raise _Unsupported(f'{image.format} with pixels of mode {image.mode} is not supported; {_SUPPORTED}')
+        raise _Unsupported(f'{image.format} with pixels of mode {image.mode} is not supported; {_REMEDY}')
     samples = np.asarray(image).astype(np.int64)  # [h, w]
     if image.format == 'TIFF':
         white = 2 ** image.tag_v2[TiffImagePlugin.BITSPERSAMPLE][0] - 1

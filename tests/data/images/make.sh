@@ -48,7 +48,7 @@ $convert gray16.pgm "$tmp/half.pgm" -compose CopyOpacity -composite -depth 16 gr
 # jpg, jpeg, jpe, jfif
 cjpeg -quality 98 -sample 1x1 -outfile rgb.jpg rgb.ppm
 cjpeg -quality 98 -sample 1x1 -progressive -outfile rgb.jfif rgb.ppm
-cjpeg -quality 98 -sample 2x2 -outfile rgb.jpe rgb.ppm
+cjpeg -quality 98 -sample 1x1 -restart 1 -outfile rgb.jpe rgb.ppm
 cjpeg -quality 98 -grayscale -outfile gray.jpeg gray.pgm
 $convert rgb.ppm -colorspace CMYK -quality 98 -sampling-factor 1x1 cmyk.jpg
 
