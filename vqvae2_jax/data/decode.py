@@ -40,6 +40,8 @@ _DECODE_ERRORS = (
     SyntaxError,
     ValueError,
     TypeError,
+    ArithmeticError,
+    LookupError,
     EOFError,
     RuntimeError,
     struct.error,
