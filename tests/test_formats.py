@@ -48,6 +48,7 @@ IMAGES = {
     'rgb.png': (rgb(), 0),
     'RGB16.PNG': (rgb(), 1),
     'gray16.png': (gray(65535), 0),
+    'gray16-transparent.png': (np.where(BLOCKS[..., None] == 0, 255, gray(65535)), 0),
     'gray-alpha.png': (half_transparent(gray()), 1),
     'gray16-alpha.png': (half_transparent(gray(65535)), 1),
     'rgb.webp': (rgb(), 0),
@@ -126,6 +127,19 @@ def test_pixels(name):
 def test_other_channels_and_numbers_are_refused(name):
     with pytest.raises(decode.UnreadableImage, match=f'{name}.*{UNSUPPORTED[name]}.*grayscale or RGB.*on_error=skip'):
         decode.decode_image((FILES / name).read_bytes(), 3, name)
+
+
+@pytest.mark.parametrize('name', IMAGES)
+def test_damaged_files_are_decoded_or_refused(name):
+    """Whatever Pillow raises, data.on_error is obeyed."""
+    data, refused = (FILES / name).read_bytes(), 0
+    for start in range(0, len(data), 1 + len(data) // 40):
+        for filling in (b'\0' * 8, b'\xff' * 8):
+            try:
+                decode.decode_image(data[:start] + filling + data[start + 8 :], 3, name)
+            except decode.UnreadableImage:
+                refused += 1
+    assert refused
 
 
 def test_floating_point_samples_are_refused_in_other_formats_too():

@@ -278,11 +278,11 @@ def test_the_line_of_ignored_files_for_one_and_for_many_suffixes(tmp_path, capsy
     open_images(folder_spec(tmp_path / 'one', num_classes=2), 'train')
     assert capsys.readouterr().out == f"'{tmp_path / 'one'}': ignored 1 file: 1 .db\n"
     save(tmp_path / 'many' / '1.png', 'red')
-    touch(*(tmp_path / 'many' / f'x.{letter}' for letter in 'jihgfedcba'), tmp_path / 'many' / 'y.j')
-    touch(tmp_path / 'many' / 'odd.two\nlines')
+    touch(*(tmp_path / 'many' / f'x.{letter}' for letter in 'jihgfedcba'))
+    touch(tmp_path / 'many' / 'y.j', tmp_path / 'many' / 'odd.two\nlines', tmp_path / 'many' / 'Mr. Smith')
     open_all(str(tmp_path / 'many'), folder_spec(tmp_path), 'edit.path')
-    counts = '2 .j, 1 .a, 1 .b, 1 .c, 1 .d, 1 .e, 1 .f, 1 .g, ...'
-    assert capsys.readouterr().out == f"'{tmp_path / 'many'}': ignored 12 files: {counts}\n"
+    counts = '2 .j, 2 without suffix, 1 .a, 1 .b, 1 .c, 1 .d, 1 .e, 1 .f, ...'
+    assert capsys.readouterr().out == f"'{tmp_path / 'many'}': ignored 13 files: {counts}\n"
     save(tmp_path / 'none' / '1.png', 'red')
     open_images(folder_spec(tmp_path / 'none', held_out=(0, 0)), 'train')
     assert capsys.readouterr().out == ''

@@ -41,6 +41,7 @@ pgmmake 1 40 32 > "$tmp/opaque.pgm"
 # png
 pnmtopng rgb.ppm > rgb.png
 pnmtopng gray16.pgm > gray16.png
+pnmtopng -transparent=black gray16.pgm > gray16-transparent.png
 pnmtopng rgb16.ppm > RGB16.PNG
 pnmtopng -alpha="$tmp/half.pgm" gray.pgm > gray-alpha.png
 $convert gray16.pgm "$tmp/half.pgm" -compose CopyOpacity -composite -depth 16 gray16-alpha.png
