@@ -129,6 +129,7 @@ def test_other_channels_and_numbers_are_refused(name):
         decode.decode_image((FILES / name).read_bytes(), 3, name)
 
 
+@pytest.mark.filterwarnings('ignore::UserWarning')  # Pillow's, about TIFF tags
 @pytest.mark.parametrize('name', IMAGES)
 def test_damaged_files_are_decoded_or_refused(name):
     """Whatever Pillow raises, data.on_error is obeyed."""
