@@ -143,6 +143,14 @@ def test_damaged_files_are_decoded_or_refused(name):
     assert refused
 
 
+def test_a_tag_of_another_type_is_refused():
+    data = (FILES / 'gray16.tif').read_bytes()
+    bits, as_text = b'\x02\x01\x03\x00', b'\x02\x01\x02\x00'  # BitsPerSample, 16-bit number; the same as text
+    assert bits in data
+    with pytest.raises(decode.UnreadableImage, match='TypeError'):
+        decode.decode_image(data.replace(bits, as_text), 3, 'a.tif')
+
+
 def test_floating_point_samples_are_refused_in_other_formats_too():
     pfm = b'Pf\n2 2\n-1.0\n' + np.zeros(4, '<f4').tobytes()
     with pytest.raises(decode.UnreadableImage, match='PPM with pixels of mode F is not supported'):
