@@ -207,8 +207,8 @@ def open_images(spec: ImageSpec, split: str) -> ImageSource:
     if spec.name == 'fashion':
         pool = FashionPool(spec.num_classes)
     elif spec.name == 'folder':
-        pool = open_folder(_local(spec.path), spec.num_classes, named, spec.splits[0] if named else None)
-        pool.shown = os.path.join(spec.path, named or '') if bucket.is_remote(spec.path) else None
+        train, shown = spec.splits[0] if named else None, spec.path if bucket.is_remote(spec.path) else None
+        pool = open_folder(_local(spec.path), spec.num_classes, named, train, shown)
     elif spec.name == 'npz':
         path = _local(spec.path)
         pool = ArraysPool(os.path.join(path, named) if named else path, spec.num_classes)
@@ -234,7 +234,7 @@ def open_all(path: str, spec: ImageSpec, field: str) -> ImageSource:
     Raises:
       ValueError: there are none. FileNotFoundError: no such file or folder. Both name the config's `field`.
     """
-    path = _local(path, field)
+    shown, path = path, _local(path, field)
     if path.endswith('.npz'):
         pool = ArraysPool(path, num_classes=0, field=field)
     elif not os.path.exists(path):
@@ -242,7 +242,7 @@ def open_all(path: str, spec: ImageSpec, field: str) -> ImageSource:
     elif os.path.isfile(path):
         pool = FilesPool(os.path.dirname(path) or '.', [os.path.basename(path)])
     else:
-        pool = FilesPool(path, find_images(path, field))
+        pool = FilesPool(path, find_images(path, field, shown))
     return ImageSource(pool, np.arange(len(pool)), tuple(spec.image_size), spec.channels, spec.on_error)
 
 
