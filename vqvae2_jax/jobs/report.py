@@ -79,17 +79,18 @@ def curve_labels(config, section: str) -> tuple[str, str]:
 
 def _sweep(directory, points: list[dict]) -> None:
     distance = next(name for name in ('fid', 'frechet_distance') if name in points[0])
-    sureness = 'inception_score' if all('inception_score' in p for p in points) else 'confidence'
-    quality = [[p[sureness] for p in points], [p[distance] for p in points]]
-    variety = [[p['recall'] for p in points], [p['precision'] for p in points]]
+    x = 'inception_score' if all('inception_score' in p for p in points) else 'confidence'
+    distances = {'against real images': distance, 'against reconstructions': f'{distance}_against_reconstructions'}
+    curves = {label: [[p[x] for p in points], [p[key] for p in points]] for label, key in distances.items()}
     kept = f'kept {points[0]["kept"]:.0%} to {points[-1]["kept"]:.0%}'
+    trade_off = {kept: [[p['recall'] for p in points], [p['precision'] for p in points]]}
     images = f'n = {points[0]["count"]}'
-    label = {'inception_score': 'Inception Score', 'confidence': "classifier's confidence"}[sureness]
+    label = {'inception_score': 'Inception Score', 'confidence': "classifier's confidence"}[x]
     pictures.plot_panels(
         directory / 'rejection.png',
         [
-            pictures.Panel(f'quality, {images}', {kept: quality}, _LABELS[distance], xlabel=label),
-            pictures.Panel(f'precision and recall, {images}', {kept: variety}, 'precision', xlabel='recall'),
+            pictures.Panel(f'quality, {kept}, {images}', curves, _LABELS[distance], xlabel=label),
+            pictures.Panel(f'precision and recall, {images}', trade_off, 'precision', xlabel='recall'),
         ],
     )
 
@@ -193,7 +194,7 @@ def _samples(directory, found: dict) -> list[str]:
     parts += [page.table(('', 'the classifier sees the class'), rows), page.note(found['note'])]
     parts.append(page.picture(directory / 'accepted.png', 'After rejection, the best first'))
     if found['sweep']:
-        parts.append(page.picture(directory / 'rejection.png', 'Keeping less: quality against variety', plot=True))
+        parts.append(page.picture(directory / 'rejection.png', 'Acceptance rate: quality against diversity', plot=True))
         points = found['sweep']
         labels = {'kept_count': 'samples kept', 'count': 'n', 'confidence': 'confidence'} | _LABELS
         keys = [key for key in labels if all(key in p for p in points)]
