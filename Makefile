@@ -14,10 +14,10 @@ DEV_STAMP := $(VENV)/.installed-dev
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint clean
+.PHONY: help demo test test-fast test-system lint clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo '  PYTHON=python3.12   the interpreter that creates $(VENV) (3.11 or newer)'
 	@echo '  CONFIG=configs/x.py the experiment that `make demo` runs'
@@ -26,11 +26,14 @@ help:  ## show this list
 demo: $(RUN_STAMP)  ## train, sample and evaluate a small model on this machine
 	$(BIN)/python -m vqvae2_jax.main --config=$(CONFIG) $(ARGS)
 
-test: lint  ## ruff and every test, the slow ones too
-	$(BIN)/python -m pytest
+test: lint  ## ruff, unit tests and tiny pipelines (20 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not system"
 
 test-fast: lint  ## ruff and the quick tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not system"
+
+test-system: $(DEV_STAMP)  ## fresh installs, the newest Python, notebooks, many processes, signals (30 minutes)
+	$(BIN)/python -m pytest -m system
 
 lint: $(DEV_STAMP)  ## ruff
 	$(BIN)/ruff check .

@@ -29,6 +29,7 @@ from etils import epath
 from benchmarks.timing import machine, seconds
 from vqvae2_jax import checks, load_config, xla_flags
 from vqvae2_jax import config as configs
+from vqvae2_jax.data.images import check_seed
 from vqvae2_jax.io import pictures, provenance
 from vqvae2_jax.io.logging import read_metrics
 from vqvae2_jax.jobs.codes import extract
@@ -41,6 +42,16 @@ TIMED = 50  # updates
 TURNS = 2
 COLUMNS = ('level', 'attentions', 'order', 'steps', 'ms an image', 'ms an update')
 COLUMNS += ('equal updates: nats', 'against raster', 'equal time: nats', 'against raster')
+
+
+def seed_argument(text: str) -> int:
+    """A seed on the command line."""
+    try:
+        value = int(text)
+        check_seed('--seeds', value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return value
 
 
 def variant(run, level, order, attention, seed):
@@ -163,7 +174,7 @@ def main():
     parser.add_argument('--levels', nargs='+', default=['top', 'bottom'])
     parser.add_argument('--attention', type=int, nargs='+', default=[0, 2], help='numbers of attention layers')
     parser.add_argument('--slopes', type=int, nargs='*', default=[3, 2])
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--seeds', type=seed_argument, nargs='+', default=[0, 1, 2])
     parser.add_argument('--trained', help='orders.json of a study whose levels, attentions and orders are timed here')
     options = parser.parse_args()
     config = configs.complete(load_config(options.config))

@@ -2,7 +2,7 @@
 
   python -m vqvae2_jax.main --config=configs/ffhq1024.py --config.data.path=/data/ffhq
 
-Reproduces: tables 2 and 4 of the paper's appendix, figures 3, 7 and 8. The paper has no number for FFHQ, only pictures.
+Reproduces: tables 4 and 5 of the paper's appendix, figures 3 and 6. The paper has no number for FFHQ, only pictures.
 Measured here: stage 1 alone, on a CPU: 600 updates of 2 images (rate 1e-3, level_loss=1, float32) on 27 photographs
 bring held-out ones to 19.1 dB, plainly recognisable, their colours still pale (2 cores of an AMD EPYC, 2026-11-20).
 What the batch sizes below take is in docs/scale.md.

@@ -2,7 +2,7 @@
 
   python -m vqvae2_jax.main --config=configs/imagenet256.py --config.data.path=/data/tfds
 
-Reproduces: tables 1 and 2 of the paper's appendix (VQ-VAE, top and bottom prior), figures 1, 5 and 6. The paper's
+Reproduces: tables 3 and 5 of the paper's appendix (VQ-VAE, top and bottom prior), figures 1, 4 and 5. The paper's
 numbers: validation MSE 0.0050 (its pixel range is not stated; [-1, 1] is plausible), validation NLL 3.41 (top) and 3.45
 (bottom), units not stated, nats per code assumed. Measured here: not run yet. What it takes is in docs/scale.md:
 `--job=plan --topology=v5e:16x16` says whether it fits, and how long it takes at least.

@@ -1,5 +1,6 @@
 """The parts of benchmarks that make claims: readers of CIFAR-10, and the study of orders, on next to nothing."""
 
+import argparse
 import io
 import tarfile
 import zipfile
@@ -43,7 +44,14 @@ def test_sprites_of_cifar10_are_read_in_order(tmp_path):
     np.testing.assert_array_equal(read, labels)
 
 
-@pytest.mark.slow
+def test_seeds_of_a_benchmark_are_checked_before_it_works():
+    assert orders.seed_argument('3') == 3
+    for text in ('-1', '4294967296', '1.5'):
+        with pytest.raises(argparse.ArgumentTypeError):
+            orders.seed_argument(text)
+
+
+@pytest.mark.system
 def test_orders_are_compared_at_equal_updates_and_at_equal_time(run):
     found = orders.learning_curves(run, 'top', 0, ('raster', '2'), [0, 1])
     orders.add_times(found, run, 'top', 0)

@@ -28,7 +28,7 @@ def gcs():
         yield server
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_a_whole_run_on_a_bucket_equals_a_local_one(gcs, finished, config, capsys):
     run = Run(config, epath.Path('gs://bucket/runs/tiny'))
     config.classifier.training.save_every = 2  # of four checkpoints two are removed

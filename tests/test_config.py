@@ -171,6 +171,26 @@ def test_mistakes_are_errors_that_name_the_field(config, field, value, message):
         checks.check(config)
 
 
+@pytest.mark.parametrize('field', ['seed', 'sample.seed', 'data.split_seed'])
+@pytest.mark.parametrize('value', [-1, 2**32, 2**63, True, 1.5, '3'])
+def test_seeds_outside_32_bits_are_refused(config, field, value):
+    section, _, name = field.rpartition('.')
+    with config.ignore_type(), (config[section] if section else config).unlocked() as fields:
+        fields[name] = value
+    with pytest.raises(
+        ConfigError, match=re.escape(f'{field} is {value!r}; a seed must be an integer from 0 to 4294967295')
+    ):
+        checks.check(config)
+
+
+@pytest.mark.parametrize('value', [0, 2**32 - 1])
+def test_seeds_of_32_bits_are_taken(config, value):
+    config = configs.complete(config)
+    config.seed = config.sample.seed = value
+    config.data.split_seed = value
+    checks.check(config)
+
+
 @pytest.mark.parametrize(
     'field, message',
     [

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vqvae2_jax.jobs.features import Network, Observed
-from vqvae2_jax.jobs.quality import sweep
+from vqvae2_jax.jobs.quality import choose_samples, sweep
 from vqvae2_jax.metrics.frechet import Moments, frechet_distance
 from vqvae2_jax.metrics.inception_score import inception_score
 from vqvae2_jax.metrics.kernel import kernel_distance
@@ -142,6 +142,9 @@ def test_a_sweep_leaves_out_the_shares_of_which_there_are_no_numbers():
     real, generated = Observed(network), Observed(network)
     pixels = np.random.default_rng(0).integers(0, 255, (64, 1, 1, 3), np.uint8)
     real.add(pixels)
-    generated.add(np.concatenate([np.full_like(pixels[:32], 7), pixels[32:]]))  # the best half is all alike
-    found = sweep(network, real, generated, np.linspace(1, 0, 64), np.zeros(64, int), (1.0, 0.5))
+    scores = np.concatenate([np.linspace(0.5, 0, 16), np.linspace(1, 0.6, 16), np.linspace(0.4, 0.1, 32)])
+    generated.add(np.concatenate([pixels[:16], np.full_like(pixels[:16], 7), pixels[32:]]))  # the best are all alike
+    chosen = choose_samples(scores, np.zeros(64, int), (1.0, 0.25), len(real))
+    found, note = sweep(network, real, real, generated, np.arange(64), chosen, scores)
     assert [point['kept'] for point in found] == [1.0]
+    assert '0.25: all 16 images of a set look alike' in note

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqvae2_jax.data.images import SPLITS, ImageSpec, open_images, random_split
+from vqvae2_jax.data.images import SPLITS, ImageSpec, open_all, open_images, random_split
 from vqvae2_jax.data.loader import eval_batches, read_skipped, train_batches
 
 
@@ -247,6 +247,72 @@ def test_folder_errors(tmp_path):
     with pytest.raises(ValueError, match=r'outside of them.*stray\.png'):
         open_images(folder_spec(tmp_path, num_classes=2), 'train')
     assert len(open_images(folder_spec(tmp_path, held_out=(0, 0)), 'train')) == 21  # Unlabelled: folders do not matter.
+
+
+# --- files that are not read ------------------------------------------------------------------------------------------
+
+
+def touch(*paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b'')
+
+
+def test_files_with_other_suffixes_are_counted_in_one_line(tmp_path, capsys):
+    labelled_folder(tmp_path)
+    touch(*(tmp_path / 'cat' / name for name in ('1.heic', '2.HEIC', 'a.txt', 'LICENSE', '.DS_Store')))
+    touch(*(tmp_path / name for name in ('deep/3.heic', 'deep/b.txt', 'no.', '.cache/4.heic')))
+    spec = folder_spec(tmp_path)
+    for split in SPLITS:  # cut from one folder
+        open_images(spec, split)
+    line = f"'{tmp_path}': ignored 7 files: 3 .heic, 2 .txt, 2 without suffix\n"
+    assert capsys.readouterr().out == line
+    (tmp_path / 'cat' / 'LICENSE').unlink()  # another count is another line
+    open_images(spec, 'train')
+    assert 'ignored 6 files: 3 .heic, 2 .txt, 1 without suffix' in capsys.readouterr().out
+
+
+def test_the_line_of_ignored_files_for_one_and_for_many_suffixes(tmp_path, capsys):
+    labelled_folder(tmp_path / 'one')
+    touch(tmp_path / 'one' / 'cat' / 'Thumbs.db')
+    open_images(folder_spec(tmp_path / 'one', num_classes=2), 'train')
+    assert capsys.readouterr().out == f"'{tmp_path / 'one'}': ignored 1 file: 1 .db\n"
+    save(tmp_path / 'many' / '1.png', 'red')
+    touch(*(tmp_path / 'many' / f'x.{letter}' for letter in 'jihgfedcba'))
+    touch(tmp_path / 'many' / 'y.j', tmp_path / 'many' / 'odd.two\nlines', tmp_path / 'many' / 'Mr. Smith')
+    open_all(str(tmp_path / 'many'), folder_spec(tmp_path), 'edit.path')
+    counts = '2 .j, 2 without suffix, 1 .a, 1 .b, 1 .c, 1 .d, 1 .e, 1 .f, ...'
+    assert capsys.readouterr().out == f"'{tmp_path / 'many'}': ignored 13 files: {counts}\n"
+    save(tmp_path / 'none' / '1.png', 'red')
+    open_images(folder_spec(tmp_path / 'none', held_out=(0, 0)), 'train')
+    assert capsys.readouterr().out == ''
+
+
+def test_a_class_whose_files_are_all_ignored_is_named_with_their_suffixes(tmp_path):
+    labelled_folder(tmp_path / 'train')
+    touch(*(tmp_path / 'train' / 'emu' / f'{i}.heic' for i in range(10)), tmp_path / 'train' / 'emu' / 'a.txt')
+    for fields in ({'num_classes': 2}, {'num_classes': 3}):
+        with pytest.raises(ValueError, match=r"'emu' \(only 10 \.heic, 1 \.txt\).*\.avif, \.bmp, .* are read") as error:
+            open_images(folder_spec(tmp_path / 'train', **fields), 'train')
+        assert 'emove' not in str(error.value) and 'elete' not in str(error.value)
+    (tmp_path / 'train' / 'emu').rename(tmp_path / 'emu')
+    save(tmp_path / 'val' / 'dog' / '1.png', 'red')
+    (tmp_path / 'val' / 'emu').mkdir()
+    touch(tmp_path / 'val' / 'cat' / 'scan.dng')
+    spec = folder_spec(tmp_path, num_classes=2, splits=('train', 'val', 'val'))
+    with pytest.raises(ValueError, match=r"val' without images: 'cat' \(only 1 \.dng\)"):
+        open_images(spec, 'validation')
+    for stray in (tmp_path / 'val' / 'dog').iterdir():
+        stray.rename(tmp_path / 'val' / stray.name)  # images beside the class folders, none in them
+    with pytest.raises(ValueError, match=r"without images: 'cat' \(only 1 \.dng\)"):
+        open_images(folder_spec(tmp_path / 'val', num_classes=2), 'train')
+
+
+def test_a_folder_without_any_image_names_the_suffixes_found(tmp_path):
+    touch(*(tmp_path / 'cat' / f'{i}.CR2' for i in range(3)), tmp_path / 'dog' / '1.heic', tmp_path / '.hidden')
+    for num_classes in (0, 2):
+        with pytest.raises(ValueError, match=r'data\.path: no images in .*, only 3 \.cr2, 1 \.heic \(looked for \.'):
+            open_images(folder_spec(tmp_path, num_classes=num_classes), 'train')
 
 
 # --- corrupt files ----------------------------------------------------------------------------------------------------

@@ -120,11 +120,11 @@ def test_reported_likelihood(finished, report):
         np.testing.assert_allclose(found['nll'], nll(test), rtol=1e-4)
         np.testing.assert_allclose(found['nll_train'], nll(train), rtol=1e-4)
         here, there = test[f'codes_{level}'], train[f'codes_{level}']
-        np.testing.assert_allclose(found['empirical_entropy'], entropy(here), rtol=1e-6)
+        np.testing.assert_allclose(found['unigram_entropy'], entropy(here), rtol=1e-6)
         counts = (there[..., None] == np.arange(16)).sum(axis=0) + 1.0  # [h, w, K], add-one smoothing
         log_p = np.log(counts / counts.sum(axis=-1, keepdims=True))
         by_hand = -np.mean([np.take_along_axis(log_p, codes[..., None], axis=-1).mean() for codes in here])
-        np.testing.assert_allclose(found['positional_entropy'], by_hand, rtol=1e-6)
+        np.testing.assert_allclose(found['positional_cross_entropy'], by_hand, rtol=1e-6)
         assert found['parameters'] == sum(x.size for x in jax.tree.leaves(trained.params))
         bits += found['nll'] / math.log(2) * here[0].size
     np.testing.assert_allclose(report['likelihood']['bits_per_image'], bits)

@@ -62,15 +62,50 @@ def test_quality_is_that_of_all_features_at_once(report, seen, name):
     assert '10000' in found['warning'] and 'fid' not in found
 
 
+def test_samples_are_compared_with_reconstructions_too(report, seen):
+    again, drawn = seen['reconstructions'][1], seen['samples'][1]
+    distance = frechet_distance(Moments.of(again), Moments.of(drawn))
+    found = report['samples']['quality_against_reconstructions']
+    np.testing.assert_allclose(found['frechet_distance'], distance, rtol=2e-2)
+    first = report['samples']['sweep'][0]
+    distance = frechet_distance(Moments.of(again[:10]), Moments.of(drawn[:10]))
+    np.testing.assert_allclose(first['frechet_distance_against_reconstructions'], distance, rtol=2e-2)
+
+
+def test_originals_are_compared_with_another_split(report, run):
+    assert 'evaluate.reference is evaluate.split' in report['originals']['quality']['missing']
+    run.config.evaluate = dict(reference='train', cas=False, sweep=(1.0,))
+    run_job(run, 'evaluate')
+    found = read_json(run.path('report', 'report.json'))['originals']['quality']
+    assert (found['count_real'], found['count']) == (len(run.images('train')), len(run.images('test')))
+    model = configs.make_classifier(run.config)
+    params = workdir.load_trained(run, 'classifier', 'classifier').params
+
+    def moments(split):
+        source = run.images(split)
+        images = np.stack([source[i]['image'] for i in range(len(source))])
+        return Moments.of(model.apply({'params': params}, to_float(images), with_features=True)[1])
+
+    distance = frechet_distance(moments('train'), moments('test'))
+    np.testing.assert_allclose(found['frechet_distance'], distance, rtol=1e-3)
+    assert '<td>original images</td>' in run.path('report', 'report.html').read_text()
+
+
 def test_sweep_goes_from_all_to_few(report, finished, seen):
     points = report['samples']['sweep']
-    assert points[0]['kept'] == 1 and points[0]['count'] == 24
-    for name in ('frechet_distance', 'precision', 'recall'):
-        assert points[0][name] == pytest.approx(report['samples']['quality'][name], rel=1e-6)
+    assert points[0]['kept'] == 1 and points[0]['kept_count'] == 24
+    assert points[-1]['kept_count'] == 10  # one of each class
+    assert {point['count'] for point in points} == {10}
+    real, drawn = seen['real'][1][:10], seen['samples'][1][:10]
+    distance = frechet_distance(Moments.of(real), Moments.of(drawn))
+    np.testing.assert_allclose(points[0]['frechet_distance'], distance, rtol=1e-3)
+    assert (points[0]['precision'], points[0]['recall']) == pytest.approx(precision_recall(real, drawn), abs=0.11)
     scores = samples.read_npz(finished.path('rejection', 'scores.npz'))
-    assert points[0]['confidence'] == pytest.approx(scores['score'].mean())
+    assert points[0]['confidence'] == pytest.approx(scores['score'][:10].mean())
     confidences = [point['confidence'] for point in points]
-    assert confidences[-1] > confidences[0] and points[-1]['count'] == 10  # one of each class
+    assert confidences[-1] > confidences[0]
+    page = finished.path('report', 'report.html').read_text()
+    assert 'n = 10 samples' in page and '<th>samples kept</th><th>n</th>' in page
 
 
 def test_classification_accuracy_score(report, finished):

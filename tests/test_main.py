@@ -1,4 +1,4 @@
-"""The front door as a user meets it: a process, its messages, its exit status."""
+"""The command line as a process: its messages and its exit status."""
 
 import os
 import pathlib
@@ -32,7 +32,12 @@ def start(*arguments, **options):
         (['--config=configs/tiny.py', '--config.sample.temperature.tpo=1.0'], "'tpo'; did you mean 'top'?"),
         (['--config=configs/tiny.py', '--config.sample.temperature=1.0'], '--config.sample.temperature.bottom='),
         (['--config=configs/tiny.py', '--config.seed.a=1'], 'seed is a value, without fields'),
-        (['--config=configs/missing.py'], 'configs/missing.py'),
+        (
+            ['--config=configs/tiny.py', '--config.sample.seed=4294967296'],
+            'sample.seed is 4294967296; a seed must be an integer from 0 to 4294967295',
+        ),
+        (['--config=configs/missing.py'], "no file 'configs/missing.py': give the path of a .py file, or one of the"),
+        (['--config=fashon'], "no config 'fashon': give the path of a .py file, or one of the names cifar10,"),
         (['--config=configs/tiny.py', '--job=prior', '--level=middle'], 'the levels of this config are top, bottom'),
         (['--config=configs/tiny.py', '--config.sample.batch_size=12'], '--config.sample.batch_size=16'),
         (  # fields that the config leaves at their defaults
@@ -54,12 +59,21 @@ def test_mistakes_end_in_one_line(tmp_path, arguments, message):
     assert 'Traceback' not in output
 
 
-@pytest.mark.parametrize('own', ['', '--xla_cpu_max_isa=AVX2', '--xla_cpu_experimental_ynn_fusion_type='])
-def test_cpus_convolve_without_ynnpack_unless_the_user_says_otherwise(own):
-    command = [sys.executable, '-c', 'import os, vqvae2_jax; print(os.environ["XLA_FLAGS"])']
-    flags = subprocess.check_output(command, cwd=ROOT, env=os.environ | {'XLA_FLAGS': own}, text=True).split()
-    added = [] if 'ynn' in own else ['--xla_cpu_experimental_ynn_fusion_type=-individual_convolution']
-    assert flags == own.split() + added
+PRINT_FLAGS = """
+import atexit, os, runpy
+atexit.register(lambda: print('flags:', os.environ.get('XLA_FLAGS')))
+runpy.run_module('vqvae2_jax.main', run_name='__main__', alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize('topology', ['', 'v5e:1x1'])
+def test_the_command_line_sets_the_cpu_flag_but_not_for_another_platforms_compiler(tmp_path, topology):
+    environment = os.environ | {'XLA_FLAGS': '--xla_cpu_max_isa=AVX2'}
+    command = [sys.executable, '-c', PRINT_FLAGS, '--config=tiny', '--job=prior', '--level=middle']
+    command += [f'--workdir={tmp_path}', f'--topology={topology}']  # both end in an error, before any work
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    added = '' if topology else ' --xla_cpu_experimental_ynn_fusion_type=-individual_convolution'
+    assert found.returncode == 1 and found.stdout == f'flags: --xla_cpu_max_isa=AVX2{added}\n', found
 
 
 OVERRIDES = {'steps': 200, 'save_every': 10_000, 'eval_every': 100, 'show_every': 0, 'log_every': 20}
@@ -90,6 +104,7 @@ def test_a_terminated_process_saves_and_the_same_command_continues_to_the_same_w
     assert continued['validation'] == whole['validation']
 
 
+@pytest.mark.system
 @pytest.mark.parametrize('stop_signal', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_group_with_workers_saves(tmp_path, stop_signal):
     """As a terminal sends Ctrl-C: to the worker processes too."""
@@ -108,6 +123,7 @@ def test_a_signal_to_the_whole_group_with_workers_saves(tmp_path, stop_signal):
         assert 'Worker process' not in output and 'KeyboardInterrupt' not in output, output
 
 
+@pytest.mark.system
 def test_a_signal_to_the_whole_group_while_workers_start_stops_all(run):
     run.path('codes').rmtree()
     flags = ['--config.data.held_out=(0.9,0.06)', '--config.data.workers=1', '--config.codes.shard_size=1000']

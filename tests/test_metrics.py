@@ -79,19 +79,19 @@ class TestCodes:
 
     @given(CODE_LISTS)
     def test_entropy_bounds_and_agreement(self, values):
-        entropy = codes.empirical_entropy(np.array(values), 7)
+        entropy = codes.unigram_entropy(np.array(values), 7)
         assert -1e-12 <= entropy <= math.log(len(set(values))) + 1e-12
         assert codes.perplexity(codes.histogram(np.array(values), 7)) == pytest.approx(math.exp(entropy))
 
-    def test_positional_entropy_by_hand(self):
+    def test_positional_cross_entropy_by_hand(self):
         # Position 0 was 0 three times; position 1 was 0, 1, 1. alpha 1, K 3: p = (count + 1) / 6.
         train = np.array([[0, 0], [0, 1], [0, 1]])
         held_out = np.array([[0, 1], [2, 0]])
         expected = -np.mean(np.log([4 / 6, 3 / 6, 1 / 6, 2 / 6]))
-        assert codes.positional_entropy(train, held_out, 3, alpha=1.0) == pytest.approx(expected)
+        assert codes.positional_cross_entropy(train, held_out, 3, alpha=1.0) == pytest.approx(expected)
 
     @pytest.mark.parametrize('chunk', [1, 7, 10**9])
-    def test_positional_entropy_against_loops(self, monkeypatch, chunk):
+    def test_positional_cross_entropy_against_loops(self, monkeypatch, chunk):
         monkeypatch.setattr(codes, '_CHUNK', chunk)
         rng = np.random.default_rng(0)
         # uint8, while positions times K is beyond it.
@@ -101,12 +101,12 @@ class TestCodes:
             for i in range(2):
                 for j in range(3):
                     total -= math.log((np.sum(train[:, i, j] == image[i, j]) + 0.5) / (50 + 0.5 * 90))
-        assert codes.positional_entropy(train, held_out, 90, alpha=0.5) == pytest.approx(total / 24)
+        assert codes.positional_cross_entropy(train, held_out, 90, alpha=0.5) == pytest.approx(total / 24)
 
     def test_a_fixed_pattern_is_certain_by_position_and_not_pooled(self):
         pattern = np.arange(200, dtype=np.uint8).reshape(1, 200).repeat(50, axis=0)
-        assert codes.positional_entropy(pattern, pattern, 200, alpha=1e-6) == pytest.approx(0, abs=1e-4)
-        assert codes.empirical_entropy(pattern, 200) == pytest.approx(math.log(200))
+        assert codes.positional_cross_entropy(pattern, pattern, 200, alpha=1e-6) == pytest.approx(0, abs=1e-4)
+        assert codes.unigram_entropy(pattern, 200) == pytest.approx(math.log(200))
 
     def test_bits_per_image(self):
         # 1 bit a code on 2x2, 3 bits a code on 4x4.
@@ -122,17 +122,21 @@ class TestCodes:
         [
             (lambda: codes.histogram(np.array([0, 4]), 4), ValueError, r'codes spans 0..4, but .* 4 allows 0..3'),
             (lambda: codes.usage(np.array([-1, 2]), 4), ValueError, r'spans -1..2'),
-            (lambda: codes.empirical_entropy(zeros(0), 4), ValueError, 'codes is empty'),
+            (lambda: codes.unigram_entropy(zeros(0), 4), ValueError, 'codes is empty'),
             (lambda: codes.histogram(np.array([0.0]), 4), TypeError, 'dtype float64; codes are integers'),
             (lambda: codes.perplexity([0, 0]), ValueError, 'not all zero'),
             (lambda: codes.perplexity([1, -1, 3]), ValueError, 'non-negative'),
             (lambda: codes.perplexity([[1, 2]]), ValueError, r'shape \(1, 2\)'),
             (lambda: codes.perplexity([1, math.nan]), ValueError, 'finite'),
             (lambda: codes.perplexity([1, math.inf]), ValueError, 'finite'),
-            (lambda: codes.positional_entropy(zeros((2, 3)), zeros((2, 4)), 2, 1), ValueError, 'same positions'),
-            (lambda: codes.positional_entropy(zeros(2), zeros(2), 2, 1), ValueError, r'\[N, ...\]'),
-            (lambda: codes.positional_entropy(zeros((2, 3)), np.full((1, 3), 2), 2, 1), ValueError, 'codes spans 2..2'),
-            (lambda: codes.positional_entropy(zeros((2, 3)), zeros((1, 3)), 2, 0), ValueError, 'alpha.*got 0'),
+            (lambda: codes.positional_cross_entropy(zeros((2, 3)), zeros((2, 4)), 2, 1), ValueError, 'same positions'),
+            (lambda: codes.positional_cross_entropy(zeros(2), zeros(2), 2, 1), ValueError, r'\[N, ...\]'),
+            (
+                lambda: codes.positional_cross_entropy(zeros((2, 3)), np.full((1, 3), 2), 2, 1),
+                ValueError,
+                'codes spans 2..2',
+            ),
+            (lambda: codes.positional_cross_entropy(zeros((2, 3)), zeros((1, 3)), 2, 0), ValueError, 'alpha.*got 0'),
             (lambda: codes.bits_per_image([1.0], [(2, 2), (4, 4)]), ValueError, 'has 1 levels and shapes has 2'),
             (lambda: codes.compression_ratio((4, 4, 3), [], []), ValueError, 'at least one'),
             (lambda: codes.compression_ratio((4, 4, 3), [(2, 2)], [1]), ValueError, 'fewer than 2 codes'),
@@ -147,8 +151,8 @@ class TestCodes:
         results = [
             codes.usage(values, 2),
             codes.perplexity([1, 2]),
-            codes.empirical_entropy(values, 2),
-            codes.positional_entropy(values, values, 2, 1),
+            codes.unigram_entropy(values, 2),
+            codes.positional_cross_entropy(values, values, 2, 1),
             codes.bits_per_image([np.float32(1)], [(1, 1)]),
             codes.compression_ratio((4, 4, 3), [(2, 2)], [4]),
         ]

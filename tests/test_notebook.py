@@ -64,7 +64,7 @@ def test_it_calls_the_package_and_copies_nothing():
     assert imported, 'no cell imports the package'
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_it_runs(tmp_path, monkeypatch):
     # A kernel of this very interpreter: the one called python3 may be another's.
     ipykernel.kernelspec.install(prefix=str(tmp_path), kernel_name='this-python')

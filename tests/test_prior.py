@@ -2,6 +2,7 @@
 
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from vqvae2_jax.models.causal import CausalAttention
 from vqvae2_jax.models.order import Order
 from vqvae2_jax.models.raster import RasterPrior
+from vqvae2_jax.models.trunk import GatedBlock
 from vqvae2_jax.models.wavefront import WavefrontPrior
 from vqvae2_jax.stages.prior import make_stage
 
@@ -124,17 +126,33 @@ def test_conditions_that_are_missing_are_refused():
         prior.apply({'params': params}, codes, labels, ())
 
 
-def test_dropout_acts_in_training_only():
-    prior, params, codes, labels, coarser = make_prior('attention', dropout=0.5, attention_dropout=0.5)
+@pytest.mark.parametrize('placement', ['inside', 'after'])
+@pytest.mark.parametrize('kind', ['keys', 'logits'])
+def test_dropout_acts_in_training_only(placement, kind):
+    fields = dict(dropout_placement=placement, attention_dropout_kind=kind)
+    prior, params, codes, labels, coarser = make_prior('attention', dropout=0.5, attention_dropout=0.5, **fields)
     plain = prior.apply({'params': params}, codes)
-    np.testing.assert_array_equal(plain, prior.apply({'params': params}, codes))
+    np.testing.assert_array_equal(plain, make_prior('attention')[0].apply({'params': params}, codes))
     one, two = (
         prior.apply({'params': params}, codes, train=True, rngs={'dropout': jax.random.key(i)}) for i in range(2)
     )
     assert np.abs(one - two).max() > 1e-3 and np.isfinite(one).all()
 
 
-def test_dropped_logits_are_unseen_and_never_empty_a_row():
+@pytest.mark.parametrize('placement', ['inside', 'after'])
+def test_dropout_is_inside_of_a_block_or_on_its_output(placement):
+    block = GatedBlock(4, nn.Dense, dropout=0.5, dropout_placement=placement, dtype=jnp.float32)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 6))
+    variables = jax.tree.map(jnp.zeros_like, block.init(jax.random.key(1), x))  # the branch adds nothing
+    dropped = block.apply(variables, x, train=True, rngs={'dropout': jax.random.key(2)})
+    if placement == 'inside':
+        np.testing.assert_array_equal(dropped, x)
+    else:
+        assert 0.4 < (dropped == 0).mean() < 0.6
+        np.testing.assert_allclose(dropped[dropped != 0], 2 * x[dropped != 0], rtol=1e-6)
+
+
+def test_dropped_keys_are_unseen_and_never_empty_a_row():
     attention = CausalAttention(heads=1, order=Order.raster((2, 3)), dropout=0.9)
     x = jax.random.normal(jax.random.key(0), (1, 2, 3, 4))
     variables = attention.init(jax.random.key(1), x)
@@ -144,6 +162,28 @@ def test_dropped_logits_are_unseen_and_never_empty_a_row():
     # The first position has only itself, which is never dropped; an empty row would let it see all the others.
     whole = attention.apply(variables, x)
     np.testing.assert_allclose(out[0][0, 0, 0], whole[0, 0, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['keys', 'logits'])
+def test_weights_under_both_kinds_of_attention_dropout(kind):
+    attention = CausalAttention(heads=1, order=Order.raster((2, 3)), dropout=0.5, dropout_kind=kind)
+    logits, visible = jax.random.normal(jax.random.key(0), (1, 1, 6, 6)), jnp.tril(jnp.ones((6, 6), bool))
+
+    def weights(module):
+        dropped, seen = module._drop(logits, visible)
+        return nn.softmax(jnp.where(seen, dropped, -jnp.inf)), dropped
+
+    found, dropped = nn.apply(weights, attention)({}, rngs={'dropout': jax.random.key(1)})
+    np.testing.assert_allclose(found.sum(axis=-1), 1, rtol=1e-6)
+    assert (found[0, 0][~np.asarray(visible)] == 0).all()  # causal either way
+    inside = np.asarray(found[0, 0])[np.asarray(visible)]
+    if kind == 'logits':  # a dropped logit is 0, and its key is still seen
+        assert (inside > 0).all()
+        zero = np.asarray(dropped == 0)
+        assert 0.2 < zero.mean() < 0.8
+        np.testing.assert_allclose(dropped[~zero], 2 * logits[~zero], rtol=1e-6)
+    else:
+        assert (inside == 0).any() and (np.diagonal(found[0, 0]) > 0).all()
 
 
 def test_bfloat16_is_close_and_gives_float32_logits():
@@ -159,3 +199,11 @@ def test_even_kernels_and_too_much_attention_are_refused():
     for fields, message in (({'kernel': 4}, 'kernel must be odd'), ({'attention_layers': 3}, 'exceeds layers=2')):
         with pytest.raises(ValueError, match=message):
             make_prior('convolutions', **fields)
+
+
+@pytest.mark.parametrize(
+    'field, wanted', [('dropout_placement', 'inside, after'), ('attention_dropout_kind', 'keys, logits')]
+)
+def test_other_kinds_of_dropout_are_refused(field, wanted):
+    with pytest.raises(ValueError, match=f"{field} must be one of {wanted}; it is 'none'"):
+        make_prior('convolutions', **{field: 'none'})

@@ -19,7 +19,7 @@ from vqvae2_jax.io.checkpoint import Weights
 from vqvae2_jax.io.logging import read_metrics
 from vqvae2_jax.jobs import samples
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.system
 DEVICES = 4  # of all processes together
 # vqvae2_jax.main, but the dead are missed after 20 seconds, not after JAX's 100.
 MAIN = """

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vqvae2_jax.models.quantizer import Quantizer, Statistics, ema_update, initial_statistics, nearest, reseed
+from vqvae2_jax.models.quantizer import NEVER, Quantizer, Statistics, ema_update, initial_statistics, nearest, reseed
 
 K, D = 7, 3
 
@@ -48,8 +48,8 @@ def test_codebook_starts_from_the_first_batch_with_counts_that_match():
     np.testing.assert_allclose(book['sums'] / book['counts'][:, None], book['embedding'], rtol=1e-5)
 
 
-def test_unused_code_neither_vanishes_nor_explodes():
-    """The field's oldest trap: with counts from zero it is multiplied by 1e5, or becomes exactly zero, in one step."""
+def test_one_step_neither_shrinks_nor_inflates_an_unused_code():
+    """With counts from zero it is multiplied by 1e5, or becomes exactly zero, in one step."""
     quantizer, variables, _ = _start(reseed_threshold=0.0)
     only = jnp.broadcast_to(variables['codebook']['embedding'][2], (4, 3, 2, D))
     before = variables['codebook']['embedding']
@@ -154,8 +154,32 @@ def test_age_counts_steps_since_a_code_was_chosen():
     for expected in (1, 2):
         output, variables = _step(quantizer, variables, one)
         age = np.asarray(output.telemetry['age'])
-        assert age[1] == 0 and (np.delete(age, 1) == expected).all()
+        assert age[1] == 0 and (np.delete(age, 1) == NEVER + expected).all()
     np.testing.assert_allclose(output.telemetry['perplexity'], 1.0, rtol=1e-5)
+    other = jnp.broadcast_to(variables['codebook']['embedding'][2], (1, 1, 1, D))
+    age = np.asarray(_step(quantizer, variables, other)[0].telemetry['age'])
+    assert age[1] == 1 and age[2] == 0
+
+
+@pytest.mark.parametrize('threshold, alive', [(0.0, False), (0.03, True)])
+def test_over_200_steps_only_reseeding_keeps_a_code_that_nothing_chooses(threshold, alive):
+    """The vectors of all steps lie near one code, so that the others are never chosen but by chance of re-seeding."""
+    near = 3 + 0.01 * jax.random.normal(jax.random.key(0), (200, 4, 3, 2, D))
+    far = jnp.zeros((K, D)).at[0].set(3.0).at[1:].set(jnp.linspace(10, 20, K - 1)[:, None])
+    quantizer, variables, _ = _start(reseed_threshold=threshold)
+    start = variables['codebook'] | {'embedding': far, 'sums': far * variables['codebook']['counts'][:, None]}
+
+    def step(book, inputs):
+        key = jax.random.fold_in(jax.random.key(1), book['updates'])
+        _, after = quantizer.apply({'codebook': book}, inputs, train=True, mutable=['codebook'], rngs={'reseed': key})
+        return after['codebook'], jnp.linalg.norm(after['codebook']['embedding'], axis=-1)
+
+    _, norms = jax.lax.scan(step, start, near)  # [200, K]
+    first = jnp.linalg.norm(far, axis=-1)
+    if alive:
+        assert (norms[-1] > 0.5 * first[0]).all()
+    else:  # the numbers that the module's docstring gives
+        assert (norms[9, 1:] > 0.5 * first[1:]).all() and (norms[99:, 1:] < 1e-5 * first[1:]).all()
 
 
 def test_evaluation_changes_nothing():

@@ -112,6 +112,21 @@ def test_previews_leave_the_paper_model_alone_unless_asked():
     assert max(jax.tree.leaves(difference)) > 1e-4
 
 
+def test_stage_counts_only_codes_that_were_chosen_as_used_and_clips_as_evaluation_does():
+    model, variables, image = _model()
+    stage = make_stage(model, ('bottom', 'top'), 0.25, steps_per_epoch=10)
+    batch, codebook = {'image': jnp.round((image + 1) * 127.5).astype(jnp.uint8)}, {'codebook': variables['codebook']}
+    params = jax.tree.map(lambda x: 3 * x, variables['params'])  # images that leave [-1, 1]
+    _, (after, metrics) = stage.loss(params, codebook, batch, jax.random.key(0))
+    output = model.apply({'params': params, **codebook}, batch['image'] / 127.5 - 1)
+    for name, codes in zip(('bottom', 'top'), output.codes, strict=True):
+        assert metrics[f'used_{name}'] == len(np.unique(codes)) / 16 < 1
+    assert np.abs(output.image).max() > 1
+    values = stage.evaluate(params, codebook, batch)
+    assert metrics['mse'] == pytest.approx(float(np.mean(values['mse'])), rel=1e-5)
+    assert metrics['loss'] > metrics['mse'] + np.mean((output.image - jnp.clip(output.image, -1, 1)) ** 2)
+
+
 def test_bfloat16_computes_close_to_float32_and_quantizes_in_float32():
     model, variables, image = _model()
     half = VQVAE(factors=(2, 2), dtype=jnp.bfloat16, **SMALL)

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from vqvae2_jax import config as configs
 from vqvae2_jax import parallel
 from vqvae2_jax.config import ConfigError
-from vqvae2_jax.data.images import SPLITS
+from vqvae2_jax.data.images import SPLITS, check_seed
 from vqvae2_jax.models.prior import Prior
 from vqvae2_jax.models.resnet import ResNet
 from vqvae2_jax.models.vqvae import map_shapes
@@ -46,6 +46,7 @@ def check(config: ConfigDict) -> None:
 def _check(config):
     sections = ('name', 'seed', 'data', 'vqvae', 'codes', 'prior', 'classifier', 'sample', 'reject')
     configs.check_names('config', config, (*sections, *configs.ASIDE), required=sections)
+    check_seed('seed', config.seed)
     spec = configs.image_spec(config)
     _check_aside(config)
     configs.make_vqvae(config)
@@ -154,6 +155,7 @@ def _check_sampling(config, names):
         configs.check_names(section, config[section], (*required, *optional.get(section, ())), required)
     if sample.get('dtype'):
         configs.dtype_of('sample', sample.dtype)
+    check_seed('sample.seed', sample.seed)
     _check_ranges('sample', sample)
     _check_ranges('codes', config.codes)
     parallel.check_batch_size(sample.batch_size, 'sample.batch_size', own=True)

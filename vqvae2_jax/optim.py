@@ -1,4 +1,4 @@
-"""The optimizer of every stage. The paper states none (paper tables 1 to 4 give only batch sizes and step counts)."""
+"""The optimizer of every stage. The paper states none (its tables 3 to 5 give only batch sizes and step counts)."""
 
 import dataclasses
 

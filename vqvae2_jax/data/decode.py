@@ -7,15 +7,49 @@ import io
 import struct
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
-FORMATS = ('JPEG', 'PNG', 'WEBP')
+# Suffixes of image files (in lower case) and Pillow's names of their formats. Pillow tries no other format: some of its
+# plugins start other programs (EPS) or are rarely tested.
+FORMAT_OF = {
+    '.avif': 'AVIF',
+    '.bmp': 'BMP',
+    '.gif': 'GIF',
+    '.jfif': 'JPEG',
+    '.jpe': 'JPEG',
+    '.jpeg': 'JPEG',
+    '.jpg': 'JPEG',
+    '.pbm': 'PPM',
+    '.pgm': 'PPM',
+    '.png': 'PNG',
+    '.pnm': 'PPM',
+    '.ppm': 'PPM',
+    '.tif': 'TIFF',
+    '.tiff': 'TIFF',
+    '.webp': 'WEBP',
+}
+SUFFIXES = tuple(FORMAT_OF)
+FORMATS = tuple(sorted(set(FORMAT_OF.values())))
 # Random crops are taken from an image of 1 up to this many times the target size (256 -> 224 is usual), so that images
 # at the scale of evaluation and sampling are among what training sees.
 CROP_ZOOM = 8 / 7
 
 # What Pillow raises on bytes that are not, or only partly, an image.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    LookupError,
+    EOFError,
+    RuntimeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+_REMEDY = 'convert it to grayscale or RGB of 8 or 16 bits'
+_MODES = ('1', 'L', 'LA', 'La', 'P', 'PA', 'RGB', 'RGBA', 'RGBa', 'CMYK', 'YCbCr')
 
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSE = {
@@ -45,15 +79,20 @@ class UnreadableImage(ValueError):
     def __str__(self) -> str:
         return (
             f'cannot decode the image {self.where}: {self.reason}. '
-            'Repair or remove it, or set --config.data.on_error=skip to go on without such images.'
+            'Repair, convert or remove it, or set --config.data.on_error=skip to go on without such images.'
         )
 
 
-def decode_image(data: bytes, channels: int, where: str) -> Image.Image:
-    """Decodes a JPEG, PNG or WebP image, upright as its EXIF orientation says.
+class _Unsupported(Exception):
+    """An intact image whose pixels cannot be converted; the message says why."""
 
-    Transparency (alpha channel, transparent palette entry or colour) is composited on white; 16-bit grayscale is
-    scaled to 8 bits; CMYK becomes RGB; of an animation the first frame is taken.
+
+def decode_image(data: bytes, channels: int, where: str) -> Image.Image:
+    """Decodes an image in one of `FORMATS`, upright as its EXIF orientation says.
+
+    Transparency (alpha channel, transparent palette entry or colour) is composited on white. Samples of more than 8
+    bits are scaled to 8, so that white stays white. CMYK becomes RGB. Of an animation the first frame is taken, of
+    several pages the first.
 
     Args:
       data: the encoded image.
@@ -64,26 +103,78 @@ def decode_image(data: bytes, channels: int, where: str) -> Image.Image:
       A Pillow image in mode 'L' or 'RGB'.
 
     Raises:
-      UnreadableImage: the bytes are corrupt, truncated or of another format.
+      UnreadableImage: the bytes are corrupt, truncated or of another format, or the image has other channels than gray,
+        RGB, CMYK and alpha, or samples without a known range (floating-point, signed, 32-bit).
     """
     try:
+        tiff = _check_tiff(data) if data[:2] in (b'II', b'MM') else ''
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.load()
-            orientation = image.getexif().get(_EXIF_ORIENTATION)
-            image = to_channels(image, channels)
+            orientation = image.getexif().get(_EXIF_ORIENTATION)  # Pillow turns a TIFF itself, and leaves 1 or None.
+            image = to_channels(_to_8_bits(image), channels)
     except UnidentifiedImageError as error:
-        raise UnreadableImage(where, f'not a {", ".join(FORMATS)} image') from error
+        unknown = f'not an image in a known format ({", ".join(FORMATS)})'
+        reason = f'{tiff} is not supported; {_REMEDY}' if tiff else unknown
+        raise UnreadableImage(where, reason) from error
+    except _Unsupported as error:
+        raise UnreadableImage(where, str(error)) from error
     except _DECODE_ERRORS as error:
         raise UnreadableImage(where, f'{type(error).__name__}: {error}') from error
     return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
 
 
+def _check_tiff(data: bytes) -> str:
+    """Describes the first page of a TIFF file, for messages.
+
+    Raises:
+      _Unsupported: Pillow would drop channels, or misread the samples.
+    """
+    file = io.BytesIO(data)
+    tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(16 if 43 in data[2:4] else 8))  # 43: BigTIFF
+    file.seek(tags.next)
+    tags.load(file)
+    channels = tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)
+    bits = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
+    kind = max(tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,)))
+    unknown = tuple(tags.get(TiffImagePlugin.EXTRASAMPLES, ())).count(0)
+    # Pillow reads samples of 16 bits in uncompressed planes as if they had 8.
+    planes = bits > 8 and tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2
+    planes = planes and tags.get(TiffImagePlugin.COMPRESSION, 1) == 1
+
+    details = [
+        {1: '', 2: 'signed', 3: 'floating-point'}.get(kind, 'of unknown type'),
+        'white is 0' if bits > 8 and tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0 else '',
+        f'{unknown} of them neither color nor alpha' if unknown else '',
+        'in separate planes without compression' if planes else '',
+    ]
+    text = f'TIFF with {channels} channel{"s" * (channels != 1)} of {bits} bits'
+    text += f' ({", ".join(filter(None, details))})' if any(details) else ''
+    if kind != 1 or bits > 16 or unknown or planes:
+        raise _Unsupported(f'{text} is not supported; {_REMEDY}')
+    return text
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scales grayscale of 9 to 16 bits to 8; Pillow would clip it at 255. Pillow itself scales 16-bit colors."""
+    if image.mode in _MODES:
+        return image
+    white = 65535  # PNG has 16 bits; Pillow scales every PGM of more than 8 to 16.
+    if not image.mode.startswith('I') or image.mode == 'I' and image.format != 'PPM':
+        raise _Unsupported(f'{image.format} with pixels of mode {image.mode} is not supported; {_REMEDY}')
+    samples = np.asarray(image).astype(np.int64)  # [h, w]
+    if image.format == 'TIFF':
+        white = 2 ** image.tag_v2[TiffImagePlugin.BITSPERSAMPLE][0] - 1
+        if image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white; Pillow inverts 8 bits only.
+            samples = white - samples
+    if 'transparency' in image.info:  # the gray value that is transparent
+        samples[samples == image.info['transparency']] = white
+    return Image.fromarray(((samples * 255 + white // 2) // white).astype(np.uint8))
+
+
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Converts an image of any Pillow mode to 'L' (channels=1) or 'RGB' (channels=3)."""
-    if image.mode.startswith('I'):  # 16-bit grayscale; Pillow's own conversion would clip it at 255.
-        samples = np.asarray(image).astype(np.int64)  # [h, w], 0..65535
-        image = Image.fromarray(((samples * 255 + 32767) // 65535).astype(np.uint8))
+    """Converts an image with 8-bit samples, of any Pillow mode, to 'L' (channels=1) or 'RGB' (channels=3)."""
     if image.has_transparency_data:
+        image = image.convert('LA') if image.mode == 'La' else image  # Pillow converts La to nothing else.
         image = image.convert('RGBA')
         white = Image.new('RGBA', image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image).convert('RGB')

@@ -7,39 +7,76 @@
 With data.splits=('train', 'val', 'test') each of root/train, root/val and root/test is such a folder.
 """
 
+import collections
+import functools
 import os
 
 import numpy as np
 from PIL import Image
 
-from vqvae2_jax.data.decode import decode_image
+from vqvae2_jax.data.decode import SUFFIXES, decode_image
 
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp')
 _SPLIT_LIKE = {'train', 'training', 'val', 'valid', 'validation', 'test'}
 
 
-def list_images(root: str) -> list[str]:
-    """Paths relative to `root` of all images below it, sorted; hidden files and folders are left out."""
+def list_images(root: str, ignored: collections.Counter | None = None) -> list[str]:
+    """Lists all images below a folder; hidden files and folders are left out.
+
+    Args:
+      root: the folder.
+      ignored: counts the other files by suffix, in lower case and with its dot, or 'without suffix'.
+
+    Returns:
+      Paths relative to `root`, sorted.
+    """
     found = []
     for folder, subfolders, files in os.walk(root, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith('.')]
-        found += [
-            os.path.relpath(os.path.join(folder, name), root)
-            for name in files
-            if name.lower().endswith(SUFFIXES) and not name.startswith('.')
-        ]
+        for name in files:
+            if name.startswith('.'):
+                continue
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in SUFFIXES:
+                found.append(os.path.relpath(os.path.join(folder, name), root))
+            elif ignored is not None:
+                # Messages are of one line, and can be printed.
+                is_word = len(suffix) > 1 and suffix.isprintable() and ' ' not in suffix
+                ignored[suffix if is_word else 'without suffix'] += 1
     return sorted(found)
 
 
-def find_images(root: str, field: str) -> list[str]:
-    """`list_images`, at least one.
+def find_images(root: str, field: str, shown: str | None = None) -> list[str]:
+    """`list_images`, at least one; says how many other files there are.
+
+    Args:
+      root: the folder.
+      field: of the config, for the error.
+      shown: the folder's name in messages, where `root` is a copy.
 
     Raises:
-      ValueError: there are none; the message names the config's `field`.
+      ValueError: there are none; the message names the suffixes found instead.
     """
-    if files := list_images(root):
-        return files
-    raise ValueError(f'{field}: no images in {root!r} (looked for {", ".join(SUFFIXES)} in any case).')
+    ignored = collections.Counter()
+    files, shown = list_images(root, ignored), shown or root
+    if not files:
+        instead = f', only {_suffixes(ignored)}' if ignored else ''
+        raise ValueError(f'{field}: no images in {shown!r}{instead} (looked for {", ".join(SUFFIXES)} in any case).')
+    if ignored:
+        count = ignored.total()
+        _print_once(f'{shown!r}: ignored {count} file{"s" * (count != 1)}: {_suffixes(ignored)}')
+    return files
+
+
+@functools.cache
+def _print_once(line: str) -> None:
+    """Several splits may be cut from one folder."""
+    print(line, flush=True)
+
+
+def _suffixes(counts: collections.Counter, limit: int = 8) -> str:
+    """'3 .heic, 2 .txt': the most frequent first."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ', '.join(f'{count} {suffix}' for suffix, count in ordered[:limit]) + ', ...' * (len(ordered) > limit)
 
 
 def subfolders(root: str) -> list[str]:
@@ -78,7 +115,14 @@ class FilesPool:
 class FolderPool(FilesPool):
     """The images below one folder as a pool, labelled by its class folders where there are any."""
 
-    def __init__(self, root: str, num_classes: int, class_names: tuple[str, ...] | None = None, subfolder: str = ''):
+    def __init__(
+        self,
+        root: str,
+        num_classes: int,
+        class_names: tuple[str, ...] | None = None,
+        subfolder: str = '',
+        shown: str | None = None,
+    ):
         """Lists the folder.
 
         Args:
@@ -87,15 +131,16 @@ class FolderPool(FilesPool):
             fits a flat folder).
           class_names: the classes to use (those of the training split); None takes the folders found.
           subfolder: of data.path, which `root` is.
+          shown: the folder's name in messages, where `root` is a copy.
 
         Raises:
           FileNotFoundError: no such folder.
-          ValueError: no images, or the class folders do not fit num_classes.
+          ValueError: no images at all or in a class folder, or the class folders do not fit num_classes.
         """
         if not os.path.isdir(root):
             raise FileNotFoundError(f'data.path: there is no folder {root!r}.')
-        super().__init__(os.path.normpath(root), find_images(root, 'data.path'))
-        self.subfolder = subfolder
+        super().__init__(os.path.normpath(root), find_images(root, 'data.path', shown))
+        self.subfolder, self.shown = subfolder, shown
         folders = [path.split(os.sep)[0] if os.sep in path else '' for path in self.files]
         self.class_names = self._classes(sorted(set(folders)), num_classes, class_names)
         label_of = {name: label for label, name in enumerate(self.class_names)}
@@ -104,9 +149,10 @@ class FolderPool(FilesPool):
     def _classes(self, found: list[str], num_classes: int, class_names: tuple[str, ...] | None) -> tuple[str, ...]:
         if num_classes == 0:
             return ()
+        if found == [''] and num_classes == 1:
+            return (os.path.basename(os.path.abspath(self.root)),)
+        self._check_empty(sorted(set(subfolders(self.root)) - set(found)), some_allowed=class_names is not None)
         if found == ['']:
-            if num_classes == 1:
-                return (os.path.basename(os.path.abspath(self.root)),)
             raise ValueError(
                 f'data.num_classes={num_classes}, but the images in {self.root!r} lie in no class folders: '
                 'set --config.data.num_classes=0, or move the images of each class into a folder of their own.'
@@ -117,9 +163,6 @@ class FolderPool(FilesPool):
                 f'data.path: {self.root!r} has {len(found) - 1} class folders and also images outside of them, such as '
                 f'{stray!r}: move those into a class folder, or set --config.data.num_classes=0 to ignore classes.'
             )
-        empty = sorted(set(subfolders(self.root)) - set(found))
-        if empty and class_names is None:
-            raise ValueError(f'data.path: class folders of {self.root!r} without images: {_few(empty)}. Remove them.')
         known = tuple(found) if class_names is None else class_names
         if len(known) != num_classes:
             hint = ''
@@ -136,11 +179,31 @@ class FolderPool(FilesPool):
             )
         return known
 
+    def _check_empty(self, names: list[str], some_allowed: bool) -> None:
+        """Refuses class folders without images: all whose files are ignored, others unless `some_allowed`."""
+        ignored = {name: collections.Counter() for name in names}
+        for name, counts in ignored.items():
+            list_images(os.path.join(self.root, name), counts)
+        unread = [f'{name!r} (only {_suffixes(counts)})' for name, counts in ignored.items() if counts]
+        where = f'data.path: class folders of {self.shown or self.root!r} without images'
+        if unread:
+            raise ValueError(
+                f'{where}: {_join(unread)}. Convert these files, as only {", ".join(SUFFIXES)} are read, '
+                'or move folders that are not classes elsewhere.'
+            )
+        if names and not some_allowed:
+            raise ValueError(f'{where}: {_few(names)}. They hold no files: add images to them, or delete them.')
 
-def open_folder(path: str, num_classes: int, subfolder: str | None, train_subfolder: str | None) -> FolderPool:
-    """Opens data.path, or one split's subfolder of it with the classes of the training split."""
+
+def open_folder(
+    path: str, num_classes: int, subfolder: str | None, train_subfolder: str | None, shown: str | None = None
+) -> FolderPool:
+    """Opens data.path, or one split's subfolder of it with the classes of the training split.
+
+    `shown` is the name of data.path in messages, where `path` is a copy.
+    """
     if subfolder is None:
-        return FolderPool(path, num_classes)
+        return FolderPool(path, num_classes, shown=shown)
     if not os.path.isdir(path):
         raise FileNotFoundError(f'data.path: there is no folder {path!r}.')
     there = subfolders(path)
@@ -150,9 +213,13 @@ def open_folder(path: str, num_classes: int, subfolder: str | None, train_subfol
     train = os.path.join(path, train_subfolder)
     # A flat training split has no class folders to hand on.
     class_names = tuple(subfolders(train)) if num_classes and subfolder != train_subfolder else None
-    return FolderPool(os.path.join(path, subfolder), num_classes, class_names or None, subfolder)
+    shown = os.path.join(shown, subfolder) if shown else None
+    return FolderPool(os.path.join(path, subfolder), num_classes, class_names or None, subfolder, shown)
 
 
-def _few(names, limit: int = 12) -> str:
-    shown = ', '.join(repr(name) for name in list(names)[:limit])
-    return shown + (f', ... ({len(names)} in all)' if len(names) > limit else '')
+def _few(names) -> str:
+    return _join([repr(name) for name in names])
+
+
+def _join(items: list[str], limit: int = 12) -> str:
+    return ', '.join(items[:limit]) + (f', ... ({len(items)} in all)' if len(items) > limit else '')

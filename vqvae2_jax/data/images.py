@@ -86,7 +86,7 @@ class ImageSpec:
         pair = isinstance(held_out, tuple) and len(held_out) == 2
         shares = pair and all(isinstance(s, numbers.Real) and s >= 0 for s in held_out) and sum(held_out) < 1
         self._require('held_out', shares, 'two shares >= 0 (validation, test) that sum to less than 1')
-        self._require('split_seed', _is_int(self.split_seed, 0) and self.split_seed < 2**32, 'an integer in [0, 2**32)')
+        check_seed('data.split_seed', self.split_seed)
         self._require('flip', isinstance(self.flip, bool), 'a bool')
         self._require('crop', isinstance(self.crop, bool), 'a bool')
         self._require('on_error', self.on_error in ('raise', 'skip'), "'raise' or 'skip'")
@@ -95,6 +95,15 @@ class ImageSpec:
     def _require(self, field: str, holds, wanted: str):
         if not holds:
             raise ValueError(f'data.{field}={getattr(self, field)!r}: must be {wanted}.')
+
+
+def check_seed(field: str, value) -> None:
+    """Raises ValueError, which names the field, unless the value is an integer in [0, 2**32).
+
+    JAX would take the low 32 bits of a larger one: another seed than the one that is recorded.
+    """
+    if not _is_int(value, 0) or value >= 2**32:
+        raise ValueError(f'{field} is {value!r}; a seed must be an integer from 0 to {2**32 - 1}')
 
 
 def _is_int(value, minimum: int) -> bool:
@@ -198,8 +207,8 @@ def open_images(spec: ImageSpec, split: str) -> ImageSource:
     if spec.name == 'fashion':
         pool = FashionPool(spec.num_classes)
     elif spec.name == 'folder':
-        pool = open_folder(_local(spec.path), spec.num_classes, named, spec.splits[0] if named else None)
-        pool.shown = os.path.join(spec.path, named or '') if bucket.is_remote(spec.path) else None
+        train, shown = spec.splits[0] if named else None, spec.path if bucket.is_remote(spec.path) else None
+        pool = open_folder(_local(spec.path), spec.num_classes, named, train, shown)
     elif spec.name == 'npz':
         path = _local(spec.path)
         pool = ArraysPool(os.path.join(path, named) if named else path, spec.num_classes)
@@ -225,7 +234,7 @@ def open_all(path: str, spec: ImageSpec, field: str) -> ImageSource:
     Raises:
       ValueError: there are none. FileNotFoundError: no such file or folder. Both name the config's `field`.
     """
-    path = _local(path, field)
+    shown, path = path, _local(path, field)
     if path.endswith('.npz'):
         pool = ArraysPool(path, num_classes=0, field=field)
     elif not os.path.exists(path):
@@ -233,7 +242,7 @@ def open_all(path: str, spec: ImageSpec, field: str) -> ImageSource:
     elif os.path.isfile(path):
         pool = FilesPool(os.path.dirname(path) or '.', [os.path.basename(path)])
     else:
-        pool = FilesPool(path, find_images(path, field))
+        pool = FilesPool(path, find_images(path, field, shown))
     return ImageSource(pool, np.arange(len(pool)), tuple(spec.image_size), spec.channels, spec.on_error)
 
 

@@ -1,4 +1,4 @@
-"""--job=cas: Classification Accuracy Score (Ravuri and Vinyals 2019; VQ-VAE-2 section 4.3.2).
+"""--job=cas: Classification Accuracy Score (Ravuri and Vinyals 2019; VQ-VAE-2 section 5.3).
 
 A classifier that has seen generated images alone is tested on real ones: it can only know what the generator knows. One
 is trained on samples, one on reconstructions of the training images, which bounds what the priors can reach; the one

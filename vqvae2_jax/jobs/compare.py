@@ -31,7 +31,7 @@ def compare_sets(run: Run) -> None:
         for name, source in sources.items()
     }
     protocol = {
-        **quality.protocol(network),
+        **quality.protocol(network, quality.IMAGES_OF_SETS),
         **sets,
         'version': provenance.package_version(),
         'jax': jax.__version__,

@@ -33,12 +33,13 @@ def evaluate(run: Run) -> None:
     network = features.load_inception(options.inception, options.batch_size) if options.inception else judge
     seen = measure.look(run, network)
     found = {
-        'schema': 2,
+        'schema': 3,
         'config': run.config.name,
         'protocol': _protocol(run, network),
         'reconstruction': seen.reconstruction,
+        'originals': seen.originals,
         'likelihood': measure.likelihood(run, options.split),
-        'samples': measure.drawn(run, network, seen.real, judge),
+        'samples': measure.drawn(run, network, seen, judge),
     }
     if configs.has_cas(run.config):
         found['cas'] = cas.measure(run, seen.reconstruct, options.split)
@@ -81,7 +82,7 @@ def _protocol(run: Run, network) -> dict:
         'weights': 'averaged (training.weight_ema), best on the validation split',
         'mse': 'of what a viewer sees, so clipped; mse_11 in [-1, 1], mse_01 in [0, 1]; PSNR of the mean MSE',
         'ssim': SSIM,
-        'quality': quality.protocol(network) if network else None,
+        'quality': quality.protocol(network, quality.IMAGES_OF_RUN) if network else None,
         'seed': run.config.seed,
         'config_digest': provenance.digest_json(run.config.to_dict()),
         'version': provenance.package_version(),

@@ -1,6 +1,8 @@
 """What a network sees in images: the features by which sets of images are compared, and class logits."""
 
+import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -152,19 +154,41 @@ def in_batches(apply, params, batch_size: int):
     return over_batches
 
 
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """Features of some images, all in memory.
+
+    Attributes:
+      features: float32 [n, D].
+      logits: float32 [n, S], or None where the network has none.
+    """
+
+    features: np.ndarray
+    logits: np.ndarray | None
+
+    @functools.cached_property
+    def moments(self) -> Moments:
+        """Moments of all n images. Raises ValueError for no image, or a feature that is not finite."""
+        starts = range(0, len(self.features) or 1, _CHUNK)
+        return functools.reduce(operator.add, (Moments.of(self.features[i : i + _CHUNK]) for i in starts))
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
 class Observed:
     """What a network saw in a set of images, which come batch by batch.
 
     Attributes:
       moments: of the features of all images.
-      features: float32 [n, D] of the first `KEPT` images; logits: float32 [n, S] of the same, where there are any.
+      features: float32 [n, D] of the first `held` images; logits: float32 [n, S] of the same, where there are any.
 
     Raises:
       ValueError: on reading any of these, when no image was added.
     """
 
-    def __init__(self, network: Network):
-        self._network, self._images, self._seen, self._kept = network, [], [], []
+    def __init__(self, network: Network, held: int = KEPT):
+        self._network, self._held, self._images, self._seen, self._kept = network, held, [], [], []
         self._count, self._moments = 0, None
 
     def add(self, images: np.ndarray) -> None:
@@ -180,7 +204,7 @@ class Observed:
 
     def _look(self, images):
         seen = self._network.embed(images)
-        room = KEPT - sum(len(kept['features']) for kept in self._kept)
+        room = self._held - sum(len(kept['features']) for kept in self._kept)
         if room > 0:
             self._kept.append({name: array[:room] for name, array in seen.items()})
         self._seen.append(seen['features'])
@@ -212,6 +236,11 @@ class Observed:
     @property
     def logits(self) -> np.ndarray:
         return self._all()['logits']
+
+    def take(self, rows: slice | np.ndarray) -> Features:
+        """The features and logits of `rows`, a slice of the held images or their positions, int [n]."""
+        held = self._all()
+        return Features(held['features'][rows], held['logits'][rows] if 'logits' in held else None)
 
     def _all(self):
         self._finish()

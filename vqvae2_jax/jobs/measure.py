@@ -1,5 +1,6 @@
 """The numbers of a run: reconstruction, likelihood, and how like real images its samples are."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from vqvae2_jax import parallel
 from vqvae2_jax.data.codes import CodeSource
 from vqvae2_jax.data.loader import eval_batches
 from vqvae2_jax.jobs import quality, reject, sample, samples, stages, workdir
-from vqvae2_jax.jobs.features import Network, Observed, in_batches
+from vqvae2_jax.jobs.features import KEPT, Network, Observed, in_batches
 from vqvae2_jax.jobs.train import make_evaluation
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.metrics import codes as code_metrics
@@ -26,7 +27,9 @@ class Seen(NamedTuple):
     """One look at a split's images and their reconstructions."""
 
     reconstruction: dict  # its part of the report
-    real: Observed | None  # None without a network to look with
+    originals: dict  # the part of the report on the split's own images
+    real: Observed | None  # of evaluate.reference; None without a network to look with
+    reconstructed: Observed | None  # of the reconstructions of the same images
     # uint8 [N, H, W, C] -> what it is -> the same images: original, by ever more levels, by all
     reconstruct: Callable[[np.ndarray], dict[str, np.ndarray]]
 
@@ -52,7 +55,7 @@ def look(run: Run, network: Network | None) -> Seen:
 
     found = _reconstruction(run, stage, trained, options.split)
     if network is None:
-        return Seen(found, None, reconstruct)
+        return Seen(found, {}, None, None, reconstruct)
     real, reconstructed = Observed(network), [Observed(network) for _ in run.levels]
     reference = run.images(options.reference or options.split)
     for batch in eval_batches(reference, batch_size=batch_size, **run.reading()):
@@ -67,7 +70,19 @@ def look(run: Run, network: Network | None) -> Seen:
     found['quality'] = whole
     for name, numbers in zip(reversed(run.levels[1:]), coarser, strict=True):
         found['levels'][name]['without_finer_levels']['quality'] = numbers
-    return Seen(found, real, reconstruct)
+    return Seen(found, _originals(run, network, real), real, reconstructed[-1], reconstruct)
+
+
+def _originals(run: Run, network: Network, real: Observed) -> dict:
+    """Compares the images of evaluate.split with those of evaluate.reference: the best that a model can reach."""
+    options = configs.options(run.config, 'evaluate')
+    if options.reference in ('', options.split):
+        return {'quality': {'missing': 'evaluate.reference is evaluate.split: set it to another split'}}
+    observed = Observed(network)
+    for batch in eval_batches(run.images(options.split), batch_size=network.batch_size, **run.reading()):
+        if len(images := batch['image'][batch['mask']]):
+            observed.add(images)
+    return {'quality': _compare(network, real, observed)}
 
 
 def _compare(network, real, generated) -> dict:
@@ -136,8 +151,8 @@ def likelihood(run: Run, split: str) -> dict:
         levels[name] = {
             'nll': nll(held_out, len(held_out)),
             'nll_train': nll(train, min(len(train), _TRAIN_EXAMPLES)),
-            'empirical_entropy': code_metrics.empirical_entropy(held_out_codes[key], size),
-            'positional_entropy': code_metrics.positional_entropy(
+            'unigram_entropy': code_metrics.unigram_entropy(held_out_codes[key], size),
+            'positional_cross_entropy': code_metrics.positional_cross_entropy(
                 train_codes[key], held_out_codes[key], size, alpha=1.0
             ),
             'parameters': prior.record['parameters'],
@@ -161,21 +176,25 @@ def _codes(source: CodeSource, count: int) -> dict[str, np.ndarray]:
     return {k: np.stack([e[k] for e in examples]) for k in examples[0] if k.startswith('codes_')}
 
 
-def drawn(run: Run, network: Network | None, real: Observed | None, judge: Network | None) -> dict:
-    """What the samples are like: to the classifier, and beside real images, before and after rejection."""
+def drawn(run: Run, network: Network | None, seen: Seen, judge: Network | None) -> dict:
+    """Measures the samples: by the classifier, and against real images, before and after rejection."""
     meta = samples.read_meta(run.path(sample.DIRECTORY))
     found = {name: meta[name] for name in ('count', 'seed', 'temperature', *configs.CONTROLS, 'dtype')}
-    paths = samples.shard_paths(run.path(sample.DIRECTORY))
-    generated = None
+    options, chosen = configs.options(run.config, 'evaluate'), []
+    if judge is not None:
+        scores = samples.read_npz(run.path(reject.DIRECTORY, 'scores.npz'))
+        chosen = quality.choose_samples(scores['log_probability'], scores['label'], options.sweep, len(seen.real))
     if network is not None:
-        generated = Observed(network)
-        for path in paths:
-            generated.add(samples.read_npz(path)['arr_0'])
-        found['quality'] = _compare(network, real, generated)
+        needed = functools.reduce(
+            np.union1d, [share.positions for share in chosen], np.arange(min(meta['count'], KEPT))
+        )
+        generated = _look_at_samples(run, network, needed)
+        first = generated.take(slice(KEPT))
+        found['quality'] = _compare(network, seen.real, first)
+        found['quality_against_reconstructions'] = _compare(network, seen.reconstructed, first)
     if judge is None:
         return found
-    options = configs.options(run.config, 'evaluate')
-    scores = samples.read_npz(run.path(reject.DIRECTORY, 'scores.npz'))
+    points, note = quality.sweep(network, seen.real, seen.reconstructed, generated, needed, chosen, scores['score'])
     accepted, rejection = samples.read_npz(run.path(reject.DIRECTORY, 'accepted.npz')), reject.read_meta(run)
     kept = scores['predicted'][np.searchsorted(scores['index'], accepted['index'])]
     names = run.images(options.split).class_names
@@ -189,8 +208,21 @@ def drawn(run: Run, network: Network | None, real: Observed | None, judge: Netwo
         'accepted': len(accepted['index']),
         'note': 'the classifier that rejects is the one that judges: the number after rejection is optimistic',
         'intended_class_by_class': dict(zip(names, each, strict=True)),
-        'sweep': quality.sweep(network, real, generated, scores['score'], scores['label'], options.sweep),
+        'sweep': points,
+        'sweep_note': note,
     }
+
+
+def _look_at_samples(run, network, positions) -> Observed:
+    """Shows the network the samples `positions`, int [M], rising, and holds all their features."""
+    directory = run.path(sample.DIRECTORY)
+    meta, observed = samples.read_meta(directory), Observed(network, held=len(positions))
+    ranges = samples.shard_ranges(meta['count'], meta['batch_size'])
+    for (start, stop), path in zip(ranges, samples.shard_paths(directory), strict=True):
+        first, last = np.searchsorted(positions, (start, stop))
+        if first < last:
+            observed.add(samples.read_npz(path)['arr_0'][positions[first:last] - start])
+    return observed
 
 
 def _accuracy_on_real(run: Run, judge: Network, split: str) -> float:

@@ -1,6 +1,7 @@
-"""--job=reject: the classifier scores every sample by the probability of its intended class; the best are kept."""
+"""--job=reject: the classifier scores every sample by the log-probability of its intended class; the best are kept."""
 
-import jax
+import math
+
 import numpy as np
 
 from vqvae2_jax.io import pictures, provenance
@@ -11,6 +12,7 @@ from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.sampling.rejection import keep_best
 
 DIRECTORY = 'rejection'
+_SCHEMA = 2  # of its files
 
 
 def reject(run: Run) -> None:
@@ -19,7 +21,7 @@ def reject(run: Run) -> None:
     judge, meta = features.load_judge(run), samples.read_meta(source)
     keep, threshold = run.config.reject.keep, run.config.reject.get('threshold', 0.0)
     record = {
-        'schema': 1,
+        'schema': _SCHEMA,
         'keep': keep,
         'threshold': threshold,
         'count': meta['count'],
@@ -31,14 +33,15 @@ def reject(run: Run) -> None:
         return
     (directory / 'meta.json').unlink(missing_ok=True)  # until the files below belong together again
     scored = _score(judge, source)
-    kept = keep_best(scored['score'], scored['label'], keep, threshold)
+    lowest = math.log(threshold) if threshold > 0 else -math.inf
+    kept = keep_best(scored['log_probability'], scored['label'], keep, lowest)
     if not len(kept):
         best = scored['score'].max()
         raise workdir.JobError(f'reject.threshold={threshold} keeps no sample: the best one scores {best:.4g}')
-    accepted = samples.take(source, kept) | {'score': scored['score'][kept]}
+    accepted = samples.take(source, kept) | {name: scored[name][kept] for name in ('score', 'log_probability')}
     samples.write_npz(directory / 'scores.npz', scored)
     samples.write_npz(directory / 'accepted.npz', accepted)
-    best_first = np.argsort(-accepted['score'], kind='stable')
+    best_first = np.argsort(-accepted['log_probability'], kind='stable')
     grid = accepted['arr_0'][grid_positions(accepted['label'], best_first)]
     picture = pictures.image_grid(grid, columns=10, scale=pictures.visible_scale(grid))
     pictures.save_png(directory / 'accepted.png', picture)
@@ -50,21 +53,49 @@ def read_meta(run: Run) -> dict:
     """meta.json of the scores.
 
     Raises:
-      JobError: there are none.
+      JobError: there are none, or an earlier version of this package wrote them.
     """
     path = run.path(DIRECTORY, 'meta.json')
     if not path.exists():
         raise workdir.JobError(f'{path.parent} holds no scores; {workdir.job_command("reject")}')
-    return provenance.read_json(path)
+    meta = provenance.read_json(path)
+    if meta['schema'] != _SCHEMA:
+        raise workdir.JobError(
+            f'{path} has schema {meta["schema"]}, this version reads schema {_SCHEMA}; {workdir.job_command("reject")}'
+        )
+    return meta
+
+
+def log_probability(logits: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Log-probability of the label under a softmax over the logits.
+
+    In float32 a softmax rounds to exactly 1 where the label's logit is more than about 17 above the others, and a log
+    softmax to exactly 0. This computes -log(1 + sum of exp(logit - logit of the label) over the other classes) in
+    float64, which tells such images apart up to a margin of about 700.
+
+    Args:
+      logits: float [N, S], S at least 2.
+      label: int [N].
+
+    Returns:
+      float64 [N].
+    """
+    logits, rows = np.array(logits, np.float64), np.arange(len(logits))
+    own = logits[rows, label]
+    logits[rows, label] = -np.inf  # leaves the other classes
+    top = logits.max(axis=-1)
+    others = top + np.log(np.exp(logits - top[:, None]).sum(axis=-1))
+    with np.errstate(invalid='ignore'):  # NaN stays NaN; `keep_best` refuses it
+        return -np.logaddexp(0, others - own)
 
 
 def _score(judge, source):
-    """label, index, score (probability of the label) and predicted class of every sample, [N] each."""
+    """What scores.npz holds of every sample, [N] each."""
     parts = []
     for path in samples.shard_paths(source):
         drawn = samples.read_npz(path)
-        probabilities = np.asarray(jax.nn.softmax(judge.embed(drawn['arr_0'])['logits']))  # [N, S]
-        score = probabilities[np.arange(len(probabilities)), drawn['label']]
-        predicted = probabilities.argmax(axis=-1)
-        parts.append({'label': drawn['label'], 'index': drawn['index'], 'score': score, 'predicted': predicted})
+        logits = judge.embed(drawn['arr_0'])['logits']  # [N, S]
+        log_p = log_probability(logits, drawn['label'])
+        part = {'label': drawn['label'], 'index': drawn['index'], 'score': np.exp(log_p).astype(np.float32)}
+        parts.append(part | {'log_probability': log_p, 'predicted': logits.argmax(axis=-1)})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

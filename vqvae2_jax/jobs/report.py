@@ -43,37 +43,54 @@ def _picture_of_levels(run: Run, split: str, directory, reconstruct) -> None:
 
 
 def _curves(run: Run, directory, likelihood: dict) -> None:
-    panels = [_panel(run, 'vqvae', 'vqvae: reconstruction', 'mse', 'MSE in [-1, 1]', log_y=True)]
+    panels = [_panel(run, 'vqvae', 'vqvae', 'vqvae: reconstruction', 'mse', 'MSE in [-1, 1]', log_y=True)]
     for name in reversed(run.levels):
-        lines = {'entropy of the codes': likelihood['levels'][name]['empirical_entropy']}
-        panels.append(_panel(run, workdir.prior_directory(name), f'{name} prior', 'nll', 'nats per code', lines))
+        place = f'prior.{name}', workdir.prior_directory(name), f'{name} prior'
+        lines = {'unigram entropy': likelihood['levels'][name]['unigram_entropy']}
+        panels.append(_panel(run, *place, 'nll', 'nats per code', lines))
     if configs.trains_classifier(run.config):
-        panels.append(_panel(run, 'classifier', 'classifier', 'nll', 'cross-entropy, nats'))
+        panels.append(_panel(run, 'classifier', 'classifier', 'classifier', 'nll', 'cross-entropy, nats'))
     pictures.plot_panels(directory / 'curves.png', panels)
 
 
-def _panel(run, stage_directory, title, metric, ylabel, hlines=None, log_y=False) -> pictures.Panel:
+def _panel(run, section, stage_directory, title, metric, ylabel, hlines=None, log_y=False) -> pictures.Panel:
     lines = read_metrics(run.path(stage_directory))
     curves = {}
-    for prefix, label in (('train', 'train'), ('validation', 'held out')):
+    for prefix, label in zip(('train', 'validation'), curve_labels(run.config, section), strict=True):
         points = [(line['step'], line[f'{prefix}/{metric}']) for line in lines if f'{prefix}/{metric}' in line]
         if points:
             curves[label] = tuple(zip(*points, strict=True))
     return pictures.Panel(title, curves, ylabel, hlines or {}, log_y)
 
 
+def curve_labels(config, section: str) -> tuple[str, str]:
+    """Labels of the training and the held-out curve of a stage, with everything in which the two differ."""
+    fields, train, held_out = config[section], [], []
+    if configs.training(config, section).weight_ema:
+        train.append('last weights')
+        held_out.append('averaged weights')
+    if fields.get('dropout') or fields.get('attention_dropout'):
+        train.append('dropout')
+    augmented = {'vqvae': config.data, 'classifier': fields}.get(section, {})
+    if augmented.get('flip') or augmented.get('crop'):
+        train.append('augmented')
+    return tuple(', '.join([name, *notes]) for name, notes in (('train', train), ('held out', held_out)))
+
+
 def _sweep(directory, points: list[dict]) -> None:
     distance = next(name for name in ('fid', 'frechet_distance') if name in points[0])
-    sureness = 'inception_score' if all('inception_score' in p for p in points) else 'confidence'
-    quality = [[p[sureness] for p in points], [p[distance] for p in points]]
-    variety = [[p['recall'] for p in points], [p['precision'] for p in points]]
+    x = 'inception_score' if all('inception_score' in p for p in points) else 'confidence'
+    distances = {'against real images': distance, 'against reconstructions': f'{distance}_against_reconstructions'}
+    curves = {label: [[p[x] for p in points], [p[key] for p in points]] for label, key in distances.items()}
     kept = f'kept {points[0]["kept"]:.0%} to {points[-1]["kept"]:.0%}'
-    label = {'inception_score': 'Inception Score', 'confidence': "classifier's confidence"}[sureness]
+    trade_off = {kept: [[p['recall'] for p in points], [p['precision'] for p in points]]}
+    images = f'n = {points[0]["count"]}'
+    label = {'inception_score': 'Inception Score', 'confidence': "classifier's confidence"}[x]
     pictures.plot_panels(
         directory / 'rejection.png',
         [
-            pictures.Panel('quality', {kept: quality}, _LABELS[distance], xlabel=label),
-            pictures.Panel('precision and recall', {kept: variety}, 'precision', xlabel='recall'),
+            pictures.Panel(f'quality, {kept}, {images}', curves, _LABELS[distance], xlabel=label),
+            pictures.Panel(f'precision and recall, {images}', trade_off, 'precision', xlabel='recall'),
         ],
     )
 
@@ -82,7 +99,7 @@ def write_page(run: Run, directory, found: dict) -> None:
     """report.html, with everything in it."""
     parts = [
         page.heading('Reconstruction'),
-        _reconstruction_table(run, found['reconstruction']),
+        _reconstruction_table(run, found['reconstruction'], found['originals']),
         page.picture(directory / 'reconstructions.png', 'Images of the split, and what each level makes of them'),
         page.heading('Likelihood'),
         _likelihood_table(found['likelihood']),
@@ -114,13 +131,18 @@ def _caution(quality: dict) -> str:
     return missing or quality.get('warning', '')
 
 
-def _reconstruction_table(run: Run, found: dict) -> str:
-    rows = [(f'{name} only', found['levels'][name]['without_finer_levels']) for name in reversed(run.levels[1:])]
+def _reconstruction_table(run: Run, found: dict, originals: dict) -> str:
+    rows = [('original images', originals)] if 'missing' not in originals.get('quality', {'missing': ''}) else []
+    rows += [(f'{name} only', found['levels'][name]['without_finer_levels']) for name in reversed(run.levels[1:])]
     rows += [('all levels', found), ('all levels, training images', found['train'])]
     shown = [key for key in _LABELS if key in found.get('quality', {})]
     header = ('', 'PSNR, dB', 'MSE in [-1, 1]', 'MSE in [0, 1]', 'SSIM', *(_LABELS[key] for key in shown))
     cells = [
-        (name, f'{e["psnr"]:.2f}', *(_number(e.get(k, '')) for k in ('mse_11', 'mse_01', 'ssim')))
+        (
+            name,
+            f'{e["psnr"]:.2f}' if 'psnr' in e else '',
+            *(_number(e.get(k, '')) for k in ('mse_11', 'mse_01', 'ssim')),
+        )
         + tuple(_number(e.get('quality', {}).get(key, '')) for key in shown)
         for name, e in rows
     ]
@@ -139,8 +161,9 @@ def _reconstruction_table(run: Run, found: dict) -> str:
 
 
 def _likelihood_table(found: dict) -> str:
-    header = ('prior', 'nats per code', 'on training images', 'entropy', 'entropy by position', 'parameters')
-    keys = ('nll', 'nll_train', 'empirical_entropy', 'positional_entropy')
+    unigrams = ('unigram entropy', 'cross-entropy under per-position unigrams')
+    header = ('prior', 'nats per code', 'on training images', *unigrams, 'parameters')
+    keys = ('nll', 'nll_train', 'unigram_entropy', 'positional_cross_entropy')
     rows = [
         (name, *(f'{level[key]:.3f}' for key in keys), f'{level["parameters"]:,}')
         for name, level in reversed(found['levels'].items())
@@ -154,7 +177,9 @@ def _samples(directory, found: dict) -> list[str]:
     if 'quality' in found:
         quality = found['quality']
         shown = [key for key in _LABELS if key in quality]
-        parts.append(page.table([_LABELS[k] for k in shown], [[_number(quality[k]) for k in shown]]))
+        compared = {'real images': quality, 'reconstructions': found['quality_against_reconstructions']}
+        rows = [(name, *(_number(numbers.get(k, '')) for k in shown)) for name, numbers in compared.items()]
+        parts.append(page.table(('samples against', *(_LABELS[k] for k in shown)), rows))
         parts.append(page.note(_caution(quality)))
     parts.append(
         page.picture(directory / 'samples.png', f'{found["count"]} samples, nothing filtered: one class a row')
@@ -169,11 +194,13 @@ def _samples(directory, found: dict) -> list[str]:
     parts += [page.table(('', 'the classifier sees the class'), rows), page.note(found['note'])]
     parts.append(page.picture(directory / 'accepted.png', 'After rejection, the best first'))
     if found['sweep']:
-        parts.append(page.picture(directory / 'rejection.png', 'Keeping less: quality against variety', plot=True))
+        parts.append(page.picture(directory / 'rejection.png', 'Acceptance rate: quality against diversity', plot=True))
         points = found['sweep']
-        keys = [key for key in ('count', 'confidence', *_LABELS) if all(key in p for p in points)]
+        labels = {'kept_count': 'samples kept', 'count': 'n', 'confidence': 'confidence'} | _LABELS
+        keys = [key for key in labels if all(key in p for p in points)]
         rows = [(f'{p["kept"]:.0%}', *(_number(p[key]) for key in keys)) for p in points]
-        parts.append(page.table(('kept', *(_LABELS.get(key, key) for key in keys)), rows))
+        parts.append(page.table(('share kept', *(labels[key] for key in keys)), rows))
+    parts.append(page.note(found['sweep_note']))
     return parts
 
 
@@ -213,8 +240,8 @@ def summarize(run: Run, directory, found: dict) -> None:
         likelihood = found['likelihood']['levels'][name]
         print(
             f'  {name:<16} {level["used"]:.0%} of the codebook used, perplexity {level["perplexity"]:.1f}; '
-            f'prior {likelihood["nll"]:.3f} nats per code (entropy {likelihood["empirical_entropy"]:.3f}, '
-            f'by position {likelihood["positional_entropy"]:.3f})'
+            f'prior {likelihood["nll"]:.3f} nats per code (unigram entropy {likelihood["unigram_entropy"]:.3f}, '
+            f'under per-position unigrams {likelihood["positional_cross_entropy"]:.3f})'
         )
     if 'quality' in drawn:
         for name, quality in (

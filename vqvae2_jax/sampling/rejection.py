@@ -5,17 +5,17 @@ import math
 import numpy as np
 
 
-def keep_best(scores: np.ndarray, labels: np.ndarray, share: float, threshold: float = 0.0) -> np.ndarray:
+def keep_best(scores: np.ndarray, labels: np.ndarray, share: float, threshold: float = -math.inf) -> np.ndarray:
     """Positions of the best-scoring `share` of every class, in rising order, without those below the threshold.
 
     Class by class, so that rejection leaves the classes as balanced as it found them: over all classes at once it would
     keep those that are easy to recognise.
 
     Args:
-      scores: float [N], the classifier's probability of the intended class.
+      scores: float [N], higher is better, such as the log-probability of the intended class.
       labels: int [N], the intended class.
       share: of each class, rounded up, so that no class is lost; in (0, 1].
-      threshold: the lowest score that is kept. This one may unbalance classes, and lose some.
+      threshold: the lowest score that is kept; by default all. This one may unbalance classes, and lose some.
 
     Raises:
       ValueError: a share outside (0, 1], lengths that differ, or a score that is NaN.

@@ -42,7 +42,8 @@ def make_stage(model: VQVAE, level_names: tuple[str, ...], commitment_weight: fl
         # 3. The preview heads; model.level_loss decides how much of their gradient reaches anything else.
         preview = sum(jnp.mean((p - image) ** 2) for p in output.previews)
         total = mse + commitment_weight * sum(commitment) + preview
-        metrics = {'loss': total, 'mse': mse}
+        # The metric is of the clipped image, as in evaluation.
+        metrics = {'loss': total, 'mse': jnp.mean((jnp.clip(output.image, -1.0, 1.0) - image) ** 2)}
         for name, level_commitment, telemetry in zip(level_names, commitment, output.telemetry, strict=True):
             metrics |= {
                 f'commitment_{name}': level_commitment,

@@ -1,0 +1,123 @@
+"""Importing the package changes nothing outside of it; the command line sets the CPU flag, only where XLA takes it."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import vqvae2_jax
+from vqvae2_jax import config_files, load_config, xla_flags
+
+ROOT = pathlib.Path(__file__).parents[1]
+ADDED = '--xla_cpu_experimental_ynn_fusion_type=-individual_convolution'
+# Third-party modules come first, as they may change the environment themselves.
+IMPORT_ALL = """
+import ast, importlib, logging, os, pathlib, pkgutil, signal, sys
+from unittest import mock
+
+root = pathlib.Path('vqvae2_jax')
+trees = [ast.parse(path.read_text()) for path in root.rglob('*.py')]
+names = {node.module for tree in trees for node in tree.body if isinstance(node, ast.ImportFrom)}
+names |= {alias.name for tree in trees for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+for name in sorted(n for n in names if not n.startswith('vqvae2_jax')):
+    importlib.import_module(name)
+
+import fsspec, jax, matplotlib, numpy, PIL.Image, absl.flags
+
+def state():
+    signals = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    loggers = {name: logging.getLogger(name).level for name in list(logging.root.manager.loggerDict)}
+    return {
+        'environment': dict(os.environ), 'jax': dict(jax.config.values), 'fsspec': repr(fsspec.config.conf),
+        'numpy': numpy.geterr(), 'matplotlib': dict(matplotlib.rcParams), 'pillow': PIL.Image.MAX_IMAGE_PIXELS,
+        'signals': signals, 'loggers': loggers, 'flags': sorted(absl.flags.FLAGS), 'path': list(sys.path),
+    }
+
+before = state()
+import vqvae2_jax
+modules = [m.name for m in pkgutil.walk_packages(vqvae2_jax.__path__, 'vqvae2_jax.')]
+assert len(modules) > 60, modules
+for name in modules:
+    if name != 'vqvae2_jax.main':  # the command line defines its flags
+        importlib.import_module(name)
+after = state()
+after['loggers'] = {name: level for name, level in after['loggers'].items() if name in before['loggers']}
+print({key: (before[key], after[key]) for key in before if before[key] != after[key]})
+"""
+
+
+def test_importing_every_module_changes_no_environment_variable_and_no_other_library():
+    environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+    command = [sys.executable, '-c', IMPORT_ALL]
+    assert subprocess.check_output(command, cwd=ROOT, env=environment, text=True).strip() == '{}'
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setenv('XLA_FLAGS', '')
+    return monkeypatch
+
+
+@pytest.mark.parametrize('own', ['', '--xla_cpu_max_isa=AVX2', '--xla_cpu_experimental_ynn_fusion_type='])
+def test_the_flag_is_added_unless_the_user_has_set_it(on_cpu, own):
+    on_cpu.setenv('XLA_FLAGS', own)
+    assert xla_flags.set_cpu_flags() is ('ynn' not in own)
+    assert os.environ['XLA_FLAGS'].split() == own.split() + ([] if 'ynn' in own else [ADDED])
+
+
+def test_the_flag_is_for_cpus_and_for_a_jaxlib_that_knows_it(on_cpu):
+    with on_cpu.context() as patch:  # JAX finds the platform itself: only then do plugins count
+        patch.setattr(type(jax.config), 'jax_platforms', None, raising=False)
+        patch.setattr(xla_flags, '_has_plugin', lambda: True)
+        assert not xla_flags.set_cpu_flags()
+    for platforms in ('tpu', 'cuda', 'cuda,cpu'):
+        with on_cpu.context() as patch:
+            patch.setattr(type(jax.config), 'jax_platforms', platforms, raising=False)
+            assert not xla_flags.set_cpu_flags()
+    with on_cpu.context() as patch:
+        patch.setattr(xla_flags, 'CPU_FLAG', 'xla_cpu_a_flag_that_no_jaxlib_knows')
+        assert not xla_flags.set_cpu_flags()
+    assert os.environ['XLA_FLAGS'] == ''
+    assert xla_flags.set_cpu_flags()
+
+
+@pytest.mark.parametrize('package', ['libtpu', 'jax_plugins'])
+def test_plugins_are_found_as_jax_finds_them(tmp_path, monkeypatch, package):
+    monkeypatch.delitem(sys.modules, 'jax_plugins', raising=False)
+    monkeypatch.setattr(sys, 'path', [p for p in sys.path if not (pathlib.Path(p) / package).exists()])
+    before = xla_flags._has_plugin()
+    (tmp_path / package / 'xla_cuda12').mkdir(parents=True)
+    (tmp_path / package / 'xla_cuda12' / '__init__.py').touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert xla_flags._has_plugin() and not before
+
+
+def test_configs_are_found_by_name_and_by_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / 'mine.py'
+    mine.write_text(
+        'from vqvae2_jax import load_config\n\n\ndef get_config():\n    config = load_config("tiny")\n'
+        '    config.name = "mine"\n    return config\n'
+    )
+    assert load_config('fashion').name == 'fashion'
+    assert load_config('mine.py').name == load_config(mine).name == 'mine'
+    with pytest.raises(FileNotFoundError, match="no config 'fashon': give the path of a .py file, or .* fashion,"):
+        load_config('fashon')
+    with pytest.raises(FileNotFoundError, match="no file 'other.py'"):
+        load_config('other.py')
+    load_config('tiny').vqvae.hidden = 3  # a copy of its own
+    assert load_config('tiny').vqvae.hidden == 8
+
+
+def test_an_installed_package_has_its_configs_inside(tmp_path, monkeypatch):
+    assert config_files.config_directory() == ROOT / 'configs'
+    (tmp_path / 'configs').mkdir()
+    monkeypatch.setattr(config_files, '_PACKAGE', tmp_path)
+    assert config_files.config_directory() == tmp_path / 'configs'
+
+
+def test_the_package_is_typed():
+    assert (pathlib.Path(vqvae2_jax.__file__).parent / 'py.typed').exists()
