@@ -145,6 +145,7 @@ def test_topologies_that_are_none():
             chips.topology_devices(name)
 
 
+@pytest.mark.system
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='libtpu is not installed')
 def test_a_slice_that_is_not_there(config, tmp_path, capsys):
     devices = chips.topology_devices('v5e:2x4')
@@ -162,6 +163,7 @@ def test_a_slice_that_is_not_there(config, tmp_path, capsys):
     assert len(chips.topology_devices('v4:2x2x1')) == 4  # chips, not cores
 
 
+@pytest.mark.system
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='libtpu is not installed')
 def test_a_process_draws_on_each_chip_where_the_others_cannot_be_left_out(config, tmp_path):
     run = Run(config, epath.Path(tmp_path))
