@@ -89,10 +89,10 @@ def test_an_editable_install_finds_the_configs_of_the_checkout(tmp_path):
 
 
 @pytest.mark.parametrize('version', ['3.11', '3.12', '3.13', '3.14'])
-def test_the_requirements_resolve(version, tmp_path):
-    command = [sys.executable, '-m', 'pip', 'install', '--quiet', '--dry-run', '--only-binary=:all:', '--target']
-    command += [tmp_path, '--python-version', version, '--report', tmp_path / 'report.json', '--ignore-installed']
-    run(*command, '-r', ROOT / 'requirements.txt')
-    found = json.loads((tmp_path / 'report.json').read_text())['install']
-    versions = {entry['metadata']['name'].lower(): entry['metadata']['version'] for entry in found}
-    assert tuple(map(int, versions['jax'].split('.')[:2])) >= (0, 10)
+def test_the_requirements_resolve_to_wheels(version):
+    command = [sys.executable, '-m', 'uv', 'pip', 'compile', '--quiet', '--no-header', '--no-annotate']
+    wheels = ['--only-binary', ':all:', '--no-binary', 'promise']  # of TFDS, which has no wheels and is pure Python
+    text = run(*command, '--python-version', version, *wheels, ROOT / 'requirements.txt')
+    versions = dict(line.split('==') for line in text.splitlines())
+    jax = tuple(map(int, versions['jax'].split('.')[:2]))
+    assert jax >= ((0, 11) if version > '3.11' else (0, 10)), 'JAX 0.11 and later need Python 3.12'
