@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 
 # Before anything imports JAX: the backend reads these once. Subprocesses inherit them.
@@ -22,6 +23,9 @@ from vqvae2_jax import checks, load_config, xla_flags  # noqa: E402
 from vqvae2_jax.jobs.pipeline import run_job  # noqa: E402
 from vqvae2_jax.jobs.workdir import Run  # noqa: E402
 
+# A shell that starts the tests in the background has them ignore Ctrl-C; some tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 xla_flags.set_cpu_flags()  # as the command line does, so that both give the same numbers
 
 
