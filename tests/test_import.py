@@ -1,9 +1,12 @@
 """Importing the package changes nothing outside of it; the command line sets the CPU flag, only where XLA takes it."""
 
+import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import subprocess
 import sys
+from importlib.machinery import PathFinder
 
 import jax
 import pytest
@@ -86,13 +89,14 @@ def test_the_flag_is_for_cpus_and_for_a_jaxlib_that_knows_it(on_cpu):
 
 @pytest.mark.parametrize('package', ['libtpu', 'jax_plugins'])
 def test_plugins_are_found_as_jax_finds_them(tmp_path, monkeypatch, package):
-    monkeypatch.delitem(sys.modules, 'jax_plugins', raising=False)
-    monkeypatch.setattr(sys, 'path', [p for p in sys.path if not (pathlib.Path(p) / package).exists()])
-    before = xla_flags._has_plugin()
+    # Only this directory is searched, so that plugins which are installed here do not count.
+    monkeypatch.setattr(importlib.metadata, 'entry_points', lambda group: ())
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: PathFinder.find_spec(name, [str(tmp_path)]))
+    assert not xla_flags._has_plugin()
     (tmp_path / package / 'xla_cuda12').mkdir(parents=True)
     (tmp_path / package / 'xla_cuda12' / '__init__.py').touch()
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert xla_flags._has_plugin() and not before
+    importlib.invalidate_caches()
+    assert xla_flags._has_plugin()
 
 
 def test_configs_are_found_by_name_and_by_path(tmp_path, monkeypatch):
