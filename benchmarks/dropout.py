@@ -23,8 +23,8 @@ from vqvae2_jax import config as configs
 from vqvae2_jax.jobs.codes import extract
 from vqvae2_jax.jobs.stages import train_vqvae
 from vqvae2_jax.jobs.workdir import Run
+from vqvae2_jax.models.prior import KINDS, PLACEMENTS
 
-PLACEMENTS, KINDS = ('inside', 'after'), ('keys', 'logits')
 COLUMNS = ('level', 'placement', 'kind', 'nats per code', 'against the first', 'beyond both ranges')
 
 

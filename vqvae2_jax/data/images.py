@@ -97,7 +97,7 @@ class ImageSpec:
             raise ValueError(f'data.{field}={getattr(self, field)!r}: must be {wanted}.')
 
 
-def check_seed(field: str, value) -> None:
+def check_seed(field: str, value: object) -> None:
     """Raises ValueError, which names the field, unless the value is an integer in [0, 2**32).
 
     JAX would take the low 32 bits of a larger one: another seed than the one that is recorded.
