@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= configs/fashion.py
 ARGS ?=
+TEST_PROCESSES ?= 2
 
 BIN := $(VENV)/bin
 # Stamps inside the environment: it is brought up to date only when what it is made from has changed.
@@ -22,12 +23,13 @@ help:  ## show this list
 	@echo '  PYTHON=python3.12   the interpreter that creates $(VENV) (3.11 or newer)'
 	@echo '  CONFIG=configs/x.py the experiment that `make demo` runs'
 	@echo '  ARGS="..."          more flags for `make demo`'
+	@echo '  TEST_PROCESSES=2    the number of processes that `make test` runs'
 
 demo: $(RUN_STAMP)  ## train, sample and evaluate a small model on this machine
 	$(BIN)/python -m vqvae2_jax.main --config=$(CONFIG) $(ARGS)
 
 test: lint  ## ruff, unit tests and tiny pipelines (20 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not system"
+	$(BIN)/python -m pytest -m "not system" --numprocesses $(TEST_PROCESSES) --dist worksteal
 
 test-fast: lint  ## ruff and the quick tests
 	$(BIN)/python -m pytest -m "not slow and not system"

@@ -10,9 +10,10 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '8'
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'true'  # the tests wait for the compiler, not for what it makes
 os.environ['MPLBACKEND'] = 'Agg'
-# Jobs that run twice compile once.
-_CACHE = tempfile.TemporaryDirectory(prefix='vqvae2_jax-tests-')
-os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
+# Jobs that run twice compile once. Test processes inherit the directory from the one that starts them.
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix='vqvae2_jax-tests-')
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
