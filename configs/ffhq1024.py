@@ -90,7 +90,8 @@ def get_config() -> ConfigDict:
     )
     config.prior = ConfigDict()
     for name, own, training in (
-        # [A]: residual units, attention layers, dropout, conditioning blocks, steps and batch size of each level
+        # [A]: residual units, attention layers, dropout, conditioning blocks, steps and batch size of each level. The
+        # dropout is inside the blocks: after them, as in the paper's text, it costs 4 %, see docs/design.md.
         ('top', dict(residual=2048, attention_layers=4, dropout=0.5, condition_layers=0), (237_000, 1024)),
         ('middle', dict(residual=1024, attention_layers=1, dropout=0.3, condition_layers=8), (57_400, 512)),
         (
@@ -102,6 +103,7 @@ def get_config() -> ConfigDict:
         config.prior[name] = prior.copy_and_resolve_references()
         config.prior[name].update(own)
         config.prior[name].attention_dropout = own['dropout'] if own['attention_layers'] else 0.0  # open: the rate
+        config.prior[name].attention_dropout_kind = 'logits'  # the paper's section 3.2
         config.prior[name].training.update(steps=training[0], batch_size=training[1])
 
     config.classifier = ConfigDict()  # no classes, no classifier

@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
 
     config.prior.top.update(hidden=256, residual=256, layers=12, attention_layers=3, output_layers=4, dropout=0.2)
     config.prior.bottom.update(hidden=192, residual=192, layers=12, condition_layers=8)
+    config.prior.top.attention_dropout_kind = 'keys'
     for prior in config.prior.values():
         prior.training.update(
             steps=30_000,

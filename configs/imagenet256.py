@@ -76,8 +76,9 @@ def get_config() -> ConfigDict:
     config.prior.top.heads = 8  # [A]
     config.prior.top.output_layers = 20  # [A]
     config.prior.top.condition_layers = 0  # [A]: nothing is coarser
-    config.prior.top.dropout = 0.1  # [A]
-    config.prior.top.attention_dropout = 0.1  # [T] dropout on the logits of attention; its rate is open
+    config.prior.top.dropout = 0.1  # [A], inside the blocks: after them [T] it costs 4 %, see docs/design.md
+    config.prior.top.attention_dropout = 0.1  # open: the rate
+    config.prior.top.attention_dropout_kind = 'logits'  # [T]
     config.prior.top.dtype = 'bfloat16'  # open
     config.prior.top.remat = True  # recomputes what would not fit
     config.prior.top.scan_layers = True  # loops over blocks and their attention, which compile few of them
@@ -104,7 +105,7 @@ def get_config() -> ConfigDict:
     config.prior.bottom.heads = 8  # unused
     config.prior.bottom.output_layers = 0  # [A]
     config.prior.bottom.condition_layers = 20  # [A] conditioning stack residual blocks
-    config.prior.bottom.dropout = 0.1  # [A]
+    config.prior.bottom.dropout = 0.1  # [A], inside the blocks as above
     config.prior.bottom.attention_dropout = 0.0  # unused
     config.prior.bottom.dtype = 'bfloat16'  # open
     config.prior.bottom.remat = True  # recomputes what would not fit
