@@ -17,12 +17,12 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
-import pytest  # noqa: E402
-from etils import epath  # noqa: E402
+import pytest
+from etils import epath
 
-from vqvae2_jax import checks, load_config, xla_flags  # noqa: E402
-from vqvae2_jax.jobs.pipeline import run_job  # noqa: E402
-from vqvae2_jax.jobs.workdir import Run  # noqa: E402
+from vqvae2_jax import checks, load_config, xla_flags
+from vqvae2_jax.jobs.pipeline import run_job
+from vqvae2_jax.jobs.workdir import Run
 
 # A shell that starts the tests in the background has them ignore Ctrl-C; some tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
