@@ -91,7 +91,7 @@ def get_config() -> ConfigDict:
     config.prior = ConfigDict()
     for name, own, training in (
         # [A]: residual units, attention layers, dropout, conditioning blocks, steps and batch size of each level. The
-        # dropout is inside the blocks: after them, as in the paper's text, it costs 4 %, see docs/design.md.
+        # dropout is inside the blocks, in the paper's text after them: see "Departures" in docs/design.md.
         ('top', dict(residual=2048, attention_layers=4, dropout=0.5, condition_layers=0), (237_000, 1024)),
         ('middle', dict(residual=1024, attention_layers=1, dropout=0.3, condition_layers=8), (57_400, 512)),
         (

@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
     config.prior.top.heads = 8  # [A]
     config.prior.top.output_layers = 20  # [A]
     config.prior.top.condition_layers = 0  # [A]: nothing is coarser
-    config.prior.top.dropout = 0.1  # [A], inside the blocks: after them [T] it costs 4 %, see docs/design.md
+    config.prior.top.dropout = 0.1  # [A], inside the blocks; [T] after them, see "Departures" in docs/design.md
     config.prior.top.attention_dropout = 0.1  # open: the rate
     config.prior.top.attention_dropout_kind = 'logits'  # [T]
     config.prior.top.dtype = 'bfloat16'  # open

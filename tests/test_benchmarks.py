@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import cifar10_npz, orders
+from benchmarks import cifar10_npz, dropout, orders
 
 
 def test_the_binary_version_of_cifar10_is_read_in_order(tmp_path):
@@ -49,6 +49,19 @@ def test_seeds_of_a_benchmark_are_checked_before_it_works():
     for text in ('-1', '4294967296', '1.5'):
         with pytest.raises(argparse.ArgumentTypeError):
             orders.seed_argument(text)
+
+
+def test_cifar10_npz_makes_its_directory_before_it_works(tmp_path, monkeypatch):
+    out = tmp_path / 'new' / 'data' / 'cifar10.npz'
+    monkeypatch.setattr('sys.argv', ['cifar10_npz', str(tmp_path / 'missing.tar.gz'), str(out)])
+    with pytest.raises(FileNotFoundError):
+        cifar10_npz.main()
+    assert out.parent.is_dir()
+
+
+@pytest.mark.parametrize('nats, expected', [([2.0, 2.2], 0.0), ([1.0, 1.05], 0.0), ([2.2, 2.4], 100 * 0.1 / 2.05)])
+def test_a_cost_counts_beyond_both_ranges(nats, expected):
+    assert dropout.beyond(np.array(nats), np.array([2.0, 2.1])) == pytest.approx(expected)
 
 
 @pytest.mark.system

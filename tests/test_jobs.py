@@ -12,6 +12,7 @@ from vqvae2_jax import config as configs
 from vqvae2_jax.io.provenance import digest_arrays, read_json
 from vqvae2_jax.jobs import samples, workdir
 from vqvae2_jax.jobs.pipeline import run_job
+from vqvae2_jax.jobs.report import curve_labels
 from vqvae2_jax.metrics.classification import accuracy
 from vqvae2_jax.stages.stage import to_float
 
@@ -200,3 +201,15 @@ def test_a_second_run_says_done_and_rewrites_nothing(run, capsys):
         run_job(run, job)
         assert 'done' in capsys.readouterr().out, job
     assert times() == before
+
+
+def test_curves_are_labeled_with_everything_in_which_they_differ(config):
+    assert curve_labels(config, 'vqvae') == ('train, last weights', 'held out, averaged weights')
+    assert curve_labels(config, 'classifier')[0] == 'train, last weights, dropout, augmented'
+    config.prior.top.update(dropout=0.0, attention_dropout=0.0)
+    config.prior.top.training.weight_ema = 0.0
+    assert curve_labels(config, 'prior.top') == ('train', 'held out')
+    config.prior.top.attention_dropout = 0.1
+    config.data.flip = True
+    assert curve_labels(config, 'prior.top') == ('train, dropout', 'held out')
+    assert curve_labels(config, 'vqvae')[0] == 'train, last weights, augmented'

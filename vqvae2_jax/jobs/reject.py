@@ -1,7 +1,5 @@
 """--job=reject: the classifier scores every sample by the log-probability of its intended class; the best are kept."""
 
-import math
-
 import numpy as np
 
 from vqvae2_jax.io import pictures, provenance
@@ -33,8 +31,8 @@ def reject(run: Run) -> None:
         return
     (directory / 'meta.json').unlink(missing_ok=True)  # until the files below belong together again
     scored = _score(judge, source)
-    lowest = math.log(threshold) if threshold > 0 else -math.inf
-    kept = keep_best(scored['log_probability'], scored['label'], keep, lowest)
+    kept = keep_best(scored['log_probability'], scored['label'], keep)
+    kept = kept[scored['score'][kept] >= np.float32(threshold)]  # the stored score, so that one of 1.0 passes 1.0
     if not len(kept):
         best = scored['score'].max()
         raise workdir.JobError(f'reject.threshold={threshold} keeps no sample: the best one scores {best:.4g}')

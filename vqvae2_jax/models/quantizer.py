@@ -8,8 +8,8 @@ Sonnet's zero-debiased averages have 41); and codes that fall out of use are re-
 with their statistics.
 
 Only re-seeding keeps unused codes alive. Without it (`reseed_threshold=0`, the paper) the smoothed count of a code that
-no vector chooses stays above epsilon while its sum decays, so that its vector shrinks to zero, within about 100 steps.
-Sonnet and Haiku do the same.
+no vector chooses stays above epsilon while its sum decays, so that its vector shrinks to zero: within about 100 steps
+from the start, and once its count has decayed to epsilon (more than 1000 steps at a decay of 0.99) later on.
 
 Glossary of shapes: B batch, H W map, N = B * H * W vectors, K codebook size, D codebook dimension.
 """

@@ -5,8 +5,8 @@ import math
 import numpy as np
 
 
-def keep_best(scores: np.ndarray, labels: np.ndarray, share: float, threshold: float = -math.inf) -> np.ndarray:
-    """Positions of the best-scoring `share` of every class, in rising order, without those below the threshold.
+def keep_best(scores: np.ndarray, labels: np.ndarray, share: float) -> np.ndarray:
+    """Positions of the best-scoring `share` of every class, in rising order.
 
     Class by class, so that rejection leaves the classes as balanced as it found them: over all classes at once it would
     keep those that are easy to recognise.
@@ -15,7 +15,6 @@ def keep_best(scores: np.ndarray, labels: np.ndarray, share: float, threshold: f
       scores: float [N], higher is better, such as the log-probability of the intended class.
       labels: int [N], the intended class.
       share: of each class, rounded up, so that no class is lost; in (0, 1].
-      threshold: the lowest score that is kept; by default all. This one may unbalance classes, and lose some.
 
     Raises:
       ValueError: a share outside (0, 1], lengths that differ, or a score that is NaN.
@@ -31,5 +30,4 @@ def keep_best(scores: np.ndarray, labels: np.ndarray, share: float, threshold: f
         positions = np.flatnonzero(labels == label)
         best = positions[np.argsort(-scores[positions], kind='stable')]
         kept.append(best[: math.ceil(round(share * len(positions), 9))])  # 0.07 * 100 is 7.000000000000001
-    kept = np.sort(np.concatenate(kept)) if kept else np.zeros(0, np.int64)
-    return kept[scores[kept] >= threshold]
+    return np.sort(np.concatenate(kept)) if kept else np.zeros(0, np.int64)
