@@ -1,5 +1,7 @@
 """The command line as a process: its messages and its exit status."""
 
+import importlib
+import multiprocessing
 import os
 import pathlib
 import re
@@ -23,6 +25,24 @@ pytestmark = pytest.mark.slow
 def start(*arguments, **options):
     command = [sys.executable, '-m', 'vqvae2_jax.main', *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+@pytest.fixture(scope='module')
+def processes():
+    """Starts processes that have imported vqvae2_jax.main already, which takes seconds."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['vqvae2_jax.main'])
+    return context
+
+
+def run_main(arguments, path):
+    """The command line with these arguments, its output in a file."""
+    output = os.open(path, os.O_CREAT | os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(ROOT)
+    sys.argv = ['vqvae2_jax.main', *arguments]
+    importlib.import_module('vqvae2_jax.main').run()
 
 
 @pytest.mark.parametrize(
@@ -50,10 +70,13 @@ def start(*arguments, **options):
         ),
     ],
 )
-def test_mistakes_end_in_one_line(tmp_path, arguments, message):
-    process = start(f'--workdir={tmp_path}', *arguments)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 1
+def test_mistakes_end_in_one_line(tmp_path, processes, arguments, message):
+    arguments = [f'--workdir={tmp_path}', *arguments]
+    process = processes.Process(target=run_main, args=(arguments, tmp_path / 'output.txt'))
+    process.start()
+    process.join(timeout=120)
+    output = (tmp_path / 'output.txt').read_text()
+    assert process.exitcode == 1
     errors = [line for line in output.splitlines() if line.startswith('error: ')]
     assert len(errors) == 1 and message in errors[0], output
     assert 'Traceback' not in output
@@ -79,6 +102,7 @@ def test_the_command_line_sets_the_cpu_flag_but_not_for_another_platforms_compil
 OVERRIDES = {'steps': 200, 'save_every': 10_000, 'eval_every': 100, 'show_every': 0, 'log_every': 20}
 
 
+@pytest.mark.system
 def test_a_terminated_process_saves_and_the_same_command_continues_to_the_same_weights(tmp_path):
     flags = [f'--config.vqvae.training.{field}={value}' for field, value in OVERRIDES.items()]
     command = ['--config=configs/tiny.py', f'--workdir={tmp_path}/run', '--job=vqvae', *flags]
