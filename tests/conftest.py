@@ -17,6 +17,7 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
+import filelock
 import pytest
 from etils import epath
 
@@ -49,10 +50,15 @@ def small_config():
 
 @pytest.fixture(scope='session')
 def finished(tmp_path_factory):
-    """The whole pipeline, run once; tests that change files take `run`."""
-    run = Run(small_config(), epath.Path(tmp_path_factory.mktemp('pipeline')) / 'run')
+    """The whole pipeline, run once for all test processes; tests that change files take `run`."""
+    directory = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        directory = directory.parent  # of all processes
+    run = Run(small_config(), epath.Path(directory) / 'pipeline')
     checks.check(run.config)
-    run_job(run, 'pipeline')
+    with filelock.FileLock(f'{run.workdir}.lock'):
+        if not run.path('report', 'report.html').exists():
+            run_job(run, 'pipeline')
     return run
 
 

@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from vqvae2_jax.io.provenance import read_json
 from vqvae2_jax.jobs import samples, workdir
 from vqvae2_jax.jobs.pipeline import run_job
 
 
+@pytest.mark.system
 def test_the_jobs_know_wavefront_priors_and_controls(run, monkeypatch):
     for name in ('prior_top', 'samples', 'rejection', 'cas', 'report'):
         run.path(name).rmtree()

@@ -63,6 +63,7 @@ def test_a_plan_of_the_devices_at_hand(config, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.system
 def test_communication_does_not_grow_with_the_devices(config, tmp_path):
     def traffic(devices, job='prior.bottom', **fields):
         config.prior.bottom.update(layers=4, **fields)
