@@ -34,7 +34,7 @@ test: lint  ## ruff, unit tests and tiny pipelines (20 minutes on 2 cores)
 test-fast: lint  ## ruff and the quick tests
 	$(BIN)/python -m pytest -m "not slow and not system"
 
-test-system: $(DEV_STAMP)  ## fresh installs, newest Python, notebooks, processes; needs git, npm and a network (30 minutes)
+test-system: $(DEV_STAMP)  ## fresh installs, newest Python, notebooks, processes; needs git, npm and a network (40 minutes)
 	$(BIN)/python -m pytest -m system
 
 lint: $(DEV_STAMP)  ## ruff

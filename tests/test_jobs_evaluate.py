@@ -188,6 +188,7 @@ def empty_run(config, tmp_path):
     return Run(config, epath.Path(tmp_path) / 'empty')
 
 
+@pytest.mark.system
 def test_a_set_is_like_itself_in_any_form(empty_run, inception, images, tmp_path):
     np.savez(tmp_path / 'images.npz', arr_0=images)
     found = compare(empty_run, inception, folder_of(tmp_path / 'folder', images), tmp_path / 'images.npz')
@@ -206,6 +207,7 @@ def test_a_set_is_like_itself_in_any_form(empty_run, inception, images, tmp_path
     assert not empty_run.path('vqvae').exists()
 
 
+@pytest.mark.system
 def test_sets_without_a_number(empty_run, inception, images, tmp_path):
     good = folder_of(tmp_path / 'good', images)
     bad = {

@@ -47,6 +47,7 @@ def folder_run(config, folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.system
 def test_a_folder_becomes_a_report(folder_run, capsys):
     run_job(folder_run, 'pipeline')
     report = read_json(folder_run.path('report', 'report.json'))

@@ -109,6 +109,7 @@ def test_recomputing_changes_nothing_but_what_is_kept(order, scan_layers):
     assert kept(again) < 0.3 * kept(plain)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize('remat', [False, True])
 @pytest.mark.parametrize('order', MODULES)
 def test_a_loop_over_layers_changes_nothing_but_the_length_of_the_program(order, remat):
