@@ -1,5 +1,6 @@
 """What holds for every test: eight virtual CPU devices, so that sharding is real, no display, cheap compilation."""
 
+import fcntl
 import os
 import shutil
 import signal
@@ -17,7 +18,6 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
-import filelock
 import pytest
 from etils import epath
 
@@ -56,7 +56,8 @@ def finished(tmp_path_factory):
         directory = directory.parent  # of all processes
     run = Run(small_config(), epath.Path(directory) / 'pipeline')
     checks.check(run.config)
-    with filelock.FileLock(f'{run.workdir}.lock'):
+    with open(f'{run.workdir}.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
         if not run.path('report', 'report.html').exists():
             run_job(run, 'pipeline')
     return run

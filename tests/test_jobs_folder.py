@@ -46,7 +46,6 @@ def folder_run(config, folder, tmp_path):
     return Run(config, epath.Path(tmp_path) / 'run')
 
 
-@pytest.mark.slow
 @pytest.mark.system
 def test_a_folder_becomes_a_report(folder_run, capsys):
     run_job(folder_run, 'pipeline')

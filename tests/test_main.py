@@ -1,6 +1,5 @@
 """The command line as a process: its messages and its exit status."""
 
-import importlib
 import multiprocessing
 import os
 import pathlib
@@ -42,7 +41,9 @@ def run_main(arguments, path):
     os.dup2(output, 2)
     os.chdir(ROOT)
     sys.argv = ['vqvae2_jax.main', *arguments]
-    importlib.import_module('vqvae2_jax.main').run()
+    from vqvae2_jax.main import run  # defines flags, which the process of the tests shall not have
+
+    run()
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def run_main(arguments, path):
 )
 def test_mistakes_end_in_one_line(tmp_path, processes, arguments, message):
     arguments = [f'--workdir={tmp_path}', *arguments]
-    process = processes.Process(target=run_main, args=(arguments, tmp_path / 'output.txt'))
+    process = processes.Process(target=run_main, args=(arguments, tmp_path / 'output.txt'), daemon=True)
     process.start()
     process.join(timeout=120)
     output = (tmp_path / 'output.txt').read_text()

@@ -169,15 +169,24 @@ def test_images_of_certain_class_are_ranked_by_log_probability(empty_run, judge)
     np.testing.assert_allclose(scores['log_probability'], [-9 * np.exp(-20), -9 * np.exp(-40)], rtol=1e-6)
 
 
-@pytest.mark.parametrize('threshold, kept', [(0.0, [0, 1, 2, 3]), (0.5, [0, 1, 2]), (1.0, [0, 1])])
-def test_the_threshold_is_a_probability_as_it_is_stored(empty_run, judge, threshold, kept):
+@pytest.mark.parametrize(
+    'keep, threshold, kept',
+    [
+        (1.0, 0.0, [0, 1, 2, 3]),
+        (1.0, 0.5, [0, 1, 2]),
+        (1.0, 1.0, [0, 1]),
+        (0.5, 1.0, [0, 1]),  # half of all four, not of the two that pass
+        (0.75, 1.0, [0, 1]),  # a third one is not put in for the one that fails
+    ],
+)
+def test_the_threshold_is_a_probability_as_it_is_stored(empty_run, judge, keep, threshold, kept):
     """The logit of the intended class leads by 40, 20, 4 and -3; in float32 the first two probabilities are 1."""
     images, labels = np.zeros((4, 28, 28, 1), np.uint8), np.full(4, 3)
     flat = images.reshape(4, -1)
     flat[:, FEATURES + 3] = 160, 80, 0, 0
     flat[2, FEATURES + 3], flat[3, FEATURES + 5] = 16, 12
     store_samples(empty_run, images, labels)
-    empty_run.config.reject.update(keep=1.0, threshold=threshold)
+    empty_run.config.reject.update(keep=keep, threshold=threshold)
     reject.reject(empty_run)
     assert samples.read_npz(empty_run.path('rejection', 'accepted.npz'))['index'].tolist() == kept
 
