@@ -18,10 +18,11 @@ import numpy as np
 
 from benchmarks.orders import learning_curve, link, seed_argument
 from benchmarks.timing import machine
-from vqvae2_jax import checks, load_config, xla_flags
-from vqvae2_jax import config as configs
-from vqvae2_jax.jobs.codes import extract
-from vqvae2_jax.jobs.stages import train_vqvae
+from vqvae2_jax import load_config, xla_flags
+from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import validation
+from vqvae2_jax.jobs.extract_codes import extract
+from vqvae2_jax.jobs.train import train_vqvae
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.models.prior import KINDS, PLACEMENTS
 
@@ -36,7 +37,7 @@ def variant(run, level, placement, kind, seed, options):
     section.update(dropout=options.rate, dropout_placement=placement, attention_dropout_kind=kind)
     section.attention_dropout = options.rate if section.attention_layers else 0.0
     section.training.update(show_every=0, steps=options.steps)
-    checks.check(config)
+    validation.check(config)
     found = Run(config, run.path('dropout') / f'{level}-{placement}-{kind}-rate{options.rate}-seed{seed}')
     link(run, found)
     return found

@@ -23,8 +23,8 @@ from PIL import Image
 
 from benchmarks.timing import machine
 from vqvae2_jax import xla_flags
+from vqvae2_jax.evaluation.features import load_inception
 from vqvae2_jax.io import state_dict
-from vqvae2_jax.jobs.features import load_inception
 from vqvae2_jax.metrics.frechet import Moments, frechet_distance
 
 TURNS = 3

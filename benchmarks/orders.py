@@ -27,13 +27,14 @@ import numpy as np
 from etils import epath
 
 from benchmarks.timing import machine, seconds
-from vqvae2_jax import checks, load_config, xla_flags
-from vqvae2_jax import config as configs
+from vqvae2_jax import load_config, xla_flags
+from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import validation
 from vqvae2_jax.data.images import check_seed
-from vqvae2_jax.io import pictures, provenance
+from vqvae2_jax.io import files, plots
 from vqvae2_jax.io.logging import read_metrics
-from vqvae2_jax.jobs.codes import extract
-from vqvae2_jax.jobs.stages import train_prior, train_vqvae
+from vqvae2_jax.jobs.extract_codes import extract
+from vqvae2_jax.jobs.train import train_prior, train_vqvae
 from vqvae2_jax.jobs.workdir import Run, prior_directory
 from vqvae2_jax.sampling.ancestral import sample, sample_keys
 
@@ -62,7 +63,7 @@ def variant(run, level, order, attention, seed):
     section.update({'order': 'raster'} if order == 'raster' else {'order': 'wavefront', 'slope': int(order)})
     section.update(attention_layers=attention)
     section.training.show_every = 0
-    checks.check(config)
+    validation.check(config)
     found = Run(config, run.path('orders') / f'{level}-{order}-attention{attention}-seed{seed}')
     link(run, found)
     return found
@@ -163,7 +164,7 @@ def panel(level, attention, found):
         for order, r in found.items()
     }
     title = f'{level}, {attention or "no"} attention{"s" if attention > 1 else ""}'
-    return pictures.Panel(title, curves, 'held-out nats per code', xlabel='seconds of training')
+    return plots.Panel(title, curves, 'held-out nats per code', xlabel='seconds of training')
 
 
 def main():
@@ -178,14 +179,14 @@ def main():
     parser.add_argument('--trained', help='orders.json of a study whose levels, attentions and orders are timed here')
     options = parser.parse_args()
     config = configs.complete(load_config(options.config))
-    checks.check(config)
+    validation.check(config)
     for level in options.levels:
         if (decay := config.prior[level].training.decay) != 'constant':
             parser.error(
                 f'prior.{level}.training.decay is {decay!r}: only under a constant rate may curves stop anywhere'
             )
     keys = list(itertools.product(options.levels, options.attention))
-    study = provenance.read_json(epath.Path(options.trained)) if options.trained else {}
+    study = files.read_json(epath.Path(options.trained)) if options.trained else {}
     if study and (missing := [name for key in keys if (name := name_of_row(*key)) not in study]):
         parser.error(f'--trained={options.trained} does not hold {missing}: leave them out, or train them without it')
     run = Run(config, epath.Path(options.workdir or f'runs/{config.name}').resolve())
@@ -199,12 +200,12 @@ def main():
     print(f'\n| {" | ".join(COLUMNS)} |\n|{"---|" * len(COLUMNS)}')
     for (level, attention), found in results.items():
         print('\n'.join(table(level, attention, found)))
-    pictures.plot_panels(run.path('orders.png'), [panel(*key, found) for key, found in results.items()])
+    plots.plot_panels(run.path('orders.png'), [panel(*key, found) for key, found in results.items()])
     when = {'timed': f'{datetime.date.today()}, {machine()}'}
     if study:
         when['trained'] = study.get('trained', study.get('timed'))
     named = {name_of_row(*key): found for key, found in results.items()}
-    provenance.write_json(run.path('orders.json'), when | named)
+    files.write_json(run.path('orders.json'), when | named)
 
 
 if __name__ == '__main__':

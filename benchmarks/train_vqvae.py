@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.timing import machine, measure_products
-from vqvae2_jax import optim, parallel, xla_flags
-from vqvae2_jax.jobs import cost, train
+from vqvae2_jax import xla_flags
+from vqvae2_jax.distributed import sharding
 from vqvae2_jax.models.vqvae import VQVAE
-from vqvae2_jax.stages import vqvae
+from vqvae2_jax.planning import cost
+from vqvae2_jax.tasks import vqvae
+from vqvae2_jax.training import loop, optim
 
 TURNS = 3
 HIDDEN, RESIDUAL, LAYERS, CODES, WIDTH = 128, 64, 2, 512, 64  # the paper's ImageNet model
@@ -124,13 +126,13 @@ def plain_training(factors, images):
 def training_here(factors, images):
     """As `plain_training`, of this project; and the FLOPs of an update."""
     shape = {'hidden': HIDDEN, 'residual': RESIDUAL, 'layers': LAYERS, 'codebook_size': CODES, 'codebook_dim': WIDTH}
-    stage = vqvae.make_stage(VQVAE(tuple(factors), channels=3, **shape), ('bottom', 'top'), COMMITMENT, 100)
-    training = optim.Training(steps=10**6, batch_size=len(images), learning_rate=RATE, weight_ema=DECAY)
+    stage = vqvae.make_task(VQVAE(tuple(factors), channels=3, **shape), ('bottom', 'top'), COMMITMENT, 100)
+    training = optim.Training(steps=10**6, batch_size=len(images), learning_rate=RATE, params_ema_decay=DECAY)
     optimizer = optim.make_optimizer(training)
-    batch = parallel.put_batch({'image': images}) | {train.STOP: parallel.put_flag(False)}
-    init, key = train.make_init(stage, optimizer), jax.random.key(0)
-    layout = train.layout_of(jax.eval_shape(init, key, batch))
-    state, step = jax.jit(init, out_shardings=layout)(key, batch), train.make_step(stage, optimizer, training, layout)
+    batch = sharding.make_global_batch({'image': images}) | {loop.SHOULD_STOP: sharding.process_flags(False)}
+    init, key = loop.make_init(stage, optimizer), jax.random.key(0)
+    layout = loop.state_sharding(jax.eval_shape(init, key, batch))
+    state, step = jax.jit(init, out_shardings=layout)(key, batch), loop.make_step(stage, optimizer, training, layout)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     forward = cost.count(lambda p, v, b: stage.loss(p, v, b, key), state.params, state.variables, batch)
 

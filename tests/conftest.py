@@ -21,7 +21,8 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 import pytest
 from etils import epath
 
-from vqvae2_jax import checks, load_config, xla_flags
+from vqvae2_jax import load_config, xla_flags
+from vqvae2_jax.config import validation
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import Run
 
@@ -55,7 +56,7 @@ def finished(tmp_path_factory):
     if 'PYTEST_XDIST_WORKER' in os.environ:
         directory = directory.parent  # of all processes
     run = Run(small_config(), epath.Path(directory) / 'pipeline')
-    checks.check(run.config)
+    validation.check(run.config)
     with open(f'{run.workdir}.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
         if not run.path('report', 'report.html').exists():

@@ -10,11 +10,10 @@ from PIL import Image
 from benchmarks.input import packed
 from tests.fake_gcs import serve
 from vqvae2_jax import main
-from vqvae2_jax.data import codes
+from vqvae2_jax.data import codes, samples
 from vqvae2_jax.data.images import ImageSpec, open_images
-from vqvae2_jax.io import bucket, logging, provenance
-from vqvae2_jax.jobs import samples
-from vqvae2_jax.jobs.edit import read_mask
+from vqvae2_jax.io import files, gcs, logging
+from vqvae2_jax.jobs.inpaint import read_mask
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import JobError, Run
 
@@ -41,8 +40,8 @@ def test_a_whole_run_on_a_bucket_equals_a_local_one(gcs, finished, config, capsy
     for name in ('vqvae', 'prior_top', 'prior_bottom', 'classifier'):
         lines = [logging.read_metrics(r.path(name)) for r in (run, finished)]
         assert [line | {'time': 0} for line in lines[0]] == [line | {'time': 0} for line in lines[1]]
-    report = provenance.read_json(run.path('report', 'report.json'))
-    assert report['likelihood'] == provenance.read_json(finished.path('report', 'report.json'))['likelihood']
+    report = files.read_json(run.path('report', 'report.json'))
+    assert report['likelihood'] == files.read_json(finished.path('report', 'report.json'))['likelihood']
     left = [name for name in gcs.objects if not name.startswith('runs/tiny/') or 'part' in name or 'unfinished' in name]
     assert not left
     capsys.readouterr()
@@ -123,7 +122,7 @@ def test_a_prepared_dataset_on_a_bucket(gcs, tmp_path):
     packed(str(tmp_path), tmp_path / 'tfds')
     for file in (tmp_path / 'tfds').rglob('*.*'):
         if file.is_file():
-            bucket.upload(str(file), epath.Path('gs://bucket/tfds') / file.relative_to(tmp_path / 'tfds'))
+            gcs.upload(str(file), epath.Path('gs://bucket/tfds') / file.relative_to(tmp_path / 'tfds'))
     spec = ImageSpec('packed', 'gs://bucket/tfds', image_size=(6, 6), channels=3, num_classes=0, held_out=(0.25, 0.0))
     sources = [open_images(spec, split) for split in ('train', 'validation')]
     assert sorted(int(s[i]['image'][0, 0, 0]) for s in sources for i in range(len(s))) == [0, 1, 2, 3]
@@ -137,6 +136,6 @@ def test_what_a_bucket_cannot_do(gcs, config, monkeypatch):
         main._workdir(config)
     for path in ('nowhere://x', 'gcs://bucket/run', 'file:///run'):  # which epath takes for local names
         with pytest.raises(ValueError, match=f'{path}: there are local folders and'):
-            bucket.check(path)
+            gcs.check(path)
     with pytest.raises(ValueError, match='gs://another/run: there is no such bucket'):
-        bucket.check('gs://another/run')
+        gcs.check('gs://another/run')

@@ -8,14 +8,15 @@ import re
 import jax
 import pytest
 
-from vqvae2_jax import checks, load_config
-from vqvae2_jax import config as configs
-from vqvae2_jax.config import ConfigError
+from vqvae2_jax import load_config
+from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import validation
+from vqvae2_jax.config.build import ConfigError
 from vqvae2_jax.data.images import ImageSpec
 from vqvae2_jax.models.resnet import ResNet
 from vqvae2_jax.models.vqvae import VQVAE
 from vqvae2_jax.models.wavefront import WavefrontPrior
-from vqvae2_jax.optim import Training
+from vqvae2_jax.training.optim import Training
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
@@ -39,7 +40,7 @@ def parameter_counts(config):
 def test_every_config_passes_and_has_the_documented_parameters(name):
     assert jax.device_count() == 8
     config = load(name)
-    checks.check(config)
+    validation.check(config)
     assert config.name == name
     rows = re.findall(rf'^\| {name} \| (\S+) \| ([\d ]+) \|$', DOCUMENT, re.MULTILINE)
     documented = {module: int(count.replace(' ', '')) for module, count in rows}
@@ -163,12 +164,12 @@ MISTAKES = [
 @pytest.mark.parametrize('field, value, message', MISTAKES)
 def test_mistakes_are_errors_that_name_the_field(config, field, value, message):
     section, _, name = field.rpartition('.')
-    if section in configs.ASIDE:
+    if section in configs.OPTIONAL_SECTIONS:
         config = configs.complete(config)
     with (config[section] if section else config).unlocked() as fields:
         fields[name] = value
     with pytest.raises(ConfigError, match=re.escape(message)):
-        checks.check(config)
+        validation.check(config)
 
 
 @pytest.mark.parametrize('field', ['seed', 'sample.seed', 'data.split_seed'])
@@ -180,7 +181,7 @@ def test_seeds_outside_32_bits_are_refused(config, field, value):
     with pytest.raises(
         ConfigError, match=re.escape(f'{field} is {value!r}; a seed must be an integer from 0 to 4294967295')
     ):
-        checks.check(config)
+        validation.check(config)
 
 
 @pytest.mark.parametrize('value', [0, 2**32 - 1])
@@ -188,7 +189,7 @@ def test_seeds_of_32_bits_are_taken(config, value):
     config = configs.complete(config)
     config.seed = config.sample.seed = value
     config.data.split_seed = value
-    checks.check(config)
+    validation.check(config)
 
 
 @pytest.mark.parametrize(
@@ -210,15 +211,15 @@ def test_missing_fields_are_errors_that_name_them(config, field, message):
     with (config[section] if section else config).unlocked() as fields:
         del fields[name]
     with pytest.raises(ConfigError, match=message):
-        checks.check(config)
+        validation.check(config)
 
 
 def test_labels_of_unlabelled_data_are_refused(config):
     config.data.num_classes = 0
-    checks.check(config)
+    validation.check(config)
     config.sample.labels = (0,)
     with pytest.raises(ConfigError, match='data.num_classes=0 means that there are no labels'):
-        checks.check(config)
+        validation.check(config)
 
 
 def test_levels_have_the_names_of_the_paper():
@@ -272,20 +273,20 @@ def test_slopes_that_the_map_has_no_room_for_are_refused(config, slope):
     config = configs.complete(config)
     config.prior.top.update(order='wavefront', slope=slope)
     with pytest.raises(ConfigError, match=rf'prior.top.slope is {slope}; .*between 1 and the width, 7'):
-        checks.check(config)
+        validation.check(config)
     config.prior.top.slope = 7
-    checks.check(config)
+    validation.check(config)
 
 
 def test_label_dropout_needs_classes(config):
     config = configs.complete(config)
     config.prior.top.label_dropout = 0.1
-    checks.check(config)
+    validation.check(config)
     config.sample.guidance.top = 2.0
-    checks.check(config)
+    validation.check(config)
     config.data.num_classes = 0
     with pytest.raises(ConfigError, match='label_dropout=0.1, but data.num_classes=0'):
-        checks.check(config)
+        validation.check(config)
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -295,5 +296,5 @@ def test_a_completed_config_says_the_same_and_has_every_field(name):
         assert configs.settings(complete, section) == configs.settings(config, section)
         assert complete[section].training.b2 == 0.999
     assert complete.prior.top.slope == 2 and complete.data.split_seed == 0
-    assert all(set(complete.sample[field]) == set(config.prior) for field in configs.CONTROLS)
+    assert all(set(complete.sample[field]) == set(config.prior) for field in configs.SAMPLING_DEFAULTS)
     assert configs.complete(complete).to_dict() == complete.to_dict()

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from vqvae2_jax.jobs.features import Network, Observed
-from vqvae2_jax.jobs.quality import choose_samples, sweep
+from vqvae2_jax.evaluation.features import FeatureStats, Network
+from vqvae2_jax.evaluation.generative import choose_samples, sweep
 from vqvae2_jax.metrics.frechet import Moments, frechet_distance
 from vqvae2_jax.metrics.inception_score import inception_score
 from vqvae2_jax.metrics.kernel import kernel_distance
@@ -139,7 +139,7 @@ def test_features_that_give_no_number(measure, broken, message):
 
 def test_a_sweep_leaves_out_the_shares_of_which_there_are_no_numbers():
     network = Network('classifier', {}, 0, 64, lambda images: {'features': images[:, 0, 0].astype(np.float32)})
-    real, generated = Observed(network), Observed(network)
+    real, generated = FeatureStats(network), FeatureStats(network)
     pixels = np.random.default_rng(0).integers(0, 255, (64, 1, 1, 3), np.uint8)
     real.add(pixels)
     scores = np.concatenate([np.linspace(0.5, 0, 16), np.linspace(1, 0.6, 16), np.linspace(0.4, 0.1, 32)])

@@ -12,7 +12,8 @@ import jax
 import pytest
 
 import vqvae2_jax
-from vqvae2_jax import config_files, load_config, xla_flags
+from vqvae2_jax import load_config, xla_flags
+from vqvae2_jax.config import files
 
 ROOT = pathlib.Path(__file__).parents[1]
 ADDED = '--xla_cpu_experimental_ynn_fusion_type=-individual_convolution'
@@ -117,10 +118,10 @@ def test_configs_are_found_by_name_and_by_path(tmp_path, monkeypatch):
 
 
 def test_an_installed_package_has_its_configs_inside(tmp_path, monkeypatch):
-    assert config_files.config_directory() == ROOT / 'configs'
+    assert files.config_directory() == ROOT / 'configs'
     (tmp_path / 'configs').mkdir()
-    monkeypatch.setattr(config_files, '_PACKAGE', tmp_path)
-    assert config_files.config_directory() == tmp_path / 'configs'
+    monkeypatch.setattr(files, '_PACKAGE', tmp_path)
+    assert files.config_directory() == tmp_path / 'configs'
 
 
 def test_the_package_is_typed():

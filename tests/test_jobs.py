@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqvae2_jax import config as configs
-from vqvae2_jax.io.provenance import digest_arrays, read_json
-from vqvae2_jax.jobs import samples, workdir
+from vqvae2_jax.config import build as configs
+from vqvae2_jax.data import samples
+from vqvae2_jax.evaluation.report import curve_labels
+from vqvae2_jax.io.files import digest_arrays, read_json
+from vqvae2_jax.jobs import workdir
 from vqvae2_jax.jobs.pipeline import run_job
-from vqvae2_jax.jobs.report import curve_labels
 from vqvae2_jax.metrics.classification import accuracy
-from vqvae2_jax.stages.stage import to_float
+from vqvae2_jax.tasks.task import to_float
 
 
 @pytest.fixture(scope='module')
@@ -207,7 +208,7 @@ def test_curves_are_labeled_with_everything_in_which_they_differ(config):
     assert curve_labels(config, 'vqvae') == ('train, last weights', 'held out, averaged weights')
     assert curve_labels(config, 'classifier')[0] == 'train, last weights, dropout, augmented'
     config.prior.top.update(dropout=0.0, attention_dropout=0.0)
-    config.prior.top.training.weight_ema = 0.0
+    config.prior.top.training.params_ema_decay = 0.0
     assert curve_labels(config, 'prior.top') == ('train', 'held out')
     config.prior.top.attention_dropout = 0.1
     config.data.flip = True

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqvae2_jax import config as configs
-from vqvae2_jax.io.provenance import read_json
-from vqvae2_jax.jobs import samples, workdir
-from vqvae2_jax.jobs.edit import read_mask
+from vqvae2_jax.config import build as configs
+from vqvae2_jax.data import samples
+from vqvae2_jax.io.files import read_json
+from vqvae2_jax.jobs import workdir
+from vqvae2_jax.jobs.inpaint import read_mask
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import JobError
-from vqvae2_jax.stages.stage import to_float
+from vqvae2_jax.tasks.task import to_float
 
 
 @pytest.fixture

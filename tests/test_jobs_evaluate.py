@@ -10,16 +10,17 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from tests import torch_weights
-from vqvae2_jax import checks
-from vqvae2_jax import config as configs
+from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import validation
+from vqvae2_jax.data import samples
 from vqvae2_jax.data.loader import eval_batches
-from vqvae2_jax.io.provenance import UpstreamChanged, read_json
-from vqvae2_jax.jobs import cas, samples, workdir
+from vqvae2_jax.io.files import StaleInputError, read_json
+from vqvae2_jax.jobs import cas, workdir
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import JobError, Run
 from vqvae2_jax.metrics.frechet import Moments, frechet_distance
 from vqvae2_jax.metrics.manifold import precision_recall
-from vqvae2_jax.stages.stage import to_float
+from vqvae2_jax.tasks.task import to_float
 
 pytestmark = pytest.mark.slow
 
@@ -141,7 +142,7 @@ def test_reconstructions_are_the_training_images_decoded(finished):
 def test_classifiers_of_other_samples_are_refused(run):
     path = run.path('cas', 'samples', 'trained.json')
     path.write_text(re.sub(r'("samples": )"\w+"', rf'\1"{"f" * 64}"', path.read_text()))
-    with pytest.raises(UpstreamChanged, match=r'(?s)classifier of samples.*cas/samples and run --job=cas'):
+    with pytest.raises(StaleInputError, match=r'(?s)classifier of samples.*cas/samples and run --job=cas'):
         run_job(run, 'evaluate')
 
 
@@ -164,7 +165,7 @@ def inception(tmp_path_factory):
 
 def compare(run, inception, real, generated):
     run.config.evaluate = ConfigDict(dict(inception=inception, real=str(real), generated=str(generated), batch_size=8))
-    checks.check(run.config)
+    validation.check(run.config)
     run_job(run, 'evaluate')
     return read_json(run.path('comparison', 'report.json'))['quality']
 
@@ -253,7 +254,7 @@ def test_an_imported_classifier_judges(run, tmp_path):
     np.savez(tmp_path / 'resnet.npz', **torch_weights.resnet50_state(classes=10))
     run.config.reject.classifier = str(tmp_path / 'resnet.npz')
     before = samples.read_npz(run.path('rejection', 'scores.npz'))
-    with pytest.raises(UpstreamChanged, match='(?s)the scores.*--job=reject'):
+    with pytest.raises(StaleInputError, match='(?s)the scores.*--job=reject'):
         run_job(run, 'evaluate')
     run_job(run, 'reject')
     assert not np.allclose(samples.read_npz(run.path('rejection', 'scores.npz'))['score'], before['score'])

@@ -7,10 +7,10 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from vqvae2_jax import checks
+from vqvae2_jax.config import validation
+from vqvae2_jax.data import samples
 from vqvae2_jax.data.decode import UnreadableImage
-from vqvae2_jax.io.provenance import UpstreamChanged, read_json
-from vqvae2_jax.jobs import samples
+from vqvae2_jax.io.files import StaleInputError, read_json
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import JobError, Run
 
@@ -42,7 +42,7 @@ def folder_run(config, folder, tmp_path):
     config.vqvae.training.show_every = 2
     config.codes.update(batch_size=8, shard_size=16)
     config.sample.update(count=8, batch_size=8)
-    checks.check(config)
+    validation.check(config)
     return Run(config, epath.Path(tmp_path) / 'run')
 
 
@@ -87,7 +87,7 @@ def test_a_file_more_is_refused_with_both_digests(folder_run, folder):
     again = Run(folder_run.config, folder_run.workdir)  # another process
     for job in ('vqvae', 'codes'):
         with pytest.raises(
-            UpstreamChanged, match=rf'(?s)images.*{recorded}.*{again.images_digest()}.*[Dd]elete .*vqvae'
+            StaleInputError, match=rf'(?s)images.*{recorded}.*{again.images_digest()}.*[Dd]elete .*vqvae'
         ):
             run_job(again, job)
     assert not folder_run.path('codes').exists()

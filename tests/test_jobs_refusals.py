@@ -3,11 +3,12 @@
 import pytest
 
 from vqvae2_jax.data import images
-from vqvae2_jax.io.checkpoint import Weights
-from vqvae2_jax.io.provenance import UpstreamChanged, read_json, write_json
-from vqvae2_jax.jobs import cas, evaluate, measure, report, stages
+from vqvae2_jax.evaluation import measure, report
+from vqvae2_jax.io.files import StaleInputError, read_json, write_json
+from vqvae2_jax.jobs import cas, evaluate, train
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import JobError
+from vqvae2_jax.training.checkpoint import BestCheckpoint
 
 
 def retrain(run, directory):
@@ -30,7 +31,7 @@ def retrain(run, directory):
 def test_a_changed_upstream_is_refused_with_both_digests(run, directory, jobs):
     old = retrain(run, directory)
     for job in jobs:
-        with pytest.raises(UpstreamChanged) as error:
+        with pytest.raises(StaleInputError) as error:
             run_job(run, job)
         assert old in str(error.value) and 'f' * 64 in str(error.value), job
 
@@ -38,14 +39,14 @@ def test_a_changed_upstream_is_refused_with_both_digests(run, directory, jobs):
 def test_new_samples_are_never_drawn_from_priors_of_another_stage_1(run):
     old = retrain(run, 'vqvae')
     run.path('samples').rmtree()
-    with pytest.raises(UpstreamChanged, match=rf'(?s){old}.*{"f" * 64}.*Delete .*prior_bottom'):
+    with pytest.raises(StaleInputError, match=rf'(?s){old}.*{"f" * 64}.*Delete .*prior_bottom'):
         run_job(run, 'sample')
 
 
 def test_a_new_prior_never_learns_the_codes_of_another_stage_1(run):
     old = retrain(run, 'vqvae')
     run.path('prior_top').rmtree()
-    with pytest.raises(UpstreamChanged, match=rf'(?s)codes.*{old}.*{"f" * 64}.*--job=codes'):
+    with pytest.raises(StaleInputError, match=rf'(?s)codes.*{old}.*{"f" * 64}.*--job=codes'):
         run_job(run, 'prior', 'top')
 
 
@@ -53,7 +54,7 @@ def test_changed_codes_are_refused_by_the_priors_and_the_report(run):
     path = run.path('codes', 'validation', 'meta.json')
     path.write_text(path.read_text().replace('9000', '8999'))
     for job in ('prior', 'evaluate'):
-        with pytest.raises(UpstreamChanged, match=r'(?s)codes.*recorded.*now.*prior_'):
+        with pytest.raises(StaleInputError, match=r'(?s)codes.*recorded.*now.*prior_'):
             run_job(run, job)
 
 
@@ -61,7 +62,7 @@ def test_new_scores_follow_from_new_samples(run, capsys):
     run.path('samples').rmtree()
     run.config.sample.seed = 5
     run_job(run, 'sample')
-    with pytest.raises(UpstreamChanged, match='--job=reject'):
+    with pytest.raises(StaleInputError, match='--job=reject'):
         run_job(run, 'evaluate')
     run_job(run, 'reject')
     assert 'kept 14 of 24' in capsys.readouterr().out
@@ -109,7 +110,7 @@ def test_a_stage_trained_on_other_images_is_refused(run, directory, job):
         assert record['upstream']['images'] == run.images_digest()
         record['upstream']['images'] = 'f' * 64
         write_json(run.path(directory, name), record)
-    with pytest.raises(UpstreamChanged, match=rf'(?s)images.*{"f" * 64}.*{run.images_digest()}'):
+    with pytest.raises(StaleInputError, match=rf'(?s)images.*{"f" * 64}.*{run.images_digest()}'):
         run_job(run, job)
 
 
@@ -120,14 +121,14 @@ def test_codes_of_other_images_are_refused(run, job):
     now, started['images_digest'] = started['images_digest'], 'f' * 64
     assert now == run.images('test').digest
     write_json(path, started)
-    with pytest.raises(UpstreamChanged, match=rf'(?s)images.*{"f" * 64}.*{now}.*delete .*codes/test'):
+    with pytest.raises(StaleInputError, match=rf'(?s)images.*{"f" * 64}.*{now}.*delete .*codes/test'):
         run_job(run, job)
 
 
 def test_priors_notice_codes_of_other_images(run):
     path = run.path('codes', 'train', 'started.json')
     write_json(path, read_json(path) | {'images_digest': 'f' * 64})
-    with pytest.raises(UpstreamChanged, match='codes'):
+    with pytest.raises(StaleInputError, match='codes'):
         run_job(run, 'prior', 'top')
 
 
@@ -140,7 +141,7 @@ def test_augmentation_may_differ_once_trained(run, field):
 
 
 def test_weights_of_another_versions_network_are_refused(run, monkeypatch):
-    load = Weights.load
+    load = BestCheckpoint.load
 
     def renamed(weights):
         loaded = load(weights)
@@ -148,7 +149,7 @@ def test_weights_of_another_versions_network_are_refused(run, monkeypatch):
             params['head'] = params.pop('logits')
         return loaded
 
-    monkeypatch.setattr(Weights, 'load', renamed)
+    monkeypatch.setattr(BestCheckpoint, 'load', renamed)
     run_job(run, 'sample')  # done, whoever drew them
     run.config.sample.count += 1
     before = run.path('samples', 'meta.json').read_text()
@@ -158,7 +159,7 @@ def test_weights_of_another_versions_network_are_refused(run, monkeypatch):
 
 
 def test_a_record_tells_the_digest_without_the_weights(run, monkeypatch):
-    monkeypatch.setattr(Weights, 'load', None)
+    monkeypatch.setattr(BestCheckpoint, 'load', None)
     evaluate.check_upstreams(run)
     for job in ('prior', 'classifier', 'vqvae'):
         run_job(run, job)
@@ -176,9 +177,9 @@ def test_a_record_tells_the_digest_without_the_weights(run, monkeypatch):
         ('samples', 'evaluate', '--job=sample'),
     ],
 )
-def test_what_is_missing_names_the_job_that_makes_it(run, missing, job, remedy):
+def test_what_is_missing_names_the_job_that_makes_it(run, missing, job, hint):
     run.path(missing).rmtree()
-    with pytest.raises(JobError, match=remedy):
+    with pytest.raises(JobError, match=hint):
         run_job(run, job)
 
 
@@ -211,7 +212,7 @@ def results_of(monkeypatch, owner, name):
 
 
 def test_evaluation_opens_each_split_once_and_ends_its_readers(run, monkeypatch):
-    loads = results_of(monkeypatch, Weights, 'load')
+    loads = results_of(monkeypatch, BestCheckpoint, 'load')
     opened = results_of(monkeypatch, images, 'open_images')
     readers = [results_of(monkeypatch, module, 'eval_batches') for module in (measure, cas, report)]
     for section in (run.config.vqvae, run.config.prior.top):
@@ -232,7 +233,7 @@ def test_images_are_opened_anew_when_the_config_changes(run):
 def test_codes_are_read_without_worker_processes(run, monkeypatch):
     run.config.data.workers = 16
     run.path('prior_top').rmtree()
-    monkeypatch.setattr(stages, 'fit', stop_with_data)
+    monkeypatch.setattr(train, 'fit', stop_with_data)
     with pytest.raises(StopIteration) as stop:
         run_job(run, 'prior', 'top')
     data = stop.value.value

@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from vqvae2_jax import parallel
 from vqvae2_jax.data import codes as store
-from vqvae2_jax.io.interrupt import Interrupted
+from vqvae2_jax.data import samples
+from vqvae2_jax.distributed import sharding
+from vqvae2_jax.distributed.preemption import Interrupted
+from vqvae2_jax.io.files import StaleInputError
 from vqvae2_jax.io.logging import RunLog
-from vqvae2_jax.io.provenance import UpstreamChanged
-from vqvae2_jax.jobs import samples, workdir
+from vqvae2_jax.jobs import workdir
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import JobError
 
@@ -119,7 +120,7 @@ def test_interrupted_sampling_continues_and_a_set_may_grow(run, finished, monkey
     assert first.stat().mtime == before
     assert_same_samples({k: v[:24] for k, v in read_all(run, 40).items()}, read_all(finished, 24))
     assert len(list(run.path('samples').glob('*.npz'))) == 3  # and no sample is there twice
-    with pytest.raises(UpstreamChanged, match=r'(?s)the samples .*recorded.*now.*--job=reject'):
+    with pytest.raises(StaleInputError, match=r'(?s)the samples .*recorded.*now.*--job=reject'):
         run_job(run, 'evaluate')
 
 
@@ -161,8 +162,8 @@ def test_a_sample_depends_on_its_number_and_not_on_its_batch(run, finished):
 
 def test_devices_that_run_no_program_together_take_turns(run, finished, monkeypatch):
     monkeypatch.setattr(parallel, '_run_one_program', lambda devices: False)
-    used, put_batch = [], parallel.put_batch
-    monkeypatch.setattr(parallel, 'put_batch', lambda batch: used.append(parallel.mesh()) or put_batch(batch))
+    used, put_batch = [], sharding.make_global_batch
+    monkeypatch.setattr(parallel, 'put_batch', lambda batch: used.append(sharding.current_mesh()) or put_batch(batch))
     run.path('samples').rmtree()
     run.config.sample.update(batch_size=8)
     run_job(run, 'sample')

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqvae2_jax.io.provenance import read_json
-from vqvae2_jax.jobs import samples, workdir
+from vqvae2_jax.data import samples
+from vqvae2_jax.io.files import read_json
+from vqvae2_jax.jobs import workdir
 from vqvae2_jax.jobs.pipeline import run_job
 
 

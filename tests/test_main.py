@@ -13,9 +13,9 @@ import pytest
 from etils import epath
 
 from vqvae2_jax import load_config
-from vqvae2_jax.io.checkpoint import Checkpoints, read_record
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import Run
+from vqvae2_jax.training.checkpoint import Checkpoints, read_record
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.slow

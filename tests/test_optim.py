@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from vqvae2_jax import optim, state
+from vqvae2_jax.training import optim, state
 
 
 def test_the_schedule_is_its_closed_form():
@@ -23,14 +23,14 @@ def test_the_schedule_is_its_closed_form():
 
 
 @pytest.mark.parametrize('weight_ema', [0.0, 0.5, 0.9])
-def test_the_average_of_the_weights_is_its_closed_form(weight_ema):
+def test_the_average_of_the_weights_is_its_closed_form(params_ema_decay):
     optimizer = optax.sgd(1.0)
     now = state.create({'w': jnp.zeros(())}, {}, jax.random.key(0), optimizer)
     average = 0.0
     for step in range(30):
-        now = state.update(now, {'w': jnp.float32(-(step + 1))}, {}, optimizer, weight_ema)
+        now = state.update(now, {'w': jnp.float32(-(step + 1))}, {}, optimizer, params_ema_decay)
         weight = (step + 1) * (step + 2) / 2
-        decay = min(weight_ema, (1 + step) / (10 + step))
+        decay = min(params_ema_decay, (1 + step) / (10 + step))
         average = decay * average + (1 - decay) * weight
         np.testing.assert_allclose(now.params['w'], weight)
         np.testing.assert_allclose(now.ema_params['w'], average, rtol=1e-5)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqvae2_jax.io import pictures
-from vqvae2_jax.io.pictures import Panel
+from vqvae2_jax.io import plots
+from vqvae2_jax.io.plots import Panel
 
 
 def flat(n, size=4, value=0, channels=3):
@@ -18,7 +18,7 @@ def flat(n, size=4, value=0, channels=3):
 
 def test_grid_pixels():
     images = np.array([10, 20, 30], np.uint8).reshape(3, 1, 1, 1)
-    grid = pictures.image_grid(images, columns=2, pad=1, scale=2)
+    grid = plots.image_grid(images, columns=2, pad=1, scale=2)
     expected = np.full((5, 5), 255)
     expected[:2, :2], expected[:2, 3:], expected[3:, :2] = 10, 20, 30
     assert grid.dtype == np.uint8
@@ -27,7 +27,7 @@ def test_grid_pixels():
 
 def test_grid_keeps_pixel_order_and_colour():
     image = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(1, 2, 3, 3)
-    np.testing.assert_array_equal(pictures.image_grid(image, columns=5), image[0])
+    np.testing.assert_array_equal(plots.image_grid(image, columns=5), image[0])
 
 
 @pytest.mark.parametrize(
@@ -44,15 +44,15 @@ def test_grid_keeps_pixel_order_and_colour():
 )
 def test_grid_refuses(images, kwargs, error, match):
     with pytest.raises(error, match=match):
-        pictures.image_grid(images, **({'columns': 2} | kwargs))
+        plots.image_grid(images, **({'columns': 2} | kwargs))
 
 
 def test_labelled_rows_put_text_left_and_images_right():
-    picture = pictures.labelled_rows([('original', flat(3, 30, 200)), ('top only', flat(2, 30, 90))], pad=2)
+    picture = plots.labeled_rows([('original', flat(3, 30, 200)), ('top only', flat(2, 30, 90))], pad=2)
     assert picture.shape[0] == 30 + 2 + 30
     images_left = picture.shape[1] - (3 * 30 + 2 * 2)
-    np.testing.assert_array_equal(picture[:30, images_left:], pictures.image_grid(flat(3, 30, 200), 3))
-    second = pictures.image_grid(flat(2, 30, 90), 2)
+    np.testing.assert_array_equal(picture[:30, images_left:], plots.image_grid(flat(3, 30, 200), 3))
+    second = plots.image_grid(flat(2, 30, 90), 2)
     np.testing.assert_array_equal(picture[32:, images_left : images_left + second.shape[1]], second)
     for row in (picture[:30, :images_left], picture[32:, :images_left]):
         ink = np.argwhere(row[..., 0] < 128)
@@ -62,22 +62,22 @@ def test_labelled_rows_put_text_left_and_images_right():
 
 
 def test_labels_taller_than_their_row_are_not_cut():
-    three_lines = pictures.labelled_rows([('a\nb\nc', flat(1, 4)), ('d', flat(1, 4))])
-    one_line = pictures.labelled_rows([('a', flat(1, 4)), ('d', flat(1, 4))])
+    three_lines = plots.labeled_rows([('a\nb\nc', flat(1, 4)), ('d', flat(1, 4))])
+    one_line = plots.labeled_rows([('a', flat(1, 4)), ('d', flat(1, 4))])
     # Both have the labels a and d; two more lines must fit too.
     assert len(three_lines) > len(one_line) + 14
 
 
 def test_labelled_rows_refuse_no_rows():
     with pytest.raises(ValueError, match='rows is empty'):
-        pictures.labelled_rows([])
+        plots.labeled_rows([])
 
 
 @pytest.mark.parametrize('channels', [1, 3])
 def test_save_png_round_trip(tmp_path, channels):
     image = np.random.default_rng(0).integers(0, 256, (5, 7, channels), dtype=np.uint8)
     path = tmp_path / 'a' / 'b.png'
-    pictures.save_png(path, image)
+    plots.save_png(path, image)
     np.testing.assert_array_equal(np.asarray(Image.open(path)), np.broadcast_to(image, (5, 7, 3)))
     assert os.listdir(path.parent) == ['b.png']
 
@@ -88,8 +88,8 @@ def test_panels_become_one_png(tmp_path):
         Panel(f'panel {i}', {'train': (steps, 1 / (1 + steps))}, 'loss', hlines={'paper': 0.5}, log_y=i == 0)
         for i in range(4)
     ]
-    pictures.plot_panels(tmp_path / 'four.png', panels)
-    pictures.plot_curves(tmp_path / 'one.png', 'title', {'train': (steps, steps)}, 'loss', {'paper': 20.0})
+    plots.plot_panels(tmp_path / 'four.png', panels)
+    plots.plot_curves(tmp_path / 'one.png', 'title', {'train': (steps, steps)}, 'loss', {'paper': 20.0})
     four, one = (np.asarray(Image.open(tmp_path / name).convert('RGB')) for name in ('four.png', 'one.png'))
     assert four.shape == (2 * one.shape[0], 2 * one.shape[1], 3), 'four panels are two by two'
     height, width = one.shape[:2]
@@ -102,7 +102,7 @@ def test_every_curve_and_line_is_drawn(tmp_path):
     steps = np.arange(100)
 
     def blue_and_grey(curves, hlines):
-        pictures.plot_curves(tmp_path / 'p.png', 't', curves, 'y', hlines)
+        plots.plot_curves(tmp_path / 'p.png', 't', curves, 'y', hlines)
         rgb = np.asarray(Image.open(tmp_path / 'p.png').convert('RGB')).astype(int)
         return (rgb[..., 2] - rgb[..., 0] > 100).sum(), ((rgb == 64).all(axis=-1)).sum()
 
@@ -123,7 +123,7 @@ def test_every_curve_and_line_is_drawn(tmp_path):
 )
 def test_plots_refuse(tmp_path, panels, match):
     with pytest.raises(ValueError, match=match):
-        pictures.plot_panels(tmp_path / 'p.png', panels)
+        plots.plot_panels(tmp_path / 'p.png', panels)
     assert not list(tmp_path.iterdir())
 
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from vqvae2_jax import parallel
-from vqvae2_jax.jobs import chips, plan
-from vqvae2_jax.jobs.cost import Cost, count
+from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.jobs.workdir import JobError, Run
+from vqvae2_jax.planning import hardware, plan
+from vqvae2_jax.planning.cost import Cost, count
 
 
 def test_products_convolutions_and_loops_are_counted():
@@ -67,7 +67,7 @@ def test_a_plan_of_the_devices_at_hand(config, tmp_path, capsys):
 def test_communication_does_not_grow_with_the_devices(config, tmp_path):
     def traffic(devices, job='prior.bottom', **fields):
         config.prior.bottom.update(layers=4, **fields)
-        with parallel.use(parallel.make_mesh(jax.devices()[:devices])):
+        with parallel.use(sharding.make_mesh(jax.devices()[:devices])):
             program = plan._training(Run(config, epath.Path(tmp_path)), job)
             return plan._compile(program).traffic, 4 * program.parameters
 
@@ -121,13 +121,13 @@ ENTRY %main (x: s32[]) -> s32[] {
 
 
 def test_gpus_that_are_not_there_are_planned_for_by_arithmetic(config, tmp_path, capsys, monkeypatch, request):
-    h200 = next(chip for chip in chips._CHIPS.values() if chip.name == 'H200')
-    monkeypatch.setattr(chips, '_stood_for', dict.fromkeys(jax.devices(), h200))
+    h200 = next(chip for chip in hardware._CHIPS.values() if chip.name == 'H200')
+    monkeypatch.setattr(hardware, '_stood_for', dict.fromkeys(jax.devices(), h200))
     run = Run(config, epath.Path(tmp_path))
     monkeypatch.setattr(parallel, '_imagined_process', {})
-    parallel.spread_over_processes(jax.devices(), 4)
-    request.addfinalizer(parallel.processes.cache_clear)
-    with parallel.use(parallel.make_mesh(fsdp=2)):
+    processes.simulate_hosts(jax.devices(), 4)
+    request.addfinalizer(processes.num_processes.cache_clear)
+    with parallel.use(sharding.make_mesh(fsdp=2)):
         plan.plan(run)
         costs = []
         for config.vqvae.training.batch_size in (16, 4):  # two images a device, and one: in pairs, alike
@@ -143,25 +143,25 @@ def test_gpus_that_are_not_there_are_planned_for_by_arithmetic(config, tmp_path,
 def test_topologies_that_are_none():
     for name in ('v5e', 'v9:2x2', 'h100'):
         with pytest.raises(JobError, match=rf'--topology={name}: .*v5e:4x8.*v6e:16x16'):
-            chips.topology_devices(name)
+            hardware.topology_devices(name)
 
 
 @pytest.mark.system
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='libtpu is not installed')
 def test_a_slice_that_is_not_there(config, tmp_path, capsys):
-    devices = chips.topology_devices('v5e:2x4')
-    assert len(devices) == 8 and chips.chip_of(devices[0]).name == 'v5e'
-    with parallel.use(parallel.make_mesh(devices, 4)):
+    devices = hardware.topology_devices('v5e:2x4')
+    assert len(devices) == 8 and hardware.hardware_of(devices[0]).name == 'v5e'
+    with parallel.use(sharding.make_mesh(devices, 4)):
         plan.plan(Run(config, epath.Path(tmp_path)))
     text = capsys.readouterr().out
     assert text.startswith('tiny on 8 x TPU v5 lite, parallel.fsdp=4') and re.search(r'\| sample \| 16 .* ms \|', text)
     assert all(re.fullmatch(r'.*B \(\d+%\)', row['peak']) for row in rows(text).values())
     assert all(row['step'].endswith(' ms') for row in rows(text).values())
-    with parallel.use(parallel.make_mesh(devices)):
+    with parallel.use(sharding.make_mesh(devices)):
         assert [mesh.size for mesh in parallel.meshes_alone()] == [4]
     with pytest.raises(JobError, match='--topology=v5e:3x9: .*there are v4:2x2x1'):
-        chips.topology_devices('v5e:3x9')
-    assert len(chips.topology_devices('v4:2x2x1')) == 4  # chips, not cores
+        hardware.topology_devices('v5e:3x9')
+    assert len(hardware.topology_devices('v4:2x2x1')) == 4  # chips, not cores
 
 
 @pytest.mark.system
@@ -169,10 +169,10 @@ def test_a_slice_that_is_not_there(config, tmp_path, capsys):
 def test_a_process_draws_on_each_chip_where_the_others_cannot_be_left_out(config, tmp_path):
     run = Run(config, epath.Path(tmp_path))
     for slice_, sizes in (('v6e:4x4', [1] * 4), ('v4:2x2x4', [4])):
-        with parallel.use(parallel.make_mesh(chips.topology_devices(slice_))):
+        with parallel.use(sharding.make_mesh(hardware.topology_devices(slice_))):
             assert [mesh.size for mesh in parallel.meshes_alone()] == sizes, slice_
-    with parallel.use(parallel.make_mesh(chips.topology_devices('v5e:4x8'))):
-        assert parallel.processes(parallel.mesh()) == 8
+    with parallel.use(sharding.make_mesh(hardware.topology_devices('v5e:4x8'))):
+        assert processes.num_processes(sharding.current_mesh()) == 8
         alone = parallel.meshes_alone()
     with parallel.use(alone[0]):
         compiled = plan._compile(plan._sampling(run, 32))

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from vqvae2_jax.models.causal import CausalAttention
-from vqvae2_jax.models.order import Order
+from vqvae2_jax.models.gated_resnet import GatedBlock
+from vqvae2_jax.models.order import GenerationOrder
 from vqvae2_jax.models.raster import RasterPrior
-from vqvae2_jax.models.trunk import GatedBlock
 from vqvae2_jax.models.wavefront import WavefrontPrior
-from vqvae2_jax.stages.prior import make_stage
+from vqvae2_jax.tasks.prior import make_task
 
 CASES = {
     'convolutions': {'shape': (5, 4)},
@@ -100,7 +100,7 @@ def test_likelihood_sums_to_one_over_all_maps():
     maps = jnp.array(list(itertools.product(range(3), repeat=4))).reshape(-1, 2, 2)
     params = prior.init(jax.random.key(0), maps)['params']
     params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
-    stage = make_stage(prior, level=0, levels=1)
+    stage = make_task(prior, level=0, levels=1)
     batch = {'codes_0': maps, 'label': jnp.zeros(len(maps), jnp.int32)}
     nll = stage.evaluate(params, {}, batch)['nll']  # mean nats per code
     np.testing.assert_allclose(np.exp(-4 * np.asarray(nll, np.float64)).sum(), 1.0, rtol=1e-4)
@@ -153,7 +153,7 @@ def test_dropout_is_inside_of_a_block_or_on_its_output(placement):
 
 
 def test_dropped_keys_are_unseen_and_never_empty_a_row():
-    attention = CausalAttention(heads=1, order=Order.raster((2, 3)), dropout=0.9)
+    attention = CausalAttention(heads=1, order=GenerationOrder.raster((2, 3)), dropout=0.9)
     x = jax.random.normal(jax.random.key(0), (1, 2, 3, 4))
     variables = attention.init(jax.random.key(1), x)
     variables = jax.tree.map(lambda v: v + 0.5, variables)
@@ -166,7 +166,7 @@ def test_dropped_keys_are_unseen_and_never_empty_a_row():
 
 @pytest.mark.parametrize('kind', ['keys', 'logits'])
 def test_weights_under_both_kinds_of_attention_dropout(kind):
-    attention = CausalAttention(heads=1, order=Order.raster((2, 3)), dropout=0.5, dropout_kind=kind)
+    attention = CausalAttention(heads=1, order=GenerationOrder.raster((2, 3)), dropout=0.5, dropout_kind=kind)
     logits, visible = jax.random.normal(jax.random.key(0), (1, 1, 6, 6)), jnp.tril(jnp.ones((6, 6), bool))
 
     def weights(module):

@@ -14,10 +14,10 @@ import pytest
 from etils import epath
 
 from tests.fake_gcs import serve
+from vqvae2_jax.data import samples
 from vqvae2_jax.data.codes import CodeSource
-from vqvae2_jax.io.checkpoint import Weights
 from vqvae2_jax.io.logging import read_metrics
-from vqvae2_jax.jobs import samples
+from vqvae2_jax.training.checkpoint import BestCheckpoint
 
 pytestmark = pytest.mark.system
 DEVICES = 4  # of all processes together
@@ -101,7 +101,7 @@ def test_two_processes_do_every_job_as_one(tmp_path):
 
     # Sums over the batch are rounded in another order. (Adam makes steps of gradients that are but rounding: with other
     # seeds or images more differs.)
-    first, second = Weights(epath.Path(one / 'vqvae')).load(), Weights(epath.Path(two / 'vqvae')).load()
+    first, second = BestCheckpoint(epath.Path(one / 'vqvae')).load(), BestCheckpoint(epath.Path(two / 'vqvae')).load()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), first, second)
     logs = [read_metrics(workdir / 'vqvae') for workdir in (one, two)]
     assert [line['step'] for line in logs[0]] == [line['step'] for line in logs[1]]
@@ -143,7 +143,7 @@ def test_a_batch_is_the_same_wherever_the_rows_of_a_process_are(tmp_path, interl
     for workdir, count in ((one, 1), (two, 2)):
         assert end(start(workdir, count, *flags)) == [0] * count, output(workdir)
     assert output(two).splitlines()[0] == f'4 x cpu in 2 processes, parallel.fsdp={1 if interleaved else 4}'
-    first, second = (Weights(epath.Path(workdir / 'vqvae')).load() for workdir in (one, two))
+    first, second = (BestCheckpoint(epath.Path(workdir / 'vqvae')).load() for workdir in (one, two))
     if interleaved:
         first, second = first['variables'], second['variables']
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), first, second)

@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 
 import vqvae2_jax
-from vqvae2_jax.io import provenance
+from vqvae2_jax.io import files
 
 
 def tree():
@@ -26,30 +26,30 @@ def tree():
 def test_digest_is_stable_across_order_and_container():
     original = tree()
     shuffled = {'step': original['step'], 'codebook': dict(reversed(original['codebook'].items()))}
-    expected = provenance.digest_arrays(original)
+    expected = files.digest_arrays(original)
     assert re.fullmatch('[0-9a-f]{64}', expected)
-    assert provenance.digest_arrays(shuffled) == expected
-    assert provenance.digest_arrays(jax.device_get(original)) == expected
-    assert provenance.digest_arrays(flax.core.freeze(original)) == expected
+    assert files.digest_arrays(shuffled) == expected
+    assert files.digest_arrays(jax.device_get(original)) == expected
+    assert files.digest_arrays(flax.core.freeze(original)) == expected
 
     @flax.struct.dataclass
     class State:
         step: np.int32  # not in sorted order
         codebook: dict
 
-    assert provenance.digest_arrays(State(**original)) == expected
+    assert files.digest_arrays(State(**original)) == expected
 
 
 def test_digest_by_hand():
     # Files on disk hold digests: a new definition would make every recorded one stale.
     array = np.arange(6, dtype=np.int32).reshape(2, 3)
     by_hand = hashlib.sha256(b'[["a", "b"], "int32", [2, 3]]\n' + array.tobytes()).hexdigest()
-    assert provenance.digest_arrays({'a': {'b': array}}) == by_hand
+    assert files.digest_arrays({'a': {'b': array}}) == by_hand
 
 
 def test_digest_ignores_memory_layout():
     array = np.arange(6.0).reshape(2, 3)
-    assert provenance.digest_arrays([array]) == provenance.digest_arrays([np.asfortranarray(array)])
+    assert files.digest_arrays([array]) == files.digest_arrays([np.asfortranarray(array)])
 
 
 @pytest.mark.parametrize(
@@ -69,24 +69,24 @@ def test_digest_ignores_memory_layout():
 def test_digest_sees_every_change(change):
     changed = tree()
     change(changed)
-    assert provenance.digest_arrays(changed) != provenance.digest_arrays(tree())
+    assert files.digest_arrays(changed) != files.digest_arrays(tree())
 
 
 def test_digest_refuses_what_is_not_numbers():
     with pytest.raises(TypeError, match="leaf 'a/b' is str"):
-        provenance.digest_arrays({'a': {'b': 'text'}})
+        files.digest_arrays({'a': {'b': 'text'}})
 
 
 def test_digest_json_depends_on_content_only():
-    assert provenance.digest_json({'a': 1, 'b': (1, 2)}) == provenance.digest_json({'b': [1, 2], 'a': 1})
-    assert provenance.digest_json({'a': 1}) != provenance.digest_json({'a': 2})
-    assert provenance.digest_json({'a': 1}) != provenance.digest_json({'a': '1'})
+    assert files.digest_json({'a': 1, 'b': (1, 2)}) == files.digest_json({'b': [1, 2], 'a': 1})
+    assert files.digest_json({'a': 1}) != files.digest_json({'a': 2})
+    assert files.digest_json({'a': 1}) != files.digest_json({'a': '1'})
 
 
 def test_json_round_trip(tmp_path):
     path = tmp_path / 'new' / 'meta.json'
-    provenance.write_json(path, {'z': [1, 2.5, None, True], 'a': np.float64(0.5), 'n': np.int64(7), 't': (32, 32)})
-    assert provenance.read_json(path) == {'z': [1, 2.5, None, True], 'a': 0.5, 'n': 7, 't': [32, 32]}
+    files.write_json(path, {'z': [1, 2.5, None, True], 'a': np.float64(0.5), 'n': np.int64(7), 't': (32, 32)})
+    assert files.read_json(path) == {'z': [1, 2.5, None, True], 'a': 0.5, 'n': 7, 't': [32, 32]}
     assert list(json.loads(path.read_text())) == ['z', 'a', 'n', 't']
     assert path.read_text().count('\n') > 4
     assert os.listdir(path.parent) == ['meta.json']
@@ -103,17 +103,17 @@ def test_json_round_trip(tmp_path):
 )
 def test_write_json_refuses_and_leaves_the_old_file(tmp_path, value, error, match):
     path = tmp_path / 'r.json'
-    provenance.write_json(path, {'good': 1})
+    files.write_json(path, {'good': 1})
     with pytest.raises(error, match=match):
-        provenance.write_json(path, value)
+        files.write_json(path, value)
     with pytest.raises(error):
-        provenance.digest_json(value)
-    assert provenance.read_json(path) == {'good': 1}
+        files.digest_json(value)
+    assert files.read_json(path) == {'good': 1}
 
 
 def test_a_write_that_is_killed_leaves_the_old_file(tmp_path, monkeypatch):
     path = epath.Path(tmp_path / 'r.json')
-    provenance.write_json(path, {'good': 1})
+    files.write_json(path, {'good': 1})
 
     def killed(self, data):
         with open(self, 'wb') as file:
@@ -122,26 +122,26 @@ def test_a_write_that_is_killed_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(path), 'write_bytes', killed)
     with pytest.raises(KeyboardInterrupt):
-        provenance.write_json(path, {'better': 2})
-    assert provenance.read_json(path) == {'good': 1}
+        files.write_json(path, {'better': 2})
+    assert files.read_json(path) == {'good': 1}
 
 
 def test_read_json_says_what_is_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match='gone.json does not exist; run the job'):
-        provenance.read_json(tmp_path / 'gone.json')
+        files.read_json(tmp_path / 'gone.json')
     (tmp_path / 'torn.json').write_text('{"a": 1, "b')
     with pytest.raises(ValueError, match='torn.json is not whole JSON .*line 1 column 10.*delete it'):
-        provenance.read_json(tmp_path / 'torn.json')
+        files.read_json(tmp_path / 'torn.json')
 
 
 def test_check_upstream():
-    provenance.check_upstream('stage-1 checkpoint', 'abc', 'abc', 'Extract again.')
-    with pytest.raises(provenance.UpstreamChanged) as error:
-        provenance.check_upstream('stage-1 checkpoint', 'abc', 'def', 'Extract again.')
+    files.check_upstream('stage-1 checkpoint', 'abc', 'abc', 'Extract again.')
+    with pytest.raises(files.StaleInputError) as error:
+        files.check_upstream('stage-1 checkpoint', 'abc', 'def', 'Extract again.')
     assert isinstance(error.value, ValueError)
     assert re.search(r'stage-1 checkpoint.*recorded abc.*now +def.*Extract again\.', str(error.value), re.DOTALL)
 
 
 def test_package_version_is_that_of_the_package():
-    assert provenance.package_version() == vqvae2_jax.__version__
+    assert files.package_version() == vqvae2_jax.__version__
     assert re.fullmatch(r'\d+\.\d+\.\d+', vqvae2_jax.__version__)

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from vqvae2_jax.io.provenance import read_json, write_json
-from vqvae2_jax.jobs import features, measure, quality, reject, samples
-from vqvae2_jax.jobs.features import Network, Observed
+from vqvae2_jax.data import samples
+from vqvae2_jax.evaluation import features, generative, measure
+from vqvae2_jax.evaluation.features import FeatureStats, Network
+from vqvae2_jax.io.files import read_json, write_json
+from vqvae2_jax.jobs import reject
 from vqvae2_jax.jobs.workdir import JobError, Run
 from vqvae2_jax.metrics.frechet import Moments, frechet_distance
 from vqvae2_jax.metrics.manifold import precision_recall
@@ -47,7 +49,7 @@ def store_samples(run, images, labels, batch_size=100):
 
 
 def observe(network, images):
-    observed = Observed(network)
+    observed = FeatureStats(network)
     observed.add(images)
     return observed
 
@@ -58,10 +60,10 @@ def as_seen(real):
 
 
 @pytest.fixture
-def judge(monkeypatch):
-    judge = Judge()
-    monkeypatch.setattr(features, 'load_judge', lambda run: judge.network)
-    return judge
+def classifier_network(monkeypatch):
+    classifier_network = Judge()
+    monkeypatch.setattr(features, 'load_judge', lambda run: classifier_network.network)
+    return classifier_network
 
 
 @pytest.fixture
@@ -73,19 +75,19 @@ def empty_run(config, tmp_path):
 @pytest.fixture
 def small_limit(monkeypatch):
     """Features of 100 images are held instead of 50 000."""
-    for module in (features, quality, measure):
+    for module in (features, generative, measure):
         monkeypatch.setattr(module, 'KEPT', 100, raising=False)
     return 100
 
 
-def test_random_scores_give_a_flat_sweep(empty_run, judge, monkeypatch):
+def test_random_scores_give_a_flat_sweep(empty_run, classifier_network, monkeypatch):
     """All numbers are biased by the number of images; with the same number at each share only noise is left."""
-    monkeypatch.setattr(quality, 'kernel_distance', lambda *sets: (0.0, None))  # slow, and not in the sweep
+    monkeypatch.setattr(generative, 'kernel_distance', lambda *sets: (0.0, None))  # slow, and not in the sweep
     store_samples(empty_run, random_images(2000, seed=0), np.arange(2000) % CLASSES)
     empty_run.config.evaluate.sweep = (1.0, 0.5, 0.1)
     reject.reject(empty_run)
-    real = observe(judge.network, random_images(2000, seed=1))
-    found = measure.drawn(empty_run, judge.network, as_seen(real), judge.network)
+    real = observe(classifier_network.network, random_images(2000, seed=1))
+    found = measure.drawn(empty_run, classifier_network.network, as_seen(real), classifier_network.network)
     points = found['sweep']
     distances = [point['frechet_distance'] for point in points]
     assert max(distances) < 1.5 * min(distances)
@@ -98,7 +100,7 @@ def test_random_scores_give_a_flat_sweep(empty_run, judge, monkeypatch):
     assert 'below 10000 images frechet_distance is biased upwards, and precision and recall' in found['sweep_note']
 
 
-def test_the_sweep_uses_the_best_samples_whatever_their_index(empty_run, judge, small_limit):
+def test_the_sweep_uses_the_best_samples_whatever_their_index(empty_run, classifier_network, small_limit):
     """The best tenth are samples 900 to 999; features of the first 100 samples are held for the other numbers."""
     images, labels = random_images(1000, seed=0), np.zeros(1000, int)
     images[900:].reshape(100, -1)[:, FEATURES] = 255
@@ -106,39 +108,46 @@ def test_the_sweep_uses_the_best_samples_whatever_their_index(empty_run, judge, 
     empty_run.config.evaluate.sweep = (1.0, 0.1)
     reject.reject(empty_run)
     real = random_images(150, seed=1)
-    real_seen = observe(judge.network, real)
-    judge.images_seen = 0
-    whole, best = measure.drawn(empty_run, judge.network, as_seen(real_seen), judge.network)['sweep']
+    real_seen = observe(classifier_network.network, real)
+    classifier_network.images_seen = 0
+    whole, best = measure.drawn(empty_run, classifier_network.network, as_seen(real_seen), classifier_network.network)[
+        'sweep'
+    ]
     for point, used in ((whole, images[:100]), (best, images[900:])):
-        first, second = (judge.network.embed(x)['features'] for x in (real[:100], used))
+        first, second = (classifier_network.network.embed(x)['features'] for x in (real[:100], used))
         assert point['count'] == 100
         distance = frechet_distance(Moments.of(first), Moments.of(second))
         np.testing.assert_allclose(point['frechet_distance'], distance, rtol=1e-6)
         assert (point['precision'], point['recall']) == pytest.approx(precision_recall(first, second))
-    assert judge.images_seen < 100 + 100 + len(empty_run.images('test')) + 64 + 400  # not all 1000 samples
+    assert classifier_network.images_seen < 100 + 100 + len(empty_run.images('test')) + 64 + 400  # not all 1000 samples
 
 
-def test_the_distance_of_samples_is_that_of_the_first_ones(empty_run, judge, small_limit):
+def test_the_distance_of_samples_is_that_of_the_first_ones(empty_run, classifier_network, small_limit):
     images, real = random_images(250, seed=0), random_images(150, seed=1)
     store_samples(empty_run, images, np.arange(250) % CLASSES, batch_size=64)
     reject.reject(empty_run)
-    found = measure.drawn(empty_run, judge.network, as_seen(observe(judge.network, real)), judge.network)
+    found = measure.drawn(
+        empty_run,
+        classifier_network.network,
+        as_seen(observe(classifier_network.network, real)),
+        classifier_network.network,
+    )
     assert found['count'] == 250
     assert (found['quality']['count_real'], found['quality']['count']) == (150, 100)
-    seen = [Moments.of(judge.network.embed(x)['features']) for x in (real, images[:100])]
+    seen = [Moments.of(classifier_network.network.embed(x)['features']) for x in (real, images[:100])]
     np.testing.assert_allclose(found['quality']['frechet_distance'], frechet_distance(*seen), rtol=1e-6)
 
 
-def test_shares_that_keep_too_few_images_are_left_out_and_named(judge):
+def test_shares_that_keep_too_few_images_are_left_out_and_named(classifier_network):
     scores, labels = np.linspace(1, 0, 64), np.zeros(64, int)
-    chosen = quality.choose_samples(scores, labels, (0.03, 0.25, 1.0), real_count=40)
+    chosen = generative.choose_samples(scores, labels, (0.03, 0.25, 1.0), real_count=40)
     assert [(c.share, c.kept_count, len(c.positions)) for c in chosen] == [(1, 64, 16), (0.25, 16, 16), (0.03, 2, 0)]
-    real, generated = (observe(judge.network, random_images(64, seed)) for seed in (0, 1))
-    points, note = quality.sweep(judge.network, real, real, generated, np.arange(64), chosen, scores)
+    real, generated = (observe(classifier_network.network, random_images(64, seed)) for seed in (0, 1))
+    points, note = generative.sweep(classifier_network.network, real, real, generated, np.arange(64), chosen, scores)
     assert [point['count'] for point in points] == [16, 16]
     assert '0.03 keeps 2 images; more than 3 kept and real ones are needed' in note
-    chosen = quality.choose_samples(scores, labels, (1.0,), real_count=3)
-    points, note = quality.sweep(judge.network, real, real, generated, np.arange(64), chosen, scores)
+    chosen = generative.choose_samples(scores, labels, (1.0,), real_count=3)
+    points, note = generative.sweep(classifier_network.network, real, real, generated, np.arange(64), chosen, scores)
     assert points == [] and '1 keeps 64 images; more than 3' in note
 
 
@@ -150,13 +159,13 @@ def test_a_warning_names_all_numbers_that_depend_on_the_number_of_images():
     for classes in (CLASSES, 0):
         network = Network('inception', {}, classes, batch_size=64, embed=embed)
         real, generated = (observe(network, random_images(count, seed=0)) for count in (60, 50))
-        warning = quality.compare(network, real, generated)['warning']
+        warning = generative.compare(network, real, generated)['warning']
         assert warning.startswith('60 real and 50 generated images: below 10000 images fid is biased upwards')
         assert 'precision and recall depend on the number of images' in warning
         assert ('inception_score downwards' in warning) == bool(classes)
 
 
-def test_images_of_certain_class_are_ranked_by_log_probability(empty_run, judge):
+def test_images_of_certain_class_are_ranked_by_log_probability(empty_run, classifier_network):
     """The probability of both is 1 in float32; the margins of their logits are 20 and 40."""
     images, labels = np.zeros((2, 28, 28, 1), np.uint8), np.array([3, 3])
     images.reshape(2, -1)[:, FEATURES + 3] = 80, 160
@@ -179,7 +188,7 @@ def test_images_of_certain_class_are_ranked_by_log_probability(empty_run, judge)
         (0.75, 1.0, [0, 1]),  # a third one is not put in for the one that fails
     ],
 )
-def test_the_threshold_is_a_probability_as_it_is_stored(empty_run, judge, keep, threshold, kept):
+def test_the_threshold_is_a_probability_as_it_is_stored(empty_run, classifier_network, keep, threshold, kept):
     """The logit of the intended class leads by 40, 20, 4 and -3; in float32 the first two probabilities are 1."""
     images, labels = np.zeros((4, 28, 28, 1), np.uint8), np.full(4, 3)
     flat = images.reshape(4, -1)
@@ -204,7 +213,7 @@ def test_log_probability():
     assert np.isnan(reject.log_probability(np.array([[np.nan, 0.0]]), np.array([0]))).all()
 
 
-def test_scores_of_an_earlier_layout_are_made_anew(empty_run, judge):
+def test_scores_of_an_earlier_layout_are_made_anew(empty_run, classifier_network):
     store_samples(empty_run, random_images(20, seed=0), np.arange(20) % CLASSES)
     reject.reject(empty_run)
     path = empty_run.path('rejection', 'meta.json')

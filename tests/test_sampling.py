@@ -8,19 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.test_prior import CASES, make_prior
-from vqvae2_jax import parallel
+from vqvae2_jax.distributed import sharding
 from vqvae2_jax.models.wavefront import WavefrontPrior
-from vqvae2_jax.sampling.ancestral import sample, sample_by_rerunning, sample_keys, sample_levels
-from vqvae2_jax.sampling.control import Control, draw
-from vqvae2_jax.sampling.rejection import keep_best
+from vqvae2_jax.sampling.ancestral import sample, sample_keys, sample_levels, sample_reference
+from vqvae2_jax.sampling.params import SamplingParams, draw
+from vqvae2_jax.sampling.rejection import select_top_per_class
 
 
 @pytest.mark.parametrize('case', CASES)
 def test_cached_sampling_draws_the_same_codes_as_rerunning_the_network(case):
     prior, params, _, labels, coarser = make_prior(case, batch=3)
     keys = sample_keys(jax.random.key(7), jnp.arange(3))
-    fast = jax.jit(lambda: sample(prior, params, keys, labels, coarser, Control(1.3)))()
-    slow = jax.jit(lambda: sample_by_rerunning(prior, params, keys, labels, coarser, Control(1.3)))()
+    fast = jax.jit(lambda: sample(prior, params, keys, labels, coarser, SamplingParams(1.3)))()
+    slow = jax.jit(lambda: sample_reference(prior, params, keys, labels, coarser, SamplingParams(1.3)))()
     np.testing.assert_array_equal(fast.codes, slow.codes)
     np.testing.assert_allclose(fast.log_probs, slow.log_probs, atol=1e-4)
     assert len(np.unique(fast.codes)) > 2
@@ -43,7 +43,7 @@ def test_any_order_shape_kernel_and_depth_is_exact(data):
     prior, params, _, labels, _ = make_prior('classes', seed=height * 7 + width, batch=2, **fields)
     keys = sample_keys(jax.random.key(1), jnp.arange(2))
     fast = jax.jit(lambda: sample(prior, params, keys, labels))()
-    slow = jax.jit(lambda: sample_by_rerunning(prior, params, keys, labels))()
+    slow = jax.jit(lambda: sample_reference(prior, params, keys, labels))()
     np.testing.assert_array_equal(fast.codes, slow.codes, err_msg=str(fields))
     np.testing.assert_allclose(fast.log_probs, slow.log_probs, atol=1e-4)
 
@@ -53,7 +53,7 @@ def test_a_map_of_one_row_is_conditioned_on_a_coarser_one():
     prior = WavefrontPrior(**fields, residual=8, layers=2, kernel=3)
     keys, coarser = sample_keys(jax.random.key(1), jnp.arange(2)), (jnp.array([[[0, 3]], [[4, 1]]]),)
     params = prior.init(jax.random.key(0), jnp.zeros((2, 1, 4), jnp.int32), None, coarser)['params']
-    fast, slow = (draws(prior, params, keys, None, coarser).codes for draws in (sample, sample_by_rerunning))
+    fast, slow = (draws(prior, params, keys, None, coarser).codes for draws in (sample, sample_reference))
     np.testing.assert_array_equal(fast, slow)
 
 
@@ -61,7 +61,7 @@ def test_a_map_of_one_row_is_conditioned_on_a_coarser_one():
 def test_log_probs_are_those_of_the_whole_network_on_the_finished_map(case):
     prior, params, _, labels, coarser = make_prior(case, batch=2)
     keys = sample_keys(jax.random.key(5), jnp.arange(2))
-    sampled = jax.jit(lambda: sample(prior, params, keys, labels, coarser, Control(0.7, top_k=3)))()
+    sampled = jax.jit(lambda: sample(prior, params, keys, labels, coarser, SamplingParams(0.7, top_k=3)))()
     whole = jax.nn.log_softmax(prior.apply({'params': params}, sampled.codes, labels, coarser))
     expected = jnp.take_along_axis(whole, sampled.codes[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(sampled.log_probs, expected, atol=1e-4)
@@ -86,7 +86,7 @@ def test_kept_codes_stay_and_the_rest_is_drawn_given_the_earlier_ones(case):
     run = jax.jit(lambda given: sample(prior, params, keys, labels, coarser, given=given).codes)
     completed = run(jnp.where(keep, codes, -1))
     assert (completed[keep] == codes[keep]).all() and (completed[~keep] != codes[~keep]).any()
-    slow = jax.jit(lambda given: sample_by_rerunning(prior, params, keys, labels, coarser, given=given).codes)
+    slow = jax.jit(lambda given: sample_reference(prior, params, keys, labels, coarser, given=given).codes)
     np.testing.assert_array_equal(completed, slow(jnp.where(keep, codes, -1)))
     np.testing.assert_array_equal(run(jnp.full_like(codes, -1)), sample(prior, params, keys, labels, coarser).codes)
 
@@ -133,7 +133,7 @@ def test_eight_devices_draw_what_one_draws(case):
     index = jnp.arange(8)
     run = jax.jit(lambda i: sample(prior, params, sample_keys(jax.random.key(2), i), i % 3).codes)
     alone = run(jax.device_put(index, jax.devices()[0]))
-    spread = run(jax.device_put(index, parallel.split_batch()))
+    spread = run(jax.device_put(index, sharding.batch_sharding()))
     assert len(spread.sharding.device_set) == 8
     np.testing.assert_array_equal(alone, spread)
 
@@ -182,7 +182,7 @@ def test_temperature_is_traced_and_zero_takes_the_likeliest():
     @jax.jit
     def run(keys, temperature):
         traces.append(1)
-        return sample(prior, params, keys, control=Control(temperature)).codes
+        return sample(prior, params, keys, control=SamplingParams(temperature)).codes
 
     cold, also_cold = run(keys, 0.0), run(sample_keys(jax.random.key(1), jnp.arange(4)), 0.0)
     np.testing.assert_array_equal(cold, also_cold)
@@ -196,7 +196,7 @@ def test_draws_follow_the_distribution():
     keys = sample_keys(jax.random.key(0), jnp.arange(20000))
 
     def drawn_at(position, temperature):
-        return draw(keys, jnp.array([position]), jnp.tile(logits, (20000, 1, 1)), Control(temperature))[:, 0]
+        return draw(keys, jnp.array([position]), jnp.tile(logits, (20000, 1, 1)), SamplingParams(temperature))[:, 0]
 
     drawn = drawn_at(5, 1.0)
     np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 20000, [0.1, 0.2, 0.7], atol=0.015)
@@ -219,9 +219,13 @@ def test_levels_are_drawn_from_the_coarsest_and_condition_the_finer():
     top, top_params, *_ = make_prior('classes', shape=(2, 3), codebook_size=5)
     bottom, bottom_params, *_ = make_prior('coarser level')
     index, labels, key = jnp.arange(4), jnp.arange(4) % 3, jax.random.key(11)
-    codes = sample_levels((bottom, top), (bottom_params, top_params), key, index, labels, (Control(), Control(0.7)))
+    codes = sample_levels(
+        (bottom, top), (bottom_params, top_params), key, index, labels, (SamplingParams(), SamplingParams(0.7))
+    )
     assert [c.shape for c in codes] == [(4, 4, 6), (4, 2, 3)]
-    by_hand = sample(top, top_params, sample_keys(jax.random.fold_in(key, 1), index), labels, (), Control(0.7)).codes
+    by_hand = sample(
+        top, top_params, sample_keys(jax.random.fold_in(key, 1), index), labels, (), SamplingParams(0.7)
+    ).codes
     np.testing.assert_array_equal(codes[1], by_hand)
     keys = sample_keys(jax.random.fold_in(key, 0), index)
     np.testing.assert_array_equal(codes[0], sample(bottom, bottom_params, keys, labels, (by_hand,)).codes)
@@ -230,11 +234,11 @@ def test_levels_are_drawn_from_the_coarsest_and_condition_the_finer():
 def test_rejection_keeps_the_best_of_every_class():
     scores = np.array([0.9, 0.1, 0.5, 0.2, 0.3, 0.95])
     labels = np.array([0, 0, 0, 1, 1, 0])
-    assert keep_best(scores, labels, 0.5).tolist() == [0, 4, 5]
-    assert keep_best(scores, labels, 0.01).tolist() == [4, 5]  # no class is lost
-    assert keep_best(scores, labels, 1.0).tolist() == list(range(6))
-    assert len(keep_best(np.linspace(0, 1, 100), np.zeros(100, int), 0.07)) == 7
+    assert select_top_per_class(scores, labels, 0.5).tolist() == [0, 4, 5]
+    assert select_top_per_class(scores, labels, 0.01).tolist() == [4, 5]  # no class is lost
+    assert select_top_per_class(scores, labels, 1.0).tolist() == list(range(6))
+    assert len(select_top_per_class(np.linspace(0, 1, 100), np.zeros(100, int), 0.07)) == 7
     with pytest.raises(ValueError, match='1 of 6 scores are NaN'):
-        keep_best(np.array([np.nan, *scores[1:]]), labels, 0.5)
+        select_top_per_class(np.array([np.nan, *scores[1:]]), labels, 0.5)
     with pytest.raises(ValueError, match=r'\(0, 1\]; it is 0'):
-        keep_best(scores, labels, 0)
+        select_top_per_class(scores, labels, 0)

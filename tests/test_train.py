@@ -9,19 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqvae2_jax import optim, parallel, state
 from vqvae2_jax.data.loader import eval_batches, train_batches
-from vqvae2_jax.io.checkpoint import CheckpointMismatch, Checkpoints, Weights
-from vqvae2_jax.io.interrupt import Interrupted
+from vqvae2_jax.distributed import sharding
+from vqvae2_jax.distributed.preemption import Interrupted
 from vqvae2_jax.io.logging import read_metrics
-from vqvae2_jax.jobs import train
-from vqvae2_jax.jobs.train import Data, NonFiniteLoss, fit, make_evaluation
 from vqvae2_jax.models.vqvae import VQVAE
-from vqvae2_jax.stages import vqvae
-from vqvae2_jax.stages.stage import Stage, as_floats
+from vqvae2_jax.tasks import vqvae
+from vqvae2_jax.tasks.task import Task, as_floats
+from vqvae2_jax.training import loop, optim, state
+from vqvae2_jax.training.checkpoint import BestCheckpoint, CheckpointMismatch, Checkpoints
+from vqvae2_jax.training.loop import Data, NonFiniteLoss, fit, make_eval_fn
 
 BATCH = 16
-GO_ON = {train.STOP: np.zeros(BATCH, bool)}
+GO_ON = {loop.SHOULD_STOP: np.zeros(BATCH, bool)}
 
 
 class Images:
@@ -66,13 +66,13 @@ def small_stage(layers=1):
     model = VQVAE(
         (2, 2), channels=1, hidden=8, residual=4, layers=layers, codebook_size=12, codebook_dim=4, reseed_threshold=0.3
     )
-    return vqvae.make_stage(model, ('bottom', 'top'), 0.25, steps_per_epoch=3)
+    return vqvae.make_task(model, ('bottom', 'top'), 0.25, steps_per_epoch=3)
 
 
 # Nothing falls together: a stop between them finds each of log, evaluation and checkpoint at another distance.
 TRAINING = optim.Training(
     steps=11, batch_size=BATCH, learning_rate=3e-3, warmup_steps=2, decay='cosine', clip_norm=0.5, weight_decay=1e-3,
-    weight_ema=0.9, log_every=3, eval_every=4, save_every=5,
+    params_ema_decay=0.9, log_every=3, eval_every=4, save_every=5,
 )  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def saved_state(directory, training=TRAINING, stage=None):
     """The newest checkpoint's leaves by path, and its step."""
     iterator, checkpoints = train_batches(Images(), batch_size=BATCH, seed=4, flip=True), Checkpoints(directory)
     optimizer = optim.make_optimizer(training)
-    _, restored, step, _ = train._first_state(
+    _, restored, step, _ = loop._first_state(
         stage or small_stage(), optimizer, iterator, checkpoints, seed=3, batch_size=BATCH
     )
     assert iterator.get_state() == {'next_batch': step}
@@ -140,8 +140,8 @@ def test_every_part_of_the_state_moves_in_a_step_and_the_key_stays():
     stage, training = small_stage(), optim.Training(steps=9, batch_size=BATCH, learning_rate=1e-3)
     before, batch, optimizer = first_state(stage, training)
     old = leaves(before)
-    step = train.make_step(stage, optimizer, training, train.layout_of(before))
-    after, metrics = step(before, parallel.put_batch(batch | GO_ON))
+    step = loop.make_step(stage, optimizer, training, loop.state_sharding(before))
+    after, metrics = step(before, sharding.make_global_batch(batch | GO_ON))
     still = [name for name, value in leaves(after).items() if np.array_equal(value, old[name])]
     # A code's age stays 0 where it is used in every batch, so ages are looked at one by one.
     assert [name for name in still if 'age' not in name] == ['.key']
@@ -149,20 +149,20 @@ def test_every_part_of_the_state_moves_in_a_step_and_the_key_stays():
 
 
 def test_eight_devices_train_as_one():
-    training = optim.Training(steps=9, batch_size=BATCH, learning_rate=1e-3, weight_ema=0.9)
+    training = optim.Training(steps=9, batch_size=BATCH, learning_rate=1e-3, params_ema_decay=0.9)
     stage = small_stage()
     one, batch, optimizer = first_state(stage, training)
-    many = jax.device_put(jax.tree.map(jnp.copy, one), parallel.replicated())
-    step = train.make_step(stage, optimizer, training, train.layout_of(one))
+    many = jax.device_put(jax.tree.map(jnp.copy, one), sharding.replicated_sharding())
+    step = loop.make_step(stage, optimizer, training, loop.state_sharding(one))
 
     @jax.jit
     def plain_step(state_, batch):
         key = jax.random.fold_in(state_.key, state_.step)
         gradients, (variables, _) = jax.grad(stage.loss, has_aux=True)(state_.params, state_.variables, batch, key)
-        return state.update(state_, gradients, variables, optimizer, training.weight_ema)
+        return state.update(state_, gradients, variables, optimizer, training.params_ema_decay)
 
     for _ in range(3):
-        one, (many, _) = plain_step(one, batch), step(many, parallel.put_batch(batch | GO_ON))
+        one, (many, _) = plain_step(one, batch), step(many, sharding.make_global_batch(batch | GO_ON))
     assert jax.device_count() == 8 and len(many.step.sharding.device_set) == 8
     one, many = leaves(one), leaves(many)
     assert one.keys() == many.keys()
@@ -204,11 +204,11 @@ def assert_same_run(directory, reference):
         np.testing.assert_array_equal(found[name], value, err_msg=name)
     assert rows_without_time(directory) == rows_without_time(reference)
     assert kept(directory) == kept(reference)
-    jax.tree.map(np.testing.assert_array_equal, Weights(directory).load(), Weights(reference).load())
+    jax.tree.map(np.testing.assert_array_equal, BestCheckpoint(directory).load(), BestCheckpoint(reference).load())
 
 
 def kept(directory):
-    return {name: value for name, value in Weights(directory).best().items() if name != 'directory'}
+    return {name: value for name, value in BestCheckpoint(directory).best().items() if name != 'directory'}
 
 
 def test_a_signal_during_the_last_step_is_not_swallowed(tmp_path):
@@ -239,7 +239,7 @@ class Numbers(grain.DatasetIterator):
         self.number += 1
         return {'x': np.full(8, self.number - 1, np.float32)}
 
-    def without_workers(self):
+    def fall_back_to_threads(self):
         self.at = None
 
     def get_state(self):
@@ -249,7 +249,7 @@ class Numbers(grain.DatasetIterator):
         self.number = state['number']
 
 
-def toy_stage(judge=lambda w: jnp.abs(w - 3), bad_batch=-1, bad_gradient=-1):
+def toy_stage(classifier_network=lambda w: jnp.abs(w - 3), bad_batch=-1, bad_gradient=-1):
     def loss(params, variables, batch, key):
         number = jnp.mean(batch['x'])
         value = jnp.where(number == bad_batch, jnp.nan, -jnp.sum(params['w']))
@@ -259,12 +259,12 @@ def toy_stage(judge=lambda w: jnp.abs(w - 3), bad_batch=-1, bad_gradient=-1):
         return value, (variables, {'loss': value})
 
     def evaluate(params, variables, batch):
-        return {'distance': judge(params['w'][0]) + 0 * batch['x'], 'x': batch['x']}
+        return {'distance': classifier_network(params['w'][0]) + 0 * batch['x'], 'x': batch['x']}
 
     def init(key, batch):
         return {'w': jnp.zeros(2)}, {}
 
-    return Stage(init, loss, evaluate, as_floats, show=None, select='distance')
+    return Task(init, loss, evaluate, as_floats, show=None, select='distance')
 
 
 def held_out():
@@ -280,19 +280,19 @@ def train_toy(directory, stage, data=None, held_out=held_out, **training):
 def test_the_best_weights_are_kept_and_not_the_last(tmp_path):
     result = train_toy(tmp_path, toy_stage())
     assert result['steps'] == 8 and result['parameters'] == 2
-    assert Weights(tmp_path).best()['step'] == 3
-    np.testing.assert_allclose(Weights(tmp_path).load()['params']['w'], [3, 3], atol=1e-4)
+    assert BestCheckpoint(tmp_path).best()['step'] == 3
+    np.testing.assert_allclose(BestCheckpoint(tmp_path).load()['params']['w'], [3, 3], atol=1e-4)
     distances = [row['validation/distance'] for row in read_metrics(tmp_path) if 'validation/distance' in row]
     np.testing.assert_allclose(distances, [2, 1, 0, 1, 2, 3, 4, 5], atol=1e-3)
 
 
 def test_the_weights_kept_are_the_averages(tmp_path):
-    train_toy(tmp_path, toy_stage(), steps=3, weight_ema=0.9)
+    train_toy(tmp_path, toy_stage(), steps=3, params_ema_decay=0.9)
     average = 0.0
     for step in range(3):
         decay = (1 + step) / (10 + step)
         average = decay * average + (1 - decay) * (step + 1)
-    np.testing.assert_allclose(Weights(tmp_path).load()['params']['w'], [average] * 2, rtol=1e-4)
+    np.testing.assert_allclose(BestCheckpoint(tmp_path).load()['params']['w'], [average] * 2, rtol=1e-4)
 
 
 @pytest.mark.parametrize('at', [4, 5])
@@ -303,16 +303,16 @@ def test_a_restart_keeps_the_best_weights(tmp_path, at):
     before = kept(tmp_path / 'run')
     train_toy(tmp_path / 'run', toy_stage())
     assert kept(tmp_path / 'run') == before == kept(tmp_path / 'whole')
-    expected = Weights(tmp_path / 'whole').load()['params']['w']
-    np.testing.assert_array_equal(Weights(tmp_path / 'run').load()['params']['w'], expected)
-    directory = Weights(tmp_path / 'run').best()['directory']
+    expected = BestCheckpoint(tmp_path / 'whole').load()['params']['w']
+    np.testing.assert_array_equal(BestCheckpoint(tmp_path / 'run').load()['params']['w'], expected)
+    directory = BestCheckpoint(tmp_path / 'run').best()['directory']
     assert sorted(p.name for p in (tmp_path / 'run' / 'weights').iterdir()) == sorted([directory, 'best.json'])
 
 
 def test_of_equals_the_later_weights_are_kept(tmp_path):
-    train_toy(tmp_path, toy_stage(judge=lambda w: 0 * w))
-    assert Weights(tmp_path).best()['step'] == 8
-    np.testing.assert_allclose(Weights(tmp_path).load()['params']['w'], [8, 8], atol=1e-3)
+    train_toy(tmp_path, toy_stage(classifier_network=lambda w: 0 * w))
+    assert BestCheckpoint(tmp_path).best()['step'] == 8
+    np.testing.assert_allclose(BestCheckpoint(tmp_path).load()['params']['w'], [8, 8], atol=1e-3)
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_loses_nothing(tmp_path):
@@ -322,7 +322,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_loses_nothing(tmp_pat
     assert max(row['step'] for row in read_metrics(tmp_path)) == 5
     train_toy(tmp_path, toy_stage())  # the cause removed, the same command goes on
     assert Checkpoints(tmp_path).latest_step() == 8
-    np.testing.assert_allclose(Weights(tmp_path).load()['params']['w'], [3, 3], atol=1e-4)
+    np.testing.assert_allclose(BestCheckpoint(tmp_path).load()['params']['w'], [3, 3], atol=1e-4)
 
 
 def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path):
@@ -330,7 +330,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path):
         train_toy(tmp_path, toy_stage(bad_gradient=5), eval_every=7)
     assert Checkpoints(tmp_path).latest_step() == 4
     train_toy(tmp_path, toy_stage(), eval_every=7)
-    np.testing.assert_allclose(Weights(tmp_path).load()['params']['w'], [7, 7], atol=1e-3)
+    np.testing.assert_allclose(BestCheckpoint(tmp_path).load()['params']['w'], [7, 7], atol=1e-3)
 
 
 def terminate():
@@ -366,7 +366,7 @@ class Pass:
             raise StopIteration
         return self.rows.pop()
 
-    def without_workers(self):
+    def fall_back_to_threads(self):
         self.action = lambda: None
 
     def close(self):
@@ -402,7 +402,7 @@ def test_passes_over_the_held_out_examples_are_closed(tmp_path):
 
 def test_evaluation_is_exact_on_a_ragged_last_batch():
     source = [{'x': np.float32(value), 'index': np.int64(i)} for i, value in enumerate(np.arange(21) ** 2)]
-    mean = make_evaluation(toy_stage())
+    mean = make_eval_fn(toy_stage())
     found = mean({'w': jnp.ones(2)}, {}, eval_batches(source, batch_size=8))
     np.testing.assert_allclose(found['x'], np.mean(np.arange(21) ** 2), rtol=1e-6)
     assert found['distance'] == 2

@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from vqvae2_jax import optim, state
 from vqvae2_jax.models.vqvae import VQVAE, map_shapes
-from vqvae2_jax.stages.vqvae import make_stage
+from vqvae2_jax.tasks.vqvae import make_task
+from vqvae2_jax.training import optim, state
 
 SMALL = {'channels': 3, 'hidden': 8, 'residual': 4, 'layers': 1, 'codebook_size': 16, 'codebook_dim': 6}
 
@@ -83,7 +83,7 @@ def test_finer_codes_see_the_decoded_coarser_ones():
 
 def _gradients(level_loss):
     model, variables, image = _model(level_loss=level_loss)
-    stage = make_stage(model, ('bottom', 'top'), 0.25, 10)
+    stage = make_task(model, ('bottom', 'top'), 0.25, 10)
     batch = {'image': jnp.round((image + 1) * 127.5).astype(jnp.uint8)}
     rest = {'codebook': variables['codebook']}
     return jax.jit(jax.grad(lambda p: stage.loss(p, rest, batch, jax.random.key(0))[0]))(variables['params'])
@@ -114,7 +114,7 @@ def test_previews_leave_the_paper_model_alone_unless_asked():
 
 def test_stage_counts_only_codes_that_were_chosen_as_used_and_clips_as_evaluation_does():
     model, variables, image = _model()
-    stage = make_stage(model, ('bottom', 'top'), 0.25, steps_per_epoch=10)
+    stage = make_task(model, ('bottom', 'top'), 0.25, steps_per_epoch=10)
     batch, codebook = {'image': jnp.round((image + 1) * 127.5).astype(jnp.uint8)}, {'codebook': variables['codebook']}
     params = jax.tree.map(lambda x: 3 * x, variables['params'])  # images that leave [-1, 1]
     _, (after, metrics) = stage.loss(params, codebook, batch, jax.random.key(0))
@@ -141,7 +141,7 @@ def test_bfloat16_computes_close_to_float32_and_quantizes_in_float32():
 
 def test_stage_summary_counts_codes_and_psnr():
     model, variables, image = _model()
-    stage = make_stage(model, ('bottom', 'top'), 0.25, 10)
+    stage = make_task(model, ('bottom', 'top'), 0.25, 10)
     batch = {'image': jnp.round((image + 1) * 127.5).astype(jnp.uint8)}
     values = stage.evaluate(variables['params'], {'codebook': variables['codebook']}, batch)
     summary = stage.summarize({k: np.asarray(v, np.float64).mean(0) for k, v in values.items()})
@@ -161,7 +161,7 @@ def test_overfits_eight_images():
     model, variables, image = _model(
         (2, 2), (16, 16), batch=8, hidden=32, residual=16, codebook_size=64, codebook_dim=16
     )
-    stage = make_stage(model, ('bottom', 'top'), 0.25, 10)
+    stage = make_task(model, ('bottom', 'top'), 0.25, 10)
     training = optim.Training(steps=300, batch_size=8, learning_rate=3e-3)
     optimizer = optim.make_optimizer(training)
     # Smooth images, as photographs are: noise has no structure to find.

@@ -5,7 +5,7 @@ changes no environment variable and no state of another library; `vqvae2_jax.xla
 training on a CPU fast.
 """
 
-from vqvae2_jax.config_files import load_config
+from vqvae2_jax.config.files import load_config
 
 __all__ = ['load_config']
 __version__ = '0.2.0'

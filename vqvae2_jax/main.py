@@ -11,17 +11,19 @@ import sys
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from vqvae2_jax import checks, parallel, xla_flags
-from vqvae2_jax import config as configs
-from vqvae2_jax.config_files import config_path
+from vqvae2_jax import xla_flags
+from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import validation
+from vqvae2_jax.config.files import config_path
 from vqvae2_jax.data.decode import UnreadableImage
-from vqvae2_jax.io import bucket
-from vqvae2_jax.io.checkpoint import CheckpointMismatch
-from vqvae2_jax.io.provenance import UpstreamChanged
-from vqvae2_jax.jobs.chips import topology_devices
+from vqvae2_jax.distributed import processes
+from vqvae2_jax.io import gcs
+from vqvae2_jax.io.files import StaleInputError
 from vqvae2_jax.jobs.pipeline import JOBS, run_job
-from vqvae2_jax.jobs.train import NonFiniteLoss
 from vqvae2_jax.jobs.workdir import JobError, Run
+from vqvae2_jax.planning.hardware import topology_devices
+from vqvae2_jax.training.checkpoint import CheckpointMismatch
+from vqvae2_jax.training.loop import NonFiniteLoss
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'A config of the package such as fashion, or a .py file; --config.a.b=value sets a field.'
@@ -56,21 +58,21 @@ def main(_) -> None:
     if not _TOPOLOGY.value:  # the compiler of another platform may not know the flag, and abort
         xla_flags.set_cpu_flags()
     if _DISTRIBUTED.value:
-        parallel.start_processes()
-        if not parallel.is_writer():
+        processes.initialize_distributed()
+        if not processes.is_main_process():
             sys.stdout = open(os.devnull, 'w')  # one process tells what happens; errors are told by all
     config = _CONFIG.value
     try:
         workdir = _workdir(config)
         with parallel.use(configs.make_mesh(config, _devices())):
-            checks.check(config)
+            validation.check(config)
             if _DISTRIBUTED.value:
-                print(parallel.summary(), flush=True)
+                print(processes.describe_mesh(), flush=True)
             run_job(Run(config, workdir), _JOB.value, _LEVEL.value)
     except (
         configs.ConfigError,
         JobError,
-        UpstreamChanged,
+        StaleInputError,
         UnreadableImage,
         CheckpointMismatch,
         NonFiniteLoss,
@@ -81,16 +83,16 @@ def main(_) -> None:
 
 def _workdir(config):
     path = _WORKDIR.value or os.path.join('runs', config.name)
-    if bucket.is_remote(path) and configs.image_spec(config).on_error == 'skip':
+    if gcs.is_remote(path) and configs.image_spec(config).on_error == 'skip':
         raise JobError(
             f'data.on_error=skip keeps a growing list, which --workdir={path} on a bucket cannot hold: '
             'set --config.data.on_error=raise, or take a local folder'
         )
     try:
-        bucket.check(path)
+        gcs.check(path)
     except ValueError as error:
         raise JobError(f'--workdir={error}') from error
-    return bucket.absolute(path)
+    return gcs.absolute(path)
 
 
 def _devices():

@@ -41,7 +41,7 @@ def _pixels(path: str, *state: int) -> np.ndarray:
     return np.memmap(path, dtype, 'r', begin, shape)
 
 
-class ArraysPool:
+class ArraysDataset:
     """The images of .npz files as a pool (see images.Pool). Holds labels, not pixels, so that it pickles cheaply."""
 
     def __init__(self, pattern: str, num_classes: int, field: str = 'data.path'):

@@ -29,7 +29,7 @@ import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 from etils import epath
 
-from vqvae2_jax.io import bucket, provenance
+from vqvae2_jax.io import files, gcs
 
 SCHEMA = 1
 _META = 'meta.json'
@@ -116,7 +116,7 @@ def write_shard(
     """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    remote = bucket.is_remote(path)  # where a file is there once it is whole
+    remote = gcs.is_remote(path)  # where a file is there once it is whole
     name = f'{path.name}.unfinished-{uuid.uuid4().hex[:8]}'
     unfinished = epath.Path(tempfile.gettempdir() if remote else path.parent) / name
     # Fast compression: on codes, stronger settings cost much time and gain little.
@@ -129,7 +129,7 @@ def write_shard(
                 count += 1
         writer.close()
         if remote:
-            bucket.upload(os.fspath(unfinished), path)
+            gcs.upload(os.fspath(unfinished), path)
         else:
             unfinished.replace(path)
     finally:
@@ -141,7 +141,7 @@ def write_shard(
 
 def write_meta(directory: epath.PathLike, meta: CodesMeta) -> None:
     """Writes meta.json; call it when all shards are written."""
-    provenance.write_bytes(epath.Path(directory) / _META, meta.to_json().encode())
+    files.write_bytes(epath.Path(directory) / _META, meta.to_json().encode())
 
 
 def read_meta(directory: epath.PathLike) -> CodesMeta:
@@ -180,7 +180,7 @@ class CodeSource:
             raise FileNotFoundError(
                 f'{paths[missing[0]]} is missing ({len(missing)} of the {self.meta.shards} shards are). {_AGAIN}'
             )
-        if bucket.is_remote(directory):
+        if gcs.is_remote(directory):
             paths = _local(os.fspath(directory), self.meta)
         count = sum(count_records(path) for path in paths)
         if count != self.meta.count:
@@ -219,14 +219,14 @@ class CodeSource:
 @functools.lru_cache(maxsize=4)
 def _local(directory, meta):
     """Paths of the shards in a copy of a store on a bucket. `meta`: one that was replaced is another store."""
-    copy = bucket.local_copy(directory)
+    copy = gcs.local_copy(directory)
     return [shard_path(copy, shard, meta.shards) for shard in range(meta.shards)]
 
 
 def count_records(path: str) -> int:
     """Raises ValueError on a damaged file."""
     try:
-        with bucket.local(path) as file:
+        with gcs.local(path) as file:
             reader = array_record_module.ArrayRecordReader(file)
             count = reader.num_records()
             reader.close()

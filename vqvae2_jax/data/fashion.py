@@ -36,7 +36,7 @@ def _pixels() -> np.ndarray:
     return tiles.transpose(0, 2, 1, 3).reshape(-1, 28, 28)
 
 
-class FashionPool:
+class FashionDataset:
     """The embedded images as a pool (see images.Pool). Holds no pixels, so that pickling it costs nothing."""
 
     class_names: tuple[str, ...]

@@ -84,7 +84,7 @@ def subfolders(root: str) -> list[str]:
     return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.'))
 
 
-class FilesPool:
+class FilesDataset:
     """Image files of one folder as an unlabelled pool (see images.Pool). Holds their names, not pixels."""
 
     strata = None
@@ -112,7 +112,7 @@ class FilesPool:
         return decode_image(data, channels, self.where(position)), int(self.labels[position])
 
 
-class FolderPool(FilesPool):
+class FolderPool(FilesDataset):
     """The images below one folder as a pool, labelled by its class folders where there are any."""
 
     def __init__(

@@ -19,12 +19,12 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from vqvae2_jax.data.arrays import ArraysPool
+from vqvae2_jax.data.arrays import ArraysDataset
 from vqvae2_jax.data.decode import fit
-from vqvae2_jax.data.fashion import FashionPool
-from vqvae2_jax.data.folder import FilesPool, find_images, open_folder
-from vqvae2_jax.data.tfds_records import TfdsPool
-from vqvae2_jax.io import bucket
+from vqvae2_jax.data.fashion import FashionDataset
+from vqvae2_jax.data.folder import FilesDataset, find_images, open_folder
+from vqvae2_jax.data.tfds_records import TfdsDataset
+from vqvae2_jax.io import gcs
 
 SPLITS = ('train', 'validation', 'test')
 
@@ -149,7 +149,7 @@ class ImageSource:
     image_size: tuple[int, int]
     channels: int
     on_error: str = 'raise'
-    one_size: bool = False
+    require_equal_size: bool = False
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -177,7 +177,7 @@ class ImageSource:
         if not 0 <= index < len(self):
             raise IndexError(f'example {index} of a split of {len(self)}')
         image, label = self.pool.read(int(self.positions[index]), self.channels)
-        if self.one_size and (image.height, image.width) != tuple(self.image_size):
+        if self.require_equal_size and (image.height, image.width) != tuple(self.image_size):
             raise ValueError(
                 f'{self.where(index)} has {image.height}x{image.width} pixels, {self.pool.where(0)} has '
                 f'{self.image_size[0]}x{self.image_size[1]}: images that are compared must be of one size'
@@ -205,15 +205,15 @@ def open_images(spec: ImageSpec, split: str) -> ImageSource:
         raise ValueError(f'split={split!r}: there are {", ".join(SPLITS)}.')
     named = spec.splits[SPLITS.index(split)] if spec.splits else None
     if spec.name == 'fashion':
-        pool = FashionPool(spec.num_classes)
+        pool = FashionDataset(spec.num_classes)
     elif spec.name == 'folder':
-        train, shown = spec.splits[0] if named else None, spec.path if bucket.is_remote(spec.path) else None
+        train, shown = spec.splits[0] if named else None, spec.path if gcs.is_remote(spec.path) else None
         pool = open_folder(_local(spec.path), spec.num_classes, named, train, shown)
     elif spec.name == 'npz':
         path = _local(spec.path)
-        pool = ArraysPool(os.path.join(path, named) if named else path, spec.num_classes)
+        pool = ArraysDataset(os.path.join(path, named) if named else path, spec.num_classes)
     else:
-        pool = TfdsPool(spec.name, spec.path, named, spec.num_classes)
+        pool = TfdsDataset(spec.name, spec.path, named, spec.num_classes)
     if named:
         positions = np.random.RandomState(spec.split_seed).permutation(len(pool))  # a pool's order is class by class
     else:
@@ -236,17 +236,17 @@ def open_all(path: str, spec: ImageSpec, field: str) -> ImageSource:
     """
     shown, path = path, _local(path, field)
     if path.endswith('.npz'):
-        pool = ArraysPool(path, num_classes=0, field=field)
+        pool = ArraysDataset(path, num_classes=0, field=field)
     elif not os.path.exists(path):
         raise FileNotFoundError(f'{field}: there is no file or folder {path!r}.')
     elif os.path.isfile(path):
-        pool = FilesPool(os.path.dirname(path) or '.', [os.path.basename(path)])
+        pool = FilesDataset(os.path.dirname(path) or '.', [os.path.basename(path)])
     else:
-        pool = FilesPool(path, find_images(path, field, shown))
+        pool = FilesDataset(path, find_images(path, field, shown))
     return ImageSource(pool, np.arange(len(pool)), tuple(spec.image_size), spec.channels, spec.on_error)
 
 
-def open_as_they_are(path: str, field: str) -> ImageSource:
+def open_native_size(path: str, field: str) -> ImageSource:
     """All images of a folder or of .npz files, in RGB and at their own size, which must be one; shuffled.
 
     Some metrics look at the first of them, or at stretches: in the order of names these would be of few classes. The
@@ -258,14 +258,14 @@ def open_as_they_are(path: str, field: str) -> ImageSource:
     source = open_all(path, ImageSpec('folder', path, channels=3), field)
     first, _ = source.pool.read(0, 3)
     order = np.random.RandomState(0).permutation(len(source.pool))
-    return dataclasses.replace(source, positions=order, image_size=(first.height, first.width), one_size=True)
+    return dataclasses.replace(source, positions=order, image_size=(first.height, first.width), require_equal_size=True)
 
 
 @functools.cache
 def _local(path, field='data.path'):
     try:
-        bucket.check(path)
-        return bucket.local_copy(path)
+        gcs.check(path)
+        return gcs.local_copy(path)
     except (FileNotFoundError, ValueError) as error:
         raise FileNotFoundError(f'{field}: {error}') from error
 

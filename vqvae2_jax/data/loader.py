@@ -109,7 +109,7 @@ def read_next(batches: 'BatchIterator', stopped: Callable[[], int]) -> dict[str,
     except Exception:
         if not stopped():
             raise
-    batches.without_workers()
+    batches.fall_back_to_threads()
     return next(batches)
 
 
@@ -146,7 +146,7 @@ class BatchIterator(grain.DatasetIterator):
             self._stop_reading()
             raise StopIteration
         self.start_prefetch()
-        with _without_sigterm() if self._workers else contextlib.nullcontext():  # Grain starts workers when asked, too.
+        with _block_sigterm() if self._workers else contextlib.nullcontext():  # Grain starts workers when asked, too.
             batch = next(self._reading)
         self._next_batch += 1
         if self._workers:  # Out of the workers' shared memory, which is scarce and must not outlive them.
@@ -173,11 +173,11 @@ class BatchIterator(grain.DatasetIterator):
                 flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, which nobody parses in a notebook or a test.
             dataset = remaining.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_WORKER_BUFFER)
-            with _without_sigterm() if workers else contextlib.nullcontext():
+            with _block_sigterm() if workers else contextlib.nullcontext():
                 self._reading = iter(dataset.mp_prefetch(options, _prepare_worker if workers else None))
                 self._reading.start_prefetch()
 
-    def without_workers(self) -> None:
+    def fall_back_to_threads(self) -> None:
         """Goes on reading in threads of this process, for when its worker processes were ended."""
         self._stop_reading()
         self._workers = 0
@@ -196,7 +196,7 @@ class BatchIterator(grain.DatasetIterator):
 
 
 @contextlib.contextmanager
-def _without_sigterm():
+def _block_sigterm():
     """Spares SIGTERM to threads and processes that start within: who starts a worker waits for ever where it dies."""
     resource_tracker.ensure_running()  # workers would start it, and its start unblocks SIGTERM
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from vqvae2_jax.data.decode import UnreadableImage, decode_image
-from vqvae2_jax.io import bucket
+from vqvae2_jax.io import gcs
 
 _DEFAULT_SPLIT = 'train'
-_local = functools.cache(bucket.local_copy)  # once for all splits
+_local = functools.cache(gcs.local_copy)  # once for all splits
 
 
 def _import_tfds():
@@ -28,7 +28,7 @@ def _import_tfds():
     return tfds
 
 
-class TfdsPool:
+class TfdsDataset:
     """One split of a TFDS dataset as a pool (see images.Pool). Pickles as a list of file names."""
 
     strata = None
@@ -106,7 +106,7 @@ def _prepared_builder(tfds, name: str, data_dir: str):
             f'data.name={name!r} under data.path={place!r} is prepared as {", ".join(sorted(formats))}, which has no '
             f'random access; needed is array_record. For another data_dir, run\n{recipe}'
         )
-    if bucket.is_remote(place):
+    if gcs.is_remote(place):
         return tfds.builder_from_directory(_local(os.fspath(builder.data_path)))
     return builder
 

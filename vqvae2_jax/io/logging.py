@@ -13,7 +13,7 @@ import time
 import numpy as np
 from etils import epath
 
-from vqvae2_jax.io import bucket, pictures, provenance
+from vqvae2_jax.io import files, gcs, plots
 
 PREFIXES = ('train', 'validation')
 _FILE = 'metrics.jsonl'
@@ -57,7 +57,7 @@ class RunLog:
             self._time_before = kept[-1]['time']
         self._recent = collections.deque(maxlen=_WINDOW + 1)  # (step, clock) of train lines
         self._first = None  # (step, clock) of the first train line: all compilation of the train step lies before it
-        self._file = (_Uploaded if bucket.is_remote(self._directory) else _Appended)(self._directory / _FILE)
+        self._file = (_Uploaded if gcs.is_remote(self._directory) else _Appended)(self._directory / _FILE)
         self._events = _event_writer(self._directory, start_step)
 
     def write(self, step: int, prefix: str, metrics: dict) -> None:
@@ -93,9 +93,9 @@ class RunLog:
         """Writes `pictures/<name>-<step>.png`, and to TensorBoard; `image` is uint8 [H, W, C] with C 1 or 3."""
         if not self._enabled:
             return
-        pictures.save_png(self._directory / 'pictures' / f'{name}-{step}.png', image)
+        plots.save_png(self._directory / 'pictures' / f'{name}-{step}.png', image)
         if self._events:
-            self._events.add_image(name, pictures.to_rgb(image), step, dataformats='HWC')
+            self._events.add_image(name, plots.to_rgb(image), step, dataformats='HWC')
 
     def seconds(self) -> float:
         """Seconds that the job has run, summed over restarts up to the line that each resumed from.
@@ -254,7 +254,7 @@ def _keep_lines(path, start_step: int) -> list[dict]:
     kept = [line for line in lines if line['step'] <= start_step]
     if torn or len(kept) < len(lines):
         text = ''.join(json.dumps(line) + '\n' for line in kept)
-        provenance.write_bytes(path, text.encode())
+        files.write_bytes(path, text.encode())
     return kept
 
 
@@ -263,7 +263,7 @@ def _event_writer(directory, start_step: int):
 
     None without tensorboardX, and on a bucket, for which it wants a library of its own.
     """
-    if bucket.is_remote(directory):
+    if gcs.is_remote(directory):
         return None
     try:
         import tensorboardX

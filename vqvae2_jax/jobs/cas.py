@@ -13,17 +13,19 @@ import os
 import jax
 import numpy as np
 
-from vqvae2_jax import config as configs
-from vqvae2_jax import parallel
+from vqvae2_jax.config import build as configs
+from vqvae2_jax.data import samples
 from vqvae2_jax.data.images import ImageSpec, open_images
 from vqvae2_jax.data.loader import eval_batches
-from vqvae2_jax.io import provenance
-from vqvae2_jax.io.interrupt import stop_signals
-from vqvae2_jax.jobs import codes, features, sample, samples, stages, workdir
+from vqvae2_jax.distributed import processes, sharding
+from vqvae2_jax.distributed.preemption import stop_signals
+from vqvae2_jax.evaluation import features
+from vqvae2_jax.io import files
+from vqvae2_jax.jobs import extract_codes, sample, train, workdir
 from vqvae2_jax.jobs.workdir import JobError, Run
 from vqvae2_jax.metrics.classification import per_class_accuracy, top_k_accuracy
-from vqvae2_jax.stages.stage import to_uint8
-from vqvae2_jax.stages.vqvae import ALL_LEVELS
+from vqvae2_jax.tasks.task import to_uint8
+from vqvae2_jax.tasks.vqvae import ALL_LEVELS
 
 DIRECTORY, RECONSTRUCTIONS = 'cas', 'reconstructions'
 SOURCES = {'reconstructions': RECONSTRUCTIONS, 'samples': sample.DIRECTORY}
@@ -34,7 +36,7 @@ def classification_accuracy_score(run: Run) -> None:
     """Writes reconstructions/, cas/reconstructions and cas/samples."""
     if not configs.has_classifier(run.config):
         raise JobError(f'data.num_classes={run.config.data.num_classes}: CAS needs classes')
-    parallel.on_writer(lambda: reconstruct(run))
+    processes.run_on_main_process(lambda: reconstruct(run))
     for name, directory in SOURCES.items():
         _train(run, name, run.path(directory))
 
@@ -49,15 +51,15 @@ def reconstruct(run: Run) -> None:
         'batch_size': size,
         'split': 'train',
         'upstream': _origin(run),
-        'version': provenance.package_version(),
+        'version': files.package_version(),
     }
     if (directory / 'meta.json').exists():
-        before, remedy = samples.read_meta(directory), f'Delete {directory} to make them anew.'
-        workdir.check_digests(str(directory), before['upstream'], meta['upstream'], remedy)
-        workdir.check_same(str(directory), {'batch_size': before['batch_size']}, {'batch_size': size}, remedy)
+        before, hint = samples.read_meta(directory), f'Delete {directory} to make them anew.'
+        workdir.check_digests(str(directory), before['upstream'], meta['upstream'], hint)
+        workdir.check_same(str(directory), {'batch_size': before['batch_size']}, {'batch_size': size}, hint)
     model, variables = configs.make_vqvae(run.config), workdir.load_vqvae(run).on_devices()
-    provenance.write_json(directory / 'meta.json', meta)
-    decode = jax.jit(lambda codes: to_uint8(model.apply(variables, codes, method='decode')))
+    files.write_json(directory / 'meta.json', meta)
+    decode = jax.jit(lambda codes: to_uint8(model.apply(variables, extract_codes, method='decode')))
     keys = [f'codes_{level}' for level in range(len(run.levels))]
     ranges = samples.shard_ranges(len(source), size)
     done = 0
@@ -66,7 +68,7 @@ def reconstruct(run: Run) -> None:
     batches = eval_batches(source, batch_size=size, start=min(done * size, len(source)))
     with stop_signals() as stopped:
         for (start, stop), batch in zip(ranges[done:], batches, strict=True):
-            images = np.asarray(decode(tuple(parallel.put_batch({key: batch[key] for key in keys}).values())))
+            images = np.asarray(decode(tuple(sharding.make_global_batch({key: batch[key] for key in keys}).values())))
             arrays = {'arr_0': images, 'label': batch['label'], 'index': batch['index']}
             arrays = {name: array[: stop - start] for name, array in arrays.items()}
             samples.write_npz(samples.shard_path(directory, start, stop), arrays)
@@ -95,26 +97,26 @@ def _train(run, name, directory):
         except ValueError as error:
             count, classes = samples.read_meta(directory)['count'], data.num_classes
             raise JobError(f'CAS: {count} {name} of {classes} classes are too few to train on ({error})') from error
-        return stages.image_data(run, 'classifier', train, validation, **augment)
+        return train.image_data(run, 'classifier', train, validation, **augment)
 
-    make, upstream = functools.partial(stages.classifier_stage, run), {name: samples.digest(directory)}
-    stages.train_stage(run, 'classifier', f'{DIRECTORY}/{name}', make, images, upstream)
+    make, upstream = functools.partial(train.classifier_task, run), {name: samples.digest(directory)}
+    train.train_task(run, 'classifier', f'{DIRECTORY}/{name}', make, images, upstream)
 
 
 def _origin(run):
-    return {'vqvae': workdir.vqvae_record(run)['digest'], 'codes': codes.current_codes_digest(run)}
+    return {'vqvae': workdir.vqvae_record(run)['digest'], 'codes': extract_codes.current_codes_digest(run)}
 
 
 def check_upstreams(run: Run) -> None:
     """Refuses when the classifiers were trained on other images than those there now."""
     directory = run.path(RECONSTRUCTIONS)
-    remedy = f'Delete {directory} and run --job=cas again.'
-    workdir.check_digests('the reconstructions', samples.read_meta(directory)['upstream'], _origin(run), remedy)
+    hint = f'Delete {directory} and run --job=cas again.'
+    workdir.check_digests('the reconstructions', samples.read_meta(directory)['upstream'], _origin(run), hint)
     for name, source in SOURCES.items():
         trained = workdir.trained_record(run, f'{DIRECTORY}/{name}', 'cas')
         current = {name: samples.digest(run.path(source))}
-        remedy = f'Delete {run.path(DIRECTORY, name)} and run --job=cas again.'
-        workdir.check_digests(f'the classifier of {name}', trained['upstream'], current, remedy)
+        hint = f'Delete {run.path(DIRECTORY, name)} and run --job=cas again.'
+        workdir.check_digests(f'the classifier of {name}', trained['upstream'], current, hint)
 
 
 def measure(run: Run, reconstruct, split: str) -> dict[str, dict]:
@@ -137,8 +139,8 @@ def measure(run: Run, reconstruct, split: str) -> dict[str, dict]:
         kept, images = batch['mask'], batch['image']
         labels.append(batch['label'][kept])
         for suffix, shown in (('', images), ('_reconstructed', reconstruct(images)[ALL_LEVELS])):
-            for name, judge in judges.items():
-                logits.setdefault((name, suffix), []).append(judge(shown)['logits'][kept])
+            for name, classifier_network in judges.items():
+                logits.setdefault((name, suffix), []).append(classifier_network(shown)['logits'][kept])
     labels, names, found = np.concatenate(labels), source.class_names, {}
     for name in directories:
         count = samples.read_meta(run.path(SOURCES[name]))['count'] if name in SOURCES else len(run.images('train'))

@@ -9,14 +9,16 @@ import platform
 
 import jax
 
-from vqvae2_jax import config as configs
+from vqvae2_jax.config import build as configs
+from vqvae2_jax.data import samples
 from vqvae2_jax.data.images import SPLITS
-from vqvae2_jax.io import provenance
-from vqvae2_jax.io.checkpoint import read_record
-from vqvae2_jax.jobs import cas, codes, features, measure, quality, reject, report, sample, samples, workdir
-from vqvae2_jax.jobs.compare import compare_sets
+from vqvae2_jax.evaluation import features, generative, measure, report
+from vqvae2_jax.evaluation.compare import compare_sets
+from vqvae2_jax.io import files
+from vqvae2_jax.jobs import cas, extract_codes, reject, sample, workdir
 from vqvae2_jax.jobs.workdir import Run
-from vqvae2_jax.stages.vqvae import SSIM
+from vqvae2_jax.tasks.vqvae import SSIM
+from vqvae2_jax.training.checkpoint import read_record
 
 DIRECTORY = 'report'
 
@@ -28,9 +30,11 @@ def evaluate(run: Run) -> None:
         compare_sets(run)
         return
     check_upstreams(run)
-    judge = features.load_judge(run) if configs.has_classifier(run.config) else None
+    classifier_network = features.load_classifier(run) if configs.has_classifier(run.config) else None
     # Images are compared by the Inception network where its weights are given, else by the classifier that judges.
-    network = features.load_inception(options.inception, options.batch_size) if options.inception else judge
+    network = (
+        features.load_inception(options.inception, options.batch_size) if options.inception else classifier_network
+    )
     seen = measure.look(run, network)
     found = {
         'schema': 3,
@@ -39,13 +43,13 @@ def evaluate(run: Run) -> None:
         'reconstruction': seen.reconstruction,
         'originals': seen.originals,
         'likelihood': measure.likelihood(run, options.split),
-        'samples': measure.drawn(run, network, seen, judge),
+        'samples': measure.drawn(run, network, seen, classifier_network),
     }
     if configs.has_cas(run.config):
         found['cas'] = cas.measure(run, seen.reconstruct, options.split)
     found |= {'seconds': _seconds(run), 'skipped_files': len(run.skipped())}
     directory = run.path(DIRECTORY)
-    provenance.write_json(directory / 'report.json', found)
+    files.write_json(directory / 'report.json', found)
     report.draw(run, directory, found, seen.reconstruct)
     report.write_page(run, directory, found)
     report.summarize(run, directory, found)
@@ -53,21 +57,21 @@ def evaluate(run: Run) -> None:
 
 def check_upstreams(run: Run) -> None:
     """Refuses when samples or scores were made by other weights than those that the report would describe."""
-    vqvae, learnt = workdir.vqvae_record(run), {'codes': codes.current_codes_digest(run)}
+    vqvae, learnt = workdir.vqvae_record(run), {'codes': extract_codes.current_codes_digest(run)}
     workdir.check_images(run, 'vqvae', vqvae)
-    codes.check_images(run, 'test')
+    extract_codes.check_images(run, 'test')
     for name, prior in zip(run.levels, workdir.prior_records(run), strict=True):
         directory = workdir.prior_directory(name)
         recorded = {'codes': prior['upstream']['codes']}
         workdir.check_digests(directory, recorded, learnt, f'Delete {run.path(directory)} to train it anew.')
     meta = samples.read_meta(run.path(sample.DIRECTORY))
-    remedy = f'Delete {run.path(sample.DIRECTORY)} and run --job=sample again.'
-    workdir.check_digests('the samples', meta['upstream'], workdir.generator_digests(run), remedy)
+    hint = f'Delete {run.path(sample.DIRECTORY)} and run --job=sample again.'
+    workdir.check_digests('the samples', meta['upstream'], workdir.generator_digests(run), hint)
     if configs.has_classifier(run.config):
         if configs.trains_classifier(run.config):
             workdir.check_images(run, 'classifier', workdir.trained_record(run, 'classifier', 'classifier'))
         scores = reject.read_meta(run)
-        current = {'samples': samples.digest(run.path(sample.DIRECTORY)), 'classifier': features.judge_digest(run)}
+        current = {'samples': samples.digest(run.path(sample.DIRECTORY)), 'classifier': features.classifier_digest(run)}
         workdir.check_digests('the scores', scores['upstream'], current, 'Run --job=reject again.')
         if configs.has_cas(run.config):
             cas.check_upstreams(run)
@@ -82,10 +86,10 @@ def _protocol(run: Run, network) -> dict:
         'weights': 'averaged (training.weight_ema), best on the validation split',
         'mse': 'of what a viewer sees, so clipped; mse_11 in [-1, 1], mse_01 in [0, 1]; PSNR of the mean MSE',
         'ssim': SSIM,
-        'quality': quality.protocol(network, quality.IMAGES_OF_RUN) if network else None,
+        'quality': generative.protocol(network, generative.IMAGES_OF_RUN) if network else None,
         'seed': run.config.seed,
-        'config_digest': provenance.digest_json(run.config.to_dict()),
-        'version': provenance.package_version(),
+        'config_digest': files.digest_json(run.config.to_dict()),
+        'version': files.package_version(),
         'jax': jax.__version__,
         'device': f'{jax.device_count()} x {device.device_kind} ({device.platform}), {os.cpu_count()} CPU cores',
         'machine': platform.machine(),
@@ -100,4 +104,4 @@ def _seconds(run: Run) -> dict[str, float]:
     if configs.has_cas(run.config):
         directories |= {f'cas_{name}': f'{cas.DIRECTORY}/{name}' for name in cas.SOURCES}
     seconds = {name: read_record(run.path(d))['seconds'] for name, d in directories.items()}
-    return seconds | {'sample': provenance.read_json(run.path(sample.DIRECTORY, 'time.json'))['seconds']}
+    return seconds | {'sample': files.read_json(run.path(sample.DIRECTORY, 'time.json'))['seconds']}

@@ -9,14 +9,14 @@ import os
 import jax
 import numpy as np
 
-from vqvae2_jax import config as configs
-from vqvae2_jax import parallel
+from vqvae2_jax.config import build as configs
 from vqvae2_jax.data.loader import eval_batches
-from vqvae2_jax.io import provenance
+from vqvae2_jax.distributed import sharding
+from vqvae2_jax.io import files
 from vqvae2_jax.jobs import workdir
 from vqvae2_jax.jobs.workdir import SKIPPED, JobError, Run
-from vqvae2_jax.sampling.likelihood import log_likelihood
-from vqvae2_jax.stages.stage import to_float
+from vqvae2_jax.sampling.log_likelihood import log_likelihood
+from vqvae2_jax.tasks.task import to_float
 
 DIRECTORY = 'likelihood'
 
@@ -29,7 +29,7 @@ def write_likelihood(run: Run) -> None:
     measure = make_likelihood(run, known)
     rows = []
     for batch in eval_batches(source, batch_size=run.config.sample.batch_size, **run.reading()):
-        inputs = parallel.put_batch({name: batch[name] for name in ('image', 'label')})
+        inputs = sharding.make_global_batch({name: batch[name] for name in ('image', 'label')})
         nats = -np.asarray(measure(inputs['image'], inputs['label']), np.float64)  # [L, B]
         for i in np.flatnonzero(batch['mask']):
             bits = nats[:, i].sum() / math.log(2)
@@ -45,7 +45,7 @@ def write_likelihood(run: Run) -> None:
     writer.writerows((name, *(f'{x:.3f}' for x in numbers)) for name, *numbers in rows)
     own = f'of-{os.path.basename(os.path.abspath(options.path))}'  # no split is called so
     path = run.path(DIRECTORY, f'{own if options.path else options.split}.csv')
-    provenance.write_bytes(path, text.getvalue().encode())
+    files.write_bytes(path, text.getvalue().encode())
     bits = np.array([row[-1] for row in rows])
     print(f'likelihood: {len(rows)} images, {bits.mean():.1f} bits each ({bits.min():.1f} to {bits.max():.1f})')
     print(f'the least likely: {rows[0][0]}\nall of them: {path}', flush=True)

@@ -3,19 +3,19 @@
 import time
 from collections.abc import Callable
 
-from vqvae2_jax import config as configs
-from vqvae2_jax import parallel
+from vqvae2_jax.config import build as configs
+from vqvae2_jax.distributed import processes
 from vqvae2_jax.io.logging import format_duration
 from vqvae2_jax.jobs.cas import classification_accuracy_score
-from vqvae2_jax.jobs.codes import extract
-from vqvae2_jax.jobs.edit import edit
 from vqvae2_jax.jobs.evaluate import evaluate
+from vqvae2_jax.jobs.extract_codes import extract
+from vqvae2_jax.jobs.inpaint import edit
 from vqvae2_jax.jobs.likelihood import write_likelihood
-from vqvae2_jax.jobs.plan import plan
 from vqvae2_jax.jobs.reject import reject
 from vqvae2_jax.jobs.sample import draw_samples
-from vqvae2_jax.jobs.stages import train_classifier, train_prior, train_vqvae
+from vqvae2_jax.jobs.train import train_classifier, train_prior, train_vqvae
 from vqvae2_jax.jobs.workdir import JobError, Run
+from vqvae2_jax.planning.plan import plan
 
 JOBS = ('pipeline', 'vqvae', 'codes', 'prior', 'classifier', 'sample', 'reject', 'cas', 'evaluate')
 JOBS += ('edit', 'likelihood', 'plan')  # aside
@@ -38,10 +38,10 @@ def run_job(run: Run, job: str, level: str | None = None) -> None:
     for name, work in _plan(run, job, level):
         begin = time.monotonic()
         if name in _OF_ONE:
-            parallel.on_writer(work)
+            processes.run_on_main_process(work)
         else:
             work()
-            parallel.any_process(False)  # what one process has written all can read
+            processes.process_any(False)  # what one process has written all can read
         if job == 'pipeline':
             print(f'-- {name}: {format_duration(time.monotonic() - begin)}\n', flush=True)
 

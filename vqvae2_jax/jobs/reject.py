@@ -2,12 +2,14 @@
 
 import numpy as np
 
-from vqvae2_jax.io import pictures, provenance
-from vqvae2_jax.jobs import features, samples, workdir
+from vqvae2_jax.data import samples
+from vqvae2_jax.evaluation import features
+from vqvae2_jax.io import files, plots
+from vqvae2_jax.jobs import workdir
 from vqvae2_jax.jobs.sample import DIRECTORY as SAMPLES
 from vqvae2_jax.jobs.sample import grid_positions
 from vqvae2_jax.jobs.workdir import Run
-from vqvae2_jax.sampling.rejection import keep_best
+from vqvae2_jax.sampling.rejection import select_top_per_class
 
 DIRECTORY = 'rejection'
 _SCHEMA = 2  # of its files
@@ -16,22 +18,22 @@ _SCHEMA = 2  # of its files
 def reject(run: Run) -> None:
     """Writes rejection/scores.npz, accepted.npz and accepted.png."""
     source, directory = run.path(SAMPLES), run.path(DIRECTORY)
-    judge, meta = features.load_judge(run), samples.read_meta(source)
+    classifier_network, meta = features.load_classifier(run), samples.read_meta(source)
     keep, threshold = run.config.reject.keep, run.config.reject.get('threshold', 0.0)
     record = {
         'schema': _SCHEMA,
         'keep': keep,
         'threshold': threshold,
         'count': meta['count'],
-        'upstream': {'classifier': judge.protocol['weights'], 'samples': samples.digest(source)},
-        'version': provenance.package_version(),
+        'upstream': {'classifier': classifier_network.protocol['weights'], 'samples': samples.digest(source)},
+        'version': files.package_version(),
     }
-    if (directory / 'meta.json').exists() and provenance.read_json(directory / 'meta.json') == record:
+    if (directory / 'meta.json').exists() and files.read_json(directory / 'meta.json') == record:
         print(f'reject: done (see {directory})', flush=True)
         return
     (directory / 'meta.json').unlink(missing_ok=True)  # until the files below belong together again
-    scored = _score(judge, source)
-    kept = keep_best(scored['log_probability'], scored['label'], keep)
+    scored = _score(classifier_network, source)
+    kept = select_top_per_class(scored['log_probability'], scored['label'], keep)
     kept = kept[scored['score'][kept] >= np.float32(threshold)]  # the stored score, so that one of 1.0 passes 1.0
     if not len(kept):
         best = scored['score'].max()
@@ -41,9 +43,9 @@ def reject(run: Run) -> None:
     samples.write_npz(directory / 'accepted.npz', accepted)
     best_first = np.argsort(-accepted['log_probability'], kind='stable')
     grid = accepted['arr_0'][grid_positions(accepted['label'], best_first)]
-    picture = pictures.image_grid(grid, columns=10, scale=pictures.visible_scale(grid))
-    pictures.save_png(directory / 'accepted.png', picture)
-    provenance.write_json(directory / 'meta.json', record)
+    picture = plots.image_grid(grid, columns=10, scale=plots.visible_scale(grid))
+    plots.save_png(directory / 'accepted.png', picture)
+    files.write_json(directory / 'meta.json', record)
     print(f'reject: kept {len(kept)} of {len(scored["score"])} samples in {directory}', flush=True)
 
 
@@ -56,7 +58,7 @@ def read_meta(run: Run) -> dict:
     path = run.path(DIRECTORY, 'meta.json')
     if not path.exists():
         raise workdir.JobError(f'{path.parent} holds no scores; {workdir.job_command("reject")}')
-    meta = provenance.read_json(path)
+    meta = files.read_json(path)
     if meta['schema'] != _SCHEMA:
         raise workdir.JobError(
             f'{path} has schema {meta["schema"]}, this version reads schema {_SCHEMA}; {workdir.job_command("reject")}'
@@ -83,16 +85,16 @@ def log_probability(logits: np.ndarray, label: np.ndarray) -> np.ndarray:
     logits[rows, label] = -np.inf  # leaves the other classes
     top = logits.max(axis=-1)
     others = top + np.log(np.exp(logits - top[:, None]).sum(axis=-1))
-    with np.errstate(invalid='ignore'):  # NaN stays NaN; `keep_best` refuses it
+    with np.errstate(invalid='ignore'):  # NaN stays NaN; `select_top_per_class` refuses it
         return -np.logaddexp(0, others - own)
 
 
-def _score(judge, source):
+def _score(classifier_network, source):
     """What scores.npz holds of every sample, [N] each."""
     parts = []
     for path in samples.shard_paths(source):
         drawn = samples.read_npz(path)
-        logits = judge.embed(drawn['arr_0'])['logits']  # [N, S]
+        logits = classifier_network.embed(drawn['arr_0'])['logits']  # [N, S]
         log_p = log_probability(logits, drawn['label'])
         part = {'label': drawn['label'], 'index': drawn['index'], 'score': np.exp(log_p).astype(np.float32)}
         parts.append(part | {'log_probability': log_p, 'predicted': logits.argmax(axis=-1)})

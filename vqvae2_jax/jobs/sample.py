@@ -11,15 +11,16 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from vqvae2_jax import config as configs
-from vqvae2_jax import parallel
-from vqvae2_jax.io import pictures, provenance
-from vqvae2_jax.io.interrupt import leave_together, stop_signals
+from vqvae2_jax.config import build as configs
+from vqvae2_jax.data import samples
+from vqvae2_jax.distributed import processes, sharding
+from vqvae2_jax.distributed.preemption import leave_together, stop_signals
+from vqvae2_jax.io import files, plots
 from vqvae2_jax.io.logging import format_duration
-from vqvae2_jax.jobs import samples, workdir
+from vqvae2_jax.jobs import workdir
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.sampling.ancestral import sample_levels
-from vqvae2_jax.stages.stage import to_uint8
+from vqvae2_jax.tasks.task import to_uint8
 
 DIRECTORY = 'samples'
 
@@ -32,17 +33,17 @@ def draw_samples(run: Run) -> None:
     ranges = samples.shard_ranges(sample.count, sample.batch_size)
     missing = [r for r in ranges if not samples.shard_path(directory, *r).exists()]
     # All see the same before files change, whatever a shared file system may still show to one of them.
-    if not parallel.any_process(bool(missing) or not _is_recorded(directory, meta)):
+    if not processes.process_any(bool(missing) or not _is_recorded(directory, meta)):
         print(f'sample: done ({sample.count} samples in {directory})', flush=True)
         return
     with stop_signals() as stopped:
         samplers = make_samplers(run)  # refuses before anything changes
-        if parallel.is_writer():
+        if processes.is_main_process():
             (directory / 'samples.png').unlink(missing_ok=True)  # written last: where it is, nothing is missing
-            provenance.write_json(directory / 'meta.json', meta)
-        _draw(run, samplers, directory, [r for r in parallel.share(ranges) if r in missing], stopped)
+            files.write_json(directory / 'meta.json', meta)
+        _draw(run, samplers, directory, [r for r in processes.shard_by_process(ranges) if r in missing], stopped)
         leave_together(stopped)
-    if parallel.is_writer():
+    if processes.is_main_process():
         samples.remove_others(directory, ranges)
         _picture(run, directory)
 
@@ -53,8 +54,8 @@ def _draw(run, samplers, directory, missing, stopped):
     for number, (start, stop, arrays) in enumerate(_shards(run, samplers, missing), start=1):
         samples.write_npz(samples.shard_path(directory, start, stop), arrays)
         seconds = time.monotonic() - begin
-        if parallel.is_writer():
-            provenance.write_json(directory / 'time.json', {'seconds': round(before + seconds, 1)})
+        if processes.is_main_process():
+            files.write_json(directory / 'time.json', {'seconds': round(before + seconds, 1)})
         left = format_duration(seconds / number * (len(missing) - number))
         rate = number * sample.batch_size * jax.process_count() / seconds
         print(f'sample  {stop}/{sample.count}  {rate:.3g} img/s  ETA {left}', flush=True)
@@ -70,11 +71,11 @@ def make_samplers(run: Run) -> list[Callable]:
         model, decoder, modules, weights = workdir.load_generator(run, config.sample.get('dtype'))
 
     def make():
-        held = jax.device_put((weights, decoder), parallel.replicated())
-        draw = functools.partial(compiled_draw(config, model, modules), *held, make_controls(config))
+        held = jax.device_put((weights, decoder), sharding.replicated_sharding())
+        draw = functools.partial(compiled_draw(config, model, modules), *held, make_all_sampling_params(config))
 
         def sampler(batch):
-            batch = parallel.put_batch(batch)
+            batch = sharding.make_global_batch(batch)
             return draw(batch['index'], batch['label'])
 
         return sampler
@@ -84,7 +85,7 @@ def make_samplers(run: Run) -> list[Callable]:
 
 def compiled_draw(config, model, modules):
     """A jitted (priors' weights, decoder's collections, controls, index, label) -> as `make_samplers` says."""
-    whole, split = parallel.replicated(), parallel.split_batch(config.sample.batch_size)
+    whole, split = sharding.replicated_sharding(), sharding.batch_sharding(config.sample.batch_size)
     key = jax.random.key(config.sample.seed)
 
     def draw(weights, decoder, controls, index, label):
@@ -96,9 +97,9 @@ def compiled_draw(config, model, modules):
     return jax.jit(draw, in_shardings=(whole, whole, whole, split, split), out_shardings=split, keep_unused=True)
 
 
-def make_controls(config):
+def make_all_sampling_params(config):
     """How the codes of each level are drawn, finest first."""
-    return tuple(configs.make_control(config, name) for name in configs.level_names(config.vqvae.factors))
+    return tuple(configs.make_sampling_params(config, name) for name in configs.level_names(config.vqvae.factors))
 
 
 def sample_labels(config, index: np.ndarray) -> np.ndarray:
@@ -135,7 +136,7 @@ def _meta(run):
         'dtype': sample.get('dtype', ''),
         'num_classes': run.config.data.num_classes,
         'upstream': workdir.generator_digests(run),
-        'version': provenance.package_version(),
+        'version': files.package_version(),
     }
 
 
@@ -143,8 +144,8 @@ def _check_started(directory, meta):
     if not (directory / 'meta.json').exists():
         return
     before = samples.read_meta(directory)
-    remedy = f'Give another --workdir, go back to those settings, or delete {directory} to draw anew.'
-    workdir.check_digests(f'the samples in {directory}', before['upstream'], meta['upstream'], remedy)
+    hint = f'Give another --workdir, go back to those settings, or delete {directory} to draw anew.'
+    workdir.check_digests(f'the samples in {directory}', before['upstream'], meta['upstream'], hint)
     if meta['count'] < before['count']:  # else samples beyond the new count would stay in the folder
         raise workdir.JobError(
             f'{directory} is a set of {before["count"]} samples, more than sample.count={meta["count"]}: '
@@ -152,7 +153,7 @@ def _check_started(directory, meta):
         )
     fields = set(meta) - {'schema', 'count', 'upstream', 'version'}  # the count may grow
     what = f'the set of samples in {directory}'
-    workdir.check_same(what, {k: before.get(k) for k in fields}, {k: meta[k] for k in fields}, remedy)
+    workdir.check_same(what, {k: before.get(k) for k in fields}, {k: meta[k] for k in fields}, hint)
 
 
 def _is_recorded(directory, meta) -> bool:
@@ -163,7 +164,7 @@ def _is_recorded(directory, meta) -> bool:
 
 def _seconds(directory) -> float:
     path = directory / 'time.json'
-    return provenance.read_json(path)['seconds'] if path.exists() else 0.0
+    return files.read_json(path)['seconds'] if path.exists() else 0.0
 
 
 def _picture(run, directory):
@@ -171,8 +172,8 @@ def _picture(run, directory):
     count = run.config.sample.count
     labels = sample_labels(run.config, np.arange(count))
     grid = samples.take(directory, grid_positions(labels, np.arange(count)))['arr_0']
-    picture = pictures.image_grid(grid, columns=10, scale=pictures.visible_scale(grid))
-    pictures.save_png(directory / 'samples.png', picture)
+    picture = plots.image_grid(grid, columns=10, scale=plots.visible_scale(grid))
+    plots.save_png(directory / 'samples.png', picture)
     print(f'sample: {count} samples in {directory}; look at {directory / "samples.png"}', flush=True)
 
 

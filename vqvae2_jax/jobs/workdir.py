@@ -13,14 +13,14 @@ import optax
 from etils import epath
 from ml_collections import ConfigDict
 
-from vqvae2_jax import config as configs
-from vqvae2_jax import parallel
+from vqvae2_jax.config import build as configs
 from vqvae2_jax.data import images, loader
 from vqvae2_jax.data.codes import CodeSource
 from vqvae2_jax.data.images import ImageSource
-from vqvae2_jax.io import bucket, provenance
-from vqvae2_jax.io.checkpoint import Weights, read_record
+from vqvae2_jax.distributed import sharding
+from vqvae2_jax.io import files, gcs
 from vqvae2_jax.models.prior import Prior
+from vqvae2_jax.training.checkpoint import BestCheckpoint, read_record
 
 SKIPPED = 'skipped.txt'
 
@@ -38,7 +38,7 @@ class Run:
     _images: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # opened: listing takes long
 
     def __post_init__(self):
-        object.__setattr__(self, 'workdir', bucket.absolute(self.workdir))
+        object.__setattr__(self, 'workdir', gcs.absolute(self.workdir))
 
     def path(self, *parts: str) -> epath.Path:
         """A file or folder below the workdir."""
@@ -76,7 +76,7 @@ class Run:
 
     def images_digest(self) -> str:
         """Identifies the images that stages are trained and chosen on."""
-        return provenance.digest_json({split: self.images(split).digest for split in ('train', 'validation')})
+        return files.digest_json({split: self.images(split).digest for split in ('train', 'validation')})
 
     def codes(self, split: str) -> CodeSource:
         """The extracted codes of a split.
@@ -117,7 +117,7 @@ class Trained:
 
     def on_devices(self) -> dict[str, Any]:
         """The collections, whole on every device."""
-        return jax.device_put(self.collections, parallel.replicated())
+        return jax.device_put(self.collections, sharding.replicated_sharding())
 
 
 def prior_directory(level_name: str) -> str:
@@ -150,7 +150,7 @@ def load_trained(run: Run, directory: str, job: str) -> Trained:
       JobError: as `trained_record`; or they are those of another version's network.
     """
     record = trained_record(run, directory, job)
-    weights = Weights(run.path(directory)).load()
+    weights = BestCheckpoint(run.path(directory)).load()
     trained = Trained(weights['params'], weights.get('variables') or {}, record)
     _check_network(run, run.path(directory), trained)
     return trained
@@ -202,7 +202,7 @@ def load_generator(run: Run, dtype: str | None = None):
       dtype: of the priors' weights, caches and arithmetic (logits stay float32); None or '': each prior's own.
     """
     weights = optax.tree.cast([prior.params for prior in load_priors(run)], dtype or None)
-    weights = jax.device_put(weights, parallel.replicated())
+    weights = jax.device_put(weights, sharding.replicated_sharding())
     return configs.make_vqvae(run.config), load_vqvae(run).on_devices(), make_priors(run, dtype), weights
 
 
@@ -219,9 +219,9 @@ def check_images(run: Run, directory: str, record: dict) -> None:
       UpstreamChanged: with both digests. JobError: the images are not there.
     """
     path = run.path(directory)
-    remedy = f'Bring back those images, or delete {path} to train it anew.'
+    hint = f'Bring back those images, or delete {path} to train it anew.'
     recorded, current = {'images': record['upstream'].get('images')}, {'images': run.images_digest()}
-    check_digests(f'the training in {path}', recorded, current, remedy)
+    check_digests(f'the training in {path}', recorded, current, hint)
 
 
 def _check_settings(run: Run, path: epath.Path, record: dict) -> None:
@@ -230,9 +230,9 @@ def _check_settings(run: Run, path: epath.Path, record: dict) -> None:
     of_training = ('seed', 'data.flip', 'data.crop', f'{section}.training.')
     current = configs.settings(run.config, section)
     fields = [k for k in current if not k.startswith(of_training)]
-    remedy = 'Go back to those settings, or give another --workdir.'
+    hint = 'Go back to those settings, or give another --workdir.'
     recorded = {k: record['settings'].get(k) for k in fields}
-    check_same(f'the training in {path}', recorded, {k: current[k] for k in fields}, remedy)
+    check_same(f'the training in {path}', recorded, {k: current[k] for k in fields}, hint)
 
 
 def _check_network(run: Run, path: epath.Path, trained: Trained) -> None:
@@ -243,7 +243,7 @@ def _check_network(run: Run, path: epath.Path, trained: Trained) -> None:
         name = different[0]
         raise JobError(
             f'{path} was trained by version {trained.record["version"]}, whose network differs from the one now '
-            f'({provenance.package_version()}) in {len(different)} arrays, such as {name}: '
+            f'({files.package_version()}) in {len(different)} arrays, such as {name}: '
             f'{there.get(name)} there, {now.get(name)} now. Delete {path} to train it anew, or go back to that version.'
         )
 
@@ -252,7 +252,7 @@ def _shapes(tree):
     return {jax.tree_util.keystr(k, simple=True, separator='/'): x.shape for k, x in jax.tree.leaves_with_path(tree)}
 
 
-def check_same(what: str, recorded: dict, current: dict, remedy: str) -> None:
+def check_same(what: str, recorded: dict, current: dict, hint: str) -> None:
     """Refuses when two flat records of settings differ, naming every field with both values.
 
     Raises:
@@ -264,13 +264,13 @@ def check_same(what: str, recorded: dict, current: dict, remedy: str) -> None:
         raise JobError(f'{what} was made with other settings:\n{lines}\n{remedy}')
 
 
-def check_digests(what: str, recorded: dict[str, str], current: dict[str, str], remedy: str) -> None:
+def check_digests(what: str, recorded: dict[str, str], current: dict[str, str], hint: str) -> None:
     """Refuses when an upstream of `what` is no longer the recorded one; both map names to digests.
 
     Raises:
       provenance.UpstreamChanged: with both digests.
     """
     for name in sorted(recorded.keys() | current.keys()):
-        provenance.check_upstream(
-            f'the {name} that {what} was made from', str(recorded.get(name)), str(current.get(name)), remedy
+        files.check_upstream(
+            f'the {name} that {what} was made from', str(recorded.get(name)), str(current.get(name)), hint
         )

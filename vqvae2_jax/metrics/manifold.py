@@ -11,11 +11,11 @@ import numpy as np
 
 from vqvae2_jax.metrics.frechet import checked_features
 
-NEIGHBOURS = 3
+NEIGHBORS = 3
 _BLOCK = 1024
 
 
-def precision_recall(real, generated, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
+def precision_recall(real, generated, neighbours: int = NEIGHBORS) -> tuple[float, float]:
     """Shares in [0, 1].
 
     Args:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqvae2_jax.models.order import Order
+from vqvae2_jax.models.order import GenerationOrder
 
 _AXIS_OF = {'rows': 1, 'columns': 2}
 
@@ -54,7 +54,7 @@ class CausalConv(nn.Module):
 
 
 class WavefrontConv(nn.Module):
-    """Convolution whose output sees what a window (`Order.taps`) holds of its own and of earlier steps.
+    """Convolution whose output sees what a window (`GenerationOrder.taps`) holds of its own and of earlier steps.
 
     As a stream it takes the features of one step after the other and gives those of the same step, or, where `strict`,
     of the next one: then the first features are those of "step -1", which lie outside the map and count for nothing.
@@ -62,7 +62,7 @@ class WavefrontConv(nn.Module):
 
     features: int
     kernel: int
-    order: Order
+    order: GenerationOrder
     strict: bool = False
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     dtype: jnp.dtype = jnp.float32
@@ -70,15 +70,15 @@ class WavefrontConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         # [B, H, W, F'] -> [B, H, W, features], or streamed [B, n, 1, F'] -> [B, n, 1, features]
-        taps = self.order.taps(self.kernel, self.strict)
-        weights = self.param('kernel', self.kernel_init, (len(taps), x.shape[-1], self.features))
+        visible_offsets = self.order.visible_offsets(self.kernel, self.strict)
+        weights = self.param('kernel', self.kernel_init, (len(visible_offsets), x.shape[-1], self.features))
         bias = self.param('bias', nn.initializers.zeros, (self.features,))
         x, weights, bias = nn.dtypes.promote_dtype(x, weights, bias, dtype=self.dtype)
         if self.is_mutable_collection('diagonals') and not self.is_initializing():
             # Float32 sums: what accelerators do anyway, and the only products of bfloat16 that are fast on CPUs.
-            seen, weights = self._stream(x, taps), weights.reshape(-1, self.features)
+            seen, weights = self._stream(x, visible_offsets), weights.reshape(-1, self.features)
             return jnp.matmul(seen, weights, preferred_element_type=jnp.float32).astype(x.dtype) + bias
-        rows, columns = np.array(taps).T
+        rows, columns = np.array(visible_offsets).T
         above, below, left, right = -rows.min(), rows.max(), -columns.min(), columns.max()
         window = jnp.zeros((above + below + 1, left + right + 1, *weights.shape[1:]), weights.dtype)
         window = window.at[above + rows, left + columns].set(weights)
@@ -86,11 +86,11 @@ class WavefrontConv(nn.Module):
         layout = ('NHWC', 'HWIO', 'NHWC')
         return jax.lax.conv_general_dilated(x, window, (1, 1), padding, dimension_numbers=layout) + bias
 
-    def _stream(self, x, taps):
+    def _stream(self, x, visible_offsets):
         # [B, n, 1, F'] -> [B, n, 1, taps * F'], what each tap sees
         order, last = self.order, -int(self.strict)  # tap offsets count from the step that comes out
-        above, below = -min(i for i, _ in taps), max(i for i, _ in taps)
-        back = last - min(j + order.slope * i for i, j in taps)  # earlier steps to remember
+        above, below = -min(i for i, _ in visible_offsets), max(i for i, _ in visible_offsets)
+        back = last - min(j + order.slope * i for i, j in visible_offsets)  # earlier steps to remember
         past = self.variable(
             'diagonals', 'past', jnp.zeros, (x.shape[0], above + order.rows, back, x.shape[-1]), x.dtype
         )
@@ -107,8 +107,8 @@ class WavefrontConv(nn.Module):
         if self.strict:
             seen = self._down(seen, step + 1)
         seen = jnp.pad(seen, ((0, 0), (0, below), (0, 0), (0, 0)))  # rows that have not begun
-        tap_rows = [slice(above + i, above + i + order.rows) for i, _ in taps]
-        tap_steps = [back + j + order.slope * i - last for i, j in taps]
+        tap_rows = [slice(above + i, above + i + order.rows) for i, _ in visible_offsets]
+        tap_steps = [back + j + order.slope * i - last for i, j in visible_offsets]
         return jnp.concatenate([seen[:, r, s] for r, s in zip(tap_rows, tap_steps, strict=True)], axis=-1)[:, :, None]
 
     def _down(self, rows, step):
@@ -126,7 +126,7 @@ class CausalAttention(nn.Module):
     """
 
     heads: int
-    order: Order
+    order: GenerationOrder
     dropout: float = 0.0
     dropout_kind: str = 'keys'  # or 'logits', see `_drop`
     dtype: jnp.dtype = jnp.float32

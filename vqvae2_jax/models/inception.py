@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqvae2_jax.models.folding import fold, mismatches
+from vqvae2_jax.models.batch_norm import fold, mismatches
 
 SIZE = 299
 FEATURES = 2048

@@ -15,7 +15,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Order:
+class GenerationOrder:
     """Position (i, j) of a map of `shape` is drawn in step j + slope * i."""
 
     shape: tuple[int, int]  # H, W
@@ -65,7 +65,7 @@ class Order:
         inside = (rows < self.shape[0]) & (columns >= 0) & (columns < self.shape[1])
         return xp.minimum(rows, self.shape[0] - 1), xp.clip(columns, 0, self.shape[1] - 1), inside
 
-    def taps(self, kernel: int, strict: bool = False) -> tuple[tuple[int, int], ...]:
+    def visible_offsets(self, kernel: int, strict: bool = False) -> tuple[tuple[int, int], ...]:
         """The (row, column) offsets within a window that belong to the same or an earlier step.
 
         The window is `kernel` rows high and as wide, or wide enough to reach `slope` columns to either side: with

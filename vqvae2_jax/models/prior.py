@@ -17,11 +17,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vqvae2_jax.models.block_runner import BlockRunner
 from vqvae2_jax.models.causal import CausalAttention
-from vqvae2_jax.models.order import Order
-from vqvae2_jax.models.repeat import Repeat
+from vqvae2_jax.models.gated_resnet import GatedBlock, GatedResNetStack, run_blocks
+from vqvae2_jax.models.order import GenerationOrder
 from vqvae2_jax.models.residual import ResidualStack
-from vqvae2_jax.models.trunk import GatedBlock, Trunk, run_blocks
 
 PLACEMENTS, KINDS = ('inside', 'after'), ('keys', 'logits')
 
@@ -78,13 +78,13 @@ class Prior(nn.Module):
     def _blocks(self, count: int, layer) -> list[GatedBlock]:
         return [self._block(layer)() for _ in range(count)]
 
-    def _trunk(self, layer) -> Trunk:
+    def _trunk(self, layer) -> GatedResNetStack:
         dropout = self.attention_dropout, self.attention_dropout_kind
         attention = functools.partial(CausalAttention, self.heads, self.order, *dropout, self.dtype)
-        return Trunk(self.layers, self.attention_layers, self._block(layer), attention)
+        return GatedResNetStack(self.layers, self.attention_layers, self._block(layer), attention)
 
     @property
-    def order(self) -> Order:
+    def order(self) -> GenerationOrder:
         """In which order the positions are drawn."""
         raise NotImplementedError
 
@@ -97,9 +97,9 @@ class Prior(nn.Module):
           coarser: int32 [B, h_l, w_l] of every coarser level, finest first.
           train: dropout on; needs rng `dropout`.
         """
-        return self.given_condition(codes, self.condition(labels, coarser, train=train), train=train)
+        return self.apply_with_cond(codes, self.condition(labels, coarser, train=train), train=train)
 
-    def given_condition(self, codes, condition, *, train: bool = False) -> jax.Array:
+    def apply_with_cond(self, codes, condition, *, train: bool = False) -> jax.Array:
         """As the call, with what `condition` gives in place of labels and coarser codes."""
         return self._head(self._whole(codes, condition, train=train), condition, train=train)
 
@@ -113,7 +113,7 @@ class Prior(nn.Module):
         return self.logits(nn.elu(x).astype(jnp.float32))
 
     def _repeat(self, train):
-        return Repeat(self.remat and train, self.scan_layers and train)
+        return BlockRunner(self.remat and train, self.scan_layers and train)
 
     def condition(self, labels=None, coarser=(), *, train: bool = False) -> jax.Array | None:
         """Class and coarser levels as one map [B, H, W, F], or [B, 1, 1, F] for the class alone; None for neither."""

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from vqvae2_jax.models.causal import CausalConv
-from vqvae2_jax.models.order import Order
+from vqvae2_jax.models.gated_resnet import run_blocks
+from vqvae2_jax.models.order import GenerationOrder
 from vqvae2_jax.models.prior import Prior
-from vqvae2_jax.models.trunk import run_blocks
 
 
 class RasterPrior(Prior):
@@ -35,8 +35,8 @@ class RasterPrior(Prior):
         self.horizontal_trunk = self._trunk(horizontal)
 
     @property
-    def order(self) -> Order:
-        return Order.raster(self.shape)
+    def order(self) -> GenerationOrder:
+        return GenerationOrder.raster(self.shape)
 
     def _whole(self, codes, condition, *, train):
         rows, columns = jnp.arange(self.shape[0]), jnp.arange(self.shape[1])

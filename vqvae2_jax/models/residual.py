@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vqvae2_jax.models.repeat import PLAIN, Repeat
+from vqvae2_jax.models.block_runner import DEFAULT, BlockRunner
 
 
 class ResidualBlock(nn.Module):
@@ -29,5 +29,5 @@ class ResidualStack(nn.Module):
     def setup(self):
         self.blocks = [ResidualBlock(self.residual, self.dtype) for _ in range(self.layers)]
 
-    def __call__(self, x: jax.Array, repeat: Repeat = PLAIN) -> jax.Array:
+    def __call__(self, x: jax.Array, repeat: BlockRunner = DEFAULT) -> jax.Array:
         return repeat.run(lambda block, x, _: block(x), self.blocks, x)[0]

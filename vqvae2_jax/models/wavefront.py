@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from vqvae2_jax.models.causal import WavefrontConv
-from vqvae2_jax.models.order import Order
+from vqvae2_jax.models.order import GenerationOrder
 from vqvae2_jax.models.prior import Prior
 
 
@@ -34,15 +34,15 @@ class WavefrontPrior(Prior):
         self.trunk = self._trunk(conv)
 
     @property
-    def order(self) -> Order:
-        return Order(self.shape, self.slope)
+    def order(self) -> GenerationOrder:
+        return GenerationOrder(self.shape, self.slope)
 
     def _whole(self, codes, condition, *, train):
         rows, columns = jnp.arange(self.shape[0])[:, None], jnp.arange(self.shape[1])
         return self._features(codes, rows, columns, condition, train=train)
 
     def diagonal(self, previous: jax.Array, step: jax.Array, condition: jax.Array | None) -> jax.Array:
-        """Logits float32 [B, n, K] of the positions of `step`, in `Order.positions`; those off the map mean nothing.
+        """Logits float32 [B, n, K] of the positions of `step`, in `GenerationOrder.positions`; those off the map mean nothing.
 
         Args:
           previous: int32 [B, n], the codes of the step before (any where it has no position).

@@ -2,7 +2,7 @@
 
 `sample` streams, each layer remembering what it has seen: in raster order row by row through the vertical stack and
 position by position through the horizontal one; in wavefront order one step, which is many positions, after the other.
-`sample_by_rerunning` is the slow definition, which runs the whole network for every step; both draw the same codes.
+`sample_reference` is the slow definition, which runs the whole network for every step; both draw the same codes.
 
 Randomness is a function of (key of the sample, position) alone, so sample i is the same in any batch, on any number of
 devices.
@@ -19,7 +19,7 @@ import numpy as np
 
 from vqvae2_jax.models.prior import Prior
 from vqvae2_jax.models.wavefront import WavefrontPrior
-from vqvae2_jax.sampling.control import PLAIN, Control, draw, guide
+from vqvae2_jax.sampling.params import DEFAULT, SamplingParams, apply_cfg, draw
 
 
 class Sampled(NamedTuple):
@@ -40,7 +40,7 @@ def sample(
     keys: jax.Array,
     labels: jax.Array | None = None,
     coarser: tuple[jax.Array, ...] = (),
-    control: Control = PLAIN,
+    control: SamplingParams = DEFAULT,
     given: jax.Array | None = None,
 ) -> Sampled:
     """Codes drawn in the prior's order, with caches.
@@ -58,22 +58,22 @@ def sample(
       ValueError: guidance without a prior trained for it.
     """
     choose = functools.partial(_choose, prior, keys, control, given)
-    labels, coarser = _branches(prior, labels, coarser, control)
+    labels, coarser = _cfg_inputs(prior, labels, coarser, control)
     condition = prior.apply({'params': params}, labels, coarser, method='condition')
     stream = _wavefront if isinstance(prior, WavefrontPrior) else _raster
-    return stream(prior, params, condition, choose, functools.partial(_both, control), keys.shape[0])
+    return stream(prior, params, condition, choose, functools.partial(_tile_for_cfg, control), keys.shape[0])
 
 
-def sample_by_rerunning(prior, params, keys, labels=None, coarser=(), control=PLAIN, given=None) -> Sampled:
+def sample_reference(prior, params, keys, labels=None, coarser=(), control=DEFAULT, given=None) -> Sampled:
     """The slow definition of `sample`: the same arguments and the same result, the whole network run for every step."""
     height, width = prior.shape
     choose = functools.partial(_choose, prior, keys, control, given)
-    labels, coarser = _branches(prior, labels, coarser, control)
+    labels, coarser = _cfg_inputs(prior, labels, coarser, control)
     rows, columns = (jnp.asarray(axis.reshape(-1)) for axis in np.mgrid[:height, :width])
     steps = prior.order.step_of().reshape(-1)
 
     def one_step(sampled, step):
-        maps = _both(control, sampled.codes.reshape(-1, height, width))
+        maps = _tile_for_cfg(control, sampled.codes.reshape(-1, height, width))
         logits = prior.apply({'params': params}, maps, labels, coarser)  # [B, H, W, K]
         drawn = choose(rows, columns, logits.reshape(logits.shape[0], height * width, -1))
         return jax.tree.map(lambda new, old: jnp.where(steps == step, new, old), drawn, sampled), None
@@ -94,7 +94,7 @@ def sample_levels(priors, params, key, index, labels=None, controls=None, given=
       controls: a Control per level; None: the priors as they are.
       given: per level None or codes to keep, as in `sample`.
     """
-    controls = controls or (PLAIN,) * len(priors)
+    controls = controls or (DEFAULT,) * len(priors)
     given = given or (None,) * len(priors)
     codes: tuple[jax.Array, ...] = ()
     for level in reversed(range(len(priors))):
@@ -104,24 +104,24 @@ def sample_levels(priors, params, key, index, labels=None, controls=None, given=
     return codes
 
 
-def _branches(prior, labels, coarser, control):
+def _cfg_inputs(prior, labels, coarser, control):
     """Labels and coarser codes of what the network runs on: where there is guidance, once more without the class."""
     if control.guidance is None:
         return labels, coarser
     if not prior.label_dropout or labels is None:
         raise ValueError('guidance needs labels, and a prior that was trained with label_dropout above 0')
     labels = jnp.concatenate([labels, jnp.full_like(labels, prior.num_classes)])
-    return labels, tuple(_both(control, c) for c in coarser)
+    return labels, tuple(_tile_for_cfg(control, c) for c in coarser)
 
 
-def _both(control, x):
+def _tile_for_cfg(control, x):
     """[B, ...] -> [2 B, ...] where there is guidance, for the branches with and without class; else as it is."""
     return x if control.guidance is None else jnp.concatenate([x, x])
 
 
 def _choose(prior, keys, control, given, rows, columns, logits) -> Sampled:
     """Codes and their log-probabilities [B, n] for logits [B or 2 B, n, K] at the positions rows, columns [n]."""
-    codes = draw(keys, rows * prior.shape[1] + columns, guide(logits, control), control)
+    codes = draw(keys, rows * prior.shape[1] + columns, apply_cfg(logits, control), control)
     if given is not None:
         here = given[:, rows, columns]
         codes = jnp.where(here >= 0, here, codes)

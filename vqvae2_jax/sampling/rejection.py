@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 
-def keep_best(scores: np.ndarray, labels: np.ndarray, share: float) -> np.ndarray:
+def select_top_per_class(scores: np.ndarray, labels: np.ndarray, share: float) -> np.ndarray:
     """Positions of the best-scoring `share` of every class, in rising order.
 
     Class by class, so that rejection leaves the classes as balanced as it found them: over all classes at once it would
