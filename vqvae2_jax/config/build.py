@@ -147,7 +147,7 @@ def options(config: ConfigDict, job: str) -> ConfigDict:
     """The section of a job of `OPTIONAL_SECTIONS`, complete."""
     given = config.get(job, ConfigDict())
     if not isinstance(given, ConfigDict):
-        raise ConfigError(f'{job} is {given!r}; it is a section with the fields {", ".join(sorted(ASIDE[job]))}')
+        raise ConfigError(f'{job} is {given!r}; it is a section with the fields {", ".join(sorted(OPTIONAL_SECTIONS[job]))}')
     return ConfigDict(OPTIONAL_SECTIONS[job] | dict(given))
 
 

@@ -19,10 +19,10 @@ _NAMES = {
     'classifier': {'frechet': 'frechet_distance', 'kernel': 'kernel_distance'},
 }
 # Which images the numbers are of: where two sets are compared, and in the report of a run.
-IMAGES_OF_SETS = f'all of both sets for the Fréchet distance; the first {KEPT} of each for the other numbers'
+IMAGES_OF_SETS = f'all of both sets for the Fréchet distance; the first {MAX_STORED_FEATURES} of each for the other numbers'
 IMAGES_OF_RUN = (
-    f'the first {KEPT} samples; all reconstructions and all real images for the Fréchet distance, '
-    f'the first {KEPT} for the other numbers'
+    f'the first {MAX_STORED_FEATURES} samples; all reconstructions and all real images for the Fréchet distance, '
+    f'the first {MAX_STORED_FEATURES} for the other numbers'
 )
 
 
@@ -52,7 +52,7 @@ def protocol(network: Network, images: str) -> dict:
         **network.protocol,
         'covariances': 'float64, over N - 1',
         'kernel': f'cubic, mean and deviation over {SUBSETS} subsets of up to {SUBSET_SIZE} images of each set',
-        'precision_recall': f'k = {NEIGHBOURS}, in the features of the same network, of as many images of both sets',
+        'precision_recall': f'k = {NEIGHBORS}, in the features of the same network, of as many images of both sets',
         'images': images,
         'inception_score': score,
     }
@@ -131,7 +131,7 @@ def sweep(
     points, missing = [], []
     for share, kept_count, positions in chosen:
         if not len(positions):
-            missing.append(f'{share:g} keeps {kept_count} images; more than {NEIGHBOURS} kept and real ones are needed')
+            missing.append(f'{share:g} keeps {kept_count} images; more than {NEIGHBORS} kept and real ones are needed')
             continue
         confidence = float(np.mean(probability[positions], dtype=np.float64))
         point = {'kept': share, 'kept_count': kept_count, 'count': count, 'confidence': confidence}
@@ -162,7 +162,7 @@ def _caution(found) -> str:
     distance = next(names['frechet'] for names in _NAMES.values() if names['frechet'] in found)
     score = ' and inception_score downwards' if 'inception_score' in found else ''
     return (
-        f'below {FEW} images {distance} is biased upwards{score}, and precision and recall depend on the number of '
+        f'below {MIN_FID_IMAGES} images {distance} is biased upwards{score}, and precision and recall depend on the number of '
         'images; compare them only with numbers of as many images'
     )
 

@@ -115,7 +115,7 @@ def check_upstream(what: str, recorded: str, current: str, hint: str) -> None:
       UpstreamChanged: the digests differ; the message shows both and the remedy.
     """
     if recorded != current:
-        raise StaleInputError(f'{what} has changed:\n  recorded {recorded}\n  now      {current}\n{remedy}')
+        raise StaleInputError(f'{what} has changed:\n  recorded {recorded}\n  now      {current}\n{hint}')
 
 
 def _to_json(value, place: str):

@@ -261,7 +261,7 @@ def check_same(what: str, recorded: dict, current: dict, hint: str) -> None:
     fields = sorted(k for k in recorded.keys() | current.keys() if recorded.get(k) != current.get(k))
     if fields:
         lines = '\n'.join(f'  {k}: {recorded.get(k)!r} there, {current.get(k)!r} now' for k in fields)
-        raise JobError(f'{what} was made with other settings:\n{lines}\n{remedy}')
+        raise JobError(f'{what} was made with other settings:\n{lines}\n{hint}')
 
 
 def check_digests(what: str, recorded: dict[str, str], current: dict[str, str], hint: str) -> None:

@@ -29,7 +29,7 @@ class GenerationOrder:
             )
 
     @classmethod
-    def raster(cls, shape: tuple[int, int]) -> 'Order':
+    def raster(cls, shape: tuple[int, int]) -> 'GenerationOrder':
         """One position after the other, row by row."""
         return cls(shape, shape[1])
 
