@@ -6,6 +6,6 @@ training on a CPU fast.
 """
 
 from vqvae2_jax.config.files import load_config
+from vqvae2_jax.version import __version__
 
-__all__ = ['load_config']
-__version__ = '0.2.0'
+__all__ = ['__version__', 'load_config']

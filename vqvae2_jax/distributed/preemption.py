@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a question that long work asks between two steps, so that it can save and leave."""
+"""Graceful shutdown: SIGINT and SIGTERM set a flag that long loops poll, so that they save before they exit."""
 
 import contextlib
 import os
@@ -9,21 +9,24 @@ from vqvae2_jax.distributed import processes
 
 
 class Interrupted(SystemExit):
-    """The work was saved and stops here; the same command continues it. The process ends with 128 + the signal."""
+    """The work was saved and stops here; the same command continues it. The exit status is 128 plus the signal."""
 
 
-def leave_together(stopped: Callable[[], int]) -> None:
-    """Raises `Interrupted` on all processes where a signal came to any of them; all call this together."""
+def exit_together(stopped: Callable[[], int]) -> None:
+    """Raises `Interrupted` on all processes if any of them received a signal; all processes call this together."""
     if received := processes.process_max(stopped()):
         raise Interrupted(128 + received)
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
-    """Within the context, SIGINT and SIGTERM only set a flag; yields a function that returns the signal or 0.
+    """Within the context, SIGINT and SIGTERM only set a flag.
 
-    Whoever asks leaves the context when it is safe to; its end raises `Interrupted`, so that no signal is swallowed,
-    not even one that came too late to be asked for. A second signal of the same kind acts as usual, for the impatient.
+    The end of the context raises `Interrupted` if a signal came, even one that came too late for the loop to see. A
+    second signal of the same kind acts as usual, for users who do not want to wait.
+
+    Yields:
+      A function that returns the signal received, or 0.
     """
     received = 0
     previous = {}
@@ -32,7 +35,7 @@ def stop_signals() -> Iterator[Callable[[], int]]:
         nonlocal received
         received = number
         signal.signal(number, previous[number])
-        # Not print: a signal may come in the middle of one, which refuses to be entered twice.
+        # Not print: a signal may interrupt a print, which cannot be entered twice.
         os.write(2, f'{signal.Signals(number).name}: saving before the exit ...\n'.encode())
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,4 +1,4 @@
-"""Where a file came from: digests, JSON files that are whole or absent, and the refusal of a changed upstream."""
+"""Digests, and files that are written completely or not at all."""
 
 import hashlib
 import json
@@ -9,17 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-import vqvae2_jax
 from vqvae2_jax.io import gcs
-
-
-class StaleInputError(ValueError):
-    """What a file was made from is no longer what is there now."""
-
-
-def package_version() -> str:
-    """The version of this package, for the record in every file that a job writes."""
-    return vqvae2_jax.__version__
 
 
 def digest_arrays(tree) -> str:
@@ -57,7 +47,7 @@ def digest_json(obj) -> str:
     Raises:
       TypeError, ValueError: as `write_json`.
     """
-    text = json.dumps(_to_json(obj, 'obj'), sort_keys=True, separators=(',', ':'))
+    text = json.dumps(to_json(obj, 'obj'), sort_keys=True, separators=(',', ':'))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -70,7 +60,7 @@ def write_json(path, obj) -> None:
       TypeError: a key is not a string, or a value has no JSON form; the message names its place.
       ValueError: a float is NaN or infinite (JSON has neither); the message names its place.
     """
-    text = json.dumps(_to_json(obj, epath.Path(path).name), indent=2) + '\n'
+    text = json.dumps(to_json(obj, epath.Path(path).name), indent=2) + '\n'
     write_bytes(path, text.encode())
 
 
@@ -102,24 +92,17 @@ def write_bytes(path, data: bytes) -> None:
     part.replace(path)
 
 
-def check_upstream(what: str, recorded: str, current: str, hint: str) -> None:
-    """Refuses to go on when `what` is not what the files at hand were made from.
+def to_json(value, place: str):
+    """Converts a value to JSON's own types: NumPy scalars become numbers, tuples become lists.
 
     Args:
-      what: the upstream in words, for example "stage-1 checkpoint runs/a/vqvae".
-      recorded: its digest at the time those files were made.
-      current: its digest now.
-      remedy: what the user should do, as a sentence.
+      value: the value.
+      place: where it is, for messages.
 
     Raises:
-      UpstreamChanged: the digests differ; the message shows both and the remedy.
+      TypeError: a key is not a string, or a value has no JSON form.
+      ValueError: a float is NaN or infinite.
     """
-    if recorded != current:
-        raise StaleInputError(f'{what} has changed:\n  recorded {recorded}\n  now      {current}\n{hint}')
-
-
-def _to_json(value, place: str):
-    """`value` in JSON's own types; `place` says where it stands, for messages."""
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool | int | str):
@@ -135,9 +118,9 @@ def _to_json(value, place: str):
                     f'{place} has the key {key!r} ({type(key).__name__}); JSON keys are strings, '
                     'so it would not read back the same'
                 )
-        return {key: _to_json(item, f'{place}.{key}') for key, item in value.items()}
+        return {key: to_json(item, f'{place}.{key}') for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_json(item, f'{place}[{i}]') for i, item in enumerate(value)]
+        return [to_json(item, f'{place}[{i}]') for i, item in enumerate(value)]
     raise TypeError(
         f'{place} is a {type(value).__name__}, which has no JSON form; convert it to numbers, strings, '
         'lists or dicts first'

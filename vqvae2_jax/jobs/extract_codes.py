@@ -10,7 +10,7 @@ from vqvae2_jax.data import codes as store
 from vqvae2_jax.data.images import SPLITS
 from vqvae2_jax.data.loader import eval_batches, read_all
 from vqvae2_jax.distributed import processes, sharding
-from vqvae2_jax.distributed.preemption import leave_together, stop_signals
+from vqvae2_jax.distributed.preemption import exit_together, stop_signals
 from vqvae2_jax.io import files
 from vqvae2_jax.jobs import workdir
 from vqvae2_jax.jobs.workdir import Run
@@ -29,7 +29,7 @@ def extract(run: Run) -> None:
     with stop_signals() as stopped:
         for split in SPLITS:
             _extract_split(run, split, encoders, trained.digest, stopped)
-        leave_together(stopped)
+        exit_together(stopped)
 
 
 def _encoder(model, trained):

@@ -14,7 +14,7 @@ import numpy as np
 from vqvae2_jax.config import build as configs
 from vqvae2_jax.data import samples
 from vqvae2_jax.distributed import processes, sharding
-from vqvae2_jax.distributed.preemption import leave_together, stop_signals
+from vqvae2_jax.distributed.preemption import exit_together, stop_signals
 from vqvae2_jax.io import files, plots
 from vqvae2_jax.io.logging import format_duration
 from vqvae2_jax.jobs import workdir
@@ -42,7 +42,7 @@ def draw_samples(run: Run) -> None:
             (directory / 'samples.png').unlink(missing_ok=True)  # written last: where it is, nothing is missing
             files.write_json(directory / 'meta.json', meta)
         _draw(run, samplers, directory, [r for r in processes.shard_by_process(ranges) if r in missing], stopped)
-        leave_together(stopped)
+        exit_together(stopped)
     if processes.is_main_process():
         samples.remove_others(directory, ranges)
         _picture(run, directory)
