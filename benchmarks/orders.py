@@ -3,7 +3,7 @@
   python -m benchmarks.orders --config=configs/cifar10_small.py
 
 Trains stage 1, extracts the codes, and trains a prior for every level, number of attentions, order and seed: same data,
-width, depth, batches and updates. Stopped, the same command continues. Rates must be constant (`decay`), so that the
+width, depth, batches and updates. Stopped, the same command continues. Rates must be constant (`lr_schedule`), so that the
 curve of one training answers both questions: held-out nats after equal updates, and after the time in which the
 fastest order has done all of its updates. That time is counted in seconds of pure training, which short trainings
 afterwards measure, of all orders in turns: neither compilation nor evaluation counts. Trainings may share the machine
@@ -28,9 +28,9 @@ from etils import epath
 
 from benchmarks.timing import machine, seconds
 from vqvae2_jax import load_config, xla_flags
+from vqvae2_jax.config import base
 from vqvae2_jax.config import build as configs
-from vqvae2_jax.config import validation
-from vqvae2_jax.data.images import check_seed
+from vqvae2_jax.config.validation import validate_config
 from vqvae2_jax.io import files, plots
 from vqvae2_jax.io.logging import read_metrics
 from vqvae2_jax.jobs.extract_codes import extract
@@ -49,10 +49,9 @@ def seed_argument(text: str) -> int:
     """A seed on the command line."""
     try:
         value = int(text)
-        check_seed('--seeds', value)
+        return base.find('seed').check('--seeds', value)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    return value
 
 
 def variant(run, level, order, attention, seed):
@@ -60,10 +59,10 @@ def variant(run, level, order, attention, seed):
     config = run.config.copy_and_resolve_references()
     config.seed = seed
     section = config.prior[level]
-    section.update({'order': 'raster'} if order == 'raster' else {'order': 'wavefront', 'slope': int(order)})
-    section.update(attention_layers=attention)
-    section.training.show_every = 0
-    validation.check(config)
+    section.update({'order': 'raster'} if order == 'raster' else {'order': 'wavefront', 'skew': int(order)})
+    section.update(num_attention_layers=attention)
+    section.training.image_every = 0
+    validate_config(config)
     found = Run(config, run.path('orders') / f'{level}-{order}-attention{attention}-seed{seed}')
     link(run, found)
     return found
@@ -137,7 +136,7 @@ def add_times(found, run, level, attention):
 
 
 def name_of(order):
-    return order if order == 'raster' else f'slope {order}'
+    return order if order == 'raster' else f'skew {order}'
 
 
 def name_of_row(level, attention):
@@ -174,16 +173,16 @@ def main():
     parser.add_argument('--workdir', help='runs/<name of the config> when not given')
     parser.add_argument('--levels', nargs='+', default=['top', 'bottom'])
     parser.add_argument('--attention', type=int, nargs='+', default=[0, 2], help='numbers of attention layers')
-    parser.add_argument('--slopes', type=int, nargs='*', default=[3, 2])
+    parser.add_argument('--skews', type=int, nargs='*', default=[3, 2])
     parser.add_argument('--seeds', type=seed_argument, nargs='+', default=[0, 1, 2])
     parser.add_argument('--trained', help='orders.json of a study whose levels, attentions and orders are timed here')
     options = parser.parse_args()
-    config = configs.complete(load_config(options.config))
-    validation.check(config)
+    config = load_config(options.config)
+    validate_config(config)
     for level in options.levels:
-        if (decay := config.prior[level].training.decay) != 'constant':
+        if (schedule := config.prior[level].training.lr_schedule) != 'constant':
             parser.error(
-                f'prior.{level}.training.decay is {decay!r}: only under a constant rate may curves stop anywhere'
+                f'prior.{level}.training.lr_schedule is {schedule!r}: only under a constant rate may curves stop anywhere'
             )
     keys = list(itertools.product(options.levels, options.attention))
     study = files.read_json(epath.Path(options.trained)) if options.trained else {}
@@ -193,7 +192,7 @@ def main():
     train_vqvae(run)
     extract(run)
 
-    orders, results = ('raster', *map(str, options.slopes)), {}
+    orders, results = ('raster', *map(str, options.skews)), {}
     for key in keys:
         results[key] = study.get(name_of_row(*key)) or learning_curves(run, *key, orders, options.seeds)
         add_times(results[key], run, *key)

@@ -19,26 +19,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.timing import machine, measure_bandwidth, measure_products, seconds
+from tests.defaults import make_prior
 from vqvae2_jax import xla_flags
-from vqvae2_jax.models.raster import RasterPrior
-from vqvae2_jax.models.wavefront import WavefrontPrior
 from vqvae2_jax.sampling.ancestral import sample, sample_keys
 
-NETWORK = dict(codebook_size=512, hidden=256, residual=256, layers=16, kernel=5)
+NETWORK = dict(codebook_size=512, hidden_channels=256, residual_channels=256, num_residual_blocks=16, kernel_size=5)
 LEVELS = {
-    'top': dict(shape=(32, 32), attention_layers=4, heads=8),
-    'bottom': dict(shape=(64, 64), coarser_codebook_sizes=(512,), condition_layers=3),
+    'top': dict(shape=(32, 32), num_attention_layers=4, num_heads=8),
+    'bottom': dict(shape=(64, 64), coarser_codebook_sizes=(512,), num_cond_blocks=3),
 }
 
 
-def make(level, dtype, slope=None, **fields):
-    """The prior of a level; without a slope in raster order."""
+def make(level, dtype, skew=None, **fields):
+    """The prior of a level; without a skew in raster order."""
     fields = {**NETWORK, **LEVELS[level], **fields, 'dtype': dtype}
-    return RasterPrior(**fields) if slope is None else WavefrontPrior(**fields, slope=slope)
+    return make_prior(**fields) if skew is None else make_prior(**fields, skew=skew)
 
 
-def name_of(slope):
-    return 'raster' if slope is None else f'slope {slope}'
+def name_of(skew):
+    return 'raster' if skew is None else f'skew {skew}'
 
 
 def inputs(prior, batch, array=jnp.zeros):
@@ -65,9 +64,9 @@ def sampler(prior):
 
 
 @functools.cache
-def cached(level, batch, dtype, slope, **fields):
+def cached(level, batch, dtype, skew, **fields):
     """Seconds to draw a batch of maps."""
-    prior = make(level, dtype, slope, **fields)
+    prior = make(level, dtype, skew, **fields)
     return seconds(sampler(prior), jax.jit(lambda: weights(prior))(), jnp.arange(batch), inputs(prior, batch)[1])
 
 
@@ -85,7 +84,7 @@ def rerunning(level, batch, dtype):
         condition = part.apply({'params': cut}, None, above, method='condition')  # once per image there too
 
         def run(params, codes, condition, part=part):
-            return part.apply({'params': params}, codes, condition, method='given_condition')[:, -1]
+            return part.apply({'params': params}, codes, condition, method='apply_with_cond')[:, -1]
 
         times.append(seconds(run, cut, codes[:, :rows], condition))
     return float(width * np.interp(np.arange(1, height + 1), heights, times).sum())
@@ -96,9 +95,9 @@ def size_of(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def floor(level, dtype, bandwidth, slope=None):
+def floor(level, dtype, bandwidth, skew=None):
     """Seconds to read the weights that the sampler needs in a step, once; the vertical ones are for a whole row."""
-    prior = make(level, dtype, slope)
+    prior = make(level, dtype, skew)
     size = {
         name: size_of(branch)
         for name, branch in jax.eval_shape(lambda: weights(prior)).items()
@@ -127,38 +126,38 @@ def raster_against_rerunning(batches, dtype, bandwidth):
 
 
 def growth_with_the_map(dtype):
-    plain = dict(attention_layers=0, coarser_codebook_sizes=(), condition_layers=0)
+    plain = dict(num_attention_layers=0, coarser_codebook_sizes=(), num_cond_blocks=0)
     small = cached('top', 1, dtype, None, **plain)
     large = cached('top', 1, dtype, None, **plain, shape=(64, 64))
     print(f'\n64x64 against 32x32, the same convolutional network, batch 1: {large / small:.2f}x the time', flush=True)
 
 
-def wavefront_against_raster(batches, dtype, slopes, bandwidth):
+def wavefront_against_raster(batches, dtype, skews, bandwidth):
     print('\n| level | batch | order | steps | s for the batch | raster over it | ms a step | floor, ms |')
     print('|---|---|---|---|---|---|---|---|')
     for level in LEVELS:
         for batch in batches:
             raster = cached(level, batch, dtype, None)
-            for slope in (None, *slopes):
-                steps = make(level, dtype, slope).order.steps
-                time_, least = cached(level, batch, dtype, slope), floor(level, dtype, bandwidth, slope)
+            for skew in (None, *skews):
+                steps = make(level, dtype, skew).order.steps
+                time_, least = cached(level, batch, dtype, skew), floor(level, dtype, bandwidth, skew)
                 print(
-                    f'| {level} | {batch} | {name_of(slope)} | {steps} | {time_:.2f} | {raster / time_:.1f}x '
+                    f'| {level} | {batch} | {name_of(skew)} | {steps} | {time_:.2f} | {raster / time_:.1f}x '
                     f'| {1e3 * time_ / steps:.2f} | {1e3 * least:.2f} |',
                     flush=True,
                 )
 
 
-def memory(dtype, slopes):
+def memory(dtype, skews):
     """Caches and other temporaries of the compiled sampler: what 8 more images of a batch add, over 8."""
     print('\n| level | order | MB an image | MB of weights |\n|---|---|---|---|')
     for level in LEVELS:
-        for slope in (None, *slopes):
-            prior = make(level, dtype, slope)
+        for skew in (None, *skews):
+            prior = make(level, dtype, skew)
             params = jax.eval_shape(lambda prior=prior: weights(prior))
             used = {batch: temporary_bytes(prior, params, batch) for batch in (8, 16)}
             per_image = (used[16] - used[8]) / 8
-            print(f'| {level} | {name_of(slope)} | {per_image / 1e6:.1f} | {size_of(params) / 1e6:.0f} |', flush=True)
+            print(f'| {level} | {name_of(skew)} | {per_image / 1e6:.1f} | {size_of(params) / 1e6:.0f} |', flush=True)
 
 
 def temporary_bytes(prior, params, batch):
@@ -171,7 +170,7 @@ def main():
     xla_flags.set_cpu_flags()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--batch', type=int, nargs='+', default=[1, 8])
-    parser.add_argument('--slope', type=int, nargs='+', default=[1, 2, 3])
+    parser.add_argument('--skew', type=int, nargs='+', default=[1, 2, 3])
     parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
     parser.add_argument('--only', choices=('memory', 'raster', 'growth', 'wavefront'))
     options = parser.parse_args()
@@ -180,13 +179,13 @@ def main():
     print(f'{machine()}, JAX {jax.__version__}, {dtype.name}')
     print(f'memory {bandwidth / 1e9:.1f} GB/s, a large matrix product {measure_products(dtype) / 1e9:.0f} GFLOP/s')
     if options.only in (None, 'memory'):
-        memory(dtype, options.slope)
+        memory(dtype, options.skew)
     if options.only in (None, 'raster'):
         raster_against_rerunning(options.batch, dtype, bandwidth)
     if options.only in (None, 'growth'):
         growth_with_the_map(dtype)
     if options.only in (None, 'wavefront'):
-        wavefront_against_raster(options.batch, dtype, options.slope, bandwidth)
+        wavefront_against_raster(options.batch, dtype, options.skew, bandwidth)
 
 
 if __name__ == '__main__':
