@@ -3,8 +3,8 @@
   python -m benchmarks.orders --config=configs/cifar10_small.py
 
 Trains stage 1, extracts the codes, and trains a prior for every level, number of attentions, order and seed: same data,
-width, depth, batches and updates. Stopped, the same command continues. Rates must be constant (`lr_schedule`), so that the
-curve of one training answers both questions: held-out nats after equal updates, and after the time in which the
+width, depth, batches and updates. Stopped, the same command continues. Rates must be constant (`lr_schedule`), so that
+the curve of one training answers both questions: held-out nats after equal updates, and after the time in which the
 fastest order has done all of its updates. That time is counted in seconds of pure training, which short trainings
 afterwards measure, of all orders in turns: neither compilation nor evaluation counts. Trainings may share the machine
 with other work; these, in the last run of this command, should not. `--trained=orders.json` takes the nats of an
@@ -182,7 +182,7 @@ def main():
     for level in options.levels:
         if (schedule := config.prior[level].training.lr_schedule) != 'constant':
             parser.error(
-                f'prior.{level}.training.lr_schedule is {schedule!r}: only under a constant rate may curves stop anywhere'
+                f'prior.{level}.training.lr_schedule is {schedule!r}: only at a constant rate can curves stop anywhere'
             )
     keys = list(itertools.product(options.levels, options.attention))
     study = files.read_json(epath.Path(options.trained)) if options.trained else {}
