@@ -54,10 +54,10 @@ def roofline_bound(program: Program, accelerator: Accelerator | None) -> float |
 
 def notes(accelerator: Accelerator | None) -> Iterator[str]:
     """Yields the lines that explain the columns; call it inside `jax.set_mesh`."""
-    yield 'Memory and collectives are per device. weights: parameters, their moving average, codebooks. activations: the'
-    yield 'rest of the peak, such as activations, gradients and gathered parameters. collectives: bytes received per step.'
+    yield 'Memory and collectives are per device. weights: parameters, their moving average, codebooks. activations:'
+    yield 'the rest of the peak, such as gradients and gathered parameters. collectives: bytes received per step.'
     yield 'TFLOP: matrix products and convolutions of one step on all devices, without recomputation. XLA TFLOP: also'
-    yield 'elementwise work and recomputation, but the body of a loop (sampling, grad_accum_steps, scan_layers) only once.'
+    yield 'elementwise work and recomputation, but a loop (sampling, grad_accum_steps, scan_layers) counts once.'
     if hardware.is_simulated(sharding.current_mesh().devices.flat[0]):
         yield 'Nothing was compiled; for peak, XLA TFLOP and collectives run the plan on such a machine.'
     if accelerator:
