@@ -188,7 +188,8 @@ class ImageSource:
         if self.require_equal_size and (image.height, image.width) != tuple(self.image_size):
             raise ValueError(
                 f'{self.example_name(index)} has {image.height}x{image.width} pixels, but '
-                f'{self.dataset.example_name(0)} has {self.image_size[0]}x{self.image_size[1]}: all images of a set must have one size'
+                f'{self.dataset.example_name(0)} has {self.image_size[0]}x{self.image_size[1]}: '
+                'all images of a set must have one size'
             )
         return {
             'image': resize_and_crop(image, self.image_size, zoom, offset),
