@@ -7,7 +7,7 @@ the encoder runs away from any codebook that lags a hundred steps behind (after 
 Sonnet's zero-debiased averages have 41); and codes that fall out of use are re-seeded from the current batch together
 with their statistics.
 
-Only re-seeding keeps unused codes alive. Without it (`reseed_threshold=0`, the paper) the smoothed count of a code that
+Only re-seeding keeps unused codes alive. Without it (`dead_code_threshold=0`, the paper) the smoothed count of a code that
 no vector chooses stays above epsilon while its sum decays, so that its vector shrinks to zero: within about 100 steps
 from the start, and once its count has decayed to epsilon (more than 1000 steps at a decay of 0.99) later on.
 
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.lax import Precision, stop_gradient
 
 NEVER = 2**30  # the age of a code that was never chosen: above any epoch, and far from overflow
+_EPSILON = 1e-5  # of the smoothing of the counts, as in Sonnet
 
 
 class Quantized(NamedTuple):
@@ -30,7 +31,7 @@ class Quantized(NamedTuple):
     vectors: jax.Array  # [B, H, W, D] float32, the codes' vectors; gradients pass straight to the input
     codes: jax.Array  # [B, H, W] int32
     commitment: jax.Array  # [B] mean squared distance between input and vectors, per element (before beta)
-    telemetry: dict[str, jax.Array]  # scalars: perplexity of the batch, reseeded codes, their age
+    metrics: dict[str, jax.Array]  # scalars: perplexity of the batch, restarted codes, their age
 
 
 class Statistics(NamedTuple):
@@ -93,7 +94,7 @@ def ema_update(old: Statistics, vectors: jax.Array, codes: jax.Array, decay: jax
     return Statistics(sums / smoothed[:, None], counts, sums)
 
 
-def reseed(old: Statistics, vectors: jax.Array, threshold: float, key: jax.Array) -> tuple[Statistics, jax.Array]:
+def restart_dead_codes(old: Statistics, vectors: jax.Array, threshold: float, key: jax.Array) -> tuple[Statistics, jax.Array]:
     """Replaces the codes whose count fell below `threshold` times an even share by vectors of this batch.
 
     Their statistics restart at an even share too; otherwise the next update would undo the replacement.
@@ -138,9 +139,8 @@ class Quantizer(nn.Module):
 
     codebook_size: int
     codebook_dim: int
-    decay: float = 0.99
-    epsilon: float = 1e-5
-    reseed_threshold: float = 0.03  # of an even share; 0 never re-seeds (the paper)
+    codebook_ema_decay: float
+    dead_code_threshold: float  # of an even share; 0 never re-seeds (the paper)
 
     @nn.compact
     def __call__(self, inputs: jax.Array, *, train: bool = False) -> Quantized:
@@ -171,14 +171,14 @@ class Quantizer(nn.Module):
         replaced = jnp.zeros((self.codebook_size,), bool)
         if train and not self.is_initializing():
             old = Statistics(codebook.value, counts.value, sums.value)
-            decay = warm_decay(self.decay, updates.value)
-            new = ema_update(old, flat, codes.reshape(-1), decay, self.epsilon)
-            new, replaced = reseed(new, flat, self.reseed_threshold, self.make_rng('reseed'))
+            decay = warm_decay(self.codebook_ema_decay, updates.value)
+            new = ema_update(old, flat, codes.reshape(-1), decay, _EPSILON)
+            new, replaced = restart_dead_codes(new, flat, self.dead_code_threshold, self.make_rng('reseed'))
             codebook.value, counts.value, sums.value = new
             updates.value = updates.value + 1
             age.value = jnp.where(histogram > 0, 0, age.value + 1)
-        telemetry = {'perplexity': perplexity, 'reseeded': jnp.sum(replaced), 'age': age.value}
-        return Quantized(inputs + stop_gradient(vectors - inputs), codes, commitment, telemetry)
+        metrics = {'perplexity': perplexity, 'restarted': jnp.sum(replaced), 'age': age.value}
+        return Quantized(inputs + stop_gradient(vectors - inputs), codes, commitment, metrics)
 
     def lookup(self, codes: jax.Array) -> jax.Array:
         """Vectors [..., D] of codes [...]."""

@@ -18,11 +18,11 @@ class ResNet(nn.Module):
     """
 
     num_classes: int
-    widths: tuple[int, ...] = (64, 128, 256, 512)
-    blocks: tuple[int, ...] = (2, 2, 2, 2)
-    stem_stride: int = 1  # 2 for images of 128 pixels and more
-    dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    widths: tuple[int, ...]
+    blocks: tuple[int, ...]
+    stem_stride: int  # 2 for images of 128 pixels and more
+    dropout: float
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool = False, with_features: bool = False):
