@@ -175,7 +175,7 @@ class CausalAttention(nn.Module):
         """
         batch, height, width, features = x.shape
         if features % self.num_heads:
-            raise ValueError(f'num_heads={self.num_heads} does not divide hidden_channels={features}')
+            raise ValueError(f'num_heads is {self.num_heads}; it must divide hidden_channels={features}')
         shape = (batch, height * width, self.num_heads, features // self.num_heads)
         x = nn.RMSNorm(dtype=self.dtype)(x)
         query, key, value = (

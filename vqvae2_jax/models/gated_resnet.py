@@ -181,11 +181,9 @@ class GatedResNetStack(nn.Module):
 
         parts, rest = None, aux
         if aux is not None:
-            parts = [
-                aux[i * stack.num_residual_blocks : (i + 1) * stack.num_residual_blocks]
-                for i, stack in enumerate(self.stacks)
-            ]
-            rest = aux[sum(stack.num_residual_blocks for stack in self.stacks) :]
+            every = self.num_residual_blocks // max(self.num_attention_layers, 1)
+            parts = [aux[i * every : (i + 1) * every] for i in range(len(self.stacks))]
+            rest = aux[every * len(self.stacks) :]
         # The blocks inside of a stack are rematerialized one by one.
         x, _ = runner._replace(remat=False).run(call, self.stacks, x, parts)
         return run_blocks(runner, self.rest, x, rest, condition, train)[0]

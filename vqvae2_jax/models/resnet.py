@@ -41,9 +41,7 @@ class ResNet(nn.Module):
           ValueError: `widths` and `blocks` differ in length.
         """
         if len(self.widths) != len(self.blocks):
-            raise ValueError(
-                f'classifier.widths has {len(self.widths)} entries, but classifier.blocks has {len(self.blocks)}'
-            )
+            raise ValueError(f'widths is {self.widths}; it must have as many items as blocks={self.blocks}')
         stride = (self.stem_stride, self.stem_stride)
         x = nn.Conv(self.widths[0], (3, 3), stride, use_bias=False, dtype=self.dtype)(image)
         for stage, (width, count) in enumerate(zip(self.widths, self.blocks, strict=True)):

@@ -55,13 +55,14 @@ def map_shapes(image_size: tuple[int, int], downsample_factors: tuple[int, ...])
     for level, factor in enumerate(downsample_factors):
         if factor < 2 or factor & (factor - 1):
             raise ValueError(
-                f'vqvae.downsample_factors={tuple(downsample_factors)}: {factor} is not a power of two (2, 4, 8, ...)'
+                f'vqvae.downsample_factors is {tuple(downsample_factors)}, but {factor} is not a power of two: each '
+                'must be one of 2, 4, 8, ...'
             )
         if height % factor or width % factor:
             raise ValueError(
-                f'vqvae.downsample_factors={tuple(downsample_factors)}: {factor} does not divide the {height}x{width} '
-                f'map before level {level}. data.image_size is {image_size[0]}x{image_size[1]} and must be divisible '
-                f'by {math.prod(downsample_factors)}'
+                f'vqvae.downsample_factors is {tuple(downsample_factors)}: level {level} divides a {height}x{width} '
+                f'map by {factor}, with a remainder. data.image_size is {image_size[0]}x{image_size[1]} and must be '
+                f'divisible by {math.prod(downsample_factors)}'
             )
         height, width = height // factor, width // factor
         shapes.append((height, width))

@@ -30,7 +30,7 @@ class WavefrontPrior(Prior):
     def setup(self):
         super().setup()
         if self.kernel_size < 3:
-            raise ValueError(f'kernel_size must be 3 or more in wavefront order; it is {self.kernel_size}')
+            raise ValueError(f'kernel_size is {self.kernel_size}; in wavefront order it must be 3 or more')
         self.embed = self._embed(self.codebook_size)
         conv = functools.partial(WavefrontConv, kernel_size=self.kernel_size, order=self.order)
         self.first = conv(self.hidden_channels, strict=True, dtype=self.dtype)
