@@ -1,8 +1,8 @@
 """The log of a training: metrics.jsonl, progress lines, pictures and, if tensorboardX is installed, TensorBoard events.
 
-metrics.jsonl holds one JSON object a line, such as `{"step": 1200, "train/loss": 0.0123, "time": 97.6}`, where `time` is
-the seconds of training, summed over restarts. A line is written at once; on a bucket after evaluations, before
-checkpoints, and when a minute has passed. NaN is written as `NaN`, which Python reads.
+metrics.jsonl holds one JSON object a line, such as `{"step": 1200, "train/loss": 0.0123, "time": 97.6}`. `time` is the
+seconds of training, summed over restarts. A line is written at once; on a bucket after evaluations, before checkpoints,
+and when a minute has passed. NaN is written as `NaN`, which Python reads.
 """
 
 import collections
@@ -114,7 +114,7 @@ class MetricsLogger:
             self._events.add_image(name, plots.to_rgb(image), step, dataformats='HWC')
 
     def seconds(self) -> float:
-        """Returns the seconds of training, summed over restarts, each counted up to the line that the next resumed from.
+        """Returns the seconds of training, summed over restarts, each up to the line that the next one resumed from.
 
         Processes that write no log do not know the past: there it is since this start.
         """

@@ -134,7 +134,7 @@ class BestCheckpoint:
         return True
 
     def load(self) -> Any:
-        """Loads the best weights as NumPy arrays, whatever devices they were saved on. Any process may call it alone."""
+        """Loads the best weights as NumPy arrays, whatever devices saved them. A process may call it alone."""
         path, options = self._directory / self._best['directory'], {}
         if jax.process_count() > 1:  # else Orbax waits for the other processes
             own = jax.process_index()

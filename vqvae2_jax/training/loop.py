@@ -262,8 +262,10 @@ def make_init(
 
 
 def state_sharding(state: train_state.TrainState) -> train_state.TrainState:
-    """Returns the sharding of every array of a state (or of its shapes): codebooks are replicated, the rest is sharded
-    by `sharding.fsdp_sharding`. Call it inside `jax.set_mesh`."""
+    """Returns the sharding of every array of a state, or of its shapes. Call it inside `jax.set_mesh`.
+
+    Codebooks are replicated. The rest is sharded as `sharding.fsdp_sharding` says.
+    """
     replicated = jax.tree.map(lambda _: sharding.replicated_sharding(), state.variables)
     return jax.tree.map(sharding.fsdp_sharding, state).replace(variables=replicated)
 
