@@ -94,9 +94,10 @@ def test_extraction_and_sampling_hold_sharded_weights_and_gather_them(config, tm
     for name in ('extract_codes', 'sample'):
         whole = make_program(Run(config, epath.Path(tmp_path), jax.devices()[:1]), name).weights
         program = make_program(run, name)
-        assert program.weights < 0.6 * whole  # arrays of fewer than 2**14 elements are replicated
-        gathered = compiled(run, name).collective_bytes
-        assert whole - program.weights < gathered < 1.5 * whole, name
+        sharded = (whole - program.weights) * 4 / 3  # bytes; arrays of fewer than 2**14 elements are replicated
+        assert sharded > 0.4 * whole
+        # The finest decoder takes no part in encoding, nor the encoders in sampling.
+        assert 0.2 * sharded < compiled(run, name).collective_bytes < 1.1 * sharded, name
 
 
 @pytest.mark.system
