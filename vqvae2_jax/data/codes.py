@@ -129,26 +129,9 @@ def write_shard(
 
 
 def remove_unfinished(directory: epath.PathLike) -> None:
-    """Removes the partial files of processes that died while they wrote a shard. Call it when nothing is being written."""
+    """Removes partial files of processes that died while they wrote a shard. Call it when no shard is being written."""
     for path in epath.Path(directory).glob('*.unfinished-*'):
         path.unlink(missing_ok=True)
-
-
-def read_meta(directory: epath.PathLike) -> CodesMeta:
-    """Reads the contents of a finished store from its record.
-
-    Raises:
-      JobError: there is no store, or it is not finished.
-      ValueError: the record is not that of a store of codes.
-    """
-    return _to_meta(record.read_done(directory, JOB))
-
-
-def _to_meta(found):
-    try:
-        return CodesMeta.from_results(found.results)
-    except ValueError as error:
-        raise ValueError(f'{found.directory / record.FILE}: {error}') from error
 
 
 class CodeSource:
@@ -171,7 +154,10 @@ class CodeSource:
           ValueError: a file is damaged, or the number of examples is not that of the record.
         """
         found = record.read_done(directory, JOB)
-        self.meta = _to_meta(found)
+        try:
+            self.meta = CodesMeta.from_results(found.results)
+        except ValueError as error:
+            raise ValueError(f'{found.directory / record.FILE}: {error}') from error
         shards = self.meta.shards
         if missing := sorted(set(range(shards)) - set(finished_shards(directory, shards))):
             first = shard_path(directory, missing[0], shards)

@@ -1,8 +1,8 @@
 """--job=extract_codes: encodes every image of every split, in shards; a restart continues (VQ-VAE-2, algorithm 2)."""
 
+import contextlib
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -18,7 +18,6 @@ from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.distributed.batches import map_batches
 from vqvae2_jax.distributed.preemption import exit_together, stop_signals
 from vqvae2_jax.io import record
-from vqvae2_jax.io.logging import format_number
 from vqvae2_jax.io.progress import Progress, start_line
 from vqvae2_jax.io.record import Record
 from vqvae2_jax.jobs import workdir
@@ -89,19 +88,17 @@ def _write_shards(run: Run, split: str, encode: Callable, missing: Sequence[Rang
         path = store.shard_path(run.path('codes', split), limits[0] // size, shards)
         processes.run_on_main_process(lambda: store.write_shard(path, [examples], sizes))
 
-    writer, written = ShardWriter(missing, write), 0
-    progress, begin, done = Progress(f'codes {split}', sum(stop - start for start, stop in missing)), time.monotonic(), 0
-    with jax.set_mesh(run.mesh):
-        for start, arrays in _encoded(run, source, encode, missing, stopped):
+    writer, written, done = ShardWriter(missing, write), 0, 0
+    progress = Progress(f'codes {split}', sum(stop - start for start, stop in missing))
+    with jax.set_mesh(run.mesh), contextlib.closing(_encoded(run, source, encode, missing, stopped)) as encoded:
+        for start, arrays in encoded:
             written += writer.add(start, arrays)
             done += batch_size
             progress.update(done)
             if processes.process_any(bool(stopped())):
                 break
-    rate = format_number(done / max(time.monotonic() - begin, 1e-9), 3)
-    print(f'codes {split}: {written} of {len(missing)} missing shards written, {rate} images/s', flush=True)
     if written < len(missing):
-        print(f'codes {split}: stopped; the same command continues', flush=True)
+        print(f'codes {split}: {written} of {len(missing)} shards written; the same command continues', flush=True)
     return written == len(missing)
 
 
