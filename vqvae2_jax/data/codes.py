@@ -212,7 +212,9 @@ def count_records(path: str) -> int:
             count = reader.num_records()
             reader.close()
     except RuntimeError as error:
-        raise ValueError(f'{path} is damaged: {error or "no valid ArrayRecord file"}. Delete it. {_RUN_AGAIN}') from error
+        raise ValueError(
+            f'{path} is damaged: {error or "no valid ArrayRecord file"}. Delete it. {_RUN_AGAIN}'
+        ) from error
     return count
 
 

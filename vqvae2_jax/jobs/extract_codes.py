@@ -109,9 +109,7 @@ def _encoded(
     batch_size = run.batch_size('codes')
     rows = sharding.process_local_rows(batch_size)
     for start, stop in batch_runs(missing, batch_size, len(source)):
-        batches = eval_batches(
-            source, batch_size=batch_size, rows=rows, start=start, stop=stop, **run.loader_kwargs()
-        )
+        batches = eval_batches(source, batch_size=batch_size, rows=rows, start=start, stop=stop, **run.loader_kwargs())
         try:
             results = map_batches(encode, read_all(batches, stopped), batch_size)
             for number, arrays in enumerate(results):

@@ -86,9 +86,7 @@ def _checked_options(run: Run) -> tuple[ImageSource, np.ndarray, tuple[str, ...]
     return source, read_mask(options.mask, run.config.data.image_size), levels
 
 
-def make_inpainter(
-    run: Run, levels: tuple[str, ...]
-) -> Callable[[int, np.ndarray, np.ndarray], dict[str, np.ndarray]]:
+def make_inpainter(run: Run, levels: tuple[str, ...]) -> Callable[[int, np.ndarray, np.ndarray], dict[str, np.ndarray]]:
     """Loads the networks and compiles the sampler; call it and its result inside `jax.set_mesh(run.mesh)`.
 
     Args:

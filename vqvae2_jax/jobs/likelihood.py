@@ -1,5 +1,6 @@
 """--job=likelihood: nats of every level and bits of every image, of a split or of a folder; a score for outliers."""
 
+import contextlib
 import csv
 import functools
 import io
@@ -40,9 +41,11 @@ def write_likelihood(run: Run) -> None:
     if output.state == record.DONE:
         print(f'likelihood: done (see {directory / FILE})', flush=True)
         return
-    processes.run_on_main_process(output.start)
     labeled = not options.path and bool(run.config.data.num_classes)  # images of a folder may be of any class
-    rows = _image_rows(run, source, labeled)
+    with jax.set_mesh(run.mesh):
+        function = make_likelihood(run, labeled)  # it refuses before any file changes
+        processes.run_on_main_process(output.start)
+        rows = _image_rows(run, source, function)
     if not rows:
         raise JobError(
             f'likelihood: none of the {len(source)} images could be read; they are listed in {run.path(SKIPPED)}'
@@ -54,17 +57,14 @@ def write_likelihood(run: Run) -> None:
     print(f'least likely: {rows[0][0]}\nall images: {directory / FILE}', flush=True)
 
 
-def _image_rows(run: Run, source: ImageSource, labeled: bool) -> list[tuple]:
+def _image_rows(run: Run, source: ImageSource, function: Callable) -> list[tuple]:
     """Returns (name, nats of every level, bits) of every readable image, least likely first."""
     batch_size, rows = run.batch_size('evaluate'), []
-    progress = Progress('likelihood', len(source))
-    with jax.set_mesh(run.mesh):
-        function, parameters = make_likelihood(run, labeled)
-        data = f'{len(source)} images; evaluate.batch_size {run.config.evaluate.batch_size}, padded to {batch_size}'
-        mesh = processes.describe_mesh(run.mesh)
-        print(start_line('likelihood', mesh, parameters=parameters, data=data), flush=True)
-        local_rows = sharding.process_local_rows(batch_size)
-        batches = eval_batches(source, batch_size=batch_size, rows=local_rows, **run.loader_kwargs())
+    data = f'{len(source)} images; evaluate.batch_size {run.config.evaluate.batch_size}, padded to {batch_size}'
+    print(start_line('likelihood', processes.describe_mesh(run.mesh), data=data), flush=True)
+    progress, local_rows = Progress('likelihood', len(source)), sharding.process_local_rows(batch_size)
+    batches = eval_batches(source, batch_size=batch_size, rows=local_rows, **run.loader_kwargs())
+    with contextlib.closing(batches):
         for number, batch in enumerate(map_batches(function, batches, batch_size), start=1):
             nats = -batch['log_likelihood'].astype(np.float64)  # [B, L]
             for i in np.flatnonzero(batch['mask']):
@@ -73,7 +73,7 @@ def _image_rows(run: Run, source: ImageSource, labeled: bool) -> list[tuple]:
     return sorted(rows, key=lambda row: -row[-1])
 
 
-def make_likelihood(run: Run, labeled: bool) -> tuple[Callable[[inference.Batch], inference.Batch], int]:
+def make_likelihood(run: Run, labeled: bool) -> Callable[[inference.Batch], inference.Batch]:
     """Loads the networks; call it and its result inside `jax.set_mesh(run.mesh)`.
 
     Args:
@@ -82,12 +82,14 @@ def make_likelihood(run: Run, labeled: bool) -> tuple[Callable[[inference.Batch]
 
     Returns:
       A jitted {'image': uint8 [B, H, W, C], 'label': int32 [B]} -> {'log_likelihood': float32 [B, L]} in nats, finest
-      level first; and the number of parameters.
+      level first.
+
+    Raises:
+      JobError: networks are missing.
     """
     generator = workdir.load_generator(run)
     function = inference.make_log_likelihood_fn(generator.model, generator.priors, labeled=labeled)
-    parameters = sum(x.size for x in jax.tree.leaves((generator.variables['params'], generator.params)))
-    return functools.partial(function, generator.variables, generator.params), parameters
+    return functools.partial(function, generator.variables, generator.params)
 
 
 def _write_csv(path: epath.Path, levels: tuple[str, ...], rows: list[tuple]) -> None:
