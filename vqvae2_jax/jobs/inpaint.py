@@ -29,9 +29,9 @@ _GRAY = 128
 
 
 def inpaint(run: Run) -> None:
-    """Writes inpaint/<image>.png (original, the same under the mask, variants) and .npz for every image of inpaint.path.
+    """Writes inpaint/<image>.png (original, original under the mask, variants) and .npz for every image.
 
-    The record is that of the last call; files of other images stay.
+    The images are those of inpaint.path. The record is that of the last call; files of other images stay.
 
     Raises:
       JobError: networks are missing, or a field of `inpaint` does not fit.
@@ -120,7 +120,7 @@ def read_mask(mask: str, size: tuple[int, int]) -> np.ndarray:
     """Reads inpaint.mask.
 
     Args:
-      mask: '' (everywhere), 'top,left,bottom,right' as fractions of the image, or an image file, bright where to sample.
+      mask: '' (everywhere), 'top,left,bottom,right' as fractions of the size, or an image file, bright where to sample.
       size: (H, W) of the images.
 
     Returns:
@@ -142,7 +142,7 @@ def read_mask(mask: str, size: tuple[int, int]) -> np.ndarray:
         top, left, bottom, right = (float(share) for share in mask.split(','))
     except ValueError:
         raise JobError(
-            f"inpaint.mask is {mask!r}: give '', 'top,left,bottom,right' as fractions such as 0.5,0,1,1, or an image file"
+            f"inpaint.mask is {mask!r}: give '', 'top,left,bottom,right' in fractions such as 0.5,0,1,1, or an image"
         ) from None
     if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
         raise JobError(f'inpaint.mask is {mask!r}: 0 <= top < bottom <= 1 and 0 <= left < right <= 1 must hold')

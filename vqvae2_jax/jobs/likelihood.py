@@ -27,7 +27,7 @@ FILE = 'images.csv'
 
 
 def write_likelihood(run: Run) -> None:
-    """Writes likelihood/<split>/images.csv or likelihood/of-<folder>/images.csv, one line per image, least likely first.
+    """Writes likelihood/<split>/images.csv or likelihood/of-<folder>/images.csv: images, least likely first.
 
     Raises:
       JobError: networks are missing, or no image can be read.

@@ -1,6 +1,6 @@
 """--job=sample: class-conditional samples from all priors, decoded, in shards; a restart continues.
 
-Sample i depends on the seed, i, its label and the settings of `sample`, not on its batch, on the count or on the devices.
+Sample i depends on the seed, i, its label and the settings of `sample`, not on its batch, the count or the devices.
 """
 
 import functools
@@ -116,7 +116,7 @@ def _start_line(run, generator, total, batch_size):
 
 
 def make_sampler(run: Run, generator: Generator) -> Callable[[inference.Batch], inference.Batch]:
-    """Returns a jitted {'index', 'label': int32 [B]} -> {'image': uint8 [B, H, W, C], 'codes_l': int32 [B, h_l, w_l]}."""
+    """Returns a jitted {'index': int32 [B], 'label': int32 [B]} -> as `inference.make_sample_fn`."""
     sample = inference.make_sample_fn(generator.model, generator.priors, seed=run.config.sample.seed)
     return functools.partial(sample, generator.variables, generator.params, workdir.sampling_params(run))
 
