@@ -102,7 +102,7 @@ def test_images_on_a_bucket(gcs):
         found = {source[i]['image'].tobytes(): int(source[i]['label']) for i in range(len(source))}
         assert found and found.items() <= {p.tobytes(): i // 2 for i, p in enumerate(pixels)}.items()
     folder = open_images(ImageSpec('folder', 'gs://bucket/images', **sizes), 'train')
-    assert folder.where(0).startswith('gs://bucket/images/')  # not the copy
+    assert folder.example_name(0).startswith('gs://bucket/images/')  # not the copy
     with pytest.raises(FileNotFoundError, match='data.path: there is nothing at gs://bucket/none'):
         open_images(ImageSpec('folder', 'gs://bucket/none', **sizes), 'train')
 

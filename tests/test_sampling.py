@@ -11,7 +11,7 @@ from tests.test_prior import CASES, make_prior
 from vqvae2_jax.distributed import sharding
 from vqvae2_jax.models.wavefront import WavefrontPrior
 from vqvae2_jax.sampling.ancestral import sample, sample_keys, sample_levels, sample_reference
-from vqvae2_jax.sampling.params import SamplingParams, draw
+from vqvae2_jax.sampling.params import SamplingParams, sample_codes
 from vqvae2_jax.sampling.rejection import select_top_per_class
 
 
@@ -83,10 +83,10 @@ def test_kept_codes_stay_and_the_rest_is_drawn_given_the_earlier_ones(case):
     prior, params, codes, labels, coarser = make_prior(case, batch=2)
     keys = sample_keys(jax.random.key(5), jnp.arange(2))
     keep = jax.random.bernoulli(jax.random.key(6), 0.5, codes.shape)
-    run = jax.jit(lambda given: sample(prior, params, keys, labels, coarser, given=given).codes)
+    run = jax.jit(lambda known: sample(prior, params, keys, labels, coarser, known_codes=known).codes)
     completed = run(jnp.where(keep, codes, -1))
     assert (completed[keep] == codes[keep]).all() and (completed[~keep] != codes[~keep]).any()
-    slow = jax.jit(lambda given: sample_reference(prior, params, keys, labels, coarser, given=given).codes)
+    slow = jax.jit(lambda known: sample_reference(prior, params, keys, labels, coarser, known_codes=known).codes)
     np.testing.assert_array_equal(completed, slow(jnp.where(keep, codes, -1)))
     np.testing.assert_array_equal(run(jnp.full_like(codes, -1)), sample(prior, params, keys, labels, coarser).codes)
 
@@ -196,7 +196,9 @@ def test_draws_follow_the_distribution():
     keys = sample_keys(jax.random.key(0), jnp.arange(20000))
 
     def drawn_at(position, temperature):
-        return draw(keys, jnp.array([position]), jnp.tile(logits, (20000, 1, 1)), SamplingParams(temperature))[:, 0]
+        return sample_codes(keys, jnp.array([position]), jnp.tile(logits, (20000, 1, 1)), SamplingParams(temperature))[
+            :, 0
+        ]
 
     drawn = drawn_at(5, 1.0)
     np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 20000, [0.1, 0.2, 0.7], atol=0.015)
