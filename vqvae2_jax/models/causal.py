@@ -50,11 +50,13 @@ class CausalConv(nn.Module):
             cache.value = jax.lax.slice_in_dim(x, x.shape[axis] - reach, x.shape[axis], axis=axis)
         side = self.kernel_size[1] // 2 if self.stream == 'rows' else 0
         padding = ((0, 0), (side, side))
-        return nn.Conv(self.features, self.kernel_size, padding=padding, kernel_init=self.kernel_init, dtype=self.dtype)(x)
+        return nn.Conv(
+            self.features, self.kernel_size, padding=padding, kernel_init=self.kernel_init, dtype=self.dtype
+        )(x)
 
 
 class WavefrontConv(nn.Module):
-    """Convolution whose output sees what a window (`GenerationOrder.visible_offsets`) holds of its own and of earlier steps.
+    """Convolution whose output sees its own and earlier steps within a window (`GenerationOrder.visible_offsets`).
 
     As a stream it takes the features of one step after the other and gives those of the same step, or, where `strict`,
     of the next one: then the first features are those of "step -1", which lie outside the map and count for nothing.
@@ -136,7 +138,7 @@ class CausalAttention(nn.Module):
         """x [B, H, W, F] -> the same shape; streamed, the features [B, n, 1, F] of `step`."""
         batch, height, width, features = x.shape
         if features % self.num_heads:
-            raise ValueError(f'heads={self.num_heads} does not divide the hidden width {features}')
+            raise ValueError(f'num_heads is {self.num_heads}; it must divide hidden_channels={features}')
         shape = (batch, height * width, self.num_heads, features // self.num_heads)
         x = nn.RMSNorm(dtype=self.dtype)(x)
         query, key, value = (

@@ -52,7 +52,7 @@ class GatedBlock(nn.Module):
 
 
 def run_blocks(repeat: BlockRunner, blocks: Sequence[GatedBlock], x, beside=None, condition=None, train=False):
-    """x [B, h, w, F] after the last block, and after each; as in `BlockRunner.run`, with something `beside` each block."""
+    """x [B, h, w, F] after the last block, and after each, as in `BlockRunner.run`; `beside` has an entry for each."""
 
     def call(block, x, beside):
         return block(x, beside=beside, condition=condition, train=train)
@@ -72,7 +72,7 @@ class BlocksWithAttention(nn.Module):
         self.attend = self.attention()
 
     def __call__(self, x, step, beside, condition, train, repeat):
-        # As in Trunk.
+        # As in GatedResNetStack.
         def attend(layer, x, _):
             return x + layer(x, step, train=train)
 
@@ -81,7 +81,7 @@ class BlocksWithAttention(nn.Module):
 
 
 class GatedResNetStack(nn.Module):
-    """`num_residual_blocks` blocks, with attention after every few of them: what repeats runs as a loop of loops where asked."""
+    """Blocks with attention after every few of them; `repeat` may run them as a loop of loops."""
 
     num_residual_blocks: int
     num_attention_layers: int
@@ -110,8 +110,9 @@ class GatedResNetStack(nn.Module):
 
         parts, rest = None, beside
         if beside is not None:
-            parts = [beside[i * stack.num_residual_blocks : (i + 1) * stack.num_residual_blocks] for i, stack in enumerate(self.stacks)]
-            rest = beside[sum(stack.num_residual_blocks for stack in self.stacks) :]
+            every = self.num_residual_blocks // max(self.num_attention_layers, 1)
+            parts = [beside[i * every : (i + 1) * every] for i in range(len(self.stacks))]
+            rest = beside[every * len(self.stacks) :]
         # What is inside of a stack recomputes itself.
         x, _ = repeat._replace(remat=False).run(call, self.stacks, x, parts)
         return run_blocks(repeat, self.rest, x, rest, condition, train)[0]

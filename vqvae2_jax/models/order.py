@@ -24,8 +24,8 @@ class GenerationOrder:
     def __post_init__(self):
         if not 1 <= self.skew <= self.shape[1]:
             raise ValueError(
-                f'skew is {self.skew}, and the map {self.shape[0]}x{self.shape[1]}: '
-                f'choose 1 to {self.shape[1]} (its width: raster order)'
+                f'skew is {self.skew}; on a {self.shape[0]}x{self.shape[1]} map it must be an integer from 1 to '
+                f'{self.shape[1]}, the width (raster order)'
             )
 
     @classmethod

@@ -7,10 +7,12 @@ Causality comes from the input alone: the features at a position describe only c
 every layer may see its own position. The same methods run over whole maps and, with the caches of `causal.py`, over
 what is drawn next.
 
-Glossary of shapes: B batch, H W this level's map (h w: the part of it at hand), K codebook size, F hidden, R residual.
+Glossary of shapes: B batch, H W this level's map (h w: the part of it at hand), K codebook size, F hidden, R
+residual channels.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -24,6 +26,7 @@ from vqvae2_jax.models.order import GenerationOrder
 from vqvae2_jax.models.residual import ResidualStack
 
 PLACEMENTS, KINDS = ('inside', 'after'), ('keys', 'logits')
+MAX_ATTENDED = 2**14  # positions of a map with attention, whose logits are their square
 
 
 class Prior(nn.Module):
@@ -52,12 +55,20 @@ class Prior(nn.Module):
 
     def setup(self):
         if self.kernel_size % 2 == 0:
-            raise ValueError(f'kernel must be odd, so that it has a middle; it is {self.kernel_size}')
+            raise ValueError(f'kernel_size is {self.kernel_size}; it must be odd, so that it has a center')
         if self.num_attention_layers > self.num_residual_blocks:
-            raise ValueError(f'attention_layers={self.num_attention_layers} exceeds layers={self.num_residual_blocks}')
+            raise ValueError(
+                f'num_attention_layers is {self.num_attention_layers}; it must be at most '
+                f'num_residual_blocks={self.num_residual_blocks}'
+            )
+        if self.num_attention_layers and math.prod(self.shape) > MAX_ATTENDED:
+            raise ValueError(
+                f'num_attention_layers is {self.num_attention_layers}; on a {self.shape[0]}x{self.shape[1]} map it '
+                f'must be 0, because attention takes at most {MAX_ATTENDED} positions'
+            )
         for field, allowed in (('dropout_placement', PLACEMENTS), ('attention_dropout_kind', KINDS)):
             if getattr(self, field) not in allowed:
-                raise ValueError(f'{field} must be one of {", ".join(allowed)}; it is {getattr(self, field)!r}')
+                raise ValueError(f'{field} is {getattr(self, field)!r}; it must be one of {", ".join(allowed)}')
         self.row_embed, self.column_embed = self._embed(self.shape[0]), self._embed(self.shape[1])
         self.output_blocks = self._blocks(self.num_output_blocks, nn.Dense)
         self.logits = nn.Dense(self.codebook_size)  # float32: bfloat16 has steps of 0.06 at a logit of 10
@@ -73,7 +84,9 @@ class Prior(nn.Module):
         return nn.Embed(size, self.hidden_channels, embedding_init=nn.initializers.normal(1.0), dtype=self.dtype)
 
     def _block(self, layer) -> Callable[[], GatedBlock]:
-        return functools.partial(GatedBlock, self.residual_channels, layer, self.dropout, self.dropout_placement, self.dtype)
+        return functools.partial(
+            GatedBlock, self.residual_channels, layer, self.dropout, self.dropout_placement, self.dtype
+        )
 
     def _blocks(self, count: int, layer) -> list[GatedBlock]:
         return [self._block(layer)() for _ in range(count)]

@@ -4,12 +4,12 @@ VQ-VAE-2 section 2.1 and VQ-VAE (2017) appendix A.1, with four departures that t
 codebook starts from encoder outputs of the first batch; its counts start where they match those vectors (from a count
 of zero, one step sends unused codes to zero, or blows them up by 1 / epsilon); the averages forget fast at first, while
 the encoder runs away from any codebook that lags a hundred steps behind (after 100 steps their mean age is 10 steps;
-Sonnet's zero-debiased averages have 41); and codes that fall out of use are re-seeded from the current batch together
+Sonnet's zero-debiased averages have 41); and codes that fall out of use restart from the current batch together
 with their statistics.
 
-Only re-seeding keeps unused codes alive. Without it (`dead_code_threshold=0`, the paper) the smoothed count of a code that
-no vector chooses stays above epsilon while its sum decays, so that its vector shrinks to zero: within about 100 steps
-from the start, and once its count has decayed to epsilon (more than 1000 steps at a decay of 0.99) later on.
+Only restarts keep unused codes alive. Without them (`dead_code_threshold=0`, the paper) the smoothed count of a code
+that no vector chooses stays above epsilon while its sum decays, so that its vector shrinks to zero: within about 100
+steps from the start, and once its count has decayed to epsilon (more than 1000 steps at a decay of 0.99) later on.
 
 Glossary of shapes: B batch, H W map, N = B * H * W vectors, K codebook size, D codebook dimension.
 """
@@ -94,7 +94,9 @@ def ema_update(old: Statistics, vectors: jax.Array, codes: jax.Array, decay: jax
     return Statistics(sums / smoothed[:, None], counts, sums)
 
 
-def restart_dead_codes(old: Statistics, vectors: jax.Array, threshold: float, key: jax.Array) -> tuple[Statistics, jax.Array]:
+def restart_dead_codes(
+    old: Statistics, vectors: jax.Array, threshold: float, key: jax.Array
+) -> tuple[Statistics, jax.Array]:
     """Replaces the codes whose count fell below `threshold` times an even share by vectors of this batch.
 
     Their statistics restart at an even share too; otherwise the next update would undo the replacement.
@@ -140,7 +142,7 @@ class Quantizer(nn.Module):
     codebook_size: int
     codebook_dim: int
     codebook_ema_decay: float
-    dead_code_threshold: float  # of an even share; 0 never re-seeds (the paper)
+    dead_code_threshold: float  # of an even share; 0: no restarts (the paper)
 
     @nn.compact
     def __call__(self, inputs: jax.Array, *, train: bool = False) -> Quantized:

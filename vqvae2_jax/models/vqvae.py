@@ -1,7 +1,7 @@
 """The hierarchical VQ-VAE: N levels of codes from one list of downsampling factors (VQ-VAE-2 section 3.1, algorithm 1).
 
-Levels are counted from the finest, 0 (bottom), to the coarsest, L - 1 (top); `downsample_factors[l]` is how much smaller level l
-is than level l - 1, or than the image for l = 0: (4, 2) is ImageNet-256, (8, 2, 2) FFHQ-1024.
+Levels are counted from the finest, 0 (bottom), to the coarsest, L - 1 (top); `downsample_factors[l]` is how much
+smaller level l is than level l - 1, or than the image for l = 0: (4, 2) is ImageNet-256, (8, 2, 2) FFHQ-1024.
 
 Glossary of shapes: B batch, H W image, C its channels, h_l w_l map of level l, K codebook size, D codebook dimension,
 F hidden channels.
@@ -43,12 +43,14 @@ def map_shapes(image_size: tuple[int, int], downsample_factors: tuple[int, ...])
     for level, factor in enumerate(downsample_factors):
         if factor < 2 or factor & (factor - 1):
             raise ValueError(
-                f'vqvae.downsample_factors: {factor} is not a power of two (2, 4, 8, ...); factors are {tuple(downsample_factors)}'
+                f'vqvae.downsample_factors is {tuple(downsample_factors)}, but {factor} is not a power of two: each '
+                'must be one of 2, 4, 8, ...'
             )
         if height % factor or width % factor:
             raise ValueError(
-                f'vqvae.downsample_factors: level {level} divides a {height}x{width} map by {factor}, which leaves a rest. '
-                f'data.image_size is {image_size[0]}x{image_size[1]} and must be divisible by {_product(downsample_factors)}'
+                f'vqvae.downsample_factors is {tuple(downsample_factors)}: level {level} divides a {height}x{width} map '
+                f'by {factor}, which leaves a remainder. data.image_size is {image_size[0]}x{image_size[1]} and must be '
+                f'divisible by {_product(downsample_factors)}'
             )
         height, width = height // factor, width // factor
         shapes.append((height, width))
@@ -76,7 +78,9 @@ class Encoder(nn.Module):
         # [B, H, W, C] -> [B, H / factor, W / factor, F]
         halvings = self.factor.bit_length() - 1
         for i in range(halvings):
-            x = nn.relu(nn.Conv(self.hidden_channels if i else self.hidden_channels // 2, (4, 4), (2, 2), dtype=self.dtype)(x))
+            x = nn.relu(
+                nn.Conv(self.hidden_channels if i else self.hidden_channels // 2, (4, 4), (2, 2), dtype=self.dtype)(x)
+            )
         x = nn.Conv(self.hidden_channels, (3, 3), dtype=self.dtype)(x)
         return nn.relu(ResidualStack(self.num_residual_blocks, self.residual_channels, self.dtype)(x))
 
@@ -121,8 +125,9 @@ class VQVAE(nn.Module):
 
     The decoder of level l sees the codes of level l and of all coarser ones, upsampled by transposed convolutions.
     Previews show what a level knows without the finer ones. The paper has such pictures without saying how they were
-    made; here they are heads on the decoded features. With `preview_grad_scale` 0 no gradient passes from a head, and the
-    model trains as if it were absent (the paper); above 0 that share passes, and coarse levels carry more of the image.
+    made; here they are heads on the decoded features. With `preview_grad_scale` 0 no gradient passes from a
+    head, and the model trains as if it were absent (the paper); above 0 the gradient passes scaled by it, and coarse
+    levels carry more of the image.
     """
 
     downsample_factors: tuple[int, ...]
@@ -170,7 +175,9 @@ class VQVAE(nn.Module):
             x = encoder(x)
             hidden.append(x)
         context, decoded, quantized, previews = None, None, {}, {}
-        for level in reversed(range(len(self.downsample_factors))):  # algorithm 1: the coarsest level is quantized first
+        for level in reversed(
+            range(len(self.downsample_factors))
+        ):  # algorithm 1: the coarsest level is quantized first
             x = hidden[level] if decoded is None else jnp.concatenate([decoded, hidden[level]], axis=-1)
             quantized[level] = self.quantizers[level](self.projections[level](x), train=train)
             context = self._context(level, quantized[level].vectors, context)

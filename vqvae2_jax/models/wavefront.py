@@ -27,7 +27,7 @@ class WavefrontPrior(Prior):
     def setup(self):
         super().setup()
         if self.kernel_size < 3:
-            raise ValueError(f'kernel must be 3 or more in wavefront order; it is {self.kernel_size}')
+            raise ValueError(f'kernel_size is {self.kernel_size}; in wavefront order it must be 3 or more')
         self.embed = self._embed(self.codebook_size)
         conv = functools.partial(WavefrontConv, kernel_size=self.kernel_size, order=self.order)
         self.first = conv(self.hidden_channels, strict=True, dtype=self.dtype)
@@ -42,7 +42,9 @@ class WavefrontPrior(Prior):
         return self._features(codes, rows, columns, condition, train=train)
 
     def diagonal(self, previous: jax.Array, step: jax.Array, condition: jax.Array | None) -> jax.Array:
-        """Logits float32 [B, n, K] of the positions of `step`, in `GenerationOrder.positions`; those off the map mean nothing.
+        """Logits float32 [B, n, K] of the positions of `step`, as in `GenerationOrder.positions`.
+
+        Those of positions off the map mean nothing.
 
         Args:
           previous: int32 [B, n], the codes of the step before (any where it has no position).
