@@ -46,7 +46,7 @@ class RasterPrior(Prior):
         first, vertical = self._vertical(above, rows, condition, train=train)
         return self._horizontal(left, rows, columns, first, vertical, condition, train=train)
 
-    def vertical(self, above, rows, condition) -> tuple[jax.Array, ...]:
+    def decode_row(self, above, rows, condition) -> tuple[jax.Array, ...]:
         """What each layer knows of all rows above, the first convolution included.
 
         Args:
@@ -65,7 +65,7 @@ class RasterPrior(Prior):
         x = x + self.row_embed(rows)[:, None] + self.column_embed(jnp.arange(self.shape[1]))
         return x, run_blocks(self._repeat(train), self.vertical_blocks, x, condition=condition, train=train)[1]
 
-    def horizontal(self, left, rows, columns, vertical, condition) -> jax.Array:
+    def decode_position(self, left, rows, columns, vertical, condition) -> jax.Array:
         """Logits float32 [B, h, w, K].
 
         Args:

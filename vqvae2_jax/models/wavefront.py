@@ -41,7 +41,7 @@ class WavefrontPrior(Prior):
         rows, columns = jnp.arange(self.shape[0])[:, None], jnp.arange(self.shape[1])
         return self._features(codes, rows, columns, condition, train=train)
 
-    def diagonal(self, previous: jax.Array, step: jax.Array, condition: jax.Array | None) -> jax.Array:
+    def decode_step(self, previous: jax.Array, step: jax.Array, condition: jax.Array | None) -> jax.Array:
         """Logits float32 [B, n, K] of the positions of `step`, as in `GenerationOrder.positions`.
 
         Those of positions off the map mean nothing.
