@@ -48,8 +48,8 @@ def map_shapes(image_size: tuple[int, int], downsample_factors: tuple[int, ...])
             )
         if height % factor or width % factor:
             raise ValueError(
-                f'vqvae.downsample_factors is {tuple(downsample_factors)}: level {level} divides a {height}x{width} map '
-                f'by {factor}, which leaves a remainder. data.image_size is {image_size[0]}x{image_size[1]} and must be '
+                f'vqvae.downsample_factors is {tuple(downsample_factors)}: level {level} divides a {height}x{width} '
+                f'map by {factor}, with a remainder. data.image_size is {image_size[0]}x{image_size[1]} and must be '
                 f'divisible by {_product(downsample_factors)}'
             )
         height, width = height // factor, width // factor
