@@ -111,7 +111,7 @@ def test_what_a_cache_holds_of_later_steps_is_never_read():
         for step in range(order.steps):
             arguments = (previous, jnp.int32(step), None)
             out, cache = prior.apply(
-                {'params': params, **cache}, *arguments, method='diagonal', mutable=['diagonals', 'attention']
+                {'params': params, **cache}, *arguments, method='decode_step', mutable=['diagonals', 'attention']
             )
             rows, columns, inside = order.positions(step, np)
             previous = codes[:, rows, columns]
@@ -149,13 +149,13 @@ def test_streamed_logits_equal_the_whole_network(case):
     for i in range(prior.shape[0]):
         part = condition if condition is None or condition.shape[1] == 1 else condition[:, i : i + 1]
         variables = {'params': params, **rows}
-        features, rows = prior.apply(variables, above, jnp.array([i]), part, method='vertical', mutable=['rows'])
+        features, rows = prior.apply(variables, above, jnp.array([i]), part, method='decode_row', mutable=['rows'])
         left, cache = jnp.full((2, 1, 1), prior.codebook_size), attention
         for j in range(prior.shape[1]):
             here = part if part is None or part.shape[2] == 1 else part[:, :, j : j + 1]
             arguments = (left, jnp.array([i]), jnp.array([j]), [f[:, :, j : j + 1] for f in features], here)
             logits, cache = prior.apply(
-                {'params': params, **cache}, *arguments, method='horizontal', mutable=['columns', 'attention']
+                {'params': params, **cache}, *arguments, method='decode_position', mutable=['columns', 'attention']
             )
             np.testing.assert_allclose(logits[:, 0, 0], whole[:, i, j], atol=1e-4)
             left = codes[:, i : i + 1, j : j + 1]
@@ -182,12 +182,12 @@ def test_temperature_is_traced_and_zero_takes_the_likeliest():
     @jax.jit
     def run(keys, temperature):
         traces.append(1)
-        return sample(prior, params, keys, control=SamplingParams(temperature)).codes
+        return sample(prior, params, keys, sampling_params=SamplingParams(temperature)).codes
 
-    cold, also_cold = run(keys, 0.0), run(sample_keys(jax.random.key(1), jnp.arange(4)), 0.0)
-    np.testing.assert_array_equal(cold, also_cold)
-    assert (np.asarray(cold) == np.asarray(cold[0])).all()
-    assert (np.asarray(run(keys, 2.0)) != np.asarray(cold)).any()
+    greedy, also_greedy = run(keys, 0.0), run(sample_keys(jax.random.key(1), jnp.arange(4)), 0.0)
+    np.testing.assert_array_equal(greedy, also_greedy)
+    assert (np.asarray(greedy) == np.asarray(greedy[0])).all()
+    assert (np.asarray(run(keys, 2.0)) != np.asarray(greedy)).any()
     assert len(traces) == 1
 
 

@@ -1,7 +1,7 @@
 """Batches from any random-access source of flat dicts of arrays: images, or codes.
 
-Batch number k is a pure function of (source, seed, k). The state of an iterator is therefore the number of batches read,
-and a restored iterator continues exactly, even with another number of worker processes. The global batch does not
+Batch number k is a pure function of (source, seed, k). An iterator's whole state is therefore the number of batches
+read, and a restored iterator continues exactly, even with another number of worker processes. The global batch does not
 depend on the number of processes (hosts) either: each asks for its rows.
 
 Unreadable examples (source.on_error == 'skip') do not shift this. Each is replaced by the next readable one; training
