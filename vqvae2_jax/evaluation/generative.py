@@ -92,7 +92,7 @@ def generative_metrics(network: str, real: FeatureStats, generated: FeatureStats
 
 
 def metrics_or_reason(compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Calls a function; returns {'missing': the reason} if it raises ValueError, so that the rest of a report is kept."""
+    """Calls a function; returns {'missing': the reason} if it raises ValueError, which keeps the rest of a report."""
     try:
         return compute()
     except ValueError as error:

@@ -17,8 +17,8 @@ def make_reconstruct_fn(task: Task) -> Callable[[Any, Any, dict[str, jax.Array]]
     Args:
       task: stage 1's.
 
-    The labels are those of `task.image_labels`, in this order: the original image, its reconstructions from the coarsest
-    level alone, then with ever finer levels, and from all levels. Call the function inside `jax.set_mesh`.
+    The labels are those of `task.image_labels`, in this order: the original image; its reconstructions from the
+    coarsest level alone, then with ever finer levels; and from all levels. Call the function inside `jax.set_mesh`.
     """
 
     @jax.jit

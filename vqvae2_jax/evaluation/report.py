@@ -245,8 +245,8 @@ def _cas(report) -> list[str]:
     keys = [k for k in ('top1', 'top5', 'top1_reconstructed', 'top5_reconstructed') if k in report['cas']['real']]
     cells = [(name, row['count'], *(f'{row[key]:.1%}' for key in keys)) for name, row in rows.items()]
     note = (
-        'Top-1 and top-5 accuracy on real held-out images, and on their reconstructions, of classifiers trained on each '
-        'source.'
+        'Top-1 and top-5 accuracy on real held-out images, and on their reconstructions, of classifiers trained on '
+        'each source.'
     )
     parts = [html.note(note), html.table(('trained on', 'images', *(k.replace('_', ', ') for k in keys)), cells)]
     classes = report['cas']['real']['by_class']

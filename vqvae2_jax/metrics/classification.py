@@ -78,7 +78,7 @@ def _integers(name: str, values) -> np.ndarray:
 def _same_length(name: str, values: np.ndarray, labels: np.ndarray) -> None:
     if len(values) != len(labels) or not len(labels):
         raise ValueError(
-            f'{name} has {len(values)} examples and labels has {len(labels)}; the numbers must be equal, and at least one'
+            f'{name} has {len(values)} examples and labels has {len(labels)}; these must be equal, and at least one'
         )
 
 

@@ -58,7 +58,7 @@ class Moments:
 
     @functools.cached_property
     def root(self) -> np.ndarray:
-        """The symmetric square root of the covariance, float64 [D, D]; cached, as one real set serves many distances."""
+        """The symmetric square root of the covariance, float64 [D, D]; cached for comparison with many sets."""
         values, vectors = np.linalg.eigh(self.covariance())
         return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 
