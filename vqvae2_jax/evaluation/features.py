@@ -178,8 +178,11 @@ class FeatureStats:
             raise ValueError('a set has no readable image')
         if sum(map(len, pending)):
             moments.append(_moments(np.concatenate(pending)))
+        moments = functools.reduce(operator.add, moments)
+        if not stored:
+            return cls(np.zeros((0, len(moments.mean)), np.float32), None, moments)
         arrays = {name: np.concatenate([part[name] for part in stored]) for name in stored[0]}
-        return cls(arrays['features'], arrays.get('logits'), functools.reduce(operator.add, moments))
+        return cls(arrays['features'], arrays.get('logits'), moments)
 
     @functools.cached_property
     def moments(self) -> Moments:

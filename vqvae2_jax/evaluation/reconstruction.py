@@ -54,7 +54,7 @@ def reconstruction_report(
     for name, shape in zip(level_names, shapes, strict=True):
         levels[name] = {
             'codes': list(shape),
-            'codebook_usage': metrics[f'codebook_usage_{name}'],
+            'codebook_usage': metrics[f'used_{name}'],
             'perplexity': metrics[f'perplexity_{name}'],
         }
         if name in level_names[1:]:
