@@ -8,24 +8,13 @@ import numpy as np
 import pytest
 
 from vqvae2_jax import inference
+from vqvae2_jax.config import base
+from vqvae2_jax.config import build as configs
 from vqvae2_jax.distributed import sharding
-from vqvae2_jax.models.raster import RasterPrior
-from vqvae2_jax.models.vqvae import VQVAE
-from vqvae2_jax.models.wavefront import WavefrontPrior
 from vqvae2_jax.sampling.params import SamplingParams
 
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 BATCH = 16
-PRIOR = dict(
-    codebook_size=16,
-    num_classes=3,
-    label_dropout=0.1,
-    hidden_channels=16,
-    residual_channels=16,
-    num_residual_blocks=2,
-    kernel_size=3,
-    num_heads=2,
-)
 
 
 @pytest.fixture(autouse=True)
@@ -33,34 +22,37 @@ def shard_small_arrays(monkeypatch):
     monkeypatch.setattr(sharding, 'MIN_SHARDED_SIZE', 64)
 
 
+def make_config(order='raster'):
+    """Two levels of 8x8 and 4x4 codes of 16x16 images, with as few channels as possible."""
+    config = base.get_config()
+    config.data.update(image_size=(16, 16), num_classes=3)
+    config.vqvae.update(hidden_channels=8, residual_channels=8, num_residual_blocks=1, codebook_size=16, codebook_dim=8)
+    for prior in config.prior.values():
+        prior.update(order=order, label_dropout=0.1, hidden_channels=16, residual_channels=16, num_residual_blocks=2)
+        prior.update(kernel_size=3, num_heads=2)
+    config.prior.bottom.num_cond_blocks = 1
+    config.prior.top.num_attention_layers = 1
+    return config
+
+
+def init(config, section):
+    """A module of the config and random variables on the host."""
+    model, (key, *shapes) = configs.networks(config)[section]
+    return model, jax.device_get(jax.jit(model.init)(key, *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)))
+
+
 @pytest.fixture(scope='module')
 def vqvae():
-    model = VQVAE(
-        channels=1,
-        downsample_factors=(2, 2),
-        hidden_channels=8,
-        residual_channels=8,
-        num_residual_blocks=1,
-        codebook_size=16,
-        codebook_dim=8,
-    )
-    key = jax.random.key(0)
-    init = jax.jit(model.init)
-    return model, jax.device_get(init({'params': key, 'reseed': key}, jnp.zeros((1, 16, 16, 1))))
+    model, variables = init(make_config(), 'vqvae')
+    rng = np.random.default_rng(0)  # an untrained codebook is zero
+    codebook = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), variables['codebook'])
+    return model, variables | {'codebook': codebook}
 
 
 def make_priors(order):
     """Modules and parameters of both levels, finest first."""
-    make = RasterPrior if order == 'raster' else WavefrontPrior
-    attention = {'num_attention_layers': 1}
-    bottom = make(shape=(8, 8), coarser_codebook_sizes=(16,), num_cond_blocks=1, **PRIOR)
-    priors = [bottom, make(shape=(4, 4), **attention, **PRIOR)]
-    maps, label = [jnp.zeros((1, *prior.shape), jnp.int32) for prior in priors], jnp.zeros(1, jnp.int32)
-    params = [
-        jax.jit(prior.init)(jax.random.key(level), maps[level], label, tuple(maps[level + 1 :]))['params']
-        for level, prior in enumerate(priors)
-    ]
-    return priors, jax.device_get(params)
+    made = [init(make_config(order), f'prior.{name}') for name in ('bottom', 'top')]
+    return [prior for prior, _ in made], [variables['params'] for _, variables in made]
 
 
 def sampling_params():
@@ -130,7 +122,7 @@ def test_the_test_above_finds_weights_that_are_gathered_in_every_step(vqvae, ord
 def test_samples_are_equal_on_any_devices(vqvae, order):
     priors, params = make_priors(order)
     results = []
-    for devices, fsdp in ((1, 1), (2, 1), (2, 2), (8, 1), (8, 2)):
+    for devices, fsdp in ((1, 1), (2, 2), (8, 1), (8, 2)):
         with jax.set_mesh(sharding.make_mesh(jax.devices()[:devices], fsdp)):
             sample = inference.make_sample_fn(vqvae[0], priors, seed=0)
             results.append(sharding.gather_rows(sample(*make_arguments(vqvae, params))))
@@ -145,7 +137,7 @@ def test_codes_and_reconstructions_are_equal_on_any_devices(vqvae):
     model, variables = vqvae
     image = np.random.default_rng(0).integers(0, 256, (BATCH, 16, 16, 1), np.uint8)
     results = []
-    for devices, fsdp in ((1, 1), (2, 1), (2, 2), (8, 1), (8, 2)):
+    for devices, fsdp in ((1, 1), (2, 2), (8, 1), (8, 2)):
         with jax.set_mesh(sharding.make_mesh(jax.devices()[:devices], fsdp)):
             held = sharding.put_sharded(variables)
             codes = inference.make_encode_fn(model)(held, sharding.make_global_batch({'image': image}))

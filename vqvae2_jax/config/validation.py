@@ -176,7 +176,8 @@ def _check_sampling(config, levels):
         if guidance != 1 and not config[prior].label_dropout:
             raise ConfigError(
                 f'sample.guidance.{name} is {guidance}, but {prior}.label_dropout is 0: guidance compares the prior '
-                f'with itself without class. Train it with {prior}.label_dropout=0.1, for example, or leave guidance at 1'
+                f'with itself without class. Train it with {prior}.label_dropout=0.1, for example, or set '
+                'guidance to 1'
             )
 
 

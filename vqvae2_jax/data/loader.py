@@ -1,7 +1,7 @@
 """Batches from any random-access source of flat dicts of arrays: images, or codes.
 
-Batch number k is a pure function of (source, seed, k). The state of an iterator is therefore the number of batches read,
-and a restored iterator continues exactly, even with another number of worker processes. The global batch does not
+Batch number k is a pure function of (source, seed, k). An iterator's whole state is therefore the number of batches
+read, and a restored iterator continues exactly, even with another number of worker processes. The global batch does not
 depend on the number of processes (hosts) either: each asks for its rows.
 
 Unreadable examples (source.on_error == 'skip') do not shift this. Each is replaced by the next readable one; training
@@ -269,15 +269,17 @@ class _Reader:
                 if not self._skip:
                     raise
                 self._log(error)
-        raise ValueError(f'none of the {count} examples can be read; the last one: {self._source.where(candidate)}.')
+        raise ValueError(
+            f'none of the {count} examples can be read; the last one: {self._source.example_name(candidate)}.'
+        )
 
     def _log(self, error: UnreadableImage):
-        if error.where in self._logged:
+        if error.example_name in self._logged:
             return
-        self._logged.add(error.where)
-        logging.warning('skipping %s: %s', error.where, error.reason)
+        self._logged.add(error.example_name)
+        logging.warning('skipping %s: %s', error.example_name, error.reason)
         if self._skip_log:
-            line = error.where.replace('\n', ' ') + '\n'
+            line = error.example_name.replace('\n', ' ') + '\n'
             # One write to a file opened for appending is atomic, so that worker processes can share the file.
             with open(self._skip_log, 'ab', buffering=0) as file:
                 file.write(line.encode('utf-8', 'surrogateescape'))
