@@ -51,6 +51,14 @@ def render_html(report: dict[str, Any], pictures: Mapping[str, bytes]) -> str:
     return html.page(f'{report["config"]}: report', parts)
 
 
+def render_comparison(report: dict[str, Any]) -> str:
+    """Returns the page of a comparison of two sets of images, from the content of its report.json."""
+    protocol = report['protocol']
+    parts = [html.table(('', ''), list(report['quality'].items())), html.heading('Protocol')]
+    parts.append(html.table(('', ''), [(name, _plain(value)) for name, value in protocol.items()]))
+    return html.page(f'{protocol["generated"]["images"]} against {protocol["real"]["images"]}', parts)
+
+
 def summary(report: dict[str, Any]) -> str:
     """Returns the main numbers of a report as text."""
     reconstruction, split = report['reconstruction'], report['protocol']['split']

@@ -75,7 +75,7 @@ def reconstruct(run: Run) -> None:
 
 
 def _write_reconstructions(run, output, source, missing, stopped):
-    batch_size = run.batch_size('evaluate')
+    batch_size = run.batch_size('codes')
 
     def write(limits, arrays):
         arrays = {'arr_0': arrays['image'], 'label': arrays['label'], 'index': arrays['index'].astype('int64')}
@@ -86,14 +86,15 @@ def _write_reconstructions(run, output, source, missing, stopped):
     with jax.set_mesh(run.mesh):
         variables = workdir.load_vqvae(run).variables
         parameters = sum(x.size for x in jax.tree.leaves(variables['params']))
-        data = f'{len(source)} codes; evaluate.batch_size {run.config.evaluate.batch_size}, padded to {batch_size}'
+        data = f'{len(source)} codes; codes.batch_size {run.config.codes.batch_size}, padded to {batch_size}'
         line = start_line(RECONSTRUCTIONS, processes.describe_mesh(run.mesh), parameters=parameters, data=data)
         print(line, flush=True)
         decode = inference.make_decode_fn(configs.make_vqvae(run.config))
         decode = functools.partial(decode, sharding.put_sharded(variables))
         processes.run_on_main_process(output.start)
         for start, stop in batch_runs(missing, batch_size, len(source)):
-            batches = feature_store.read_batches(run, source, RECONSTRUCTIONS, stopped, start=start, stop=stop)
+            limits = {'section': 'codes', 'start': start, 'stop': stop}
+            batches = feature_store.read_batches(run, source, RECONSTRUCTIONS, stopped, **limits)
             with contextlib.closing(batches):
                 for number, arrays in enumerate(map_batches(decode, batches, batch_size)):
                     writer.add(start + number * batch_size, arrays)

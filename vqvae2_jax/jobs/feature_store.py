@@ -1,7 +1,7 @@
 """Features of images in shards below features/<extractor>/: extracted once, continued after a stop, reused by digest.
 
-A directory holds a record, files features-START-STOP.npz, and statistics.npz. N images of a file, R sets of images (rows):
-the images themselves, or their reconstructions with ever more levels.
+A directory holds a record, files features-START-STOP.npz, and statistics.npz. A file has N images. Row r is the images
+themselves, or their reconstructions from some of the levels.
 
     features_r  float32 [N, D]
     logits_r    float32 [N, S], if the network has them
@@ -14,6 +14,7 @@ statistics.npz holds `count`, and `mean_r` [D] and `scatter_r` [D, D] of all ima
 import contextlib
 import dataclasses
 import glob
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 
@@ -105,9 +106,16 @@ def open_samples(run: Run, set_name: str, indices: np.ndarray | None = None) -> 
 
 
 def read_batches(
-    run: Run, source, name: str, stopped: Callable[[], int], *, start: int = 0, stop: int | None = None
+    run: Run,
+    source,
+    name: str,
+    stopped: Callable[[], int],
+    *,
+    section: str = 'evaluate',
+    start: int = 0,
+    stop: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the process-local rows of batches of evaluate.batch_size, and prints progress.
+    """Yields the process-local rows of batches of <section>.batch_size, and prints progress.
 
     Call it inside `jax.set_mesh`, on all processes together.
 
@@ -116,13 +124,14 @@ def read_batches(
       source: images or codes.
       name: of the phase, for the log.
       stopped: of `stop_signals`.
+      section: of the config, for the batch size.
       start: the first example.
       stop: one past the last example; None: all.
 
     Raises:
       Interrupted: a stop signal came.
     """
-    batch_size = run.batch_size('evaluate')
+    batch_size = run.batch_size(section)
     stop = len(source) if stop is None else stop
     kwargs = run.loader_kwargs() if isinstance(source, ImageSource) else {}
     rows, progress = sharding.process_local_rows(batch_size), Progress(name, stop - start)
@@ -220,7 +229,8 @@ def extract(
       inputs: digests of the network and the images. Features of other inputs are replaced.
       settings: further settings that identify the images.
       source: the images.
-      make_function: called inside the mesh; returns a function batch -> {'features_r', 'logits_r'}.
+      make_function: called inside the mesh; returns a function batch -> {'features_r', 'logits_r'}. It may also return
+        the 'image' uint8 [B, H, W, C]; their SHA-256 are then stored as 'pixels', uint8 [N, 32].
       rows: names of the sets of images r.
       stopped: of `stop_signals`.
       job: the value of --job, for messages.
@@ -248,17 +258,18 @@ def extract(
             batches = read_batches(run, source, name, stopped, start=start, stop=stop)
             with contextlib.closing(batches):
                 for number, arrays in enumerate(map_batches(function, batches, batch_size)):
-                    writer.add(start + number * batch_size, arrays)
+                    writer.add(start + number * batch_size, _hash_images(arrays))
     results = processes.run_on_main_process(lambda: _finish(output))
     return dataclasses.replace(output, state=record.DONE, results=results[0], digest=results[1])
 
 
-def load_stats(output: Record, row: str = IMAGES) -> FeatureStats:
+def load_stats(output: Record, row: str = IMAGES, max_stored: int = MAX_STORED_FEATURES) -> FeatureStats:
     """Loads the statistics of extracted features, with the features of the first images.
 
     Args:
       output: from one of the functions above.
       row: one of the rows.
+      max_stored: number of first images whose features and logits are loaded; the moments are of all.
 
     Raises:
       ValueError: there are none: no image could be read, or features are not finite.
@@ -266,11 +277,11 @@ def load_stats(output: Record, row: str = IMAGES) -> FeatureStats:
     if 'error' in output.results:
         raise ValueError(output.results['error'])
     r, stored = output.settings['rows'].index(row), []
-    for shard in _shards(output):
+    for shard in read_shards(output):
         stored.append(_select(shard, r))
-        if sum(len(part['features']) for part in stored) >= MAX_STORED_FEATURES:
+        if sum(len(part['features']) for part in stored) >= max_stored:
             break
-    arrays = {k: np.concatenate([part[k] for part in stored])[:MAX_STORED_FEATURES] for k in stored[0]}
+    arrays = {k: np.concatenate([part[k] for part in stored])[:max_stored] for k in stored[0]}
     values = samples.read_npz(output.directory / _STATISTICS)
     moments = Moments(int(values['count']), values[f'mean_{r}'], values[f'scatter_{r}'])
     return FeatureStats(arrays['features'], arrays.get('logits'), moments)
@@ -279,15 +290,23 @@ def load_stats(output: Record, row: str = IMAGES) -> FeatureStats:
 def load_logits(output: Record, row: str = IMAGES) -> tuple[np.ndarray, np.ndarray]:
     """Loads the logits float32 [N, S] and the labels int32 [N] of all readable images of a row."""
     r = output.settings['rows'].index(row)
-    parts = [(_select(shard, r)['logits'], shard['label'][shard['mask']]) for shard in _shards(output)]
+    parts = [(_select(shard, r)['logits'], shard['label'][shard['mask']]) for shard in read_shards(output)]
     return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+
+
+def _hash_images(arrays):
+    if 'image' not in arrays:
+        return arrays
+    hashes = [np.frombuffer(hashlib.sha256(image.tobytes()).digest(), np.uint8) for image in arrays['image']]
+    return {k: v for k, v in arrays.items() if k != 'image'} | {'pixels': np.stack(hashes)}
 
 
 def _shard_path(directory, limits: Range):
     return directory / f'features-{limits[0]:08d}-{limits[1]:08d}.npz'
 
 
-def _shards(output):
+def read_shards(output: Record) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the arrays of every file of extracted features."""
     ranges = shard_ranges(output.settings['count'], output.settings['shard_size'])
     return (samples.read_npz(_shard_path(output.directory, limits)) for limits in ranges)
 
@@ -310,11 +329,11 @@ def _finish(output):
     try:
         arrays = {}
         for r in range(len(output.settings['rows'])):
-            stats = FeatureStats.collect((_select(shard, r) for shard in _shards(output)), max_stored=0)
+            stats = FeatureStats.collect((_select(shard, r) for shard in read_shards(output)), max_stored=0)
             arrays |= {f'mean_{r}': stats.moments.mean, f'scatter_{r}': stats.moments.scatter}
         samples.write_npz(output.directory / _STATISTICS, {'count': np.array(len(stats)), **arrays})
         results = {'count': len(stats)}
     except ValueError as error:
-        results = {'count': sum(int(shard['mask'].sum()) for shard in _shards(output)), 'error': str(error)}
+        results = {'count': sum(int(shard['mask'].sum()) for shard in read_shards(output)), 'error': str(error)}
     output.finish(results)
     return results, output.digest
