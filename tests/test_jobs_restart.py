@@ -11,7 +11,7 @@ from vqvae2_jax.data import codes as store
 from vqvae2_jax.data import samples
 from vqvae2_jax.distributed.preemption import Interrupted
 from vqvae2_jax.io import record
-from vqvae2_jax.io.logging import RunLog
+from vqvae2_jax.io.logging import MetricsLogger
 from vqvae2_jax.io.record import JobError, SettingsChangedError, StaleInputError
 from vqvae2_jax.jobs import workdir
 from vqvae2_jax.jobs.pipeline import run_job
@@ -243,19 +243,19 @@ def test_training_goes_on_where_a_constant_rate_allows_it(run, monkeypatch):
     run.path('classifier').rmtree()
     run_job(run, 'classifier')
     run.config.classifier.training.steps = 16
-    write = RunLog.write
+    write = MetricsLogger.write
 
     def stop_at_12(log, step, prefix, metrics):
         write(log, step, prefix, metrics)
         if (step, prefix) == (12, 'validation'):
             terminate()
 
-    monkeypatch.setattr(RunLog, 'write', stop_at_12)
+    monkeypatch.setattr(MetricsLogger, 'write', stop_at_12)
     with pytest.raises(Interrupted):
         run_job(run, 'classifier')
     with pytest.raises(JobError, match='classifier is not finished: add --job=classifier'):
         workdir.load_trained(run, 'classifier', 'classifier', 'classifier')
-    monkeypatch.setattr(RunLog, 'write', write)
+    monkeypatch.setattr(MetricsLogger, 'write', write)
     run_job(run, 'classifier')
     results = workdir.load_trained(run, 'classifier', 'classifier', 'classifier').record.results
     assert results['steps'] == 16 and results['best_step'] <= 16
