@@ -138,18 +138,19 @@ def sample_levels(
 
 
 def _cfg_inputs(prior, labels, coarser, sampling_params):
-    # With guidance the batch is doubled: the second half has no class.
+    # With guidance every row comes twice, with and without its class. The two are neighbors, as a batch that is sharded
+    # over devices would have to be exchanged between them in every step if they were two halves.
     if sampling_params.guidance is None:
         return labels, coarser
     if not prior.label_dropout or labels is None:
         raise ValueError('guidance needs labels, and a prior that was trained with label_dropout above 0')
-    labels = jnp.concatenate([labels, jnp.full_like(labels, prior.num_classes)])
+    labels = jnp.stack([labels, jnp.full_like(labels, prior.num_classes)], axis=1).reshape(-1)
     return labels, tuple(_tile_for_cfg(sampling_params, c) for c in coarser)
 
 
 def _tile_for_cfg(sampling_params, x):
     # [B, ...] -> [2 B, ...] with guidance; else unchanged
-    return x if sampling_params.guidance is None else jnp.concatenate([x, x])
+    return x if sampling_params.guidance is None else jnp.repeat(x, 2, axis=0)
 
 
 def _choose(prior, keys, sampling_params, known_codes, rows, columns, logits) -> Sampled:
@@ -159,7 +160,8 @@ def _choose(prior, keys, sampling_params, known_codes, rows, columns, logits) ->
     if known_codes is not None:
         known = known_codes[:, rows, columns]
         codes = jnp.where(known >= 0, known, codes)
-    log_probs = jax.nn.log_softmax(logits[: len(keys)])
+    cond = logits if sampling_params.guidance is None else logits.reshape(-1, 2, *logits.shape[1:])[:, 0]
+    log_probs = jax.nn.log_softmax(cond)
     return Sampled(codes, jnp.take_along_axis(log_probs, codes[..., None], axis=-1)[..., 0])
 
 

@@ -85,7 +85,8 @@ def apply_cfg(logits: jax.Array, sampling_params: SamplingParams) -> jax.Array:
     """Applies classifier-free guidance (Ho and Salimans 2022).
 
     Args:
-      logits: float32 [2 B, ...], conditional and then unconditional; [B, ...] without guidance.
+      logits: float32 [2 B, ...], of every sample the conditional and then the unconditional ones; [B, ...] without
+        guidance.
       sampling_params: of which guidance is used.
 
     Returns:
@@ -93,5 +94,6 @@ def apply_cfg(logits: jax.Array, sampling_params: SamplingParams) -> jax.Array:
     """
     if sampling_params.guidance is None:
         return logits
-    cond, uncond = jnp.split(logits, 2)
+    pairs = logits.reshape(-1, 2, *logits.shape[1:])  # keeps the sharding of the batch
+    cond, uncond = pairs[:, 0], pairs[:, 1]
     return uncond + sampling_params.guidance * (cond - uncond)
