@@ -36,8 +36,8 @@ def choose_extra(plugins: set[str], gpu: bool, tpu: bool) -> str:
     """Returns the extra of pyproject.toml that fits a machine, or '' for a CPU.
 
     Args:
-      plugins: the names of `PLUGINS` that are installed. They take precedence: JAX fails with a plugin of another version
-        and with two plugins for one device, so an installed one is upgraded in place.
+      plugins: the names of `PLUGINS` that are installed. They take precedence: JAX fails with a plugin of another
+        version and with two plugins for one device, so an installed one is upgraded in place.
       gpu: whether there is an NVIDIA GPU. cuda12 also works with drivers older than 580.
       tpu: whether there is a TPU.
     """
