@@ -5,11 +5,12 @@ import pickle
 import numpy as np
 import pytest
 
-from vqvae2_jax.data.images import SPLITS, ImageSpec, open_all, open_images
+from tests.defaults import image_spec
+from vqvae2_jax.data.images import SPLITS, open_all, open_images
 
 
 def spec(path, **fields):
-    return ImageSpec(**{'name': 'npz', 'path': str(path), 'image_size': (8, 8), 'channels': 3, **fields})
+    return image_spec('npz', path, **{'image_size': (8, 8), 'channels': 3, **fields})
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ from etils import epath
 from PIL import Image
 
 from benchmarks.input import packed
+from tests.defaults import image_spec
 from tests.fake_gcs import serve
 from vqvae2_jax import main
 from vqvae2_jax.data import codes, samples
-from vqvae2_jax.data.images import ImageSpec, open_images
+from vqvae2_jax.data.images import open_images
 from vqvae2_jax.io import files, gcs, logging
 from vqvae2_jax.jobs.inpaint import read_mask
 from vqvae2_jax.jobs.pipeline import run_job
@@ -98,13 +99,13 @@ def test_images_on_a_bucket(gcs):
     samples.write_npz(epath.Path('gs://bucket/arrays/a.npz'), {'arr_0': pixels, 'label': np.array([0, 0, 1, 1])})
     sizes = dict(image_size=(6, 6), num_classes=2, held_out=(0.5, 0.0), channels=3)
     for name, path in (('folder', 'images'), ('npz', 'arrays/a.npz'), ('npz', 'arrays/*.npz')):
-        source = open_images(ImageSpec(name, f'gs://bucket/{path}', **sizes), 'train')
+        source = open_images(image_spec(name, f'gs://bucket/{path}', **sizes), 'train')
         found = {source[i]['image'].tobytes(): int(source[i]['label']) for i in range(len(source))}
         assert found and found.items() <= {p.tobytes(): i // 2 for i, p in enumerate(pixels)}.items()
-    folder = open_images(ImageSpec('folder', 'gs://bucket/images', **sizes), 'train')
+    folder = open_images(image_spec('folder', 'gs://bucket/images', **sizes), 'train')
     assert folder.where(0).startswith('gs://bucket/images/')  # not the copy
     with pytest.raises(FileNotFoundError, match='data.path: there is nothing at gs://bucket/none'):
-        open_images(ImageSpec('folder', 'gs://bucket/none', **sizes), 'train')
+        open_images(image_spec('folder', 'gs://bucket/none', **sizes), 'train')
 
 
 def test_a_mask_on_a_bucket(gcs):
@@ -123,7 +124,7 @@ def test_a_prepared_dataset_on_a_bucket(gcs, tmp_path):
     for file in (tmp_path / 'tfds').rglob('*.*'):
         if file.is_file():
             gcs.upload(str(file), epath.Path('gs://bucket/tfds') / file.relative_to(tmp_path / 'tfds'))
-    spec = ImageSpec('packed', 'gs://bucket/tfds', image_size=(6, 6), channels=3, num_classes=0, held_out=(0.25, 0.0))
+    spec = image_spec('packed', 'gs://bucket/tfds', image_size=(6, 6), channels=3, num_classes=0, held_out=(0.25, 0.0))
     sources = [open_images(spec, split) for split in ('train', 'validation')]
     assert sorted(int(s[i]['image'][0, 0, 0]) for s in sources for i in range(len(s))) == [0, 1, 2, 3]
 

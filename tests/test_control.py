@@ -55,9 +55,9 @@ def test_guidance_extrapolates_from_the_logits_without_class():
     np.testing.assert_allclose(apply_cfg(both, SamplingParams(guidance=3.0)), [[2.0, 0.0]])
 
 
-@pytest.mark.parametrize('slope', [None, 2])
-def test_guided_sampling_equals_its_slow_definition(slope):
-    fields = {} if slope is None else {'slope': slope}
+@pytest.mark.parametrize('skew', [None, 2])
+def test_guided_sampling_equals_its_slow_definition(skew):
+    fields = {} if skew is None else {'skew': skew}
     prior, params, _, labels, _ = make_prior('classes', batch=3, label_dropout=0.1, **fields)
     keys = sample_keys(jax.random.key(1), jnp.arange(3))
     traces = []

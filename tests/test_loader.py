@@ -11,7 +11,8 @@ import grain
 import numpy as np
 import pytest
 
-from vqvae2_jax.data.images import ImageSpec, open_images
+from tests.defaults import image_spec
+from vqvae2_jax.data.images import open_images
 from vqvae2_jax.data.loader import BatchIterator, eval_batches, train_batches
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -51,7 +52,7 @@ def equal(left, right):
 
 @pytest.fixture(scope='module')
 def fashion():
-    return open_images(ImageSpec('fashion', num_classes=10), 'validation')
+    return open_images(image_spec(num_classes=10), 'validation')
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -98,7 +99,7 @@ def test_flip_and_crop(fashion):
 
 
 def test_crops_reach_every_side():
-    source = open_images(ImageSpec('fashion'), 'train')
+    source = open_images(image_spec(), 'train')
     zooms, offsets = [], []
 
     class Recorder:

@@ -16,9 +16,9 @@ def orders(draw):
     return GenerationOrder((height, width), draw(st.integers(1, width)))
 
 
-@pytest.mark.parametrize('side, slope, steps', [(32, 3, 125), (64, 3, 253), (32, 2, 94), (64, 2, 190), (32, 32, 1024)])
-def test_steps_of_square_maps(side, slope, steps):
-    assert GenerationOrder((side, side), slope).steps == steps
+@pytest.mark.parametrize('side, skew, steps', [(32, 3, 125), (64, 3, 253), (32, 2, 94), (64, 2, 190), (32, 32, 1024)])
+def test_steps_of_square_maps(side, skew, steps):
+    assert GenerationOrder((side, side), skew).steps == steps
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -38,7 +38,7 @@ def test_every_position_is_drawn_once_and_in_its_step(order):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(orders(), st.sampled_from([1, 3, 5, 7]), st.booleans())
 def test_taps_are_the_part_of_the_window_that_is_not_later(order, kernel, strict):
-    visible_offsets, half, wide = order.visible_offsets(kernel, strict), kernel // 2, max(kernel // 2, order.slope)
+    visible_offsets, half, wide = order.visible_offsets(kernel, strict), kernel // 2, max(kernel // 2, order.skew)
     assert set(visible_offsets) <= set(itertools.product(range(-half, half + 1), range(-wide, wide + 1)))
     step = order.step_of()
     for i in range(-half, half + 1):
@@ -55,7 +55,7 @@ def test_raster_is_the_order_with_one_position_a_step():
     np.testing.assert_array_equal(order.step_of(), np.arange(12).reshape(3, 4))
 
 
-@pytest.mark.parametrize('slope', [0, 5])
-def test_slopes_beyond_the_width_are_refused(slope):
-    with pytest.raises(ValueError, match=rf'slope is {slope}.*choose 1 to 4'):
-        GenerationOrder((3, 4), slope)
+@pytest.mark.parametrize('skew', [0, 5])
+def test_skews_beyond_the_width_are_refused(skew):
+    with pytest.raises(ValueError, match=rf'skew is {skew}; .* it must be an integer from 1 to 4'):
+        GenerationOrder((3, 4), skew)

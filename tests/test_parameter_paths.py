@@ -1,5 +1,7 @@
-"""Paths and shapes of parameters and codebooks stay those of version 0.2: they seed the weights and name the arrays of a
-checkpoint."""
+"""Paths and shapes of parameters and codebooks stay those of version 0.2.
+
+They seed the weights and name the arrays of a checkpoint.
+"""
 
 import hashlib
 import json

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import defaults
 from tests.test_prior import CASES, make_prior
 from vqvae2_jax.distributed import sharding
-from vqvae2_jax.models.wavefront import WavefrontPrior
 from vqvae2_jax.sampling.ancestral import sample, sample_keys, sample_levels, sample_reference
 from vqvae2_jax.sampling.params import SamplingParams, draw
 from vqvae2_jax.sampling.rejection import select_top_per_class
@@ -33,13 +33,13 @@ def test_any_order_shape_kernel_and_depth_is_exact(data):
     height, width = data.draw(st.integers(1, 5)), data.draw(st.integers(2, 6))
     fields = {
         'shape': (height, width),
-        'kernel': data.draw(st.sampled_from([3, 5, 7])),
-        'layers': data.draw(st.integers(1, 3)),
-        'attention_layers': data.draw(st.integers(0, 1)),
-        'heads': 2,
+        'kernel_size': data.draw(st.sampled_from([3, 5, 7])),
+        'num_residual_blocks': data.draw(st.integers(1, 3)),
+        'num_attention_layers': data.draw(st.integers(0, 1)),
+        'num_heads': 2,
     }
     if data.draw(st.booleans()):
-        fields['slope'] = data.draw(st.integers(1, width))
+        fields['skew'] = data.draw(st.integers(1, width))
     prior, params, _, labels, _ = make_prior('classes', seed=height * 7 + width, batch=2, **fields)
     keys = sample_keys(jax.random.key(1), jnp.arange(2))
     fast = jax.jit(lambda: sample(prior, params, keys, labels))()
@@ -49,15 +49,15 @@ def test_any_order_shape_kernel_and_depth_is_exact(data):
 
 
 def test_a_map_of_one_row_is_conditioned_on_a_coarser_one():
-    fields = {'shape': (1, 4), 'slope': 2, 'coarser_codebook_sizes': (5,), 'codebook_size': 6, 'hidden': 8}
-    prior = WavefrontPrior(**fields, residual=8, layers=2, kernel=3)
+    fields = {'shape': (1, 4), 'skew': 2, 'coarser_codebook_sizes': (5,), 'codebook_size': 6, 'hidden_channels': 8}
+    prior = defaults.make_prior(**fields, residual_channels=8, num_residual_blocks=2, kernel_size=3)
     keys, coarser = sample_keys(jax.random.key(1), jnp.arange(2)), (jnp.array([[[0, 3]], [[4, 1]]]),)
     params = prior.init(jax.random.key(0), jnp.zeros((2, 1, 4), jnp.int32), None, coarser)['params']
     fast, slow = (draws(prior, params, keys, None, coarser).codes for draws in (sample, sample_reference))
     np.testing.assert_array_equal(fast, slow)
 
 
-@pytest.mark.parametrize('case', ['coarser level', 'slope 3, attention'])
+@pytest.mark.parametrize('case', ['coarser level', 'skew 3, attention'])
 def test_log_probs_are_those_of_the_whole_network_on_the_finished_map(case):
     prior, params, _, labels, coarser = make_prior(case, batch=2)
     keys = sample_keys(jax.random.key(5), jnp.arange(2))
@@ -67,7 +67,7 @@ def test_log_probs_are_those_of_the_whole_network_on_the_finished_map(case):
     np.testing.assert_allclose(sampled.log_probs, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize('case', ['attention', 'slope 3, attention'])
+@pytest.mark.parametrize('case', ['attention', 'skew 3, attention'])
 def test_in_bfloat16_log_probs_are_nearly_those_of_the_whole_network(case):
     prior, params, *_ = make_prior(case, batch=4)
     prior = prior.clone(dtype=jnp.bfloat16)
@@ -78,7 +78,7 @@ def test_in_bfloat16_log_probs_are_nearly_those_of_the_whole_network(case):
     np.testing.assert_allclose(sampled.log_probs, expected, atol=0.1)
 
 
-@pytest.mark.parametrize('case', ['attention', 'slope 3, attention'])
+@pytest.mark.parametrize('case', ['attention', 'skew 3, attention'])
 def test_kept_codes_stay_and_the_rest_is_drawn_given_the_earlier_ones(case):
     prior, params, codes, labels, coarser = make_prior(case, batch=2)
     keys = sample_keys(jax.random.key(5), jnp.arange(2))
@@ -102,7 +102,7 @@ def poisoned(cache, written):
 
 
 def test_what_a_cache_holds_of_later_steps_is_never_read():
-    prior, params, codes, labels, coarser = make_prior('slope 3, attention')
+    prior, params, codes, labels, coarser = make_prior('skew 3, attention')
     order = prior.order
 
     def run(poison):

@@ -6,15 +6,23 @@ import numpy as np
 import optax
 import pytest
 
-from vqvae2_jax.models.vqvae import VQVAE, map_shapes
+from tests import defaults
+from vqvae2_jax.models.vqvae import map_shapes
 from vqvae2_jax.tasks.vqvae import make_task
 from vqvae2_jax.training import optim, state
 
-SMALL = {'channels': 3, 'hidden': 8, 'residual': 4, 'layers': 1, 'codebook_size': 16, 'codebook_dim': 6}
+SMALL = {
+    'channels': 3,
+    'hidden_channels': 8,
+    'residual_channels': 4,
+    'num_residual_blocks': 1,
+    'codebook_size': 16,
+    'codebook_dim': 6,
+}
 
 
 def _model(factors=(2, 2), size=(8, 12), batch=2, **fields):
-    model = VQVAE(factors=factors, **{**SMALL, **fields})
+    model = defaults.make_vqvae(downsample_factors=factors, **SMALL | fields)
     image = jax.random.uniform(jax.random.key(1), (batch, *size, 3), minval=-1)
     variables = jax.jit(model.init)({'params': jax.random.key(2), 'reseed': jax.random.key(3)}, image)
     return model, variables, image
@@ -81,8 +89,8 @@ def test_finer_codes_see_the_decoded_coarser_ones():
     assert (before != after).any()
 
 
-def _gradients(level_loss):
-    model, variables, image = _model(level_loss=level_loss)
+def _gradients(preview_grad_scale):
+    model, variables, image = _model(preview_grad_scale=preview_grad_scale)
     stage = make_task(model, ('bottom', 'top'), 0.25, 10)
     batch = {'image': jnp.round((image + 1) * 127.5).astype(jnp.uint8)}
     rest = {'codebook': variables['codebook']}
@@ -95,8 +103,8 @@ def test_straight_through_gradient_reaches_every_parameter():
 
 
 def test_previews_leave_the_paper_model_alone_unless_asked():
-    def main_gradient(level_loss, drop_preview):
-        model, variables, image = _model(level_loss=level_loss)
+    def main_gradient(preview_grad_scale, drop_preview):
+        model, variables, image = _model(preview_grad_scale=preview_grad_scale)
 
         def loss(params):
             output = model.apply({**variables, 'params': params}, image)
@@ -129,7 +137,7 @@ def test_stage_counts_only_codes_that_were_chosen_as_used_and_clips_as_evaluatio
 
 def test_bfloat16_computes_close_to_float32_and_quantizes_in_float32():
     model, variables, image = _model()
-    half = VQVAE(factors=(2, 2), dtype=jnp.bfloat16, **SMALL)
+    half = defaults.make_vqvae(downsample_factors=(2, 2), dtype=jnp.bfloat16, **SMALL)
     output = half.apply(variables, image)
     assert output.image.dtype == jnp.float32
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables['params']))
@@ -159,10 +167,10 @@ def test_stage_summary_counts_codes_and_psnr():
 @pytest.mark.slow
 def test_overfits_eight_images():
     model, variables, image = _model(
-        (2, 2), (16, 16), batch=8, hidden=32, residual=16, codebook_size=64, codebook_dim=16
+        (2, 2), (16, 16), batch=8, hidden_channels=32, residual_channels=16, codebook_size=64, codebook_dim=16
     )
     stage = make_task(model, ('bottom', 'top'), 0.25, 10)
-    training = optim.Training(steps=300, batch_size=8, learning_rate=3e-3)
+    training = defaults.train_config(steps=300, batch_size=8, learning_rate=3e-3)
     optimizer = optim.make_optimizer(training)
     # Smooth images, as photographs are: noise has no structure to find.
     smooth = jax.image.resize(image[:, ::4, ::4], image.shape, 'linear')

@@ -6,20 +6,25 @@ A checkout keeps them in `configs/`, an installed wheel in `vqvae2_jax/configs/`
 import importlib.util
 import os
 import pathlib
+import traceback
 
+import ml_collections
 from ml_collections import ConfigDict
 
-_PACKAGE = pathlib.Path(__file__).parent
+from vqvae2_jax.config.fields import ConfigError
+
+_PACKAGE = pathlib.Path(__file__).parents[1]
+_ML_COLLECTIONS = str(pathlib.Path(ml_collections.__file__).parent)
 
 
 def config_directory() -> pathlib.Path:
-    """The directory of the configs that come with the package."""
+    """Returns the directory of the configs that come with the package."""
     installed = _PACKAGE / 'configs'
     return installed if installed.is_dir() else _PACKAGE.parent / 'configs'
 
 
 def config_path(name: str | os.PathLike) -> pathlib.Path:
-    """The file of a config.
+    """Finds the file of a config.
 
     Args:
       name: the name of a config that comes with the package, such as 'fashion', or the path of a .py file.
@@ -39,19 +44,38 @@ def config_path(name: str | os.PathLike) -> pathlib.Path:
 
 
 def load_config(name: str | os.PathLike) -> ConfigDict:
-    """Loads a config, for example as the base of another one.
+    """Loads a config, for example as the start of another one.
 
     Args:
-      name: as in `config_path`.
+      name: as in `config_path`. After a colon there may be an argument for the file's `get_config`.
 
     Returns:
-      The result of the file's `get_config()`: a new, unlocked ConfigDict.
+      The result of the file's `get_config()`: a new ConfigDict, locked if it starts from `base.get_config`.
 
     Raises:
       FileNotFoundError: as `config_path`.
+      ConfigError: the file sets an unknown field, or a value of another type; the message has its line.
     """
+    name, *argument = os.fspath(name).split(':', 1)
     path = config_path(name)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        return module.get_config(*argument)
+    except (AttributeError, KeyError, TypeError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if not frames[-1].filename.startswith(_ML_COLLECTIONS):
+            raise  # a mistake in the file, for which the traceback is the best message
+        place = [frame for frame in frames if not frame.filename.startswith(_ML_COLLECTIONS)][-1]
+        raise ConfigError(f'{place.filename}, line {place.lineno}: {_one_line(error)}') from error
+
+
+def _one_line(error):
+    """Returns the message of ml_collections without its list of all other fields."""
+    while error.args and isinstance(error.args[0], BaseException):  # it wraps one error in another
+        error = error.args[0]
+    message = str(error.args[0])
+    first, _, rest = message.partition(' Other fields present:')
+    hint = rest.rpartition('Did you mean')[2].strip() if 'Did you mean' in rest else ''
+    return ' '.join((f'{first} Did you mean {hint}' if hint else first).split())

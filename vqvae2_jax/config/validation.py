@@ -1,95 +1,188 @@
-"""What is wrong with a config, found before any job starts, so that mistakes cost seconds."""
+"""Checks a config before any job starts, so that a mistake costs seconds.
 
-import inspect
+The names and types of all fields come from the base config. Relations between fields of one section are checked by the
+module, `ImageSpec` or `TrainConfig` that the section describes; relations between sections are checked here.
+"""
+
+import difflib
 import math
+from collections.abc import Iterable
 
 import jax
 from ml_collections import ConfigDict
 
+from vqvae2_jax.config import base
 from vqvae2_jax.config import build as configs
-from vqvae2_jax.config.build import ConfigError
-from vqvae2_jax.data.images import SPLITS, check_seed
-from vqvae2_jax.distributed import sharding
-from vqvae2_jax.models.prior import Prior
-from vqvae2_jax.models.resnet import ResNet
+from vqvae2_jax.config.fields import ConfigError, show
 from vqvae2_jax.models.vqvae import map_shapes
-from vqvae2_jax.models.wavefront import WavefrontPrior
-
-_SHARE = (0, 1)
-_RANGES = {  # (lowest, below what): the fields that must lie there
-    'vqvae': {
-        (1, math.inf): ('residual', 'layers', 'codebook_dim'),
-        (2, math.inf): ('hidden', 'codebook_size'),  # half of hidden comes first; one code says nothing
-        (0, math.inf): ('level_loss', 'commitment_weight'),
-        _SHARE: ('decay', 'reseed_threshold'),
-    },
-    'prior': {
-        (1, math.inf): ('hidden', 'residual', 'layers', 'kernel', 'heads'),
-        (0, math.inf): ('attention_layers', 'output_layers', 'condition_layers'),
-        _SHARE: ('dropout', 'attention_dropout', 'label_dropout'),
-    },
-    'classifier': {(1, math.inf): ('stem_stride',), _SHARE: ('dropout',)},
-    'training': {_SHARE: ('b2',)},  # beside what Training itself refuses
-    'codes': {(1, math.inf): ('shard_size',)},
-    'sample': {(1, math.inf): ('count',)},
-}
 
 
-def check(config: ConfigDict) -> None:
-    """Raises ConfigError naming the first field that cannot work, before any job starts."""
-    try:
-        _check(config)
-    except ValueError as error:  # of ImageSpec, map_shapes, ...
-        raise ConfigError(str(error)) from error
+def validate_config(config: ConfigDict, mesh_shape: tuple[int, int] | None = None) -> None:
+    """Checks all of a config; lists in place of tuples and integers in place of floats are converted in it.
 
+    Args:
+      config: from `base.get_config`, or with the same fields.
+      mesh_shape: the sizes of the mesh axes `data` and `fsdp`; None: batch sizes are not compared with the devices.
 
-def _check(config):
-    sections = ('name', 'seed', 'data', 'vqvae', 'codes', 'prior', 'classifier', 'sample', 'reject')
-    configs.check_names('config', config, (*sections, *configs.OPTIONAL_SECTIONS), required=sections)
-    check_seed('seed', config.seed)
+    Raises:
+      ConfigError: the first field that cannot work, with its value and the allowed values.
+    """
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f'the config is {show(config)}; it must be an ml_collections.ConfigDict')
+    fields = base.schema()
+    check_names('config', config, fields)
+    for section in ('data', 'vqvae'):  # they decide which levels there are
+        _check_section(section, config[section], fields[section])
     spec = configs.image_spec(config)
-    _check_aside(config)
-    configs.make_vqvae(config)
-    if not config.vqvae.factors:
-        raise ConfigError('vqvae.factors is empty; there is a level for each of them')
-    names = configs.level_names(config.vqvae.factors)
-    shapes = map_shapes(spec.image_size, config.vqvae.factors)
-    _check_ranges('vqvae', config.vqvae)
-    if set(config.prior) != set(names):
-        raise ConfigError(
-            f'config.prior has the levels {sorted(config.prior)}, but vqvae.factors={tuple(config.vqvae.factors)} '
-            f'makes {sorted(names)}: name one prior per level'
-        )
-    sections = ['vqvae', *(f'prior.{name}' for name in names)]
-    for level, name in enumerate(names):
-        configs.make_prior(config, level)
-        _check_prior(name, config.prior[name], shapes[level], spec.num_classes)
-    if configs.has_classifier(config):
-        sections.append('classifier')
-        configs.make_classifier(config)
-        _check_classifier(config.classifier)
-    for section in sections:
-        _check_training(section, configs.training(config, section))
-    sharding.check_batch_size(config.codes.batch_size, 'codes.batch_size', own=True)
-    _check_sampling(config, names)
+    try:
+        shapes = map_shapes(spec.image_size, config.vqvae.downsample_factors)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    levels = base.level_names(config.vqvae.downsample_factors)
+    _check_levels(config, levels)
+    for name, field in base.schema(levels).items():
+        _check_field(name, config, name, field)
+    _check_priors(config, dict(zip(levels, shapes, strict=True)))
+    _check_training(config, levels)
+    _check_sampling(config, levels)
+    _check_evaluation(config)
     _check_networks(config)
+    if mesh_shape is not None:
+        check_batch_sizes(config, mesh_shape)
 
 
-def _check_aside(config):
-    for job, defaults in configs.OPTIONAL_SECTIONS.items():
-        configs.check_names(job, configs.options(config, job), defaults, required=())
-    edit, likelihood, evaluate = (configs.options(config, job) for job in ('edit', 'likelihood', 'evaluate'))
-    if edit.count < 1:
-        raise ConfigError(f'edit.count is {edit.count}; it must be 1 or more')
-    splits = {'likelihood.split': likelihood.split, 'evaluate.split': evaluate.split}
-    splits |= {'evaluate.reference': evaluate.reference} if evaluate.reference else {}
-    for field, split in splits.items():
-        if split not in SPLITS:
-            raise ConfigError(f'{field} is {split!r}; there are {", ".join(SPLITS)}')
-    if evaluate.inception:
-        sharding.check_batch_size(evaluate.batch_size, 'evaluate.batch_size', own=True)
-    if wrong := [share for share in evaluate.sweep if not 0 < share <= 1]:
-        raise ConfigError(f'evaluate.sweep holds {wrong}; they are shares in (0, 1]')
+def check_batch_sizes(config: ConfigDict, mesh_shape: tuple[int, int]) -> None:
+    """Checks that every training batch can be sharded evenly over the devices.
+
+    A batch that is only a multiple of the `data` axis is sharded over that axis alone. Batch sizes of other jobs are
+    padded instead.
+
+    Args:
+      config: a config that `validate_config` accepts.
+      mesh_shape: the sizes of the mesh axes `data` and `fsdp`.
+
+    Raises:
+      ConfigError: a batch that cannot be sharded; the message suggests a size.
+    """
+    devices = math.prod(mesh_shape)
+    for section in _trained_sections(config):
+        training = configs.train_config(config, section)
+        parts, field = training.grad_accum_steps, f'{section}.training.batch_size'
+        if training.batch_size % (mesh_shape[0] * parts):
+            unit = devices * parts
+            example = -(-training.batch_size // unit) * unit
+            among = f'{devices} devices' + (f' in {parts} microbatches' if parts > 1 else '')
+            raise ConfigError(
+                f'{field} is {training.batch_size}, which {among} cannot share evenly; it must be a multiple of '
+                f'{unit}, for example --config.{field}={example}'
+            )
+
+
+def check_names(path: str, names: Iterable[str], allowed: Iterable[str], complete: bool = True) -> None:
+    """Checks the names of the fields of a section.
+
+    Args:
+      path: the section, for the message.
+      names: its fields.
+      allowed: the fields of the base config.
+      complete: whether all of them have to be there.
+
+    Raises:
+      ConfigError: a field is unknown (the message suggests a similar one) or missing.
+    """
+    names, allowed = list(map(str, names)), list(allowed)
+    if unknown := sorted(set(names) - set(allowed)):
+        near = difflib.get_close_matches(unknown[0], allowed, n=1)
+        hint = f'did you mean {near[0]!r}? ' if near else ''
+        raise ConfigError(
+            f'{path} has the unknown field {show(unknown[0])}; {hint}its fields are {", ".join(sorted(allowed))}'
+        )
+    if complete and (missing := sorted(set(allowed) - set(names))):
+        raise ConfigError(
+            f'{path} lacks the field {missing[0]!r}; start the config from vqvae2_jax.config.base.get_config()'
+        )
+
+
+def _check_section(path, section, fields):
+    if not isinstance(section, ConfigDict):
+        names = sorted(fields)
+        raise ConfigError(
+            f'{path} is {show(section)}; it must be a section with the fields {", ".join(names)}: '
+            f'set one, as in --config.{path}.{names[0]}='
+        )
+    check_names(path, section, fields)
+    for name, field in fields.items():
+        _check_field(f'{path}.{name}', section, name, field)
+
+
+def _check_field(path, section, name, field):
+    value = section[name]
+    if isinstance(field, dict):
+        _check_section(path, value, field)
+        return
+    checked = field.check(path, value)
+    if type(checked) is not type(value):
+        with section.unlocked(), section.ignore_type():
+            section[name] = checked
+
+
+def _check_levels(config, levels):
+    if isinstance(config.prior, ConfigDict) and set(config.prior) != set(levels):
+        raise ConfigError(
+            f'prior has the levels {sorted(map(str, config.prior))}, but vqvae.downsample_factors='
+            f'{config.vqvae.downsample_factors} makes {sorted(levels)}: start the config from base.get_config({levels})'
+        )
+
+
+def _check_priors(config, shapes):
+    classes = config.data.num_classes
+    for name, (height, width) in shapes.items():
+        path, prior = f'prior.{name}', config.prior[name]
+        if prior.label_dropout and not classes:
+            raise ConfigError(
+                f'{path}.label_dropout is {prior.label_dropout}, but data.num_classes={classes}; without classes it '
+                'must be 0'
+            )
+        if height * width >= 2**24:
+            raise ConfigError(
+                f'{path} has a {height}x{width} map of {height * width} positions; it must have fewer than 2**24: '
+                'lower data.image_size, or raise vqvae.downsample_factors'
+            )
+
+
+def _check_training(config, levels):
+    for section in ('vqvae', *(f'prior.{name}' for name in levels), 'classifier'):
+        configs.train_config(config, section)
+    if (steps := config.vqvae.training.grad_accum_steps) > 1:
+        raise ConfigError(
+            f'vqvae.training.grad_accum_steps is {steps}; it must be 1, because the codebook learns from the sums over '
+            'a whole batch'
+        )
+
+
+def _trained_sections(config):
+    levels = base.level_names(config.vqvae.downsample_factors)
+    classifier = ['classifier'] if configs.has_classifier(config) else []
+    return ['vqvae', *(f'prior.{name}' for name in levels), *classifier]
+
+
+def _check_sampling(config, levels):
+    sample, classes = config.sample, config.data.num_classes
+    if wrong := [label for label in sample.labels if label >= classes]:
+        there = f'has labels 0 to {classes - 1}' if classes else 'means that there are no labels'
+        raise ConfigError(f'sample.labels holds {show(wrong)}, but data.num_classes={classes} {there}')
+    for name in levels:
+        guidance, prior = sample.guidance[name], f'prior.{name}'
+        if guidance != 1 and not config[prior].label_dropout:
+            raise ConfigError(
+                f'sample.guidance.{name} is {guidance}, but {prior}.label_dropout is 0: guidance compares the prior '
+                f'with itself without class. Train it with {prior}.label_dropout=0.1, for example, or set '
+                'guidance to 1'
+            )
+
+
+def _check_evaluation(config):
+    evaluate, label, classes = config.evaluate, config.inpaint.label, config.data.num_classes
     if bool(evaluate.real) != bool(evaluate.generated):
         raise ConfigError(
             f'evaluate.real is {evaluate.real!r} and evaluate.generated {evaluate.generated!r}: give both sets, or '
@@ -97,127 +190,19 @@ def _check_aside(config):
         )
     if evaluate.real and not evaluate.inception:
         raise ConfigError(
-            "evaluate.inception is '': two sets are compared by that network; give its weights or 'fetch'"
+            "evaluate.inception is '', but two sets are compared by the Inception network; it must be the path of its "
+            "weights, or 'fetch'"
         )
+    if classes and label >= classes:
+        raise ConfigError(f'inpaint.label is {label}; with data.num_classes={classes} it must be at most {classes - 1}')
 
 
 def _check_networks(config):
-    """Goes through every module's shapes, without numbers: what does not fit together shows now, not hours later."""
+    """Traces every module with shapes alone, so that sizes that do not fit show now and not hours later."""
     for section, (model, inputs) in configs.networks(config).items():
         try:
             jax.eval_shape(model.init, *inputs)
-        except Exception as error:  # JAX, Flax and the modules raise many kinds; all are the config's doing here
-            raise ConfigError(f'{section} cannot be built as configured: {error}') from error
-
-
-def _check_training(section, fields):
-    path = f'{section}.training'
-    sharding.check_batch_size(fields.batch_size, f'{path}.batch_size', parts=fields.accumulate)
-    _check_ranges(path, vars(fields))
-    if section == 'vqvae' and fields.accumulate > 1:
-        raise ConfigError(
-            f'{path}.accumulate is {fields.accumulate}; stage 1 takes its batch at once, because the codebook learns '
-            'from the sums over a whole batch'
-        )
-    if fields.warmup_steps > fields.steps:
-        raise ConfigError(f'{path}.warmup_steps={fields.warmup_steps} exceeds {path}.steps={fields.steps}')
-
-
-def _check_prior(name, prior, shape, classes):
-    section = f'prior.{name}'
-    _check_ranges(section, prior)
-    hidden, layers, kernel, heads = (_value(prior, Prior, k) for k in ('hidden', 'layers', 'kernel', 'heads'))
-    attention = _value(prior, Prior, 'attention_layers')
-    if attention and hidden % heads:
-        raise ConfigError(f'{section}.heads={heads} does not divide {section}.hidden={hidden}')
-    if attention > layers:
-        raise ConfigError(f'{section}.attention_layers={attention}; there are {section}.layers={layers} to follow')
-    if kernel % 2 == 0:
-        raise ConfigError(f'{section}.kernel={kernel} must be odd, so that it has a middle')
-    slope = _value(prior, WavefrontPrior, 'slope')
-    if prior.get('order') == 'wavefront' and not 1 <= slope <= shape[1]:
-        raise ConfigError(
-            f'{section}.slope is {slope}; on a {shape[0]}x{shape[1]} map it lies between 1 and the width, {shape[1]}'
-        )
-    if prior.get('label_dropout') and not classes:
-        raise ConfigError(f'{section}.label_dropout={prior.label_dropout}, but data.num_classes=0: nothing to hide')
-    positions = math.prod(shape)
-    if positions >= 2**24:
-        raise ConfigError(f'prior.{name}: a {shape[0]}x{shape[1]} map has {positions} positions; 2**24 are too many')
-
-
-def _check_sampling(config, names):
-    sample, reject = config.sample, config.reject
-    fields = {'sample': ('count', 'batch_size', 'seed', 'labels', 'temperature'), 'reject': ('keep',)}
-    fields['codes'] = ('batch_size', 'shard_size')
-    optional = {'sample': ('dtype', *configs.SAMPLING_DEFAULTS), 'reject': ('threshold', 'classifier')}
-    for section, required in fields.items():
-        configs.check_names(section, config[section], (*required, *optional.get(section, ())), required)
-    if sample.get('dtype'):
-        configs.dtype_of('sample', sample.dtype)
-    check_seed('sample.seed', sample.seed)
-    _check_ranges('sample', sample)
-    _check_ranges('codes', config.codes)
-    sharding.check_batch_size(sample.batch_size, 'sample.batch_size', own=True)
-    _check_levels(sample, 'temperature', names, required=names)
-    for field in configs.SAMPLING_DEFAULTS:
-        _check_levels(sample, field, names, required=())
-    for name in names:
-        _check_control(f'prior.{name}', config.prior[name], name, configs.make_sampling_params(config, name))
-    classes = config.data.num_classes
-    wrong = [label for label in sample.labels if not 0 <= label < classes]
-    if wrong:
-        there = f'has labels 0 to {classes - 1}' if classes else 'means that there are no labels'
-        raise ConfigError(f'sample.labels holds {wrong}, but data.num_classes={classes} {there}')
-    if not 0 < reject.keep <= 1:
-        raise ConfigError(f'reject.keep is {reject.keep}; it is a share in (0, 1]')
-    if not 0 <= reject.get('threshold', 0.0) <= 1:
-        raise ConfigError(f'reject.threshold is {reject.threshold}; it is a probability')
-
-
-def _check_levels(sample, field, names, required):
-    values = sample.get(field, ConfigDict())
-    if not isinstance(values, ConfigDict):
-        example = f'dict({names[0]}={values!r})'
-        raise ConfigError(f'sample.{field} is {values!r}; give a value for each level, as in {example}')
-    if not set(required) <= set(values) <= set(names):
-        raise ConfigError(f'sample.{field} names {sorted(values)}; the levels are {sorted(names)}')
-
-
-def _check_control(section, prior, name, control):
-    if not control.temperature >= 0:
-        raise ConfigError(
-            f'sample.temperature.{name} is {control.temperature}; it must be 0 (the likeliest code) or more'
-        )
-    if control.top_k < 0:
-        raise ConfigError(f'sample.top_k.{name} is {control.top_k}; it must be 0 (all codes) or more')
-    if not 0 < control.top_p <= 1:
-        raise ConfigError(f'sample.top_p.{name} is {control.top_p}; it is a share in (0, 1]')
-    if control.guidance is not None and not prior.get('label_dropout', 0.0):
-        raise ConfigError(
-            f'sample.guidance.{name} is {control.guidance}, but {section}.label_dropout is 0: guidance '
-            f'compares the prior with itself without class, so train it with '
-            f'{section}.label_dropout=0.1 or so, or leave guidance at 1'
-        )
-
-
-def _check_classifier(classifier):
-    _check_ranges('classifier', classifier)
-    widths, blocks = (_value(classifier, ResNet, k) for k in ('widths', 'blocks'))
-    if len(widths) != len(blocks) or not widths:
-        raise ConfigError(f'classifier.widths={tuple(widths)} and classifier.blocks={tuple(blocks)} must be as many')
-    if min(widths) < 4 or min(blocks) < 1:
-        raise ConfigError(f'classifier.widths={tuple(widths)} must be 4 or more, blocks={tuple(blocks)} 1 or more')
-
-
-def _value(fields, module, name):
-    return fields.get(name, inspect.signature(module).parameters[name].default)
-
-
-def _check_ranges(path, fields):
-    kind = next(part for part in reversed(path.split('.')) if part in _RANGES)
-    for (low, high), names in _RANGES[kind].items():
-        for name in names:
-            if name in fields and not low <= fields[name] < high:
-                limit = '' if high == math.inf else f' and less than {high}'
-                raise ConfigError(f'{path}.{name} is {fields[name]}; it must be {low} or more{limit}')
+        except ValueError as error:  # modules raise it for relations between fields, with the field as first word
+            message = ' '.join(str(error).split())
+            joint = '.' if message.partition(' ')[0] in config[section] else ' cannot be built: '
+            raise ConfigError(f'{section}{joint}{message}') from error

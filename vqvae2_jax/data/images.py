@@ -11,7 +11,6 @@ that its first examples, which are all that some numbers and pictures look at, a
 import dataclasses
 import functools
 import hashlib
-import numbers
 import operator
 import os
 from typing import Protocol
@@ -31,83 +30,51 @@ SPLITS = ('train', 'validation', 'test')
 
 @dataclasses.dataclass(frozen=True)
 class ImageSpec:
-    """Which images, and in what form. Built as ImageSpec(**config.data).
+    """Which images, and in what form; the fields of config.data, whose types and defaults are in config/base.py.
 
     Attributes:
       name: 'fashion', 'folder', 'npz' or a TFDS name.
       path: the folder, the .npz file (with splits: their folder), or the TFDS data_dir ('': TFDS's default).
       image_size: (height, width).
       channels: 1 or 3.
-      num_classes: 0 is unlabelled: every label is 0 and there are no class names.
-      splits: () cuts one pool at random by held_out (TFDS: the pool is 'train'); otherwise the names of (train,
-        validation, test): subfolders, .npz files, or TFDS split strings such as 'train[:95%]'. The same name may serve
-        twice.
-      held_out: shares of the pool for (validation, test).
-      split_seed: seed of that cut, and of the order of every split.
+      num_classes: 0 is unlabeled: every label is 0 and there are no class names.
+      splits: () splits one set of images at random by held_out (TFDS: the set is 'train'); otherwise the names of
+        (train, validation, test): subfolders, .npz files, or TFDS split strings such as 'train[:95%]'. The same name
+        may serve twice.
+      held_out: fractions of the set for (validation, test).
+      split_seed: seed of that split, and of the order of every split.
       flip: training only: mirror half of the images.
       crop: training only: crop at a random place from 1 to decode.CROP_ZOOM times the size.
       on_error: what to do with an undecodable image: 'raise', or 'skip' it in the loader.
       workers: grain worker processes.
 
     Raises:
-      ValueError: a field is out of range; the message names it as data.<field>.
+      ValueError: two fields contradict each other; the message names one as data.<field>.
     """
 
     name: str
-    path: str = ''
-    image_size: tuple[int, int] = (28, 28)
-    channels: int = 1
-    num_classes: int = 0
-    splits: tuple[str, ...] = ()
-    held_out: tuple[float, float] = (0.1, 0.1)
-    split_seed: int = 0
-    flip: bool = False
-    crop: bool = False
-    on_error: str = 'raise'
-    workers: int = 0
+    path: str
+    image_size: tuple[int, int]
+    channels: int
+    num_classes: int
+    splits: tuple[str, ...]
+    held_out: tuple[float, float]
+    split_seed: int
+    flip: bool
+    crop: bool
+    on_error: str
+    workers: int
 
     def __post_init__(self):
-        for field in ('image_size', 'splits', 'held_out'):
-            if isinstance(getattr(self, field), list):
-                object.__setattr__(self, field, tuple(getattr(self, field)))
-        size, held_out = self.image_size, self.held_out
-        self._require('name', isinstance(self.name, str) and self.name, "'fashion', 'folder', 'npz' or a TFDS name")
-        self._require('path', isinstance(self.path, str), 'a string')
-        needed = self.name in ('folder', 'npz')
+        needed, built_in = self.name in ('folder', 'npz'), self.name == 'fashion'
         self._require('path', self.path or not needed, f'the place of the images, as data.name is {self.name!r}')
-        self._require('path', not self.path or self.name != 'fashion', "'', as data.name='fashion' is built in")
-        pair = isinstance(size, tuple) and len(size) == 2
-        self._require('image_size', pair and all(_is_int(n, 1) for n in size), 'two integers >= 1, (height, width)')
-        self._require('channels', self.channels in (1, 3), '1 or 3')
-        self._require('num_classes', _is_int(self.num_classes, 0), 'an integer >= 0')
-        named = isinstance(self.splits, tuple) and all(isinstance(name, str) and name for name in self.splits)
-        self._require('splits', named and len(self.splits) in (0, 3), '() or the names of (train, validation, test)')
-        self._require('splits', not self.splits or self.name != 'fashion', "() for data.name='fashion'")
-        pair = isinstance(held_out, tuple) and len(held_out) == 2
-        shares = pair and all(isinstance(s, numbers.Real) and s >= 0 for s in held_out) and sum(held_out) < 1
-        self._require('held_out', shares, 'two shares >= 0 (validation, test) that sum to less than 1')
-        check_seed('data.split_seed', self.split_seed)
-        self._require('flip', isinstance(self.flip, bool), 'a bool')
-        self._require('crop', isinstance(self.crop, bool), 'a bool')
-        self._require('on_error', self.on_error in ('raise', 'skip'), "'raise' or 'skip'")
-        self._require('workers', _is_int(self.workers, 0), 'an integer >= 0')
+        self._require('path', not self.path or not built_in, "'', as data.name='fashion' is built in")
+        self._require('splits', not self.splits or not built_in, "() for data.name='fashion'")
+        self._require('held_out', sum(self.held_out) < 1, 'two fractions (validation, test) with a sum below 1')
 
     def _require(self, field: str, holds, wanted: str):
         if not holds:
-            raise ValueError(f'data.{field}={getattr(self, field)!r}: must be {wanted}.')
-
-
-def check_seed(field: str, value: object) -> None:
-    """Raises ValueError, which names the field, unless the value is an integer in [0, 2**32).
-
-    JAX would take the low 32 bits of a larger one: another seed than the one that is recorded.
-    """
-    if not _is_int(value, 0) or value >= 2**32:
-        raise ValueError(f'{field} is {value!r}; a seed must be an integer from 0 to {2**32 - 1}')
-
-
-def _is_int(value, minimum: int) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= minimum
+            raise ValueError(f'data.{field} is {getattr(self, field)!r}; it must be {wanted}')
 
 
 class Pool(Protocol):
@@ -234,16 +201,19 @@ def open_all(path: str, spec: ImageSpec, field: str) -> ImageSource:
     Raises:
       ValueError: there are none. FileNotFoundError: no such file or folder. Both name the config's `field`.
     """
+    pool = _open_pool(path, field)
+    return ImageSource(pool, np.arange(len(pool)), tuple(spec.image_size), spec.channels, spec.on_error)
+
+
+def _open_pool(path, field):
     shown, path = path, _local(path, field)
     if path.endswith('.npz'):
-        pool = ArraysDataset(path, num_classes=0, field=field)
-    elif not os.path.exists(path):
+        return ArraysDataset(path, num_classes=0, field=field)
+    if not os.path.exists(path):
         raise FileNotFoundError(f'{field}: there is no file or folder {path!r}.')
-    elif os.path.isfile(path):
-        pool = FilesDataset(os.path.dirname(path) or '.', [os.path.basename(path)])
-    else:
-        pool = FilesDataset(path, find_images(path, field, shown))
-    return ImageSource(pool, np.arange(len(pool)), tuple(spec.image_size), spec.channels, spec.on_error)
+    if os.path.isfile(path):
+        return FilesDataset(os.path.dirname(path) or '.', [os.path.basename(path)])
+    return FilesDataset(path, find_images(path, field, shown))
 
 
 def open_native_size(path: str, field: str) -> ImageSource:
@@ -255,10 +225,10 @@ def open_native_size(path: str, field: str) -> ImageSource:
     Raises:
       ValueError, FileNotFoundError: as `open_all`; reading an image of another size than the first raises ValueError.
     """
-    source = open_all(path, ImageSpec('folder', path, channels=3), field)
-    first, _ = source.pool.read(0, 3)
-    order = np.random.RandomState(0).permutation(len(source.pool))
-    return dataclasses.replace(source, positions=order, image_size=(first.height, first.width), require_equal_size=True)
+    pool = _open_pool(path, field)
+    first, _ = pool.read(0, 3)
+    order = np.random.RandomState(0).permutation(len(pool))
+    return ImageSource(pool, order, (first.height, first.width), 3, require_equal_size=True)
 
 
 @functools.cache

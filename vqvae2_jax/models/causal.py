@@ -24,22 +24,22 @@ _AXIS_OF = {'rows': 1, 'columns': 2}
 
 
 class CausalConv(nn.Module):
-    """Convolution whose output sees its own place and `kernel - 1` places back along one axis, `stream`.
+    """Convolution whose output sees its own place and `kernel_size - 1` places back along one axis, `stream`.
 
     Along rows the other axis is padded to keep its size ('SAME').
     """
 
     features: int
-    kernel: tuple[int, int]  # height, width
+    kernel_size: tuple[int, int]  # height, width
     stream: str  # 'rows' or 'columns'
+    dtype: jnp.dtype
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         # [B, H, W, F'] -> [B, H, W, features]
         axis = _AXIS_OF[self.stream]
-        reach = self.kernel[axis - 1] - 1
+        reach = self.kernel_size[axis - 1] - 1
         past = jnp.zeros((*x.shape[:axis], reach, *x.shape[axis + 1 :]), x.dtype)
         streaming = self.is_mutable_collection(self.stream) and not self.is_initializing()
         if streaming:
@@ -48,29 +48,31 @@ class CausalConv(nn.Module):
         x = jnp.concatenate([past, x], axis=axis)
         if streaming:
             cache.value = jax.lax.slice_in_dim(x, x.shape[axis] - reach, x.shape[axis], axis=axis)
-        side = self.kernel[1] // 2 if self.stream == 'rows' else 0
+        side = self.kernel_size[1] // 2 if self.stream == 'rows' else 0
         padding = ((0, 0), (side, side))
-        return nn.Conv(self.features, self.kernel, padding=padding, kernel_init=self.kernel_init, dtype=self.dtype)(x)
+        return nn.Conv(
+            self.features, self.kernel_size, padding=padding, kernel_init=self.kernel_init, dtype=self.dtype
+        )(x)
 
 
 class WavefrontConv(nn.Module):
-    """Convolution whose output sees what a window (`GenerationOrder.taps`) holds of its own and of earlier steps.
+    """Convolution whose output sees its own and earlier steps within a window (`GenerationOrder.visible_offsets`).
 
     As a stream it takes the features of one step after the other and gives those of the same step, or, where `strict`,
     of the next one: then the first features are those of "step -1", which lie outside the map and count for nothing.
     """
 
     features: int
-    kernel: int
+    kernel_size: int
     order: GenerationOrder
+    dtype: jnp.dtype
     strict: bool = False
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         # [B, H, W, F'] -> [B, H, W, features], or streamed [B, n, 1, F'] -> [B, n, 1, features]
-        visible_offsets = self.order.visible_offsets(self.kernel, self.strict)
+        visible_offsets = self.order.visible_offsets(self.kernel_size, self.strict)
         weights = self.param('kernel', self.kernel_init, (len(visible_offsets), x.shape[-1], self.features))
         bias = self.param('bias', nn.initializers.zeros, (self.features,))
         x, weights, bias = nn.dtypes.promote_dtype(x, weights, bias, dtype=self.dtype)
@@ -90,7 +92,7 @@ class WavefrontConv(nn.Module):
         # [B, n, 1, F'] -> [B, n, 1, taps * F'], what each tap sees
         order, last = self.order, -int(self.strict)  # tap offsets count from the step that comes out
         above, below = -min(i for i, _ in visible_offsets), max(i for i, _ in visible_offsets)
-        back = last - min(j + order.slope * i for i, j in visible_offsets)  # earlier steps to remember
+        back = last - min(j + order.skew * i for i, j in visible_offsets)  # earlier steps to remember
         past = self.variable(
             'diagonals', 'past', jnp.zeros, (x.shape[0], above + order.rows, back, x.shape[-1]), x.dtype
         )
@@ -108,7 +110,7 @@ class WavefrontConv(nn.Module):
             seen = self._down(seen, step + 1)
         seen = jnp.pad(seen, ((0, 0), (0, below), (0, 0), (0, 0)))  # rows that have not begun
         tap_rows = [slice(above + i, above + i + order.rows) for i, _ in visible_offsets]
-        tap_steps = [back + j + order.slope * i - last for i, j in visible_offsets]
+        tap_steps = [back + j + order.skew * i - last for i, j in visible_offsets]
         return jnp.concatenate([seen[:, r, s] for r, s in zip(tap_rows, tap_steps, strict=True)], axis=-1)[:, :, None]
 
     def _down(self, rows, step):
@@ -125,19 +127,19 @@ class CausalAttention(nn.Module):
     the mask is empty.
     """
 
-    heads: int
+    num_heads: int
     order: GenerationOrder
-    dropout: float = 0.0
-    dropout_kind: str = 'keys'  # or 'logits', see `_drop`
-    dtype: jnp.dtype = jnp.float32
+    dropout: float
+    dropout_kind: str  # or 'logits', see `_drop`
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array, step: jax.Array | None = None, *, train: bool = False) -> jax.Array:
         """x [B, H, W, F] -> the same shape; streamed, the features [B, n, 1, F] of `step`."""
         batch, height, width, features = x.shape
-        if features % self.heads:
-            raise ValueError(f'heads={self.heads} does not divide the hidden width {features}')
-        shape = (batch, height * width, self.heads, features // self.heads)
+        if features % self.num_heads:
+            raise ValueError(f'num_heads is {self.num_heads}; it must divide hidden_channels={features}')
+        shape = (batch, height * width, self.num_heads, features // self.num_heads)
         x = nn.RMSNorm(dtype=self.dtype)(x)
         query, key, value = (
             nn.Dense(features, dtype=self.dtype, name=n)(x).reshape(shape) for n in ('query', 'key', 'value')

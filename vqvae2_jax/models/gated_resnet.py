@@ -28,7 +28,7 @@ class GatedBlock(nn.Module):
     output holds back, grows until gradients explode. (Gated PixelCNN's tanh would hold it too, but costs likelihood.)
     """
 
-    residual: int
+    residual_channels: int
     layer: Callable[..., nn.Module]  # (features, kernel_init=, dtype=) -> a causal convolution, or nn.Dense
     dropout: float
     dropout_placement: str  # 'inside': before the second convolution (PixelSNAIL); 'after': on the block's output
@@ -38,9 +38,9 @@ class GatedBlock(nn.Module):
     def __call__(self, x, *, beside=None, condition=None, train=False):
         # x [B, h, w, F], beside [B, h, w, F], condition [B, h or 1, w or 1, F] -> [B, h, w, F]
         features = x.shape[-1]
-        y = self.layer(self.residual, dtype=self.dtype)(nn.elu(x))
+        y = self.layer(self.residual_channels, dtype=self.dtype)(nn.elu(x))
         if beside is not None:
-            y = y + nn.Dense(self.residual, dtype=self.dtype)(nn.elu(beside))
+            y = y + nn.Dense(self.residual_channels, dtype=self.dtype)(nn.elu(beside))
         y = nn.elu(nn.RMSNorm(dtype=self.dtype)(y))
         dropout = nn.Dropout(self.dropout, deterministic=not train)
         y = dropout(y) if self.dropout_placement == 'inside' else y
@@ -52,7 +52,7 @@ class GatedBlock(nn.Module):
 
 
 def run_blocks(repeat: BlockRunner, blocks: Sequence[GatedBlock], x, beside=None, condition=None, train=False):
-    """x [B, h, w, F] after the last block, and after each; as in `BlockRunner.run`, with something `beside` each block."""
+    """x [B, h, w, F] after the last block, and after each, as in `BlockRunner.run`; `beside` has an entry for each."""
 
     def call(block, x, beside):
         return block(x, beside=beside, condition=condition, train=train)
@@ -63,16 +63,16 @@ def run_blocks(repeat: BlockRunner, blocks: Sequence[GatedBlock], x, beside=None
 class BlocksWithAttention(nn.Module):
     """Blocks, then attention."""
 
-    layers: int
+    num_residual_blocks: int
     block: Callable[[], GatedBlock]
     attention: Callable[[], CausalAttention]
 
     def setup(self):
-        self.blocks = [self.block() for _ in range(self.layers)]
+        self.blocks = [self.block() for _ in range(self.num_residual_blocks)]
         self.attend = self.attention()
 
     def __call__(self, x, step, beside, condition, train, repeat):
-        # As in Trunk.
+        # As in GatedResNetStack.
         def attend(layer, x, _):
             return x + layer(x, step, train=train)
 
@@ -81,17 +81,17 @@ class BlocksWithAttention(nn.Module):
 
 
 class GatedResNetStack(nn.Module):
-    """`layers` blocks, with attention after every few of them: what repeats runs as a loop of loops where asked."""
+    """Blocks with attention after every few of them; `repeat` may run them as a loop of loops."""
 
-    layers: int
-    attention_layers: int
+    num_residual_blocks: int
+    num_attention_layers: int
     block: Callable[[], GatedBlock]
     attention: Callable[[], CausalAttention]
 
     def setup(self):
-        every = self.layers // max(self.attention_layers, 1)
-        self.stacks = [BlocksWithAttention(every, self.block, self.attention) for _ in range(self.attention_layers)]
-        self.rest = [self.block() for _ in range(self.layers - every * self.attention_layers)]
+        every = self.num_residual_blocks // max(self.num_attention_layers, 1)
+        self.stacks = [BlocksWithAttention(every, self.block, self.attention) for _ in range(self.num_attention_layers)]
+        self.rest = [self.block() for _ in range(self.num_residual_blocks - every * self.num_attention_layers)]
 
     def __call__(self, x, step, beside, condition, train, repeat) -> jax.Array:
         """x [B, h, w, F] after all blocks.
@@ -110,8 +110,9 @@ class GatedResNetStack(nn.Module):
 
         parts, rest = None, beside
         if beside is not None:
-            parts = [beside[i * stack.layers : (i + 1) * stack.layers] for i, stack in enumerate(self.stacks)]
-            rest = beside[sum(stack.layers for stack in self.stacks) :]
+            every = self.num_residual_blocks // max(self.num_attention_layers, 1)
+            parts = [beside[i * every : (i + 1) * every] for i in range(len(self.stacks))]
+            rest = beside[every * len(self.stacks) :]
         # What is inside of a stack recomputes itself.
         x, _ = repeat._replace(remat=False).run(call, self.stacks, x, parts)
         return run_blocks(repeat, self.rest, x, rest, condition, train)[0]

@@ -7,10 +7,12 @@ Causality comes from the input alone: the features at a position describe only c
 every layer may see its own position. The same methods run over whole maps and, with the caches of `causal.py`, over
 what is drawn next.
 
-Glossary of shapes: B batch, H W this level's map (h w: the part of it at hand), K codebook size, F hidden, R residual.
+Glossary of shapes: B batch, H W this level's map (h w: the part of it at hand), K codebook size, F hidden, R
+residual channels.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -24,6 +26,7 @@ from vqvae2_jax.models.order import GenerationOrder
 from vqvae2_jax.models.residual import ResidualStack
 
 PLACEMENTS, KINDS = ('inside', 'after'), ('keys', 'logits')
+MAX_ATTENDED = 2**14  # positions of a map with attention, whose logits are their square
 
 
 class Prior(nn.Module):
@@ -31,57 +34,67 @@ class Prior(nn.Module):
 
     shape: tuple[int, int]  # H, W
     codebook_size: int
-    coarser_codebook_sizes: tuple[int, ...] = ()  # finest first
-    num_classes: int = 0  # 0: unconditional
-    label_dropout: float = 0.0  # share of the training examples that hide their class, for classifier-free guidance
-    hidden: int = 512
-    residual: int = 2048
-    layers: int = 20
-    kernel: int = 5
-    attention_layers: int = 0
-    heads: int = 8
-    output_layers: int = 0  # 1x1 residual blocks on top
-    condition_layers: int = 0  # residual blocks over the coarser levels
-    dropout: float = 0.0
-    dropout_placement: str = 'inside'  # of every gated block; or 'after' it, as the paper states
-    attention_dropout: float = 0.0
-    attention_dropout_kind: str = 'keys'  # or 'logits', as the paper states
-    remat: bool = False  # training recomputes what is inside of blocks and attention instead of keeping it
-    scan_layers: bool = False  # training runs what repeats as loops, which compiles one of each kind
-    dtype: jnp.dtype = jnp.float32
+    coarser_codebook_sizes: tuple[int, ...]  # finest first
+    num_classes: int  # 0: unconditional
+    label_dropout: float  # share of the training examples that hide their class, for classifier-free guidance
+    hidden_channels: int
+    residual_channels: int
+    num_residual_blocks: int
+    kernel_size: int
+    num_attention_layers: int
+    num_heads: int
+    num_output_blocks: int  # 1x1 residual blocks on top
+    num_cond_blocks: int  # residual blocks over the coarser levels
+    dropout: float
+    dropout_placement: str  # of every gated block; or 'after' it, as the paper states
+    attention_dropout: float
+    attention_dropout_kind: str  # or 'logits', as the paper states
+    remat: bool  # training recomputes what is inside of blocks and attention instead of keeping it
+    scan_layers: bool  # training runs what repeats as loops, which compiles one of each kind
+    dtype: jnp.dtype
 
     def setup(self):
-        if self.kernel % 2 == 0:
-            raise ValueError(f'kernel must be odd, so that it has a middle; it is {self.kernel}')
-        if self.attention_layers > self.layers:
-            raise ValueError(f'attention_layers={self.attention_layers} exceeds layers={self.layers}')
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f'kernel_size is {self.kernel_size}; it must be odd, so that it has a center')
+        if self.num_attention_layers > self.num_residual_blocks:
+            raise ValueError(
+                f'num_attention_layers is {self.num_attention_layers}; it must be at most '
+                f'num_residual_blocks={self.num_residual_blocks}'
+            )
+        if self.num_attention_layers and math.prod(self.shape) > MAX_ATTENDED:
+            raise ValueError(
+                f'num_attention_layers is {self.num_attention_layers}; on a {self.shape[0]}x{self.shape[1]} map it '
+                f'must be 0, because attention takes at most {MAX_ATTENDED} positions'
+            )
         for field, allowed in (('dropout_placement', PLACEMENTS), ('attention_dropout_kind', KINDS)):
             if getattr(self, field) not in allowed:
-                raise ValueError(f'{field} must be one of {", ".join(allowed)}; it is {getattr(self, field)!r}')
+                raise ValueError(f'{field} is {getattr(self, field)!r}; it must be one of {", ".join(allowed)}')
         self.row_embed, self.column_embed = self._embed(self.shape[0]), self._embed(self.shape[1])
-        self.output_blocks = self._blocks(self.output_layers, nn.Dense)
+        self.output_blocks = self._blocks(self.num_output_blocks, nn.Dense)
         self.logits = nn.Dense(self.codebook_size)  # float32: bfloat16 has steps of 0.06 at a logit of 10
         if self.num_classes:
             self.class_embed = self._embed(self.num_classes + (self.label_dropout > 0))  # the last one: no class
         if self.coarser_codebook_sizes:
             self.coarser_embeds = [self._embed(size) for size in self.coarser_codebook_sizes]
-            self.condition_in = nn.Conv(self.hidden, (3, 3), dtype=self.dtype)
-            self.condition_stack = ResidualStack(self.condition_layers, self.residual, self.dtype)
+            self.condition_in = nn.Conv(self.hidden_channels, (3, 3), dtype=self.dtype)
+            self.condition_stack = ResidualStack(self.num_cond_blocks, self.residual_channels, self.dtype)
 
     def _embed(self, size: int) -> nn.Embed:
         # Unit-sized rows: lookups are this network's inputs, and the default would make them tiny (1 / size).
-        return nn.Embed(size, self.hidden, embedding_init=nn.initializers.normal(1.0), dtype=self.dtype)
+        return nn.Embed(size, self.hidden_channels, embedding_init=nn.initializers.normal(1.0), dtype=self.dtype)
 
     def _block(self, layer) -> Callable[[], GatedBlock]:
-        return functools.partial(GatedBlock, self.residual, layer, self.dropout, self.dropout_placement, self.dtype)
+        return functools.partial(
+            GatedBlock, self.residual_channels, layer, self.dropout, self.dropout_placement, self.dtype
+        )
 
     def _blocks(self, count: int, layer) -> list[GatedBlock]:
         return [self._block(layer)() for _ in range(count)]
 
     def _trunk(self, layer) -> GatedResNetStack:
         dropout = self.attention_dropout, self.attention_dropout_kind
-        attention = functools.partial(CausalAttention, self.heads, self.order, *dropout, self.dtype)
-        return GatedResNetStack(self.layers, self.attention_layers, self._block(layer), attention)
+        attention = functools.partial(CausalAttention, self.num_heads, self.order, *dropout, self.dtype)
+        return GatedResNetStack(self.num_residual_blocks, self.num_attention_layers, self._block(layer), attention)
 
     @property
     def order(self) -> GenerationOrder:

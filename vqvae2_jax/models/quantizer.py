@@ -4,12 +4,12 @@ VQ-VAE-2 section 2.1 and VQ-VAE (2017) appendix A.1, with four departures that t
 codebook starts from encoder outputs of the first batch; its counts start where they match those vectors (from a count
 of zero, one step sends unused codes to zero, or blows them up by 1 / epsilon); the averages forget fast at first, while
 the encoder runs away from any codebook that lags a hundred steps behind (after 100 steps their mean age is 10 steps;
-Sonnet's zero-debiased averages have 41); and codes that fall out of use are re-seeded from the current batch together
+Sonnet's zero-debiased averages have 41); and codes that fall out of use restart from the current batch together
 with their statistics.
 
-Only re-seeding keeps unused codes alive. Without it (`reseed_threshold=0`, the paper) the smoothed count of a code that
-no vector chooses stays above epsilon while its sum decays, so that its vector shrinks to zero: within about 100 steps
-from the start, and once its count has decayed to epsilon (more than 1000 steps at a decay of 0.99) later on.
+Only restarts keep unused codes alive. Without them (`dead_code_threshold=0`, the paper) the smoothed count of a code
+that no vector chooses stays above epsilon while its sum decays, so that its vector shrinks to zero: within about 100
+steps from the start, and once its count has decayed to epsilon (more than 1000 steps at a decay of 0.99) later on.
 
 Glossary of shapes: B batch, H W map, N = B * H * W vectors, K codebook size, D codebook dimension.
 """
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.lax import Precision, stop_gradient
 
 NEVER = 2**30  # the age of a code that was never chosen: above any epoch, and far from overflow
+_EPSILON = 1e-5  # of the smoothing of the counts, as in Sonnet
 
 
 class Quantized(NamedTuple):
@@ -30,7 +31,7 @@ class Quantized(NamedTuple):
     vectors: jax.Array  # [B, H, W, D] float32, the codes' vectors; gradients pass straight to the input
     codes: jax.Array  # [B, H, W] int32
     commitment: jax.Array  # [B] mean squared distance between input and vectors, per element (before beta)
-    telemetry: dict[str, jax.Array]  # scalars: perplexity of the batch, reseeded codes, their age
+    metrics: dict[str, jax.Array]  # scalars: perplexity of the batch, restarted codes, their age
 
 
 class Statistics(NamedTuple):
@@ -93,7 +94,9 @@ def ema_update(old: Statistics, vectors: jax.Array, codes: jax.Array, decay: jax
     return Statistics(sums / smoothed[:, None], counts, sums)
 
 
-def reseed(old: Statistics, vectors: jax.Array, threshold: float, key: jax.Array) -> tuple[Statistics, jax.Array]:
+def restart_dead_codes(
+    old: Statistics, vectors: jax.Array, threshold: float, key: jax.Array
+) -> tuple[Statistics, jax.Array]:
     """Replaces the codes whose count fell below `threshold` times an even share by vectors of this batch.
 
     Their statistics restart at an even share too; otherwise the next update would undo the replacement.
@@ -138,9 +141,8 @@ class Quantizer(nn.Module):
 
     codebook_size: int
     codebook_dim: int
-    decay: float = 0.99
-    epsilon: float = 1e-5
-    reseed_threshold: float = 0.03  # of an even share; 0 never re-seeds (the paper)
+    codebook_ema_decay: float
+    dead_code_threshold: float  # of an even share; 0: no restarts (the paper)
 
     @nn.compact
     def __call__(self, inputs: jax.Array, *, train: bool = False) -> Quantized:
@@ -171,14 +173,14 @@ class Quantizer(nn.Module):
         replaced = jnp.zeros((self.codebook_size,), bool)
         if train and not self.is_initializing():
             old = Statistics(codebook.value, counts.value, sums.value)
-            decay = warm_decay(self.decay, updates.value)
-            new = ema_update(old, flat, codes.reshape(-1), decay, self.epsilon)
-            new, replaced = reseed(new, flat, self.reseed_threshold, self.make_rng('reseed'))
+            decay = warm_decay(self.codebook_ema_decay, updates.value)
+            new = ema_update(old, flat, codes.reshape(-1), decay, _EPSILON)
+            new, replaced = restart_dead_codes(new, flat, self.dead_code_threshold, self.make_rng('reseed'))
             codebook.value, counts.value, sums.value = new
             updates.value = updates.value + 1
             age.value = jnp.where(histogram > 0, 0, age.value + 1)
-        telemetry = {'perplexity': perplexity, 'reseeded': jnp.sum(replaced), 'age': age.value}
-        return Quantized(inputs + stop_gradient(vectors - inputs), codes, commitment, telemetry)
+        metrics = {'perplexity': perplexity, 'restarted': jnp.sum(replaced), 'age': age.value}
+        return Quantized(inputs + stop_gradient(vectors - inputs), codes, commitment, metrics)
 
     def lookup(self, codes: jax.Array) -> jax.Array:
         """Vectors [..., D] of codes [...]."""

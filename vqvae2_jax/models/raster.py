@@ -23,15 +23,15 @@ class RasterPrior(Prior):
 
     def setup(self):
         super().setup()
-        half = self.kernel // 2 + 1
+        half = self.kernel_size // 2 + 1
         self.embed = self._embed(self.codebook_size + 1)  # the last one stands for "outside the map"
-        vertical = functools.partial(CausalConv, kernel=(half, self.kernel), stream='rows')
-        horizontal = functools.partial(CausalConv, kernel=(1, half), stream='columns')
+        vertical = functools.partial(CausalConv, kernel_size=(half, self.kernel_size), stream='rows')
+        horizontal = functools.partial(CausalConv, kernel_size=(1, half), stream='columns')
         # All codes within reach enter the sum that the blocks add to: through the blocks alone, which start near the
         # identity, those above would be learnt late.
-        self.vertical_first = vertical(self.hidden, dtype=self.dtype)
-        self.horizontal_first = horizontal(self.hidden, dtype=self.dtype)
-        self.vertical_blocks = self._blocks(self.layers, vertical)
+        self.vertical_first = vertical(self.hidden_channels, dtype=self.dtype)
+        self.horizontal_first = horizontal(self.hidden_channels, dtype=self.dtype)
+        self.vertical_blocks = self._blocks(self.num_residual_blocks, vertical)
         self.horizontal_trunk = self._trunk(horizontal)
 
     @property

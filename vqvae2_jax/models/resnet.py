@@ -18,11 +18,11 @@ class ResNet(nn.Module):
     """
 
     num_classes: int
-    widths: tuple[int, ...] = (64, 128, 256, 512)
-    blocks: tuple[int, ...] = (2, 2, 2, 2)
-    stem_stride: int = 1  # 2 for images of 128 pixels and more
-    dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    widths: tuple[int, ...]
+    blocks: tuple[int, ...]
+    stem_stride: int  # 2 for images of 128 pixels and more
+    dropout: float
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool = False, with_features: bool = False):
@@ -31,7 +31,7 @@ class ResNet(nn.Module):
         With `with_features` also what the logits are made from, float32 [B, widths[-1]].
         """
         if len(self.widths) != len(self.blocks):
-            raise ValueError(f'classifier.widths has {len(self.widths)} stages, classifier.blocks {len(self.blocks)}')
+            raise ValueError(f'widths is {self.widths}; it must have as many items as blocks={self.blocks}')
         stride = (self.stem_stride, self.stem_stride)
         x = nn.Conv(self.widths[0], (3, 3), stride, use_bias=False, dtype=self.dtype)(image)
         for stage, (width, count) in enumerate(zip(self.widths, self.blocks, strict=True)):

@@ -1,7 +1,7 @@
 """The hierarchical VQ-VAE: N levels of codes from one list of downsampling factors (VQ-VAE-2 section 3.1, algorithm 1).
 
-Levels are counted from the finest, 0 (bottom), to the coarsest, L - 1 (top); `factors[l]` is how much smaller level l
-is than level l - 1, or than the image for l = 0: (4, 2) is ImageNet-256, (8, 2, 2) FFHQ-1024.
+Levels are counted from the finest, 0 (bottom), to the coarsest, L - 1 (top); `downsample_factors[l]` is how much
+smaller level l is than level l - 1, or than the image for l = 0: (4, 2) is ImageNet-256, (8, 2, 2) FFHQ-1024.
 
 Glossary of shapes: B batch, H W image, C its channels, h_l w_l map of level l, K codebook size, D codebook dimension,
 F hidden channels.
@@ -29,10 +29,10 @@ class VQVAEOutput(NamedTuple):
     ]  # of levels 1 .. L - 1: [B, H, W, C] what that level and the coarser ones know alone
     codes: tuple[jax.Array, ...]  # int32 [B, h_l, w_l]
     commitment: tuple[jax.Array, ...]  # [B]
-    telemetry: tuple[dict[str, jax.Array], ...]
+    metrics: tuple[dict[str, jax.Array], ...]
 
 
-def map_shapes(image_size: tuple[int, int], factors: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+def map_shapes(image_size: tuple[int, int], downsample_factors: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """(height, width) of every level's map, finest first.
 
     Raises:
@@ -40,15 +40,17 @@ def map_shapes(image_size: tuple[int, int], factors: tuple[int, ...]) -> tuple[t
     """
     shapes = []
     height, width = image_size
-    for level, factor in enumerate(factors):
+    for level, factor in enumerate(downsample_factors):
         if factor < 2 or factor & (factor - 1):
             raise ValueError(
-                f'vqvae.factors: {factor} is not a power of two (2, 4, 8, ...); factors are {tuple(factors)}'
+                f'vqvae.downsample_factors is {tuple(downsample_factors)}, but {factor} is not a power of two: each '
+                'must be one of 2, 4, 8, ...'
             )
         if height % factor or width % factor:
             raise ValueError(
-                f'vqvae.factors: level {level} divides a {height}x{width} map by {factor}, which leaves a rest. '
-                f'data.image_size is {image_size[0]}x{image_size[1]} and must be divisible by {_product(factors)}'
+                f'vqvae.downsample_factors is {tuple(downsample_factors)}: level {level} divides a {height}x{width} '
+                f'map by {factor}, with a remainder. data.image_size is {image_size[0]}x{image_size[1]} and must be '
+                f'divisible by {_product(downsample_factors)}'
             )
         height, width = height // factor, width // factor
         shapes.append((height, width))
@@ -66,19 +68,21 @@ class Encoder(nn.Module):
     """Shrinks a map by `factor`: strided 4x4 convolutions, a 3x3 one, a residual stack."""
 
     factor: int
-    hidden: int
-    residual: int
-    layers: int
-    dtype: jnp.dtype = jnp.float32
+    hidden_channels: int
+    residual_channels: int
+    num_residual_blocks: int
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         # [B, H, W, C] -> [B, H / factor, W / factor, F]
         halvings = self.factor.bit_length() - 1
         for i in range(halvings):
-            x = nn.relu(nn.Conv(self.hidden if i else self.hidden // 2, (4, 4), (2, 2), dtype=self.dtype)(x))
-        x = nn.Conv(self.hidden, (3, 3), dtype=self.dtype)(x)
-        return nn.relu(ResidualStack(self.layers, self.residual, self.dtype)(x))
+            x = nn.relu(
+                nn.Conv(self.hidden_channels if i else self.hidden_channels // 2, (4, 4), (2, 2), dtype=self.dtype)(x)
+            )
+        x = nn.Conv(self.hidden_channels, (3, 3), dtype=self.dtype)(x)
+        return nn.relu(ResidualStack(self.num_residual_blocks, self.residual_channels, self.dtype)(x))
 
 
 class Decoder(nn.Module):
@@ -86,19 +90,19 @@ class Decoder(nn.Module):
 
     factor: int
     features: int
-    hidden: int
-    residual: int
-    layers: int
-    dtype: jnp.dtype = jnp.float32
+    hidden_channels: int
+    residual_channels: int
+    num_residual_blocks: int
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         # [B, h, w, D'] -> [B, h * factor, w * factor, features]
-        x = nn.Conv(self.hidden, (3, 3), dtype=self.dtype)(x)
-        x = nn.relu(ResidualStack(self.layers, self.residual, self.dtype)(x))
+        x = nn.Conv(self.hidden_channels, (3, 3), dtype=self.dtype)(x)
+        x = nn.relu(ResidualStack(self.num_residual_blocks, self.residual_channels, self.dtype)(x))
         halvings = self.factor.bit_length() - 1
         for _ in range(halvings - 1):
-            x = nn.relu(Upsample(self.hidden // 2, self.dtype)(x))
+            x = nn.relu(Upsample(self.hidden_channels // 2, self.dtype)(x))
         return Upsample(self.features, self.dtype)(x)
 
 
@@ -107,7 +111,7 @@ class Preview(nn.Module):
 
     factor: int  # from the features' map to the image
     channels: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
@@ -121,65 +125,73 @@ class VQVAE(nn.Module):
 
     The decoder of level l sees the codes of level l and of all coarser ones, upsampled by transposed convolutions.
     Previews show what a level knows without the finer ones. The paper has such pictures without saying how they were
-    made; here they are heads on the decoded features. With `level_loss` 0 no gradient passes from a head, and the
-    model trains as if it were absent (the paper); above 0 that share passes, and coarse levels carry more of the image.
+    made; here they are heads on the decoded features. With `preview_grad_scale` 0 no gradient passes from a
+    head, and the model trains as if it were absent (the paper); above 0 the gradient passes scaled by it, and coarse
+    levels carry more of the image.
     """
 
-    factors: tuple[int, ...]
+    downsample_factors: tuple[int, ...]
     channels: int
-    hidden: int = 128
-    residual: int = 64
-    layers: int = 2
-    codebook_size: int = 512
-    codebook_dim: int = 64
-    decay: float = 0.99
-    reseed_threshold: float = 0.03
-    level_loss: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    hidden_channels: int
+    residual_channels: int
+    num_residual_blocks: int
+    codebook_size: int
+    codebook_dim: int
+    codebook_ema_decay: float
+    dead_code_threshold: float
+    preview_grad_scale: float
+    dtype: jnp.dtype
 
     def setup(self):
-        shape = {'hidden': self.hidden, 'residual': self.residual, 'layers': self.layers, 'dtype': self.dtype}
-        levels = range(len(self.factors))
-        features = [self.channels] + [self.codebook_dim] * (len(self.factors) - 1)
-        self.encoders = [Encoder(factor, **shape) for factor in self.factors]
+        widths = {
+            'hidden_channels': self.hidden_channels,
+            'residual_channels': self.residual_channels,
+            'num_residual_blocks': self.num_residual_blocks,
+            'dtype': self.dtype,
+        }
+        levels = range(len(self.downsample_factors))
+        features = [self.channels] + [self.codebook_dim] * (len(self.downsample_factors) - 1)
+        self.encoders = [Encoder(factor, **widths) for factor in self.downsample_factors]
         self.projections = [nn.Conv(self.codebook_dim, (1, 1), dtype=self.dtype) for _ in levels]
         self.quantizers = [
-            Quantizer(self.codebook_size, self.codebook_dim, self.decay, reseed_threshold=self.reseed_threshold)
+            Quantizer(self.codebook_size, self.codebook_dim, self.codebook_ema_decay, self.dead_code_threshold)
             for _ in levels
         ]
-        self.decoders = [Decoder(self.factors[level], features[level], **shape) for level in levels]
+        self.decoders = [Decoder(self.downsample_factors[level], features[level], **widths) for level in levels]
         # upsamplers[l] brings all that is coarser than level l to its map.
         self.upsamplers = [
             [Upsample(self.codebook_dim, self.dtype) for _ in range(factor.bit_length() - 1)]
-            for factor in self.factors[1:]
+            for factor in self.downsample_factors[1:]
         ]
         self.previewers = [
-            Preview(_product(self.factors[:level]), self.channels, self.dtype) for level in levels if level
+            Preview(_product(self.downsample_factors[:level]), self.channels, self.dtype) for level in levels if level
         ]
 
     def __call__(self, image: jax.Array, *, train: bool = False) -> VQVAEOutput:
         """image [B, H, W, C] in [-1, 1]. Training needs rng `reseed` and the collection `codebook` mutable."""
-        map_shapes(image.shape[1:3], self.factors)  # refuses what does not divide
+        map_shapes(image.shape[1:3], self.downsample_factors)  # refuses what does not divide
         hidden, x = [], image  # what the encoders make, finest first: [B, h_l, w_l, F]
         for encoder in self.encoders:
             x = encoder(x)
             hidden.append(x)
         context, decoded, quantized, previews = None, None, {}, {}
-        for level in reversed(range(len(self.factors))):  # algorithm 1: the coarsest level is quantized first
+        for level in reversed(
+            range(len(self.downsample_factors))
+        ):  # algorithm 1: the coarsest level is quantized first
             x = hidden[level] if decoded is None else jnp.concatenate([decoded, hidden[level]], axis=-1)
             quantized[level] = self.quantizers[level](self.projections[level](x), train=train)
             context = self._context(level, quantized[level].vectors, context)
             decoded = self.decoders[level](context)
             if level:
-                features = stop_gradient(decoded) + self.level_loss * (decoded - stop_gradient(decoded))
+                features = stop_gradient(decoded) + self.preview_grad_scale * (decoded - stop_gradient(decoded))
                 previews[level] = self.previewers[level - 1](features).astype(jnp.float32)
-        ordered = [quantized[level] for level in range(len(self.factors))]
+        ordered = [quantized[level] for level in range(len(self.downsample_factors))]
         return VQVAEOutput(
             image=decoded.astype(jnp.float32),
-            previews=tuple(previews[level] for level in range(1, len(self.factors))),
+            previews=tuple(previews[level] for level in range(1, len(self.downsample_factors))),
             codes=tuple(q.codes for q in ordered),
             commitment=tuple(q.commitment for q in ordered),
-            telemetry=tuple(q.telemetry for q in ordered),
+            metrics=tuple(q.metrics for q in ordered),
         )
 
     def encode(self, image: jax.Array) -> tuple[jax.Array, ...]:
@@ -197,8 +209,8 @@ class VQVAE(nn.Module):
         Raises:
           ValueError: level 0 needs no preview: `decode` is its image.
         """
-        if not 0 < level < len(self.factors):
-            raise ValueError(f'previews exist for levels 1 to {len(self.factors) - 1}, not {level}')
+        if not 0 < level < len(self.downsample_factors):
+            raise ValueError(f'previews exist for levels 1 to {len(self.downsample_factors) - 1}, not {level}')
         padded = (None,) * level + tuple(codes)
         for current, decoded in self._decode_from_coarsest(padded):
             if current == level:
@@ -206,7 +218,7 @@ class VQVAE(nn.Module):
 
     def _decode_from_coarsest(self, codes):
         context = None
-        for level in reversed(range(len(self.factors))):
+        for level in reversed(range(len(self.downsample_factors))):
             context = self._context(level, self.quantizers[level].lookup(codes[level]), context)
             yield level, self.decoders[level](context)
 

@@ -1,10 +1,10 @@
 """The prior in wavefront order: one stack of residual gated convolutions, all positions of a step at once.
 
-A convolution sees what its window holds of the same and of earlier steps: the rows above as far as `slope` columns
-further right in each, and those below from `slope` columns further left on. The first one, over the codes, sees earlier
+A convolution sees what its window holds of the same and of earlier steps: the rows above as far as `skew` columns
+further right in each, and those below from `skew` columns further left on. The first one, over the codes, sees earlier
 steps only. With depth all earlier positions come into reach. Of the row above, position (i, j) sees the codes up to
-column j + slope - 1, where raster order sees the whole row; in exchange it sees those of the row below up to column
-j - slope - 1.
+column j + skew - 1, where raster order sees the whole row; in exchange it sees those of the row below up to column
+j - skew - 1.
 
 Glossary of shapes: B batch, H W this level's map, K codebook size, F hidden, n positions of a step.
 """
@@ -20,29 +20,31 @@ from vqvae2_jax.models.prior import Prior
 
 
 class WavefrontPrior(Prior):
-    """Fewer steps than positions: W + slope (H - 1) of them, each exact."""
+    """Fewer steps than positions: W + skew (H - 1) of them, each exact."""
 
-    slope: int = 2  # how many columns each row is behind the one above
+    skew: int  # how many columns each row is behind the one above
 
     def setup(self):
         super().setup()
-        if self.kernel < 3:
-            raise ValueError(f'kernel must be 3 or more in wavefront order; it is {self.kernel}')
+        if self.kernel_size < 3:
+            raise ValueError(f'kernel_size is {self.kernel_size}; in wavefront order it must be 3 or more')
         self.embed = self._embed(self.codebook_size)
-        conv = functools.partial(WavefrontConv, kernel=self.kernel, order=self.order)
-        self.first = conv(self.hidden, strict=True, dtype=self.dtype)
+        conv = functools.partial(WavefrontConv, kernel_size=self.kernel_size, order=self.order)
+        self.first = conv(self.hidden_channels, strict=True, dtype=self.dtype)
         self.trunk = self._trunk(conv)
 
     @property
     def order(self) -> GenerationOrder:
-        return GenerationOrder(self.shape, self.slope)
+        return GenerationOrder(self.shape, self.skew)
 
     def _whole(self, codes, condition, *, train):
         rows, columns = jnp.arange(self.shape[0])[:, None], jnp.arange(self.shape[1])
         return self._features(codes, rows, columns, condition, train=train)
 
     def diagonal(self, previous: jax.Array, step: jax.Array, condition: jax.Array | None) -> jax.Array:
-        """Logits float32 [B, n, K] of the positions of `step`, in `GenerationOrder.positions`; those off the map mean nothing.
+        """Logits float32 [B, n, K] of the positions of `step`, as in `GenerationOrder.positions`.
+
+        Those of positions off the map mean nothing.
 
         Args:
           previous: int32 [B, n], the codes of the step before (any where it has no position).

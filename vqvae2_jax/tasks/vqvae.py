@@ -39,17 +39,17 @@ def make_task(model: VQVAE, level_names: tuple[str, ...], commitment_weight: flo
         mse = jnp.mean((output.image - image) ** 2)
         # 2. Commitment of every level.
         commitment = [jnp.mean(c) for c in output.commitment]
-        # 3. The preview heads; model.level_loss decides how much of their gradient reaches anything else.
+        # 3. The preview heads; model.preview_grad_scale decides how much of their gradient reaches anything else.
         preview = sum(jnp.mean((p - image) ** 2) for p in output.previews)
         total = mse + commitment_weight * sum(commitment) + preview
         # The metric is of the clipped image, as in evaluation.
         metrics = {'loss': total, 'mse': jnp.mean((jnp.clip(output.image, -1.0, 1.0) - image) ** 2)}
-        for name, level_commitment, telemetry in zip(level_names, commitment, output.telemetry, strict=True):
+        for name, level_commitment, quantizer_metrics in zip(level_names, commitment, output.metrics, strict=True):
             metrics |= {
                 f'commitment_{name}': level_commitment,
-                f'perplexity_{name}': telemetry['perplexity'],
-                f'used_{name}': jnp.mean(telemetry['age'] < steps_per_epoch),
-                f'reseeded_{name}': telemetry['reseeded'],
+                f'perplexity_{name}': quantizer_metrics['perplexity'],
+                f'used_{name}': jnp.mean(quantizer_metrics['age'] < steps_per_epoch),
+                f'restarted_{name}': quantizer_metrics['restarted'],
             }
         return total, (variables, metrics)
 

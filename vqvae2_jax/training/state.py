@@ -33,7 +33,7 @@ def update(
     """The state after one step: optimizer, new variables, average of the weights."""
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    # The average forgets the random start at first: its horizon grows with the steps up to 1 / (1 - weight_ema).
+    # The average forgets the random start at first: its horizon grows with the steps up to 1 / (1 - params_ema_decay).
     decay = jnp.minimum(params_ema_decay, (1 + state.step) / (10 + state.step))
     average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema_params, params)
     return state.replace(
