@@ -23,6 +23,8 @@ RECORDS = {
     'samples/default/record.json': ('Samples', 'record.json'),
     'rejection/default/record.json': ('Rejection', 'record.json'),
     'reconstructions/record.json': ('Reconstructions', 'record.json'),
+    'features/classifier/test/record.json': ('Features', 'record.json'),
+    'features/classifier/reconstructions/test/record.json': ('Features', 'record.json'),
     'report/report.json': ('Report', 'report.json'),
 }
 METRICS = ('vqvae', 'prior_top', 'classifier')  # directories with a metrics.jsonl
