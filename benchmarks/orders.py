@@ -28,9 +28,9 @@ from etils import epath
 
 from benchmarks.timing import machine, seconds
 from vqvae2_jax import load_config, xla_flags
+from vqvae2_jax.config import base
 from vqvae2_jax.config import build as configs
 from vqvae2_jax.config.validation import validate_config
-from vqvae2_jax.data.images import check_seed
 from vqvae2_jax.io import files, plots
 from vqvae2_jax.io.logging import read_metrics
 from vqvae2_jax.jobs.extract_codes import extract_codes
@@ -46,10 +46,10 @@ COLUMNS += ('equal updates: nats', 'against raster', 'equal time: nats', 'agains
 
 
 def seed_argument(text: str) -> int:
-    """A seed on the command line."""
+    """Reads a seed from the command line."""
     try:
         value = int(text)
-        check_seed('--seeds', value)
+        base.schema()['seed'].check('--seeds', value)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return value
