@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -62,7 +63,10 @@ def _extract_split(run: Run, split: str, encode: Callable, vqvae: str, stopped: 
         print(f'codes {split}: done ({output.results["count"]} images in {directory})', flush=True)
         return
     processes.run_on_main_process(output.start)
-    if _write_shards(run, split, encode, missing, stopped):
+    begin = time.monotonic()
+    complete = _write_shards(run, split, encode, missing, stopped)
+    processes.run_on_main_process(lambda: output.save_seconds(output.seconds + time.monotonic() - begin))
+    if complete:
         meta = processes.run_on_main_process(lambda: _finish(output, source.class_names, len(ranges)))
         print(f'codes {split}: {meta.count} images in {directory}', flush=True)
 

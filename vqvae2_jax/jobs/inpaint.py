@@ -16,7 +16,7 @@ from etils import epath
 from vqvae2_jax import inference
 from vqvae2_jax.config import build as configs
 from vqvae2_jax.data import samples
-from vqvae2_jax.data.decode import UnreadableImage, decode_image, fit
+from vqvae2_jax.data.decode import UnreadableImage, decode_image, resize_and_crop
 from vqvae2_jax.data.images import ImageSource
 from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.io import files, gcs, plots, record
@@ -63,7 +63,7 @@ def inpaint(run: Run) -> None:
             continue
         with jax.set_mesh(run.mesh):
             variants = make_variants(number, image, mask)
-        name = os.path.splitext(os.path.basename(source.where(number)))[0]
+        name = os.path.splitext(os.path.basename(source.example_name(number)))[0]
         _write(directory, f'{number:04d}-{name}', image, mask, variants)
         written += 1
         progress.update(number + 1)
@@ -157,7 +157,7 @@ def _mask_of_file(path, size):
         image = decode_image(epath.Path(path).read_bytes(), 1, path)
     except UnreadableImage as error:
         raise JobError(f'inpaint.mask: cannot decode the image {path}: {error.reason}') from error
-    return _not_empty(fit(image, size)[..., 0] >= _GRAY, path)  # cropped and resized as the images are
+    return _not_empty(resize_and_crop(image, size)[..., 0] >= _GRAY, path)  # cropped and resized as the images are
 
 
 def _not_empty(mask, given):

@@ -68,7 +68,7 @@ def _image_rows(run: Run, source: ImageSource, function: Callable) -> list[tuple
         for number, batch in enumerate(map_batches(function, batches, batch_size), start=1):
             nats = -batch['log_likelihood'].astype(np.float64)  # [B, L]
             for i in np.flatnonzero(batch['mask']):
-                rows.append((source.where(int(batch['index'][i])), *nats[i], nats[i].sum() / math.log(2)))
+                rows.append((source.example_name(int(batch['index'][i])), *nats[i], nats[i].sum() / math.log(2)))
             progress.update(min(number * batch_size, len(source)))
     return sorted(rows, key=lambda row: -row[-1])
 
