@@ -269,15 +269,17 @@ class _Reader:
                 if not self._skip:
                     raise
                 self._log(error)
-        raise ValueError(f'none of the {count} examples can be read; the last one: {self._source.where(candidate)}.')
+        raise ValueError(
+            f'none of the {count} examples can be read; the last one: {self._source.example_name(candidate)}.'
+        )
 
     def _log(self, error: UnreadableImage):
-        if error.where in self._logged:
+        if error.example_name in self._logged:
             return
-        self._logged.add(error.where)
-        logging.warning('skipping %s: %s', error.where, error.reason)
+        self._logged.add(error.example_name)
+        logging.warning('skipping %s: %s', error.example_name, error.reason)
         if self._skip_log:
-            line = error.where.replace('\n', ' ') + '\n'
+            line = error.example_name.replace('\n', ' ') + '\n'
             # One write to a file opened for appending is atomic, so that worker processes can share the file.
             with open(self._skip_log, 'ab', buffering=0) as file:
                 file.write(line.encode('utf-8', 'surrogateescape'))

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from vqvae2_jax.metrics.codebook import perplexity
-from vqvae2_jax.metrics.reconstruction import psnr_from_mse
+from vqvae2_jax.metrics.psnr import psnr_from_mse
 from vqvae2_jax.models.vqvae import VQVAE
 from vqvae2_jax.tasks.task import Task, to_float
 
