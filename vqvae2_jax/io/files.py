@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from etils import epath
 from vqvae2_jax.io import gcs
 
 
-def digest_arrays(tree) -> str:
+def digest_arrays(tree: Any) -> str:
     """SHA-256 (64 hex digits) of a pytree of arrays: key paths in sorted order, dtypes, shapes and bytes.
 
     It depends neither on the order of insertion nor on whether a level is a dict, a FrozenDict or a dataclass with the
@@ -41,7 +42,7 @@ def digest_arrays(tree) -> str:
     return sha.hexdigest()
 
 
-def digest_json(obj) -> str:
+def digest_json(obj: Any) -> str:
     """SHA-256 (64 hex digits) of a JSON value; the order of keys does not matter, and a tuple equals a list.
 
     Raises:
@@ -51,7 +52,7 @@ def digest_json(obj) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_json(path, obj) -> None:
+def write_json(path: epath.PathLike, obj: Any) -> None:
     """Writes `obj` as pretty JSON; a reader sees the old file or the new one, never a part. Makes parent folders.
 
     NumPy scalars are written as numbers. Key order is kept.
@@ -64,7 +65,7 @@ def write_json(path, obj) -> None:
     write_bytes(path, text.encode())
 
 
-def read_json(path):
+def read_json(path: epath.PathLike) -> Any:
     """Reads what `write_json` wrote.
 
     Raises:
@@ -80,7 +81,7 @@ def read_json(path):
         raise ValueError(f'{path} is not whole JSON ({error}); delete it and rerun the job that writes it') from error
 
 
-def write_bytes(path, data: bytes) -> None:
+def write_bytes(path: epath.PathLike, data: bytes) -> None:
     """Writes a file under a temporary name beside it and renames it, so that a killed job leaves no torn file."""
     path = epath.Path(path)
     if gcs.is_remote(path):  # where no file is ever torn
@@ -92,7 +93,7 @@ def write_bytes(path, data: bytes) -> None:
     part.replace(path)
 
 
-def to_json(value, place: str):
+def to_json(value: Any, place: str) -> Any:
     """Converts a value to JSON's own types: NumPy scalars become numbers, tuples become lists.
 
     Args:

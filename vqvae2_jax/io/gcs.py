@@ -1,4 +1,4 @@
-"""Workdirs and data on a bucket (gs://...): epath writes and lists there, what needs local files works on copies."""
+"""Google Cloud Storage (gs://...): epath reads and writes there; libraries that need local files get a copy."""
 
 import atexit
 import contextlib
@@ -14,9 +14,9 @@ from etils import epath
 
 @functools.cache
 def configure() -> None:
-    """Configures epath, gcsfs and fsspec for buckets, once; importing this module does not.
+    """Configures epath, gcsfs and fsspec once; importing this module does not.
 
-    Everything here that takes a path calls it when the path is on a bucket.
+    Every function of this module that takes a path calls it if the path is on a bucket.
     """
     # epath uses fsspec even if TensorFlow is installed, and gcsfs its plain kind of bucket. The tests cover only these.
     os.environ.setdefault('EPATH_USE_TF', 'false')
@@ -26,13 +26,13 @@ def configure() -> None:
         fsspec.config.conf.setdefault(name, {})['use_listings_cache'] = False
 
 
-def is_remote(path) -> bool:
-    """Whether a path lies on a bucket."""
+def is_remote(path: epath.PathLike) -> bool:
+    """Returns whether a path is on a bucket."""
     return os.fspath(path).startswith('gs://')
 
 
-def absolute(path) -> epath.Path:
-    """A path that means the same from any folder, and on a bucket is what it is."""
+def absolute(path: epath.PathLike) -> epath.Path:
+    """Returns a local path as an absolute one, and a path on a bucket as it is."""
     if not is_remote(path):
         return epath.Path(path).resolve()
     configure()
@@ -40,7 +40,11 @@ def absolute(path) -> epath.Path:
 
 
 def check(path: str) -> None:
-    """Raises ValueError for another kind of address than gs://, and for a bucket that cannot be reached."""
+    """Checks an address before it is used; local paths always pass.
+
+    Raises:
+      ValueError: the address is neither local nor gs://, or the bucket cannot be reached.
+    """
     if '://' not in path:
         return
     if not is_remote(path):
@@ -57,23 +61,24 @@ def check(path: str) -> None:
         raise ValueError(f'{path}: there is no such bucket, or it may not be listed with these credentials')
 
 
-def local_copy(path) -> str:
-    """`path` itself where it is local; else a copy that lasts as long as this process.
+def local_copy(path: epath.PathLike, version: str = '') -> str:
+    """Returns a local path as it is, and copies a path on a bucket, once for as long as this process lives.
 
     Args:
       path: of a file, a folder, or a pattern of files such as gs://bucket/samples/*.npz.
+      version: identifies the content, if it may be replaced while this process lives; another version is copied again.
 
     Raises:
-      FileNotFoundError: there is none.
+      FileNotFoundError: there is nothing at the path.
     """
-    return _copy(os.fspath(path), _copies()) if is_remote(path) else os.fspath(path)
+    return _cached_copy(os.fspath(path), version) if is_remote(path) else os.fspath(path)
 
 
 @contextlib.contextmanager
-def local(path) -> Iterator[str]:
-    """`path` itself where it is local; else a copy, for the duration of the context."""
+def local(path: epath.PathLike) -> Iterator[str]:
+    """Yields a local path as it is, and a copy of a path on a bucket, which is deleted after the context."""
     with tempfile.TemporaryDirectory(prefix='vqvae2_jax-') as folder:
-        yield _copy(path, folder) if is_remote(path) else path
+        yield _copy(os.fspath(path), folder) if is_remote(path) else os.fspath(path)
 
 
 def upload(file: str, path: epath.Path) -> None:
@@ -96,7 +101,12 @@ def _copy(path, folder):
 
 
 @functools.cache
-def _copies():
+def _cached_copy(path, version):
+    return _copy(path, _cache_folder())
+
+
+@functools.cache
+def _cache_folder():
     folder = tempfile.mkdtemp(prefix='vqvae2_jax-')
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

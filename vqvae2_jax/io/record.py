@@ -98,7 +98,7 @@ class Record:
         files.write_json(self.directory / FILE, {'schema': SCHEMA, **values})
 
 
-def read(directory) -> Record | None:
+def read(directory: epath.PathLike) -> Record | None:
     """Reads the record of a directory; None if it has none.
 
     Raises:
@@ -124,7 +124,7 @@ def read(directory) -> Record | None:
     return Record(directory, **{name: fields[name] for name in _FIELDS if name != 'schema'})
 
 
-def read_done(directory, job: str) -> Record:
+def read_done(directory: epath.PathLike, job: str) -> Record:
     """Reads the record of a finished output.
 
     Args:
@@ -142,7 +142,13 @@ def read_done(directory, job: str) -> Record:
 
 
 def open_output(
-    directory, job: str, inputs: dict[str, str], settings: dict[str, Any], *, replace: bool = False, hint: str = ''
+    directory: epath.PathLike,
+    job: str,
+    inputs: dict[str, str],
+    settings: dict[str, Any],
+    *,
+    replace: bool = False,
+    hint: str = '',
 ) -> Record:
     """Compares a directory with the job that is about to write it.
 
@@ -179,7 +185,7 @@ def open_output(
     return dataclasses.replace(current, **kept)
 
 
-def check_inputs(output, recorded: dict[str, str], current: dict[str, str], hint: str) -> None:
+def check_inputs(output: epath.PathLike, recorded: dict[str, str], current: dict[str, str], hint: str) -> None:
     """Compares recorded digests of inputs with the current ones.
 
     Raises:
@@ -194,7 +200,9 @@ def check_inputs(output, recorded: dict[str, str], current: dict[str, str], hint
             )
 
 
-def check_settings_match(output, recorded: dict[str, Any], current: dict[str, Any], hint: str = '') -> None:
+def check_settings_match(
+    output: epath.PathLike, recorded: dict[str, Any], current: dict[str, Any], hint: str = ''
+) -> None:
     """Compares two flat dicts of settings.
 
     Raises:
@@ -203,7 +211,9 @@ def check_settings_match(output, recorded: dict[str, Any], current: dict[str, An
     fields = sorted(k for k in recorded.keys() | current.keys() if recorded.get(k) != current.get(k))
     if fields:
         lines = '\n'.join(f'  {k}: recorded {recorded.get(k)!r}, now {current.get(k)!r}' for k in fields)
-        hint = hint or f'Go back to the recorded settings, give another --workdir, or delete {output} to write it again.'
+        hint = (
+            hint or f'Go back to the recorded settings, give another --workdir, or delete {output} to write it again.'
+        )
         raise SettingsChangedError(f'{output} was made with other settings:\n{lines}\n{hint}')
 
 

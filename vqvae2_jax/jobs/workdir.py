@@ -127,7 +127,9 @@ class Run:
         """Returns the names of unreadable files met so far under data.on_error='skip'."""
         return loader.read_skipped(str(self.path(SKIPPED)))
 
-    def open_output(self, directory, job: str, inputs: dict, settings: dict, **options) -> Record:
+    def open_output(
+        self, directory: epath.Path, job: str, inputs: dict[str, str], settings: dict[str, Any], **options: Any
+    ) -> Record:
         """Calls `record.open_output` on the main process; all processes get the same record."""
         return processes.run_on_main_process(lambda: record.open_output(directory, job, inputs, settings, **options))
 
