@@ -1,4 +1,4 @@
-"""The documents name what exists: links, paths, and every file and field that a run writes."""
+"""The documents are complete and correct: links, paths, and every file and field that a run writes."""
 
 import json
 import pathlib
@@ -11,22 +11,19 @@ DOCUMENTS = sorted([*ROOT.glob('*.md'), ROOT / 'launch' / 'README.md', *(ROOT / 
 FILES = ROOT / 'docs' / 'files.md'
 # A mentioned path that begins with one of these has to exist. The changelog may name paths of the past.
 FOLDERS = ('vqvae2_jax', 'configs', 'launch', 'docs', 'tests', 'notebooks', 'benchmarks')
-# Files of a run with classes, and the headings of docs/files.md over the tables that describe them.
+# Records of a run with classes, and the headings of docs/files.md over the tables that describe them. Every record.json
+# also has the fields below the heading "The record".
 RECORDS = {
     'vqvae/record.json': ('Trained', 'record.json'),
     'prior_top/record.json': ('Trained', 'record.json'),
     'classifier/record.json': ('Trained', 'record.json'),
-    'cas/reconstructions/record.json': ('Trained', 'record.json'),
-    'cas/samples/default/record.json': ('Trained', 'record.json'),
     'codes/train/record.json': ('Codes', 'record.json'),
     'codes/test/record.json': ('Codes', 'record.json'),
     'samples/default/record.json': ('Samples', 'record.json'),
     'rejection/default/record.json': ('Rejection', 'record.json'),
-    'reconstructions/record.json': ('Reconstructions', 'record.json'),
-    'features/classifier/test/record.json': ('Features', 'record.json'),
-    'features/classifier/reconstructions/test/record.json': ('Features', 'record.json'),
     'report/report.json': ('Report', 'report.json'),
 }
+COMMON = ('The record',)
 METRICS = ('vqvae', 'prior_top', 'classifier')  # directories with a metrics.jsonl
 
 
