@@ -19,8 +19,9 @@ import time
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from tests.defaults import image_spec
 from vqvae2_jax.data import codes, folder
-from vqvae2_jax.data.images import ImageSpec, open_images
+from vqvae2_jax.data.images import open_images
 from vqvae2_jax.data.loader import train_batches
 from vqvae2_jax.io import record
 
@@ -107,8 +108,8 @@ def main():
         print(f'{os.cpu_count()} cores; codes are written at {rate:.0f} a second, {size / 1e3:.1f} KB each', flush=True)
         shape = dict(image_size=(options.size, options.size), channels=3, num_classes=0, held_out=(0.01, 0.0))
         sources = {
-            f'files, {options.size} px': open_images(ImageSpec('folder', options.path, **shape), 'train'),
-            f'ArrayRecord, {options.size} px': open_images(ImageSpec('packed', directory, **shape), 'train'),
+            f'files, {options.size} px': open_images(image_spec('folder', options.path, **shape), 'train'),
+            f'ArrayRecord, {options.size} px': open_images(image_spec('packed', directory, **shape), 'train'),
             'codes': codes.CodeSource(os.path.join(directory, 'codes')),
         }
         print('\n| | workers | examples a second | ratio |\n|---|---|---|---|')
