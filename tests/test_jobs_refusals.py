@@ -3,11 +3,10 @@
 import pytest
 
 from vqvae2_jax.data import images
-from vqvae2_jax.evaluation import measure, report
 from vqvae2_jax.io import record
 from vqvae2_jax.io.files import read_json, write_json
 from vqvae2_jax.io.record import JobError, SettingsChangedError, StaleInputError
-from vqvae2_jax.jobs import cas, evaluate, train
+from vqvae2_jax.jobs import evaluate, feature_store, train
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.training.checkpoint import BestCheckpoint
 
@@ -229,7 +228,7 @@ def results_of(monkeypatch, owner, name):
 def test_evaluation_opens_each_split_once_and_ends_its_readers(run, monkeypatch):
     loads = results_of(monkeypatch, BestCheckpoint, 'load')
     opened = results_of(monkeypatch, images, 'open_images')
-    readers = [results_of(monkeypatch, module, 'eval_batches') for module in (measure, cas, report)]
+    readers = [results_of(monkeypatch, module, 'eval_batches') for module in (feature_store,)]
     for section in (run.config.vqvae, run.config.prior.top):
         section.training.batch_size = 6  # eight devices may have shared it by fsdp; here one process judges alone
     run_job(run, 'evaluate')
