@@ -109,7 +109,9 @@ def test_configs_are_found_by_name_and_by_path(tmp_path, monkeypatch):
     )
     assert load_config('fashion').name == 'fashion'
     assert load_config('mine.py').name == load_config(mine).name == 'mine'
-    with pytest.raises(FileNotFoundError, match="there is no config 'fashon': give the path of a .py file, or .* fashion,"):
+    with pytest.raises(
+        FileNotFoundError, match="there is no config 'fashon': give the path of a .py file, or .* fashion,"
+    ):
         load_config('fashon')
     with pytest.raises(FileNotFoundError, match="there is no file 'other.py'"):
         load_config('other.py')
