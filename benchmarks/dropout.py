@@ -1,4 +1,4 @@
-"""Likelihood under the paper's dropout and under this project's: priors trained alike on the same codes.
+"""Likelihood under the paper's dropout and under this project's: same training, same codes.
 
   python -m benchmarks.dropout --config=configs/cifar10_small.py
 
@@ -20,7 +20,7 @@ from benchmarks.orders import learning_curve, link, seed_argument
 from benchmarks.timing import machine
 from vqvae2_jax import load_config, xla_flags
 from vqvae2_jax.config.validation import validate_config
-from vqvae2_jax.jobs.extract_codes import extract
+from vqvae2_jax.jobs.extract_codes import extract_codes
 from vqvae2_jax.jobs.train import train_vqvae
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.models.prior import KINDS, PLACEMENTS
@@ -73,7 +73,7 @@ def main():
     config.data.path = options.data or config.data.path
     run = Run(config, options.workdir or f'runs/{config.name}')
     train_vqvae(run)
-    extract(run)
+    extract_codes(run)
 
     print(f'{machine()}, {datetime.date.today()}, rate {options.rate}, {options.steps} updates, seeds {options.seeds}')
     print(f'| {" | ".join(COLUMNS)} |\n|{"---|" * len(COLUMNS)}')

@@ -9,6 +9,7 @@ not count. Ratios are against reading without workers, in threads of the process
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -22,6 +23,7 @@ from tests.defaults import image_spec
 from vqvae2_jax.data import codes, folder
 from vqvae2_jax.data.images import open_images
 from vqvae2_jax.data.loader import train_batches
+from vqvae2_jax.io import record
 
 IMAGES, CODES = 64, 1024  # in a batch
 SHAPES, SIZES = ((64, 64), (32, 32)), (512, 512)
@@ -76,8 +78,8 @@ def write_codes(directory):
     begin = time.perf_counter()
     count = codes.write_shard(path, [batch] * (STORED // CODES), SIZES)
     rate = count / (time.perf_counter() - begin)
-    about = dict(num_classes=0, class_names=(), split='train', shards=1, vqvae_digest='', version='')
-    codes.write_meta(directory, codes.CodesMeta(SHAPES, SIZES, count=count, **about))
+    meta = codes.CodesMeta(SHAPES, SIZES, num_classes=0, class_names=(), count=count, split='train', shards=1)
+    record.open_output(directory, codes.JOB, {}, {}).finish(dataclasses.asdict(meta))
     return rate, os.path.getsize(path) / count
 
 

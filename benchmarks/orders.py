@@ -1,4 +1,4 @@
-"""What an order of drawing costs in likelihood: priors in raster and wavefront order, trained alike on the same codes.
+"""The cost of a generation order in likelihood: raster and wavefront priors, same training, same codes.
 
   python -m benchmarks.orders --config=configs/cifar10_small.py
 
@@ -6,12 +6,12 @@ Trains stage 1, extracts the codes, and trains a prior for every level, number o
 width, depth, batches and updates. Stopped, the same command continues. Rates must be constant (`lr_schedule`), so that
 the curve of one training answers both questions: held-out nats after equal updates, and after the time in which the
 fastest order has done all of its updates. That time is counted in seconds of pure training, which short trainings
-afterwards measure, of all orders in turns: neither compilation nor evaluation counts. Trainings may share the machine
-with other work; these, in the last run of this command, should not. `--trained=orders.json` takes the nats of an
-earlier study: no prior is trained to the end, and only times are measured.
+measure afterwards, of all orders alternately: neither compilation nor evaluation counts. Trainings may share the
+machine with other work; these, in the last run of this command, should not. `--trained=orders.json` takes the nats of
+an earlier study: no prior is trained to the end, and only times are measured.
 
 Prints a table, and writes orders.png and orders.json into the workdir: nats are those of the averaged weights on
-`eval_examples` images; the mean over the seeds, and their range. Seconds an image are those of drawing 16 maps at once,
+`eval_examples` images; the mean over the seeds, and their range. Seconds per image are measured on 16 maps at once,
 with weights that were not trained.
 """
 
@@ -33,12 +33,12 @@ from vqvae2_jax.config import build as configs
 from vqvae2_jax.config.validation import validate_config
 from vqvae2_jax.io import files, plots
 from vqvae2_jax.io.logging import read_metrics
-from vqvae2_jax.jobs.extract_codes import extract
+from vqvae2_jax.jobs.extract_codes import extract_codes
 from vqvae2_jax.jobs.train import train_prior, train_vqvae
 from vqvae2_jax.jobs.workdir import Run, prior_directory
 from vqvae2_jax.sampling.ancestral import sample, sample_keys
 
-DRAWN = 16  # maps at once
+MAPS = 16  # maps at once
 TIMED = 50  # updates
 TURNS = 2
 COLUMNS = ('level', 'attentions', 'order', 'steps', 'ms an image', 'ms an update')
@@ -46,10 +46,9 @@ COLUMNS += ('equal updates: nats', 'against raster', 'equal time: nats', 'agains
 
 
 def seed_argument(text: str) -> int:
-    """A seed on the command line."""
+    """Reads a seed from the command line."""
     try:
-        value = int(text)
-        return base.find('seed').check('--seeds', value)
+        return base.find('seed').check('--seeds', int(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -80,8 +79,8 @@ def learning_curve(run, level):
     """Trains the prior, unless it is done: updates [n] and held-out nats [n] of each evaluation."""
     train_prior(run, level)
     lines = read_metrics(run.path(prior_directory(level)))
-    judged = [(line['step'], line['validation/nll']) for line in lines if 'validation/nll' in line]
-    return np.array(judged, float).T
+    evaluated = [(line['step'], line['validation/nll']) for line in lines if 'validation/nll' in line]
+    return np.array(evaluated, float).T
 
 
 def seconds_an_update(run, level):
@@ -101,12 +100,12 @@ def seconds_an_image(run, level):
     prior, arguments = configs.networks(run.config)[f'prior.{level}']
     key, *one = arguments
     params = jax.jit(prior.init)(key, *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one))['params']
-    _, labels, coarser = jax.tree.map(lambda x: jnp.zeros((DRAWN, *x.shape[1:]), x.dtype), one)
+    _, labels, coarser = jax.tree.map(lambda x: jnp.zeros((MAPS, *x.shape[1:]), x.dtype), one)
 
-    def draw(params, labels, coarser):
-        return sample(prior, params, sample_keys(jax.random.key(0), jnp.arange(DRAWN)), labels, coarser).codes
+    def sample_codes(params, labels, coarser):
+        return sample(prior, params, sample_keys(jax.random.key(0), jnp.arange(MAPS)), labels, coarser).codes
 
-    return seconds(draw, params, labels, coarser) / DRAWN
+    return seconds(sample_codes, params, labels, coarser) / MAPS
 
 
 def learning_curves(run, level, attention, orders, seeds):
@@ -182,7 +181,7 @@ def main():
     for level in options.levels:
         if (schedule := config.prior[level].training.lr_schedule) != 'constant':
             parser.error(
-                f'prior.{level}.training.lr_schedule is {schedule!r}: only at a constant rate can curves stop anywhere'
+                f'prior.{level}.training.lr_schedule is {schedule!r}: curves may stop anywhere only at a constant rate'
             )
     keys = list(itertools.product(options.levels, options.attention))
     study = files.read_json(epath.Path(options.trained)) if options.trained else {}
@@ -190,7 +189,7 @@ def main():
         parser.error(f'--trained={options.trained} does not hold {missing}: leave them out, or train them without it')
     run = Run(config, epath.Path(options.workdir or f'runs/{config.name}').resolve())
     train_vqvae(run)
-    extract(run)
+    extract_codes(run)
 
     orders, results = ('raster', *map(str, options.skews)), {}
     for key in keys:

@@ -1,14 +1,14 @@
-"""How fast codes are drawn: caches against rerunning the network, many positions at once against one by one.
+"""Speed of sampling: caches against rerunning the network, many positions at once against one by one.
 
   python -m benchmarks.sampling                       # batch 1 and 8; about a quarter of an hour on two cores
   python -m benchmarks.sampling --batch 64 --only wavefront
 
 The networks have the size of rosinality/vq-vae-2-pytorch's defaults: 256 channels, 16 residual blocks, kernel 5; top
-32x32 with 4 attentions, bottom 64x64 without, conditioned on the top. Weights are random: what is drawn means nothing,
-the work is the same. Times are of calls of compiled programs, in seconds for the whole batch.
+32x32 with 4 attentions, bottom 64x64 without, conditioned on the top. Weights are random: the samples mean nothing, the
+work is the same. Times are of calls of compiled programs, in seconds for the whole batch.
 
-"Rerunning" is what that repository's sampler does: the network runs over all rows so far for every position. It is
-timed on eight of the map's heights, from which the time of the others is interpolated.
+"Rerunning" is how that repository samples: the network runs over all rows so far for every position. It is timed on
+eight heights of the map, from which the times of the others are interpolated.
 """
 
 import argparse
@@ -19,21 +19,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.timing import machine, measure_bandwidth, measure_products, seconds
-from tests.defaults import make_prior
 from vqvae2_jax import xla_flags
+from vqvae2_jax.config import base
+from vqvae2_jax.config import build as configs
 from vqvae2_jax.sampling.ancestral import sample, sample_keys
 
-NETWORK = dict(codebook_size=512, hidden_channels=256, residual_channels=256, num_residual_blocks=16, kernel_size=5)
-LEVELS = {
-    'top': dict(shape=(32, 32), num_attention_layers=4, num_heads=8),
-    'bottom': dict(shape=(64, 64), coarser_codebook_sizes=(512,), num_cond_blocks=3),
-}
+SHAPES = {'top': (32, 32), 'bottom': (64, 64)}
 
 
 def make(level, dtype, skew=None, **fields):
-    """The prior of a level; without a skew in raster order."""
-    fields = {**NETWORK, **LEVELS[level], **fields, 'dtype': dtype}
-    return make_prior(**fields) if skew is None else make_prior(**fields, skew=skew)
+    """Makes the prior of a level; without a skew in raster order."""
+    config = base.get_config()
+    config.data.image_size = (256, 256)
+    config.vqvae.update(downsample_factors=(4, 2), codebook_size=512)
+    for prior in config.prior.values():
+        prior.update(hidden_channels=256, residual_channels=256, num_residual_blocks=16, kernel_size=5, num_heads=8)
+    config.prior.top.num_attention_layers = 4
+    config.prior.bottom.num_cond_blocks = 3
+    if skew is not None:
+        config.prior[level].update(order='wavefront', skew=skew)
+    return configs.make_prior(config, ('bottom', 'top').index(level)).clone(dtype=dtype, **fields)
 
 
 def name_of(skew):
@@ -55,23 +60,23 @@ def weights(prior):
 
 
 def sampler(prior):
-    """A function (params, index int [B], coarser) -> codes."""
+    """Returns a function (params, index int [B], coarser) -> codes."""
 
-    def draw(params, index, coarser):
+    def sample_codes(params, index, coarser):
         return sample(prior, params, sample_keys(jax.random.key(0), index), None, coarser).codes
 
-    return draw
+    return sample_codes
 
 
 @functools.cache
 def cached(level, batch, dtype, skew, **fields):
-    """Seconds to draw a batch of maps."""
+    """Measures the seconds to sample a batch of maps."""
     prior = make(level, dtype, skew, **fields)
     return seconds(sampler(prior), jax.jit(lambda: weights(prior))(), jnp.arange(batch), inputs(prior, batch)[1])
 
 
 def rerunning(level, batch, dtype):
-    """Seconds that rerunning the rows so far would take for every position of a batch of maps."""
+    """Estimates the seconds of rerunning the rows so far for every position of a batch of maps."""
     prior = make(level, dtype)
     params, (codes, coarser) = jax.jit(lambda: weights(prior))(), inputs(prior, batch)
     height, width = prior.shape
@@ -96,7 +101,7 @@ def size_of(tree):
 
 
 def floor(level, dtype, bandwidth, skew=None):
-    """Seconds to read the weights that the sampler needs in a step, once; the vertical ones are for a whole row."""
+    """Returns the seconds to read the weights of one step from memory once; the vertical ones serve a whole row."""
     prior = make(level, dtype, skew)
     size = {
         name: size_of(branch)
@@ -113,10 +118,10 @@ def raster_against_rerunning(batches, dtype, bandwidth):
     print('|---|---|---|---|---|---|---|')
     for batch in batches:
         total = np.zeros(2)
-        for level in LEVELS:
+        for level in SHAPES:
             slow, fast = rerunning(level, batch, dtype), cached(level, batch, dtype, None)
             total += slow, fast
-            step, least = fast / np.prod(LEVELS[level]['shape']), floor(level, dtype, bandwidth)
+            step, least = fast / np.prod(SHAPES[level]), floor(level, dtype, bandwidth)
             print(
                 f'| {level} | {batch} | {slow:.0f} | {fast:.1f} | {slow / fast:.0f}x | {1e3 * step:.2f} '
                 f'| {1e3 * least:.2f} |',
@@ -126,7 +131,7 @@ def raster_against_rerunning(batches, dtype, bandwidth):
 
 
 def growth_with_the_map(dtype):
-    plain = dict(num_attention_layers=0, coarser_codebook_sizes=(), num_cond_blocks=0)
+    plain = dict(num_attention_layers=0)
     small = cached('top', 1, dtype, None, **plain)
     large = cached('top', 1, dtype, None, **plain, shape=(64, 64))
     print(f'\n64x64 against 32x32, the same convolutional network, batch 1: {large / small:.2f}x the time', flush=True)
@@ -135,7 +140,7 @@ def growth_with_the_map(dtype):
 def wavefront_against_raster(batches, dtype, skews, bandwidth):
     print('\n| level | batch | order | steps | s for the batch | raster over it | ms a step | floor, ms |')
     print('|---|---|---|---|---|---|---|---|')
-    for level in LEVELS:
+    for level in SHAPES:
         for batch in batches:
             raster = cached(level, batch, dtype, None)
             for skew in (None, *skews):
@@ -149,9 +154,9 @@ def wavefront_against_raster(batches, dtype, skews, bandwidth):
 
 
 def memory(dtype, skews):
-    """Caches and other temporaries of the compiled sampler: what 8 more images of a batch add, over 8."""
+    """Prints the caches and other temporaries of the compiled sampler per image, from batches of 8 and 16."""
     print('\n| level | order | MB an image | MB of weights |\n|---|---|---|---|')
-    for level in LEVELS:
+    for level in SHAPES:
         for skew in (None, *skews):
             prior = make(level, dtype, skew)
             params = jax.eval_shape(lambda prior=prior: weights(prior))

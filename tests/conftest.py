@@ -1,4 +1,4 @@
-"""What holds for every test: eight virtual CPU devices, so that sharding is real, no display, cheap compilation."""
+"""For every test: eight virtual CPU devices, so that arrays are really sharded, no display, cheap compilation."""
 
 import fcntl
 import os

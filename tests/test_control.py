@@ -7,20 +7,20 @@ import pytest
 
 from tests.test_prior import make_prior
 from vqvae2_jax.sampling.ancestral import sample, sample_keys, sample_reference
-from vqvae2_jax.sampling.params import SamplingParams, apply_cfg, draw, top_k_top_p_filter
+from vqvae2_jax.sampling.params import SamplingParams, apply_cfg, sample_codes, top_k_top_p_filter
 
 PROBABILITIES = np.array([0.05, 0.4, 0.15, 0.3, 0.1])
 LOGITS = jnp.log(PROBABILITIES)
 
 
 @pytest.mark.parametrize(
-    'control, kept',
+    'params, kept',
     [
         (SamplingParams(), [0, 1, 2, 3, 4]),
         (SamplingParams(top_k=1), [1]),
         (SamplingParams(top_k=2), [1, 3]),
         (SamplingParams(top_k=9), [0, 1, 2, 3, 4]),
-        (SamplingParams(top_p=0.01), [1]),  # the likeliest always stays
+        (SamplingParams(top_p=0.01), [1]),  # the most likely code always stays
         (SamplingParams(top_p=0.39), [1]),
         (SamplingParams(top_p=0.41), [1, 3]),  # the code that crosses the share is the last one in
         (SamplingParams(top_p=0.84), [1, 2, 3]),
@@ -29,23 +29,25 @@ LOGITS = jnp.log(PROBABILITIES)
         (SamplingParams(top_k=3, top_p=0.48), [1, 3]),
     ],
 )
-def test_the_codes_that_remain(control, kept):
-    restricted = np.asarray(jax.jit(top_k_top_p_filter)(LOGITS, control))
+def test_the_codes_that_remain(params, kept):
+    restricted = np.asarray(jax.jit(top_k_top_p_filter)(LOGITS, params))
     assert np.flatnonzero(np.isfinite(restricted)).tolist() == kept
     np.testing.assert_array_equal(restricted[kept], np.asarray(LOGITS)[kept])
 
 
 def test_draws_come_from_the_remaining_codes_in_proportion():
     keys = sample_keys(jax.random.key(0), jnp.arange(20000))
-    drawn = draw(keys, jnp.array([3]), jnp.tile(LOGITS, (20000, 1, 1)), SamplingParams(top_k=2))[:, 0]
-    np.testing.assert_allclose(np.bincount(drawn, minlength=5) / 20000, [0, 0.4 / 0.7, 0, 0.3 / 0.7, 0], atol=0.015)
+    sampled = sample_codes(keys, jnp.array([3]), jnp.tile(LOGITS, (20000, 1, 1)), SamplingParams(top_k=2))[:, 0]
+    np.testing.assert_allclose(np.bincount(sampled, minlength=5) / 20000, [0, 0.4 / 0.7, 0, 0.3 / 0.7, 0], atol=0.015)
 
 
 def test_temperature_comes_before_top_p():
     # At temperature 2 the shares are 0.30, 0.26, 0.18, ..., and three codes hold 0.6; at temperature 1 two do.
     keys = sample_keys(jax.random.key(0), jnp.arange(500))
-    drawn = draw(keys, jnp.array([0]), jnp.tile(LOGITS, (500, 1, 1)), SamplingParams(temperature=2.0, top_p=0.6))
-    assert set(np.unique(drawn)) == {1, 2, 3}
+    sampled = sample_codes(
+        keys, jnp.array([0]), jnp.tile(LOGITS, (500, 1, 1)), SamplingParams(temperature=2.0, top_p=0.6)
+    )
+    assert set(np.unique(sampled)) == {1, 2, 3}
 
 
 def test_guidance_extrapolates_from_the_logits_without_class():
@@ -63,12 +65,12 @@ def test_guided_sampling_equals_its_slow_definition(skew):
     traces = []
 
     @jax.jit
-    def fast(control):
+    def fast(sampling_params):
         traces.append(1)
-        return sample(prior, params, keys, labels, control=control)
+        return sample(prior, params, keys, labels, sampling_params=sampling_params)
 
     strong = fast(SamplingParams(guidance=4.0, top_k=4))
-    slow = jax.jit(lambda c: sample_reference(prior, params, keys, labels, control=c))(
+    slow = jax.jit(lambda p: sample_reference(prior, params, keys, labels, sampling_params=p))(
         SamplingParams(guidance=4.0, top_k=4)
     )
     np.testing.assert_array_equal(strong.codes, slow.codes)
@@ -78,16 +80,20 @@ def test_guided_sampling_equals_its_slow_definition(skew):
     np.testing.assert_allclose(strong.log_probs, expected, atol=1e-4)
     plain = sample(prior, params, keys, labels).codes
     np.testing.assert_array_equal(fast(SamplingParams(guidance=1.0, top_k=0)).codes, plain)
-    unlabelled = sample(prior, params, keys, jnp.full_like(labels, prior.num_classes)).codes
-    np.testing.assert_array_equal(fast(SamplingParams(guidance=0.0, top_k=0)).codes, unlabelled)
-    assert (plain != unlabelled).any() and len(traces) == 1
+    unlabeled = sample(prior, params, keys, jnp.full_like(labels, prior.num_classes)).codes
+    np.testing.assert_array_equal(fast(SamplingParams(guidance=0.0, top_k=0)).codes, unlabeled)
+    assert (plain != unlabeled).any() and len(traces) == 1
 
 
 def test_guidance_needs_a_prior_that_has_seen_hidden_labels():
     prior, params, _, labels, _ = make_prior('classes')
     with pytest.raises(ValueError, match='label_dropout above 0'):
         sample(
-            prior, params, sample_keys(jax.random.key(0), jnp.arange(2)), labels, control=SamplingParams(guidance=2.0)
+            prior,
+            params,
+            sample_keys(jax.random.key(0), jnp.arange(2)),
+            labels,
+            sampling_params=SamplingParams(guidance=2.0),
         )
 
 

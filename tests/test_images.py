@@ -87,14 +87,14 @@ def test_spec_refuses_unknown_and_missing_fields():
 def test_fashion_splits_are_disjoint_complete_stratified_and_fixed():
     sources = {split: open_images(image_spec(num_classes=10), split) for split in SPLITS}
     for split, count in zip(SPLITS, (8000, 1000, 1000), strict=True):
-        labels = [sources[split].pool.read(p, 1)[1] for p in sources[split].positions[:200]]
-        assert np.bincount(sources[split].positions // 1000).tolist() == [count // 10] * 10
+        labels = [sources[split].dataset.read(p, 1)[1] for p in sources[split].indices[:200]]
+        assert np.bincount(sources[split].indices // 1000).tolist() == [count // 10] * 10
         assert len(set(labels)) == 10  # A prefix is a fair sample.
-    np.testing.assert_array_equal(np.sort(np.concatenate([s.positions for s in sources.values()])), np.arange(10000))
+    np.testing.assert_array_equal(np.sort(np.concatenate([s.indices for s in sources.values()])), np.arange(10000))
     # Written down, so that no change of the code moves an image from test to train.
-    assert sources['test'].positions[:4].tolist() == [6918, 2686, 8076, 5530]
+    assert sources['test'].indices[:4].tolist() == [6918, 2686, 8076, 5530]
     other = open_images(image_spec(split_seed=1), 'test')
-    assert set(other.positions) != set(sources['test'].positions)
+    assert set(other.indices) != set(sources['test'].indices)
 
 
 def test_fashion_example():
@@ -102,7 +102,7 @@ def test_fashion_example():
     example = source[5]
     assert example['image'].shape == (28, 28, 1) and example['image'].dtype == np.uint8
     assert example['label'].dtype == np.int32 and example['index'].dtype == np.int64 and example['index'] == 5
-    assert example['label'] == source.positions[5] // 1000
+    assert example['label'] == source.indices[5] // 1000
     assert source.class_names[9] == 'Ankle boot'
     trousers, boots = ([source[i]['image'] for i in range(400) if source[i]['label'] == n] for n in (1, 9))
     # Trousers are tall and narrow, boots wide: the labels belong to the pictures.
@@ -144,7 +144,7 @@ def test_folder_with_classes(tmp_path):
     assert source.class_names == ('zèbre', '猫') and len(source) == 4
     for i in range(4):
         label, image = source[i]['label'], source[i]['image'].astype(int)
-        assert ('zèbre' in source.where(i)) == (label == 0)
+        assert ('zèbre' in source.example_name(i)) == (label == 0)
         np.testing.assert_allclose(image[4, 4], [(255, 0, 0), (0, 0, 255)][label], atol=4)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(source))[3]['image'], source[3]['image'])
 
@@ -162,14 +162,14 @@ def test_flat_folder_is_unlabelled(tmp_path):
 def test_random_split_is_stable_disjoint_and_complete(tmp_path):
     spec = folder_spec(labelled_folder(tmp_path), num_classes=2, held_out=(0.2, 0.1))
     files = {
-        split: [source.where(i) for i in range(len(source))]
+        split: [source.example_name(i) for i in range(len(source))]
         for split in SPLITS
         for source in [open_images(spec, split)]
     }
     assert [len(files[split]) for split in SPLITS] == [14, 4, 2]
     assert len(set(sum(files.values(), []))) == 20
     again = open_images(spec, 'test')
-    assert [again.where(i) for i in range(2)] == files['test']
+    assert [again.example_name(i) for i in range(2)] == files['test']
 
 
 def test_random_split_shares():
@@ -208,9 +208,9 @@ def test_named_splits_are_in_a_fixed_random_order(tmp_path):
 
     def order(**fields):
         source = open_images(folder_spec(tmp_path, num_classes=2, splits=('.', '.', '.'), **fields), 'validation')
-        assert sorted(source.positions) == list(range(100))
-        assert all(source[i]['label'] == source.positions[i] // 50 for i in range(0, 100, 9))
-        return source.positions
+        assert sorted(source.indices) == list(range(100))
+        assert all(source[i]['label'] == source.indices[i] // 50 for i in range(0, 100, 9))
+        return source.indices
 
     assert 5 <= np.sum(order()[:20] < 50) <= 15  # A prefix is a fair sample of the classes.
     np.testing.assert_array_equal(order(), order())
@@ -351,7 +351,7 @@ def test_corrupt_file_raises_with_its_path(tmp_path):
     source = open_images(folder_spec(tmp_path, num_classes=2, splits=('.', '.', '.')), 'train')
     for position, path in ((1, bad[0]), (9, bad[1])):
         with pytest.raises(ValueError, match=path.replace('.', r'\.')):
-            source[source.positions.tolist().index(position)]
+            source[source.indices.tolist().index(position)]
     with pytest.raises(ValueError, match='on_error=skip'):
         list(eval_batches(source, batch_size=4))
 
@@ -363,7 +363,7 @@ def test_corrupt_files_are_skipped_and_reported(tmp_path, workers):
     assert read_skipped(log) == []
     spec = folder_spec(tmp_path / 'images', num_classes=2, splits=('.', '.', '.'), on_error='skip')
     source = open_images(spec, 'train')
-    readable = ~np.isin(source.positions, (1, 9))
+    readable = ~np.isin(source.indices, (1, 9))
     batches = list(eval_batches(source, batch_size=4, skip_log=log, workers=workers))
     np.testing.assert_array_equal(np.concatenate([batch['mask'] for batch in batches]), readable)
     assert read_skipped(log) == bad

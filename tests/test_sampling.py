@@ -11,7 +11,7 @@ from tests import defaults
 from tests.test_prior import CASES, make_prior
 from vqvae2_jax.distributed import sharding
 from vqvae2_jax.sampling.ancestral import sample, sample_keys, sample_levels, sample_reference
-from vqvae2_jax.sampling.params import SamplingParams, draw
+from vqvae2_jax.sampling.params import SamplingParams, sample_codes
 from vqvae2_jax.sampling.rejection import select_top_per_class
 
 
@@ -83,10 +83,10 @@ def test_kept_codes_stay_and_the_rest_is_drawn_given_the_earlier_ones(case):
     prior, params, codes, labels, coarser = make_prior(case, batch=2)
     keys = sample_keys(jax.random.key(5), jnp.arange(2))
     keep = jax.random.bernoulli(jax.random.key(6), 0.5, codes.shape)
-    run = jax.jit(lambda given: sample(prior, params, keys, labels, coarser, given=given).codes)
+    run = jax.jit(lambda known: sample(prior, params, keys, labels, coarser, known_codes=known).codes)
     completed = run(jnp.where(keep, codes, -1))
     assert (completed[keep] == codes[keep]).all() and (completed[~keep] != codes[~keep]).any()
-    slow = jax.jit(lambda given: sample_reference(prior, params, keys, labels, coarser, given=given).codes)
+    slow = jax.jit(lambda known: sample_reference(prior, params, keys, labels, coarser, known_codes=known).codes)
     np.testing.assert_array_equal(completed, slow(jnp.where(keep, codes, -1)))
     np.testing.assert_array_equal(run(jnp.full_like(codes, -1)), sample(prior, params, keys, labels, coarser).codes)
 
@@ -111,7 +111,7 @@ def test_what_a_cache_holds_of_later_steps_is_never_read():
         for step in range(order.steps):
             arguments = (previous, jnp.int32(step), None)
             out, cache = prior.apply(
-                {'params': params, **cache}, *arguments, method='diagonal', mutable=['diagonals', 'attention']
+                {'params': params, **cache}, *arguments, method='decode_step', mutable=['diagonals', 'attention']
             )
             rows, columns, inside = order.positions(step, np)
             previous = codes[:, rows, columns]
@@ -149,13 +149,13 @@ def test_streamed_logits_equal_the_whole_network(case):
     for i in range(prior.shape[0]):
         part = condition if condition is None or condition.shape[1] == 1 else condition[:, i : i + 1]
         variables = {'params': params, **rows}
-        features, rows = prior.apply(variables, above, jnp.array([i]), part, method='vertical', mutable=['rows'])
+        features, rows = prior.apply(variables, above, jnp.array([i]), part, method='decode_row', mutable=['rows'])
         left, cache = jnp.full((2, 1, 1), prior.codebook_size), attention
         for j in range(prior.shape[1]):
             here = part if part is None or part.shape[2] == 1 else part[:, :, j : j + 1]
             arguments = (left, jnp.array([i]), jnp.array([j]), [f[:, :, j : j + 1] for f in features], here)
             logits, cache = prior.apply(
-                {'params': params, **cache}, *arguments, method='horizontal', mutable=['columns', 'attention']
+                {'params': params, **cache}, *arguments, method='decode_position', mutable=['columns', 'attention']
             )
             np.testing.assert_allclose(logits[:, 0, 0], whole[:, i, j], atol=1e-4)
             left = codes[:, i : i + 1, j : j + 1]
@@ -182,12 +182,12 @@ def test_temperature_is_traced_and_zero_takes_the_likeliest():
     @jax.jit
     def run(keys, temperature):
         traces.append(1)
-        return sample(prior, params, keys, control=SamplingParams(temperature)).codes
+        return sample(prior, params, keys, sampling_params=SamplingParams(temperature)).codes
 
-    cold, also_cold = run(keys, 0.0), run(sample_keys(jax.random.key(1), jnp.arange(4)), 0.0)
-    np.testing.assert_array_equal(cold, also_cold)
-    assert (np.asarray(cold) == np.asarray(cold[0])).all()
-    assert (np.asarray(run(keys, 2.0)) != np.asarray(cold)).any()
+    greedy, also_greedy = run(keys, 0.0), run(sample_keys(jax.random.key(1), jnp.arange(4)), 0.0)
+    np.testing.assert_array_equal(greedy, also_greedy)
+    assert (np.asarray(greedy) == np.asarray(greedy[0])).all()
+    assert (np.asarray(run(keys, 2.0)) != np.asarray(greedy)).any()
     assert len(traces) == 1
 
 
@@ -196,7 +196,9 @@ def test_draws_follow_the_distribution():
     keys = sample_keys(jax.random.key(0), jnp.arange(20000))
 
     def drawn_at(position, temperature):
-        return draw(keys, jnp.array([position]), jnp.tile(logits, (20000, 1, 1)), SamplingParams(temperature))[:, 0]
+        return sample_codes(keys, jnp.array([position]), jnp.tile(logits, (20000, 1, 1)), SamplingParams(temperature))[
+            :, 0
+        ]
 
     drawn = drawn_at(5, 1.0)
     np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 20000, [0.1, 0.2, 0.7], atol=0.015)

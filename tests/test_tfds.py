@@ -41,8 +41,8 @@ def tfds_spec(path, **fields):
 def test_tfds(tfds_dir):
     source = open_images(tfds_spec(tfds_dir, splits=('train[:50%]', 'train[50%:]', 'test')), 'validation')
     assert len(source) == 5 and source.class_names == ('even', 'odd')
-    assert sorted(source.positions) == list(range(5)) and source.positions.tolist() != list(range(5))
-    last = source.positions.tolist().index(4)
+    assert sorted(source.indices) == list(range(5)) and source.indices.tolist() != list(range(5))
+    last = source.indices.tolist().index(4)
     for copy in (source, pickle.loads(pickle.dumps(source))):
         example = copy[last]
         np.testing.assert_array_equal(example['image'], np.broadcast_to(np.uint8([90, 0, 0]), (6, 8, 3)))

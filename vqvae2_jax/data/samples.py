@@ -1,26 +1,43 @@
-"""Sets of samples on disk: `.npz` shards in the layout that the field's evaluators read (docs/files.md)."""
+"""Sets of images in `.npz` shards of a fixed size, in the layout that the field's evaluators read (docs/files.md).
+
+Samples and reconstructions are stored in this way. A set is a directory with a record (io/record.py), whose results
+hold `count` and whose settings hold `shard_size`, and with files samples-START-STOP.npz of `shard_size` images (the
+last one may hold fewer). N is the number of images of a file:
+
+    arr_0    uint8 [N, H, W, C]
+    label    int32 [N]
+    index    int64 [N], START .. STOP - 1
+    codes_l  int32 [N, h_l, w_l] of level l, 0 is the finest
+"""
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
 
-from vqvae2_jax.io import files
-from vqvae2_jax.jobs.workdir import JobError
+from vqvae2_jax.data.shards import Range, shard_ranges
+from vqvae2_jax.io import files, record
+from vqvae2_jax.io.record import JobError, Record
 
 
 def shard_path(directory: epath.Path, start: int, stop: int) -> epath.Path:
-    """The file of samples start .. stop - 1."""
+    """Returns the file of images start .. stop - 1."""
     return directory / f'samples-{start:08d}-{stop:08d}.npz'
 
 
-def shard_ranges(count: int, size: int) -> list[tuple[int, int]]:
-    """(start, stop) of every shard of a set."""
-    return [(start, min(start + size, count)) for start in range(0, count, size)]
+def missing_shards(directory: epath.Path, ranges: Sequence[Range]) -> list[Range]:
+    """Returns the ranges whose files do not exist."""
+    return [r for r in ranges if not shard_path(directory, *r).exists()]
 
 
-def remove_others(directory: epath.Path, ranges: list[tuple[int, int]]) -> None:
-    """Removes files that are not of the set, as the last, shorter one of a set before it grew: none is there twice."""
+def stored_count(directory: epath.Path) -> int:
+    """Returns how many images the files of a set reach up to, finished or not; 0 if there is none."""
+    return max((int(path.stem.rpartition('-')[2]) for path in directory.glob('samples-*.npz')), default=0)
+
+
+def remove_others(directory: epath.Path, ranges: Sequence[Range]) -> None:
+    """Removes files of other ranges. A set that has grown leaves its former, shorter last file behind."""
     own = {shard_path(directory, *r).name for r in ranges}
     for path in directory.glob('samples-*.npz'):
         if path.name not in own:
@@ -28,73 +45,66 @@ def remove_others(directory: epath.Path, ranges: list[tuple[int, int]]) -> None:
 
 
 def write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Whole or absent: an interrupted write leaves nothing under this name."""
+    """Writes an `.npz` file completely or not at all."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     files.write_bytes(path, buffer.getvalue())
 
 
 def read_npz(path: epath.Path) -> dict[str, np.ndarray]:
-    """All arrays of a file."""
+    """Reads all arrays of an `.npz` file."""
     with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
 
 
 def shard_paths(directory: epath.Path) -> list[epath.Path]:
-    """The files of a finished set, in the order of their samples.
+    """Returns the files of a finished set, in the order of their images.
 
     Raises:
-      JobError: some are missing.
+      JobError: the set is not finished, or files are missing.
     """
-    meta = read_meta(directory)
-    paths = [shard_path(directory, *r) for r in shard_ranges(meta['count'], meta['batch_size'])]
-    missing = [p.name for p in paths if not p.exists()]
-    if missing:
-        raise JobError(
-            f'{directory} lacks {len(missing)} of {len(paths)} files, first {missing[0]}: '
-            f'run --job={_job(directory)} again'
-        )
-    return paths
+    return _shard_paths(read_set(directory))
 
 
 def take(directory: epath.Path, index: np.ndarray) -> dict[str, np.ndarray]:
-    """The samples `index` [N] of a finished set, reading only the files that hold them.
+    """Reads some images of a finished set, from the files that hold them.
+
+    Args:
+      directory: the set.
+      index: int [N], in any order.
 
     Returns:
-      arr_0 uint8 [N, H, W, C], label int32 [N], index int64 [N], codes_l [N, h_l, w_l], in the order asked for.
+      arr_0 uint8 [N, H, W, C], label int32 [N], index int64 [N], codes_l int32 [N, h_l, w_l], in the order of `index`.
+
+    Raises:
+      JobError: as `shard_paths`.
     """
-    paths, size = shard_paths(directory), read_meta(directory)['batch_size']
+    found = read_set(directory)
+    paths, size = _shard_paths(found), found.settings['shard_size']
     index = np.asarray(index)
     rows = [None] * len(index)
     for shard in np.unique(index // size):
         arrays = read_npz(paths[shard])
         for position in np.flatnonzero(index // size == shard):
-            # Copies: a view would hold the whole file.
+            # Copies: a view would keep the whole file alive.
             rows[position] = {name: values[index[position] % size].copy() for name, values in arrays.items()}
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def digest(directory: epath.Path) -> str:
-    """Identifies a set by its meta.json; raises as `read_meta`."""
-    return digest_meta(read_meta(directory))
-
-
-def digest_meta(meta: dict) -> str:
-    """Identifies a set by what meta.json is to hold, but for the version of the package."""
-    return files.digest_json({k: v for k, v in meta.items() if k != 'version'})
-
-
-def read_meta(directory: epath.Path) -> dict:
-    """meta.json of a set.
+def read_set(directory: epath.Path) -> Record:
+    """Reads the record of a finished set; its `digest` identifies the images.
 
     Raises:
-      JobError: there is no such set.
+      JobError: there is no finished set.
     """
-    path = directory / 'meta.json'
-    if not path.exists():
-        raise JobError(f'{directory} holds no images: run --job={_job(directory)} first')
-    return files.read_json(path)
+    return record.read_done(directory, 'cas' if directory.name == 'reconstructions' else 'sample')
 
 
-def _job(directory):
-    return 'cas' if directory.name == 'reconstructions' else 'sample'
+def _shard_paths(found):
+    ranges = shard_ranges(found.results['count'], found.settings['shard_size'])
+    if missing := missing_shards(found.directory, ranges):
+        raise JobError(
+            f'{found.directory} lacks {len(missing)} of {len(ranges)} files, first '
+            f'{shard_path(found.directory, *missing[0]).name}: {record.job_command(found.job)}'
+        )
+    return [shard_path(found.directory, *r) for r in ranges]

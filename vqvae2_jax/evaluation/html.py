@@ -1,45 +1,30 @@
-"""One HTML page with everything inside it: it opens offline, and can be sent as it is."""
+"""Parts of an HTML report. Pictures are embedded, so the page opens offline and can be sent as one file."""
 
 import base64
 import html
+import string
 from collections.abc import Sequence
-
-from etils import epath
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 72rem; margin: 2rem auto; padding: 0 1.2rem; }
-h1 { margin-bottom: 0; } h2 { margin-top: 2.4rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
-p.note { color: #555; max-width: 52rem; }
-table { border-collapse: collapse; margin: .8rem 0; }
-th, td { padding: .3rem .9rem .3rem 0; text-align: left; border-bottom: 1px solid #eee; vertical-align: top; }
-td { font-variant-numeric: tabular-nums; } th { font-weight: 600; }
-figure { margin: 1rem 0; overflow-x: auto; } figcaption { color: #555; }
-img { max-width: 100%; image-rendering: pixelated; } img.plot { image-rendering: auto; }
-"""
+from importlib import resources
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    """The document; `parts` come from the functions below."""
-    return (
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n'
-        f'<h1>{html.escape(title)}</h1>\n{"".join(parts)}</html>\n'
-    )
+    """Returns a document from the template assets/report.html; `parts` come from the functions below."""
+    template = resources.files(__package__).joinpath('assets', 'report.html').read_text(encoding='utf-8')
+    return string.Template(template).substitute(title=html.escape(title), body=''.join(parts))
 
 
-def heading(text: str) -> str:
-    """A section's."""
-    return f'<h2>{html.escape(text)}</h2>\n'
+def heading(text: str, level: int = 2) -> str:
+    """Returns the heading of a section; `level`: 2 or 3."""
+    return f'<h{level}>{html.escape(text)}</h{level}>\n'
 
 
-def note(text: str) -> str:
-    """A paragraph; nothing for no text."""
-    return text and f'<p class="note">{html.escape(text)}</p>\n'
+def note(text: str, kind: str = 'note') -> str:
+    """Returns a paragraph of class `kind`, 'note' or 'stale'; '' for no text."""
+    return text and f'<p class="{kind}">{html.escape(text)}</p>\n'
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """Rows of cells; an empty header has no line of its own."""
+    """Returns a table; a header of empty strings is left out."""
     lines = []
     if any(header):
         lines.append(''.join(f'<th>{html.escape(str(cell))}</th>' for cell in header))
@@ -47,10 +32,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
     return '<table>\n' + ''.join(f'<tr>{line}</tr>\n' for line in lines) + '</table>\n'
 
 
-def picture(path: epath.Path, caption: str, plot: bool = False) -> str:
-    """A PNG file; of pixels that stay sharp when enlarged, or a plot."""
-    data = base64.b64encode(path.read_bytes()).decode()
+def image(png: bytes | None, caption: str, plot: bool = False) -> str:
+    """Returns a figure; '' without a picture.
+
+    Args:
+      png: content of a PNG file.
+      caption: the text below.
+      plot: smooth when enlarged; else pixels stay sharp.
+    """
+    if png is None:
+        return ''
     kind = ' class="plot"' if plot else ''
-    source = f'data:image/png;base64,{data}'
+    source = f'data:image/png;base64,{base64.b64encode(png).decode()}'
     caption = html.escape(caption)
     return f'<figure><img{kind} alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>\n'

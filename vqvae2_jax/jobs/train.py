@@ -1,163 +1,198 @@
-"""The training jobs: stage 1, the priors, the classifier. Each brings a stage its data and its place on disk."""
+"""--job=vqvae, prior, classifier: each gives its task and its data to the training loop, and records the result."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
+
+import jax
 
 from vqvae2_jax.config import build as configs
 from vqvae2_jax.data.loader import eval_batches, train_batches
 from vqvae2_jax.distributed import processes, sharding
-from vqvae2_jax.io import files
+from vqvae2_jax.io import files, record
+from vqvae2_jax.io.progress import start_line
 from vqvae2_jax.jobs import workdir
-from vqvae2_jax.jobs.extract_codes import current_codes_digest
-from vqvae2_jax.jobs.workdir import Run
+from vqvae2_jax.jobs.workdir import JobError, Run
+from vqvae2_jax.planning import cost, hardware
 from vqvae2_jax.tasks import classifier, prior, vqvae
 from vqvae2_jax.tasks.task import Task
-from vqvae2_jax.training.checkpoint import BestCheckpoint, CheckpointMismatch, read_record, remove_record, write_record
-from vqvae2_jax.training.loop import Data, fit
+from vqvae2_jax.training.checkpoint import BestCheckpoint, CheckpointMismatch
+from vqvae2_jax.training.loop import Data, train
 
 
 def vqvae_task(run: Run, examples: int | None = None) -> Task:
-    """Stage 1 of this run's config; `examples` in its training split (None: they are counted) make an epoch."""
+    """Makes stage 1's task; `examples` is the size of an epoch, None: of the training split."""
     batch_size = run.config.vqvae.training.batch_size
     steps_per_epoch = -(-(examples or len(run.images('train'))) // batch_size)
     model = configs.make_vqvae(run.config)
     return vqvae.make_task(model, run.levels, run.config.vqvae.commitment_weight, steps_per_epoch)
 
 
-def prior_task(run: Run, level: int, show: bool = True) -> Task:
-    """One level's prior; with `show` it draws pictures, for which stage 1 is loaded."""
+def prior_task(run: Run, level: int, visualize: bool = True) -> Task:
+    """Makes the task of one level's prior, counted from the finest; `visualize` loads stage 1 for pictures."""
     model = configs.make_prior(run.config, level)
-    return prior.make_task(model, level, len(run.levels), _decoder(run, level) if show else None)
+    return prior.make_task(model, level, len(run.levels), _decoder(run, level) if visualize else None)
 
 
 def classifier_task(run: Run) -> Task:
-    """The classifier."""
+    """Makes the classifier's task."""
     return classifier.make_task(configs.make_classifier(run.config))
 
 
 def train_vqvae(run: Run) -> None:
-    """--job=vqvae"""
+    """--job=vqvae
+
+    Raises:
+      JobError: images are missing; as `train_task`.
+    """
     augment = {'flip': run.config.data.flip, 'crop': run.config.data.crop}
-    train_task(
-        run,
-        'vqvae',
-        'vqvae',
-        functools.partial(vqvae_task, run),
-        functools.partial(image_data, run, 'vqvae', **augment),
-        {'images': run.images_digest()},
-    )
+    make_data = functools.partial(image_data, run, 'vqvae', **augment)
+    inputs = {'images': run.images_digest()}
+    train_task(run, 'vqvae', 'vqvae', 'vqvae', functools.partial(vqvae_task, run), make_data, inputs)
 
 
 def train_prior(run: Run, level_name: str) -> None:
-    """--job=prior --level=..."""
+    """--job=prior --level=...
 
-    def data():
-        train, validation = (run.codes(split) for split in ('train', 'validation'))
+    Raises:
+      JobError: stage 1 or codes are missing; as `train_task`.
+      StaleInputError: another stage 1 made the codes.
+    """
+    section = f'prior.{level_name}'
+
+    def make_data():
         # Codes are read from memory-mapped files: worker processes would only cost.
-        return _data(run, f'prior.{level_name}', train, validation, reading={})
+        return _make_data(run, section, run.codes('train'), run.codes('validation'), {})
 
-    upstream = {'codes': current_codes_digest(run), 'vqvae': workdir.vqvae_record(run)['digest']}
-    show = configs.training(run.config, f'prior.{level_name}').show_every > 0
-    stage = functools.partial(prior_task, run, run.levels.index(level_name), show)
-    train_task(run, f'prior.{level_name}', workdir.prior_directory(level_name), stage, data, upstream)
+    inputs = {'codes': workdir.codes_digest(run), 'vqvae': workdir.vqvae_record(run).digest}
+    visualize = configs.train_config(run.config, section).image_every > 0
+    make_task = functools.partial(prior_task, run, run.levels.index(level_name), visualize)
+    train_task(run, section, workdir.prior_directory(level_name), 'prior', make_task, make_data, inputs)
 
 
 def train_classifier(run: Run) -> None:
-    """--job=classifier"""
+    """--job=classifier
+
+    Raises:
+      JobError: there are no classes; images are missing; as `train_task`.
+    """
     if not configs.has_classifier(run.config):
-        raise workdir.JobError(f'data.num_classes={run.config.data.num_classes}: there are no classes to tell apart')
+        raise JobError(f'data.num_classes is {run.config.data.num_classes}: a classifier needs at least 2')
     augment = {'flip': run.config.classifier.flip, 'crop': run.config.classifier.crop}
-    data = functools.partial(image_data, run, 'classifier', **augment)
-    upstream = {'images': run.images_digest()}
-    train_task(run, 'classifier', 'classifier', functools.partial(classifier_task, run), data, upstream)
+    make_data = functools.partial(image_data, run, 'classifier', **augment)
+    inputs = {'images': run.images_digest()}
+    train_task(run, 'classifier', 'classifier', 'classifier', lambda: classifier_task(run), make_data, inputs)
 
 
 def train_task(
     run: Run,
     section: str,
     directory: str,
-    make: Callable[[], Task],
+    job: str,
+    make_task: Callable[[], Task],
     make_data: Callable[[], Data],
-    upstream: dict[str, str],
+    inputs: dict[str, str],
 ) -> None:
-    """Trains `section` into `directory` unless it is done, and records it."""
-    settings, training = configs.settings(run.config, section), configs.training(run.config, section)
-    path = run.path(directory)
-    _check_started(path, section, settings, upstream)
-    record = read_record(path)
-    if record and record['steps'] >= training.steps:
-        print(f'{directory}: done ({_line(record)})', flush=True)
+    """Trains a network into a directory, unless that is done, and records it.
+
+    Args:
+      run: the run.
+      section: of the config, such as 'prior.top'.
+      directory: below the workdir.
+      job: the value of --job.
+      make_task: called only if there is something to train.
+      make_data: likewise.
+      inputs: digests of the inputs, by name.
+
+    Raises:
+      StaleInputError, SettingsChangedError: the training was started with other inputs or settings.
+      JobError, NonFiniteLoss, CheckpointMismatch, Interrupted: as `loop.train`.
+    """
+    config, path = configs.train_config(run.config, section), run.path(directory)
+    output = run.open_output(path, job, inputs, configs.settings(run.config, section))
+    if output.state == record.DONE and output.results['steps'] >= config.steps:
+        print(f'{directory}: done ({_summary(output.results)})', flush=True)
         return
-    stage = make()  # refuses before anything changes
-    if processes.is_main_process():
-        files.write_json(path / 'settings.json', {'settings': settings, 'upstream': upstream})
-        remove_record(path)  # of fewer steps: from here on its weights may be replaced
-    data = make_data()
+    task, data = make_task(), make_data()  # both may refuse, before anything changes
+    before = dataclasses.replace(output)
     try:
-        result = fit(stage, training, data, path, name=directory, seed=run.config.seed)
+        parameters, flops = _count(task, data, config.batch_size, run.mesh)
+        line = start_line(directory, processes.describe_mesh(run.mesh), parameters=parameters, data=data.description)
+        print(line, flush=True)
+        processes.run_on_main_process(output.start)  # even if fewer steps are done: their weights may be replaced
+        result = train(task, config, data, path, mesh=run.mesh, name=directory, seed=run.config.seed, **flops)
     except CheckpointMismatch:
-        if record and processes.is_main_process():
-            write_record(path, record)  # its weights are as they were
+        if before.state == record.DONE and processes.is_main_process():
+            output.restore(before)  # its weights are unchanged
         raise
     finally:
         data.train.close()
-    if processes.is_main_process():
-        _record(path, directory, section, result, settings, upstream)
+    results = processes.run_on_main_process(lambda: _finish(output, result))
+    print(f'{directory}: trained ({_summary(results)})', flush=True)
 
 
-def _record(path, directory, section, result, settings, upstream):
-    weights = BestCheckpoint(path)
-    best = weights.best()
-    record = {
-        'schema': 1,
-        'stage': section,
-        'digest': files.digest_arrays(weights.load()),
-        'steps': result['steps'],
-        'best_step': best['step'],
-        'validation': best['summary'],
-        'seconds': result['seconds'],
-        'parameters': result['parameters'],
-        'upstream': upstream,
-        'settings': settings,
-        'version': files.package_version(),
-    }
-    write_record(path, record)
-    print(f'{directory}: trained ({_line(record)})', flush=True)
+def image_data(run: Run, section: str, train=None, val=None, **augment: bool) -> Data:
+    """Opens the images that a network is trained on.
+
+    Args:
+      run: the run.
+      section: of the config, such as 'classifier'.
+      train: the training images; None: the run's.
+      val: the validation images; None: the run's.
+      **augment: flip, crop.
+
+    Raises:
+      JobError: images are missing.
+    """
+    train, val = train or run.images('train'), val or run.images('validation')
+    return _make_data(run, section, train, val, run.loader_kwargs(), **augment)
 
 
-def _check_started(path, section, settings, upstream):
-    """Refuses to continue a training that was started otherwise."""
-    started = path / 'settings.json'
-    if not started.exists():
-        return
-    before = files.read_json(started)
-    hint = f'Give another --workdir, go back to those settings, or delete {path} to train it anew.'
-    workdir.check_same(f'the training in {path}', before['settings'], settings, hint)
-    workdir.check_digests(
-        f'the training in {path}', before['upstream'], upstream, f'Delete {path} to train {section} anew.'
-    )
-
-
-def image_data(run: Run, section: str, train=None, validation=None, **augment) -> Data:
-    """This process's part of the images that `section` trains on: the run's, unless others are given."""
-    train, validation = train or run.images('train'), validation or run.images('validation')
-    return _data(run, section, train, validation, run.reading(), **augment)
-
-
-def _data(run: Run, section: str, source, validation, reading, **augment) -> Data:
-    training = configs.training(run.config, section)
-    stop = min(training.eval_examples or len(validation), len(validation))
-    shared = {'batch_size': training.batch_size, 'rows': sharding.process_local_rows(training.batch_size), **reading}
+def _make_data(run, section, train, val, loader_kwargs, **augment) -> Data:
+    config = configs.train_config(run.config, section)
+    stop = min(config.eval_examples or len(val), len(val))
+    with jax.set_mesh(run.mesh):
+        rows = sharding.process_local_rows(config.batch_size)
+    kwargs = {'batch_size': config.batch_size, 'rows': rows, **loader_kwargs}
+    batches = train_batches(train, seed=run.config.seed, **augment, **kwargs)
     return Data(
-        train=train_batches(source, seed=run.config.seed, **augment, **shared),
-        held_out=lambda: eval_batches(validation, stop=stop, **shared),
+        train=batches,
+        val=lambda: eval_batches(val, stop=stop, **kwargs),
+        first_batch=batches.peek(),
+        description=f'{len(train)} training and {stop} validation examples, batch size {config.batch_size}',
     )
+
+
+def _count(task, data, batch_size, mesh) -> tuple[int, dict[str, float]]:
+    """The number of parameters; FLOPs per step and FLOP/s of all devices, where their peak is known."""
+    batch = {k: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for k, x in data.first_batch.items()}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params, model_state = jax.eval_shape(task.init, key, batch)
+    parameters = sum(x.size for x in jax.tree.leaves(params))
+    device = hardware.hardware_of(mesh.devices.flat[0])
+    if device is None:
+        return parameters, {}
+    forward = cost.count(task.loss, params, model_state, batch, key).flops
+    # The backward pass does about twice the work of the forward pass. What remat repeats is not counted.
+    return parameters, {'flops_per_step': 3 * forward, 'peak_flops': device.flops * mesh.size}
+
+
+def _finish(output, result) -> dict:
+    best = BestCheckpoint(output.directory)
+    results = {
+        'steps': result['steps'],
+        'best_step': best.best()['step'],
+        'val': best.best()['metrics'],
+        'parameters': result['parameters'],
+    }
+    output.finish(results, seconds=result['seconds'], digest=files.digest_arrays(best.load()))
+    return results
 
 
 def _decoder(run: Run, level: int):
-    """Codes of `level` and coarser ones to images, by the trained stage 1."""
-    # As constants on the host: pictures are made on one device of one process.
-    model, variables = configs.make_vqvae(run.config), workdir.load_vqvae(run).collections
+    """Returns a function that decodes codes of `level` and coarser ones to images, by the trained stage 1."""
+    # The weights are host arrays: pictures are made on one device of one process.
+    model, variables = configs.make_vqvae(run.config), workdir.load_vqvae(run).variables
 
     def decode(codes):
         if level:
@@ -167,6 +202,6 @@ def _decoder(run: Run, level: int):
     return decode
 
 
-def _line(record: dict) -> str:
-    numbers = ', '.join(f'{k} {v:.4g}' for k, v in record['validation'].items())
-    return f'best of {record["steps"]} steps is {record["best_step"]}: {numbers}; digest {record["digest"][:12]}'
+def _summary(results: dict) -> str:
+    numbers = ', '.join(f'{name} {value:.4g}' for name, value in results['val'].items())
+    return f'best of {results["steps"]} steps is {results["best_step"]}: {numbers}'

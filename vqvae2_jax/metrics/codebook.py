@@ -1,6 +1,6 @@
-"""Numbers about discrete codes: how much of a codebook is used, and how many bits the codes cost.
+"""Metrics of discrete codes: perplexity, entropies and bits per image.
 
-NumPy in, float64 arithmetic, Python floats out. Codes are integers in 0..K-1 of any shape unless said otherwise.
+NumPy in, float64 arithmetic, Python floats out. Codes are integers in 0..K-1 of any shape unless stated otherwise.
 Entropies are in nats per code.
 """
 
@@ -14,7 +14,7 @@ _CHUNK = 1 << 22
 
 
 def histogram(codes, codebook_size: int) -> np.ndarray:
-    """How often each code occurs: int64 [K]. Histograms of batches add up.
+    """Returns the count of each code, int64 [K]. Histograms of batches add up.
 
     Raises:
       TypeError: codes are not integers.
@@ -24,13 +24,8 @@ def histogram(codes, codebook_size: int) -> np.ndarray:
     return np.bincount(codes.ravel(), minlength=codebook_size)
 
 
-def usage(codes, codebook_size: int) -> float:
-    """Share of the codebook that occurs at least once, in (0, 1]. Errors as `histogram`."""
-    return float(np.count_nonzero(histogram(codes, codebook_size)) / codebook_size)
-
-
 def perplexity(counts) -> float:
-    """exp(entropy) of a histogram: how many equally likely codes would be as varied; from 1 to K.
+    """Returns exp(entropy) of a histogram, from 1 to K: the number of equally likely codes with the same entropy.
 
     Args:
       counts: [K], non-negative, integers or floats (moving averages), not all zero.
@@ -42,19 +37,19 @@ def perplexity(counts) -> float:
 
 
 def unigram_entropy(codes, codebook_size: int) -> float:
-    """Unigram entropy in nats per code: of the histogram pooled over images and positions. Errors as `histogram`.
+    """Returns the unigram entropy in nats per code, of the histogram pooled over images and positions.
 
-    A coder that knows only how often each code occurs cannot do better; a prior must.
+    It bounds every coder that knows only the frequency of each code; a prior should be below it. Raises as `histogram`.
     """
     return _entropy(histogram(codes, codebook_size))
 
 
 def positional_cross_entropy(train_codes, codes, codebook_size: int, alpha: float) -> float:
-    """Cross-entropy in nats per code of held-out codes under per-position unigrams of the training codes.
+    """Returns the cross-entropy in nats per code of held-out codes under per-position unigrams of the training codes.
 
-    A baseline without context: where the subject is centered it is far below the unigram entropy. With few training
-    images the smoothing raises it above the entropy per position, by up to log((N + alpha K) / N) where a position has
-    few codes: at K = 512 and alpha = 1 by up to 1.8 nats with 100 images, 0.4 with 1 000 and 0.05 with 10 000.
+    It is a baseline without context. With few training images the smoothing raises it above the entropy per position,
+    by up to log((N + alpha K) / N): at K = 512 and alpha = 1 by up to 1.8 nats with 100 images, 0.4 with 1 000 and 0.05
+    with 10 000.
 
     Args:
       train_codes: [N, ...] codes that the histograms count; the axes after the first are the positions.
@@ -83,7 +78,7 @@ def positional_cross_entropy(train_codes, codes, codebook_size: int, alpha: floa
 
 
 def bits_per_image(nats_per_level: Sequence[float], shapes: Sequence[tuple[int, int]]) -> float:
-    """Bits that the codes of one image cost, all levels together.
+    """Returns the bits of the codes of one image, all levels together.
 
     Args:
       nats_per_level: nats per code of each level, for example a prior's held-out loss.
@@ -99,7 +94,7 @@ def bits_per_image(nats_per_level: Sequence[float], shapes: Sequence[tuple[int, 
 def compression_ratio(
     image_shape: tuple[int, int, int], shapes: Sequence[tuple[int, int]], codebook_sizes: Sequence[int]
 ) -> float:
-    """Bits of an 8-bit image over bits of its codes at log2(K) each (no prior).
+    """Returns the bits of an 8-bit image over the bits of its codes at log2(K) each (no prior).
 
     256 x 256 x 3 with 32 x 32 and 64 x 64 codes of 512 gives 34.1: the "over 30x smaller" of the paper's
     introduction.

@@ -1,15 +1,24 @@
-"""Batch norm folded into the convolution before it, for networks that only judge."""
+"""Folds batch norm into the convolution before it, for networks that are not trained here."""
 
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 
-def fold(state: Mapping[str, np.ndarray], conv: str, norm: str, epsilon: float) -> dict[str, np.ndarray]:
-    """Kernel [h, w, in, out] and bias [out] from PyTorch's arrays of a convolution without bias and of its batch norm.
+def fold_batch_norm(state: Mapping[str, np.ndarray], conv: str, norm: str, epsilon: float) -> dict[str, np.ndarray]:
+    """Combines a convolution without bias and its batch norm.
+
+    Args:
+      state: a PyTorch state dict.
+      conv: the convolution's name in it.
+      norm: the batch norm's name.
+      epsilon: of the batch norm.
+
+    Returns:
+      {'kernel': [h, w, in, out], 'bias': [out]}.
 
     Raises:
-      KeyError: one of them is not in the state dict.
+      KeyError: the state dict lacks an array.
     """
     scale = state[f'{norm}.weight'] / np.sqrt(state[f'{norm}.running_var'] + epsilon)
     return {
@@ -19,7 +28,11 @@ def fold(state: Mapping[str, np.ndarray], conv: str, norm: str, epsilon: float) 
 
 
 def mismatches(params: Mapping, wanted: Mapping) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """'<layer> <array>', its shape, and the shape that a network of `wanted` parameters needs, where they differ."""
+    """Compares the shapes of parameters {layer: {array: ...}} with those that a network needs.
+
+    Yields:
+      ('<layer> <array>', its shape, the needed shape) of every array that differs.
+    """
     for layer, arrays in wanted.items():
         for name, array in arrays.items():
             if params[layer][name].shape != array.shape:

@@ -1,6 +1,6 @@
-"""What the priors' networks consist of: residual gated blocks, and attention after every few of them.
+"""The blocks of the priors' networks: gated residual blocks, with causal attention after every few of them.
 
-Glossary of shapes: B batch, h w the part of the map at hand, F features, R residual.
+Shapes: B batch, h w the whole map or the part that is decoded, F hidden channels, R residual channels.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,31 +16,63 @@ _SMALL = nn.initializers.variance_scaling(0.01, 'fan_in', 'truncated_normal')  #
 
 
 def gate(y: jax.Array) -> jax.Array:
-    """[..., 2 F] -> [..., F]: one half times the sigmoid of the other (PixelSNAIL, Chen et al. 2018)."""
+    """Multiplies the first half of the features by the sigmoid of the second half (PixelSNAIL, Chen et al. 2018).
+
+    Args:
+      y: [..., 2 F].
+
+    Returns:
+      [..., F].
+    """
     value, weight = jnp.split(y, 2, axis=-1)
     return value * nn.sigmoid(weight)
 
 
 class GatedBlock(nn.Module):
-    """x + gate(conv(elu(norm(conv(elu(x)))))), F -> R -> 2 F; `beside` joins inside, `condition` before the gate.
+    """x + gate(conv(elu(norm(conv(elu(x)))))) with channels F -> R -> 2 F.
 
-    The norm lets all orders learn at the same, high rate. Without it the vertical stack in raster order, which no
-    output holds back, grows until gradients explode. (Gated PixelCNN's tanh would hold it too, but costs likelihood.)
+    `aux` is added after the first convolution, `condition` before the gate. The norm lets all orders train at the same
+    high learning rate. Without it the activations of the vertical stack in raster order, which has no output layer,
+    grow until gradients explode. (The tanh of Gated PixelCNN bounds them too, but costs likelihood.)
+
+    Attributes:
+      residual_channels: R.
+      layer: (features, kernel_init=, dtype=) -> a causal convolution, or nn.Dense.
+      dropout: rate.
+      dropout_placement: 'inside', before the second convolution (PixelSNAIL), or 'after', on the block's output.
+      dtype: of the computation.
     """
 
     residual_channels: int
-    layer: Callable[..., nn.Module]  # (features, kernel_init=, dtype=) -> a causal convolution, or nn.Dense
+    layer: Callable[..., nn.Module]
     dropout: float
-    dropout_placement: str  # 'inside': before the second convolution (PixelSNAIL); 'after': on the block's output
+    dropout_placement: str
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, *, beside=None, condition=None, train=False):
-        # x [B, h, w, F], beside [B, h, w, F], condition [B, h or 1, w or 1, F] -> [B, h, w, F]
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        aux: jax.Array | None = None,
+        condition: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """Applies the block.
+
+        Args:
+          x: [B, h, w, F].
+          aux: [B, h, w, F], such as features of the vertical stack.
+          condition: [B, h or 1, w or 1, F].
+          train: with dropout, which needs the rng `dropout`.
+
+        Returns:
+          [B, h, w, F].
+        """
         features = x.shape[-1]
         y = self.layer(self.residual_channels, dtype=self.dtype)(nn.elu(x))
-        if beside is not None:
-            y = y + nn.Dense(self.residual_channels, dtype=self.dtype)(nn.elu(beside))
+        if aux is not None:
+            y = y + nn.Dense(self.residual_channels, dtype=self.dtype)(nn.elu(aux))
         y = nn.elu(nn.RMSNorm(dtype=self.dtype)(y))
         dropout = nn.Dropout(self.dropout, deterministic=not train)
         y = dropout(y) if self.dropout_placement == 'inside' else y
@@ -51,17 +83,36 @@ class GatedBlock(nn.Module):
         return dropout(x) if self.dropout_placement == 'after' else x
 
 
-def run_blocks(repeat: BlockRunner, blocks: Sequence[GatedBlock], x, beside=None, condition=None, train=False):
-    """x [B, h, w, F] after the last block, and after each, as in `BlockRunner.run`; `beside` has an entry for each."""
+def run_blocks(
+    runner: BlockRunner,
+    blocks: Sequence[GatedBlock],
+    x: jax.Array,
+    aux: Sequence[jax.Array] | jax.Array | None = None,
+    condition: jax.Array | None = None,
+    train: bool = False,
+) -> tuple[jax.Array, Sequence[jax.Array] | jax.Array]:
+    """Applies gated blocks one after the other.
 
-    def call(block, x, beside):
-        return block(x, beside=beside, condition=condition, train=train)
+    Args:
+      runner: with remat or scan.
+      blocks: bound modules of one shape.
+      x: [B, h, w, F].
+      aux: [B, h, w, F] per block, or None.
+      condition: [B, h or 1, w or 1, F], the same for all blocks, or None.
+      train: with dropout.
 
-    return repeat.run(call, blocks, x, beside)
+    Returns:
+      x after the last block, and after every block, as `BlockRunner.run`.
+    """
+
+    def call(block, x, aux):
+        return block(x, aux=aux, condition=condition, train=train)
+
+    return runner.run(call, blocks, x, aux)
 
 
 class BlocksWithAttention(nn.Module):
-    """Blocks, then attention."""
+    """Gated blocks, then causal attention."""
 
     num_residual_blocks: int
     block: Callable[[], GatedBlock]
@@ -71,17 +122,26 @@ class BlocksWithAttention(nn.Module):
         self.blocks = [self.block() for _ in range(self.num_residual_blocks)]
         self.attend = self.attention()
 
-    def __call__(self, x, step, beside, condition, train, repeat):
-        # As in GatedResNetStack.
+    def __call__(
+        self,
+        x: jax.Array,
+        step: jax.Array | None,
+        aux: Sequence[jax.Array] | jax.Array | None,
+        condition: jax.Array | None,
+        train: bool,
+        runner: BlockRunner,
+    ) -> jax.Array:
+        """Returns x [B, h, w, F] after blocks and attention; arguments as in `GatedResNetStack`."""
+
         def attend(layer, x, _):
             return x + layer(x, step, train=train)
 
-        x, _ = run_blocks(repeat, self.blocks, x, beside, condition, train)
-        return repeat.run(attend, [self.attend], x)[0]
+        x, _ = run_blocks(runner, self.blocks, x, aux, condition, train)
+        return runner.run(attend, [self.attend], x)[0]
 
 
 class GatedResNetStack(nn.Module):
-    """Blocks with attention after every few of them; `repeat` may run them as a loop of loops."""
+    """`num_residual_blocks` gated blocks, with `num_attention_layers` attention layers at equal distances."""
 
     num_residual_blocks: int
     num_attention_layers: int
@@ -93,26 +153,37 @@ class GatedResNetStack(nn.Module):
         self.stacks = [BlocksWithAttention(every, self.block, self.attention) for _ in range(self.num_attention_layers)]
         self.rest = [self.block() for _ in range(self.num_residual_blocks - every * self.num_attention_layers)]
 
-    def __call__(self, x, step, beside, condition, train, repeat) -> jax.Array:
-        """x [B, h, w, F] after all blocks.
+    def __call__(
+        self,
+        x: jax.Array,
+        step: jax.Array | None,
+        aux: Sequence[jax.Array] | jax.Array | None,
+        condition: jax.Array | None,
+        train: bool,
+        runner: BlockRunner,
+    ) -> jax.Array:
+        """Applies the stack.
 
         Args:
           x: [B, h, w, F].
-          step: int32 [] where x is streamed, of which the attentions' caches must know.
-          beside: None, or [B, h, w, F] for each block.
-          condition: None or [B, h or 1, w or 1, F].
-          train: dropout on.
-          repeat: how blocks are run.
+          step: int32 [], the step that is decoded with caches; unused on whole maps.
+          aux: [B, h, w, F] per block, or None.
+          condition: [B, h or 1, w or 1, F], or None.
+          train: with dropout.
+          runner: with remat or scan.
+
+        Returns:
+          [B, h, w, F].
         """
 
-        def call(stack, x, beside):
-            return stack(x, step, beside, condition, train, repeat)
+        def call(stack, x, aux):
+            return stack(x, step, aux, condition, train, runner)
 
-        parts, rest = None, beside
-        if beside is not None:
+        parts, rest = None, aux
+        if aux is not None:
             every = self.num_residual_blocks // max(self.num_attention_layers, 1)
-            parts = [beside[i * every : (i + 1) * every] for i in range(len(self.stacks))]
-            rest = beside[every * len(self.stacks) :]
-        # What is inside of a stack recomputes itself.
-        x, _ = repeat._replace(remat=False).run(call, self.stacks, x, parts)
-        return run_blocks(repeat, self.rest, x, rest, condition, train)[0]
+            parts = [aux[i * every : (i + 1) * every] for i in range(len(self.stacks))]
+            rest = aux[every * len(self.stacks) :]
+        # The blocks inside of a stack are rematerialized one by one.
+        x, _ = runner._replace(remat=False).run(call, self.stacks, x, parts)
+        return run_blocks(runner, self.rest, x, rest, condition, train)[0]

@@ -8,13 +8,14 @@ from vqvae2_jax.models.block_runner import DEFAULT, BlockRunner
 
 
 class ResidualBlock(nn.Module):
-    """ReLU, 3x3 to `residual_channels`, ReLU, 1x1 back to the width of the input, added to it."""
+    """x + conv1x1(relu(conv3x3(relu(x)))), with `residual_channels` in between."""
 
     residual_channels: int
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [B, H, W, C] to the same shape."""
         y = nn.Conv(self.residual_channels, (3, 3), dtype=self.dtype)(nn.relu(x))
         return x + nn.Conv(x.shape[-1], (1, 1), dtype=self.dtype)(nn.relu(y))
 
@@ -29,5 +30,6 @@ class ResidualStack(nn.Module):
     def setup(self):
         self.blocks = [ResidualBlock(self.residual_channels, self.dtype) for _ in range(self.num_blocks)]
 
-    def __call__(self, x: jax.Array, repeat: BlockRunner = DEFAULT) -> jax.Array:
-        return repeat.run(lambda block, x, _: block(x), self.blocks, x)[0]
+    def __call__(self, x: jax.Array, runner: BlockRunner = DEFAULT) -> jax.Array:
+        """Maps x [B, H, W, C] to the same shape. `runner`: with remat or scan."""
+        return runner.run(lambda block, x, _: block(x), self.blocks, x)[0]

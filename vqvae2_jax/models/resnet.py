@@ -1,7 +1,6 @@
-"""A residual classifier (He et al. 2016, pre-activation) with group normalisation.
+"""A residual classifier (He et al. 2016, pre-activation) with group normalization.
 
-Groups, not batches, are normalised: no running statistics, an image's logits do not depend on its neighbours or on the
-number of devices.
+Unlike batch norm, it has no running statistics, and the logits of an image do not depend on its batch or the devices.
 """
 
 import math
@@ -25,10 +24,21 @@ class ResNet(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, image: jax.Array, *, train: bool = False, with_features: bool = False):
-        """Logits float32 [B, S] of image [B, H, W, C] in [-1, 1]. Training with dropout needs rng `dropout`.
+    def __call__(
+        self, image: jax.Array, *, train: bool = False, with_features: bool = False
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """Computes logits.
 
-        With `with_features` also what the logits are made from, float32 [B, widths[-1]].
+        Args:
+          image: float32 [B, H, W, C] in [-1, 1].
+          train: with dropout, which needs the rng `dropout`.
+          with_features: also return the features before the last layer.
+
+        Returns:
+          Logits, float32 [B, S], and with `with_features` also float32 [B, widths[-1]].
+
+        Raises:
+          ValueError: `widths` and `blocks` differ in length.
         """
         if len(self.widths) != len(self.blocks):
             raise ValueError(f'widths is {self.widths}; it must have as many items as blocks={self.blocks}')

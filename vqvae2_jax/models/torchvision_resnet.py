@@ -1,8 +1,8 @@
 """An ImageNet classifier from its PyTorch state dict: torchvision's ResNet-50, -101 or -152 (He et al. 2016, v1.5).
 
-Only for judging: batch norm is folded into the convolutions. Layers are named as in torchvision.
+It is not trained here: batch norm is folded into the convolutions. Layers are named as in torchvision.
 
-Glossary of shapes: B batch, H W images of any size, S classes.
+Shapes: B batch, H W images of any size, S classes.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqvae2_jax.models.batch_norm import fold, mismatches
+from vqvae2_jax.models.batch_norm import fold_batch_norm, mismatches
 
 SIZE = 224
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1]
@@ -21,14 +21,19 @@ _WIDTHS = (64, 128, 256, 512)
 
 
 class BottleneckResNet(nn.Module):
-    """Four groups of blocks of three convolutions; the stride of a group is in the 3x3 of its first block."""
+    """Four groups of bottleneck blocks; a group strides in the 3x3 convolution of its first block (v1.5).
+
+    Attributes:
+      num_classes: S.
+      blocks: per group; (3, 4, 6, 3) is ResNet-50.
+    """
 
     num_classes: int
-    blocks: tuple[int, ...]  # (3, 4, 6, 3): ResNet-50
+    blocks: tuple[int, ...]
 
     @nn.compact
     def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
-        """uint8 [B, H, W, 3] -> {'features': float32 [B, 2048], 'logits': float32 [B, S]}."""
+        """Maps images uint8 [B, H, W, 3] to {'features': float32 [B, 2048], 'logits': float32 [B, S]}."""
         x = nn.relu(self._conv(preprocess(images), 'conv1', 64, 7, stride=2))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for group, (width, count) in enumerate(zip(_WIDTHS, self.blocks, strict=True), start=1):
@@ -51,7 +56,7 @@ class BottleneckResNet(nn.Module):
 
 
 def preprocess(images: jax.Array) -> jax.Array:
-    """uint8 [B, H, W, 3] -> float32 [B, 224, 224, 3], bilinear with antialiasing, normalised as in training."""
+    """Resizes uint8 [B, H, W, 3] to float32 [B, 224, 224, 3] with antialiasing and normalizes as in training."""
     x = images.astype(jnp.float32) / 255
     if x.shape[1:3] != (SIZE, SIZE):
         x = jax.image.resize(x, (x.shape[0], SIZE, SIZE, x.shape[-1]), 'bilinear')
@@ -59,16 +64,26 @@ def preprocess(images: jax.Array) -> jax.Array:
 
 
 def from_state_dict(state: Mapping[str, np.ndarray]) -> tuple[BottleneckResNet, dict]:
-    """The network and its parameters.
+    """Builds the network and its parameters from torchvision's arrays.
+
+    Args:
+      state: torchvision's state dict of a ResNet-50, -101 or -152.
+
+    Returns:
+      The module and its parameters.
 
     Raises:
-      ValueError: the arrays are not those of such a network.
+      ValueError: the arrays belong to another network; the message names one.
     """
     try:
         blocks = tuple(len({k.split('.')[1] for k in state if k.startswith(f'layer{group}.')}) for group in range(1, 5))
         network = BottleneckResNet(state['fc.weight'].shape[0], blocks)
         shapes = jax.eval_shape(network.init, jax.random.key(0), jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.uint8))
-        params = {layer: fold(state, layer, norm_of(layer), _EPSILON) for layer in shapes['params'] if layer != 'fc'}
+        params = {
+            layer: fold_batch_norm(state, layer, norm_of(layer), _EPSILON)
+            for layer in shapes['params']
+            if layer != 'fc'
+        }
         params['fc'] = {'kernel': state['fc.weight'].T, 'bias': state['fc.bias']}
     except KeyError as error:
         raise ValueError(f'the weights lack {error.args[0]!r}: a ResNet-50, -101 or -152 is expected') from error
@@ -78,6 +93,6 @@ def from_state_dict(state: Mapping[str, np.ndarray]) -> tuple[BottleneckResNet, 
 
 
 def norm_of(layer: str) -> str:
-    """The batch norm behind a convolution: conv1 -> bn1, layer1.0.downsample.0 -> layer1.0.downsample.1."""
+    """Returns the name of a convolution's batch norm: conv1 -> bn1, layer1.0.downsample.0 -> layer1.0.downsample.1."""
     *path, last = layer.split('.')
     return '.'.join([*path, last.replace('conv', 'bn') if 'conv' in last else '1'])

@@ -1,34 +1,44 @@
-"""How likely the priors find codes: the exact log-likelihood of every level, by the chain rule over the levels.
+"""The exact log-likelihood of codes under the priors, level by level, by the chain rule.
 
-Glossary of shapes: B batch, L levels, Y classes.
+Shapes: B batch, h_l w_l map of level l, L levels, Y classes.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from vqvae2_jax.models.prior import Prior
 
-def log_likelihood(priors, params, codes, labels=None) -> jax.Array:
-    """log p(codes of a level | codes of the coarser ones, class) in nats, float32 [L, B], finest level first.
+
+def log_likelihood(
+    priors: Sequence[Prior], params: Sequence[Any], codes: Sequence[jax.Array], labels: jax.Array | None = None
+) -> jax.Array:
+    """Computes log p(codes of a level | codes of the coarser levels, class) of every level.
 
     Args:
-      priors, params: one per level, finest first.
+      priors: one per level, finest first.
+      params: their parameters, in the same order.
       codes: int32 [B, h_l, w_l] per level, finest first.
-      labels: int32 [B]. None where the priors have classes: unknown, every class as likely as another. The sum over the
-        levels is then the logarithm of the mean over the classes, and a level's share of it is what it adds to that of
-        the coarser ones.
+      labels: int32 [B]. None if the priors have no classes, or to marginalize over uniform classes. The sum over the
+        levels is then the log of the mean over the classes, and a level's value is its increment over the coarser ones.
+
+    Returns:
+      float32 [L, B], in nats, finest level first.
     """
     if labels is not None or not priors[0].num_classes:
-        return _given_class(priors, params, codes, labels)
+        return _conditional(priors, params, codes, labels)
     batch = codes[0].shape[0]
     classes = jnp.arange(priors[0].num_classes)
-    each = jax.lax.map(lambda y: _given_class(priors, params, codes, jnp.full((batch,), y)), classes)  # [Y, L, B]
-    joint = jnp.cumsum(each[:, ::-1], axis=1)[:, ::-1]  # of a level and all coarser ones
+    by_class = jax.lax.map(lambda y: _conditional(priors, params, codes, jnp.full((batch,), y)), classes)  # [Y, L, B]
+    joint = jnp.cumsum(by_class[:, ::-1], axis=1)[:, ::-1]  # of a level and all coarser ones
     marginal = jax.nn.logsumexp(joint, axis=0) - jnp.log(len(classes))  # [L, B]
     return marginal - jnp.concatenate([marginal[1:], jnp.zeros((1, batch))])
 
 
-def _given_class(priors, params, codes, labels):
+def _conditional(priors, params, codes, labels):
     levels = []
     for level, (prior, weights) in enumerate(zip(priors, params, strict=True)):
         logits = prior.apply({'params': weights}, codes[level], labels, codes[level + 1 :])

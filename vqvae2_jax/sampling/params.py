@@ -1,8 +1,8 @@
-"""How one code is drawn from a prior's logits: temperature, top-k, top-p, classifier-free guidance.
+"""How a code is sampled from a prior's logits: classifier-free guidance, temperature, top-k, top-p.
 
-Every value may be traced, so that none of them makes a new program; only whether there is guidance at all does.
+All values may be traced, so a change of one does not compile a new program. Only whether there is guidance is static.
 
-Glossary of shapes: B batch, n positions drawn together, K codebook size.
+Shapes: B batch, n positions sampled together, K codebook size.
 """
 
 from typing import NamedTuple
@@ -12,57 +12,88 @@ import jax.numpy as jnp
 
 
 class SamplingParams(NamedTuple):
-    """What is done to the logits, in this order: guidance, temperature, top-k, top-p."""
+    """Changes to the logits, applied in the order guidance, temperature, top-k, top-p.
 
-    temperature: jax.Array | float = 1.0  # divides the logits; 0 takes the likeliest code
-    top_k: jax.Array | int = 0  # draw among the k likeliest codes only; 0: among all
-    top_p: jax.Array | float = 1.0  # draw among the likeliest codes that hold this share of the probability
-    guidance: jax.Array | float | None = None  # w: logits without class + w (with - without); None: the prior as it is
+    Attributes:
+      temperature: divides the logits; 0 takes the most likely code (greedy).
+      top_k: sample among the k most likely codes; 0: among all.
+      top_p: sample among the most likely codes that hold this share of the probability (nucleus sampling).
+      guidance: w in uncond + w (cond - uncond); None: the conditional logits, without the second forward pass.
+    """
+
+    temperature: jax.Array | float = 1.0
+    top_k: jax.Array | int = 0
+    top_p: jax.Array | float = 1.0
+    guidance: jax.Array | float | None = None
 
 
-DEFAULT = SamplingParams()  # the prior as it is
+DEFAULT = SamplingParams()  # the prior's own distribution
 
 
-def draw(keys: jax.Array, positions: jax.Array, logits: jax.Array, control: SamplingParams = DEFAULT) -> jax.Array:
-    """Codes int32 [B, n] from logits [B, n, K]; a draw depends on the sample's key and the position alone.
+def sample_codes(
+    keys: jax.Array, positions: jax.Array, logits: jax.Array, sampling_params: SamplingParams = DEFAULT
+) -> jax.Array:
+    """Samples codes. The result depends on the sample's key, the position and the logits alone, not on the batch.
 
     Args:
       keys: [B], one per sample.
-      positions: int [n], raster indices on the map.
-      logits: guided already.
-      control: temperature, top-k and top-p.
-    """
-    cold = jnp.asarray(control.temperature) <= 0
-    tempered = top_k_top_p_filter(logits / jnp.where(cold, 1.0, control.temperature), control)
+      positions: int32 [n], raster indices on the map.
+      logits: float32 [B, n, K], after guidance.
+      sampling_params: temperature, top-k and top-p.
 
-    def one(key, position, row):
+    Returns:
+      int32 [B, n].
+    """
+    greedy = jnp.asarray(sampling_params.temperature) <= 0
+    scaled = logits / jnp.where(greedy, 1.0, sampling_params.temperature)
+    scaled = top_k_top_p_filter(scaled, sampling_params)
+
+    def sample_one(key, position, row):
         return jax.random.categorical(jax.random.fold_in(key, position), row)
 
-    drawn = jax.vmap(jax.vmap(one, in_axes=(None, 0, 0)), in_axes=(0, None, 0))(keys, positions, tempered)
-    return jnp.where(cold, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
+    sampled = jax.vmap(jax.vmap(sample_one, in_axes=(None, 0, 0)), in_axes=(0, None, 0))(keys, positions, scaled)
+    return jnp.where(greedy, jnp.argmax(logits, axis=-1), sampled).astype(jnp.int32)
 
 
-def top_k_top_p_filter(logits: jax.Array, control: SamplingParams) -> jax.Array:
-    """Logits [..., K] with those that top-k and top-p exclude at minus infinity; the likeliest code always stays."""
+def top_k_top_p_filter(logits: jax.Array, sampling_params: SamplingParams) -> jax.Array:
+    """Sets the logits that top-k and top-p exclude to minus infinity; the most likely code always stays.
 
-    def keep_likeliest(logits):
-        ordered = -jnp.sort(-logits, axis=-1)  # likeliest first
+    Args:
+      logits: float32 [..., K].
+      sampling_params: of which top_k and top_p are used.
+
+    Returns:
+      float32 [..., K].
+    """
+
+    def keep_most_likely(logits):
+        ordered = -jnp.sort(-logits, axis=-1)  # most likely first
         size = logits.shape[-1]
-        limit = jnp.where(jnp.asarray(control.top_k) > 0, jnp.clip(control.top_k, 1, size), size)
+        limit = jnp.where(jnp.asarray(sampling_params.top_k) > 0, jnp.clip(sampling_params.top_k, 1, size), size)
         ordered = jnp.where(jnp.arange(size) < limit, ordered, -jnp.inf)
         probability = jax.nn.softmax(ordered)
-        before = jnp.cumsum(probability, axis=-1) - probability  # of all likelier codes
-        inside = (before < control.top_p).at[..., 0].set(True) & (ordered > -jnp.inf)
+        before = jnp.cumsum(probability, axis=-1) - probability  # of all more likely codes
+        inside = (before < sampling_params.top_p).at[..., 0].set(True) & (ordered > -jnp.inf)
         lowest = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
         return jnp.where(logits >= lowest, logits, -jnp.inf)
 
-    active = (jnp.asarray(control.top_k) > 0) | (jnp.asarray(control.top_p) < 1)
-    return jax.lax.cond(active, keep_likeliest, lambda logits: logits, logits)  # the sort costs nothing where unused
+    active = (jnp.asarray(sampling_params.top_k) > 0) | (jnp.asarray(sampling_params.top_p) < 1)
+    return jax.lax.cond(active, keep_most_likely, lambda logits: logits, logits)  # sorts only if needed
 
 
-def apply_cfg(logits: jax.Array, control: SamplingParams) -> jax.Array:
-    """Classifier-free guidance (Ho and Salimans 2022): [2 B, ...] with and then without class -> [B, ...]."""
-    if control.guidance is None:
+def apply_cfg(logits: jax.Array, sampling_params: SamplingParams) -> jax.Array:
+    """Applies classifier-free guidance (Ho and Salimans 2022).
+
+    Args:
+      logits: float32 [2 B, ...], of every sample the conditional and then the unconditional ones; [B, ...] without
+        guidance.
+      sampling_params: of which guidance is used.
+
+    Returns:
+      float32 [B, ...].
+    """
+    if sampling_params.guidance is None:
         return logits
-    with_class, without = jnp.split(logits, 2)
-    return without + control.guidance * (with_class - without)
+    pairs = logits.reshape(-1, 2, *logits.shape[1:])  # keeps the sharding of the batch
+    cond, uncond = pairs[:, 0], pairs[:, 1]
+    return uncond + sampling_params.guidance * (cond - uncond)

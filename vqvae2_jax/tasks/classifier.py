@@ -1,4 +1,4 @@
-"""The classifier that judges samples (VQ-VAE-2 section 3.3); the paper does not say what it is."""
+"""The classifier that scores samples (VQ-VAE-2 section 3.3). The paper does not describe it."""
 
 import jax.numpy as jnp
 import optax
@@ -8,7 +8,7 @@ from vqvae2_jax.tasks.task import Task, as_floats, to_float
 
 
 def make_task(model: ResNet) -> Task:
-    """The stage over batches {'image': uint8 [B, H, W, C], 'label': int32 [B]}."""
+    """Makes the task over batches {'image': uint8 [B, H, W, C], 'label': int32 [B]}."""
 
     def init(key, batch):
         return model.init(key, to_float(batch['image']))['params'], {}
@@ -22,7 +22,7 @@ def make_task(model: ResNet) -> Task:
         metrics = {name: jnp.mean(value) for name, value in per_example(logits, batch['label']).items()}
         return metrics['nll'], (variables, {'loss': metrics['nll'], **metrics})
 
-    def evaluate(params, variables, batch):
+    def eval_step(params, variables, batch):
         return per_example(model.apply({'params': params}, to_float(batch['image'])), batch['label'])
 
-    return Task(init, loss, evaluate, as_floats, 'nll')
+    return Task(init, loss, eval_step, as_floats, 'nll')

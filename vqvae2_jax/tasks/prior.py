@@ -14,12 +14,13 @@ from vqvae2_jax.tasks.task import Task, as_floats
 def make_task(
     model: Prior, level: int, levels: int, decode: Callable[[tuple[jax.Array, ...]], jax.Array] | None = None
 ) -> Task:
-    """The stage over batches {'codes_l': int32 [B, h_l, w_l], 'label': int32 [B]}; level 0 is the finest.
+    """Makes the task over batches {'codes_l': int32 [B, h_l, w_l], 'label': int32 [B]}; level 0 is the finest.
 
     Args:
       model: the prior of `level`.
-      level, levels: which of how many.
-      decode: codes of levels `level` .. `levels` - 1 to images in [-1, 1], to show what the prior draws.
+      level: its number.
+      levels: how many there are.
+      decode: converts codes of levels `level` .. `levels` - 1 to images in [-1, 1], for pictures; None: no pictures.
     """
 
     def inputs(batch):
@@ -40,15 +41,15 @@ def make_task(
         metrics = {name: jnp.mean(value) for name, value in per_example(logits, codes).items()}
         return metrics['nll'], (variables, {'loss': metrics['nll'], **metrics})
 
-    def evaluate(params, variables, batch):
+    def eval_step(params, variables, batch):
         codes, labels, coarser = inputs(batch)
         return per_example(model.apply({'params': params}, codes, labels, coarser), codes)
 
-    def show(params, variables, batch):
+    def visualize(params, variables, batch):
         codes, labels, coarser = inputs(batch)
         keys = sample_keys(jax.random.key(0), jnp.arange(codes.shape[0]))
-        drawn = sample(model, params, keys, labels, coarser).codes
-        return decode((codes, *coarser)), decode((drawn, *coarser))
+        sampled = sample(model, params, keys, labels, coarser).codes
+        return decode((codes, *coarser)), decode((sampled, *coarser))
 
-    shown = ('codes of\nan image', 'codes drawn')
-    return Task(init, loss, evaluate, as_floats, 'nll', show if decode else None, shown)
+    image_labels = ('codes of\nan image', 'sampled\ncodes')
+    return Task(init, loss, eval_step, as_floats, 'nll', visualize if decode else None, image_labels)

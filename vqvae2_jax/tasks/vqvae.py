@@ -5,17 +5,17 @@ import jax
 import jax.numpy as jnp
 
 from vqvae2_jax.metrics.codebook import perplexity
-from vqvae2_jax.metrics.reconstruction import psnr_from_mse
+from vqvae2_jax.metrics.psnr import psnr_from_mse
 from vqvae2_jax.models.vqvae import VQVAE
 from vqvae2_jax.tasks.task import Task, to_float
 
 SSIM = 'Gaussian window of 11 pixels, sigma 1.5, k1 0.01, k2 0.03, on [0, 1], mean over windows, channels and images'
 _WINDOW = 11
-ALL_LEVELS = 'all levels'  # the last of the rows that the stage shows
+ALL_LEVELS = 'all levels'  # label of the last row of images
 
 
 def make_task(model: VQVAE, level_names: tuple[str, ...], commitment_weight: float, steps_per_epoch: int) -> Task:
-    """The stage over batches {'image': uint8 [B, H, W, C]}.
+    """Makes the task over batches {'image': uint8 [B, H, W, C]}.
 
     Args:
       model: the network.
@@ -53,27 +53,27 @@ def make_task(model: VQVAE, level_names: tuple[str, ...], commitment_weight: flo
             }
         return total, (variables, metrics)
 
-    def evaluate(params, variables, batch):
+    def eval_step(params, variables, batch):
         image = to_float(batch['image'])
         output = model.apply({'params': params, **variables}, image)
-        metrics = _likeness(output.image, image)
+        metrics = _image_errors(output.image, image)
         for name, codes in zip(level_names, output.codes, strict=True):
             flat = codes.reshape(codes.shape[0], -1)
             metrics[f'histogram_{name}'] = jax.vmap(lambda c: jnp.bincount(c, length=model.codebook_size))(flat)
         for name, preview in zip(level_names[1:], output.previews, strict=True):
-            metrics |= _likeness(preview, image, f'_{name}_only')
+            metrics |= _image_errors(preview, image, f'_{name}_only')
         return metrics
 
-    def show(params, variables, batch):
+    def visualize(params, variables, batch):
         image = to_float(batch['image'])
         output = model.apply({'params': params, **variables}, image)
         return image, *reversed(output.previews), output.image
 
-    shown = ('original', *(f'{name} only' for name in reversed(level_names[1:])), ALL_LEVELS)
-    return Task(init, loss, evaluate, _summarize, 'mse', show, shown)
+    image_labels = ('original', *(f'{name} only' for name in reversed(level_names[1:])), ALL_LEVELS)
+    return Task(init, loss, eval_step, _reduce_metrics, 'mse', visualize, image_labels)
 
 
-def _summarize(means):
+def _reduce_metrics(means):
     summary = {}
     for name, value in means.items():
         if name.startswith('histogram_'):
@@ -87,7 +87,7 @@ def _summarize(means):
     return summary
 
 
-def _likeness(reconstruction, image, of=''):
+def _image_errors(reconstruction, image, of=''):
     # [B] each, of what a viewer sees, so clipped; the MSE is in [-1, 1]
     seen = jnp.clip(reconstruction, -1.0, 1.0)
     found = {f'mse{of}': jnp.mean((seen - image) ** 2, axis=(1, 2, 3))}

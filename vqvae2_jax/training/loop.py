@@ -1,6 +1,6 @@
-"""The one training loop: any stage, sharded over all devices, resumable to the bit.
+"""The training loop of all tasks: sharded over the mesh, resumable to the bit.
 
-A step is dispatched before the metrics of the one before it are read, so that the device never waits for Python.
+A step is dispatched before the metrics of the previous one are read, so the devices never wait for Python.
 """
 
 import contextlib
@@ -15,149 +15,195 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from vqvae2_jax.data.loader import read_all, read_next
 from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.distributed.preemption import Interrupted, stop_signals
 from vqvae2_jax.io import plots
-from vqvae2_jax.io.logging import RunLog
+from vqvae2_jax.io.logging import MetricsLogger
 from vqvae2_jax.tasks.task import Task, to_uint8
 from vqvae2_jax.training import optim
 from vqvae2_jax.training import state as train_state
 from vqvae2_jax.training.checkpoint import BestCheckpoint, Checkpoints
+from vqvae2_jax.training.profiler import Profiler
 
-_SHOWN = 10  # images in a row of the pictures
-SHOULD_STOP = 'stop'  # in a batch: for each device, whether its process was told to stop
+_IMAGES_PER_ROW = 10
+SHOULD_STOP = 'stop'  # of a batch: for every device, whether its process received a signal
+
+EvalFn = Callable[[Any, Any, Iterator[dict]], dict[str, float]]
 
 
 class Data(NamedTuple):
-    """Batches of one stage."""
+    """The batches of a training: the process-local rows, as dicts of arrays [n, ...].
 
-    train: grain.DatasetIterator  # endless; its state is saved
-    held_out: Callable[[], Iterator[dict]]  # one pass over the validation examples, with 'mask'; has close()
+    Attributes:
+      train: endless; its state is saved in checkpoints.
+      val: opens one pass over the validation examples, whose batches have 'mask'; it has close().
+      first_batch: of `train`; a new train state starts from it.
+      description: examples and batch size, as text for the log.
+    """
+
+    train: grain.DatasetIterator
+    val: Callable[[], Iterator[dict]]
+    first_batch: dict[str, np.ndarray]
+    description: str = ''
 
 
 class NonFiniteLoss(FloatingPointError):
-    """A loss, a gradient or another metric was NaN or infinite; nothing after the last checkpoint was saved."""
+    """A loss, a gradient or another metric was NaN or infinite. The last checkpoint is from before that step."""
 
 
-def fit(stage: Task, training: optim.Training, data: Data, directory, *, name: str, seed: int) -> dict:
-    """Trains a stage, or goes on where its last checkpoint stands, and keeps the best weights by `stage.select`.
+def train(
+    task: Task,
+    config: optim.TrainConfig,
+    data: Data,
+    directory,
+    *,
+    mesh: Mesh,
+    name: str,
+    seed: int,
+    flops_per_step: float | None = None,
+    peak_flops: float | None = None,
+) -> dict[str, Any]:
+    """Trains a network, or continues from the last checkpoint, and keeps the best weights by `task.best_metric`.
+
+    All processes call it together, outside any mesh.
+
+    Args:
+      task: the network and its objective.
+      config: how long and how to train.
+      data: its batches.
+      directory: of all files: checkpoints/, weights/, pictures/, profile/, metrics.jsonl.
+      mesh: the devices.
+      name: for the log.
+      seed: of the initial weights and of all randomness of the steps.
+      flops_per_step: FLOPs of the model in one step, of all devices; None: the log has no utilization.
+      peak_flops: FLOP/s that all devices can do.
 
     Returns:
-      {'steps': updates done, 'seconds': training time over all restarts, 'parameters': how many}.
+      {'steps': updates done, 'seconds': training time over all restarts, 'parameters': their number}.
 
     Raises:
-      NonFiniteLoss: naming the steps.
+      NonFiniteLoss: the message names the steps.
+      CheckpointMismatch: the last checkpoint is of another network.
       Interrupted: SIGINT or SIGTERM came; everything is saved.
     """
-    optimizer = optim.make_optimizer(training)
-    checkpoints, weights = Checkpoints(directory), BestCheckpoint(directory)
-    layout, state, start, unlogged = _first_state(stage, optimizer, data.train, checkpoints, seed, training.batch_size)
-    log = RunLog(
-        directory,
-        name=name,
-        total_steps=training.steps,
-        start_step=start,
-        examples_per_step=training.batch_size,
-        enabled=processes.is_main_process(),
-    )
-    if start:
-        print(f'{name}: continuing from step {start}', flush=True)
-    loop = TrainLoop(stage, training, data, checkpoints, weights, log, make_step(stage, optimizer, training, layout))
-    try:
-        with stop_signals() as stopped:
-            step = loop.run(state, start, unlogged, stopped)
+    optimizer = optim.make_optimizer(config)
+    with contextlib.closing(Checkpoints(directory)) as checkpoints:
+        with jax.set_mesh(mesh):
+            state, start, pending = restore_or_init(task, optimizer, data, checkpoints, seed, config.batch_size)
+            train_step = make_step(task, optimizer, config, state_sharding(state))
+        logger = MetricsLogger(
+            directory,
+            name=name,
+            total_steps=config.steps,
+            start_step=start,
+            examples_per_step=config.batch_size,
+            flops_per_step=flops_per_step,
+            peak_flops=peak_flops,
+            enabled=processes.is_main_process(),
+        )
+        if start:
+            print(f'{name}: continuing from step {start}', flush=True)
+        best, profiler = BestCheckpoint(directory), Profiler(directory, config.profile_steps)
+        loop = TrainLoop(task, config, data, mesh, train_step, checkpoints, best, logger, profiler)
+        with contextlib.closing(logger), contextlib.closing(profiler), stop_signals() as preempted:
+            step = loop.run(state, start, pending, preempted)
         if loop.stopping:  # the signal went to another process
             raise Interrupted(128 + signal.SIGTERM)
-    finally:
-        log.close()
-        checkpoints.close()
+    if not best.best():
+        raise NonFiniteLoss(f'{name}: the validation {task.best_metric} was NaN at every evaluation')
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    return {'steps': step, 'seconds': round(log.seconds(), 1), 'parameters': parameters}
+    return {'steps': step, 'seconds': round(logger.seconds(), 1), 'parameters': parameters}
 
 
 class TrainLoop:
-    """The loop's fixed parts, so that its few steps can be read one by one."""
+    """The steps between two starts of a process. SPMD programs run inside the mesh, files and pictures outside."""
 
-    def __init__(self, stage, training, data, checkpoints, weights, log, step):
-        self.stage, self.training, self.data = stage, training, data
-        self.checkpoints, self.weights, self.log, self.train_step = checkpoints, weights, log, step
-        self.evaluate = make_eval_fn(stage, training.batch_size)
-        self.show = jax.jit(stage.show) if stage.show else None
-        self.best = weights.best()
-        self.stopping = False  # as soon as a signal to stop came to any process; on all of them at the same step
+    def __init__(self, task, config, data, mesh, train_step, checkpoints, best, logger, profiler):
+        self.task, self.config, self.data, self.mesh, self.train_step = task, config, data, mesh, train_step
+        self.checkpoints, self.best, self.logger, self.profiler = checkpoints, best, logger, profiler
+        with jax.set_mesh(mesh):
+            self.eval_fn = make_eval_fn(task, config.batch_size)
+        self.visualize_fn = jax.jit(task.visualize) if task.visualize else None
+        self.stopping = False  # whether any process received a signal; it changes on all at the same step
 
-    def run(self, state, step, unlogged, stopped):
-        training, window, previous = self.training, MetricsBuffer(unlogged), None
-        while step < training.steps and not self.stopping:
-            batch = read_next(self.data.train, stopped)
-            batch = sharding.make_global_batch(batch, training.batch_size) | {
-                SHOULD_STOP: sharding.process_flags(bool(stopped()))
-            }
-            state, metrics = self.train_step(state, batch)
+    def run(self, state, step, pending, preempted):
+        config, buffer, previous = self.config, MetricsBuffer(pending), None
+        while step < config.steps and not self.stopping:
+            batch = read_next(self.data.train, preempted)
+            self.profiler.before_step(step + 1)
+            with jax.set_mesh(self.mesh), jax.profiler.StepTraceAnnotation('train', step_num=step + 1):
+                flags = {SHOULD_STOP: sharding.process_flags(bool(preempted()))}
+                state, metrics = self.train_step(state, sharding.make_global_batch(batch, config.batch_size) | flags)
             step += 1
+            self.profiler.after_step(step, metrics)
             if previous is not None:
-                self.stopping |= window.add(*previous)  # step - 1, while this step runs
+                self.stopping |= buffer.add(*previous)  # of step - 1, while this step runs
             previous = (step, metrics)
-            last = step == training.steps
-            if last or any(_due(step, n) for n in (training.log_every, training.eval_every, training.save_every)):
-                self.stopping |= window.add(*previous)  # nothing is logged, judged or saved on top of an unseen loss
+            last = step == config.steps
+            if last or any(_due(step, n) for n in (config.log_every, config.eval_every, config.save_every)):
+                self.stopping |= buffer.add(*previous)  # nothing is evaluated or saved before its loss is checked
                 previous = None
-                if last or _due(step, training.log_every):
-                    self.log.write(step, 'train', window.means())
-                self._look(state, step, last, stopped)
-                if last or _due(step, training.save_every):
-                    self._save(step, state, window)
-        self.stopping = processes.process_any(self.stopping or bool(stopped()))
+                if last or _due(step, config.log_every):
+                    self.logger.write(step, 'train', buffer.means())
+                if last or _due(step, config.eval_every):
+                    self.eval_and_keep_best(state, step, preempted)
+                if self.visualize_fn and config.image_every and (last or _due(step, config.image_every)):
+                    self.visualize(state, step, preempted)
+                if last or _due(step, config.save_every):
+                    self.save(state, step, buffer)
+        self.stopping = processes.process_any(self.stopping or bool(preempted()))
         if self.stopping:
             if previous is not None:
-                window.add(*previous)
-            self._save(step, state, window)
+                buffer.add(*previous)
+            self.save(state, step, buffer)
             self.checkpoints.wait()
             print(f'saved at step {step}; the same command continues from there', flush=True)
         return step
 
-    def _save(self, step, state, window):
-        self.log.flush()  # a resumed run continues the log from here
-        self.checkpoints.save(step, state, self.data.train, window.rows)
+    def save(self, state, step, buffer):
+        self.logger.flush()  # a resumed run continues the log from here
+        self.checkpoints.save(step, state, self.data.train, buffer.rows)
 
-    def _look(self, state, step, last, stopped):
-        training = self.training
-        if last or _due(step, training.eval_every):
-            with contextlib.closing(self.data.held_out()) as batches:
-                summary = self.evaluate(state.ema_params, state.variables, read_all(batches, stopped))
-            self.log.write(step, 'validation', summary)
-            # Equal counts as better, so that a run resumed from before its best step keeps the weights it finds again.
-            select = self.stage.select
-            if self.best is None or summary[select] <= self.best['summary'][select]:
-                weights = {'params': state.ema_params, 'variables': state.variables}
-                self.best = self.weights.save(step, summary, weights, self.best)
-        if self.show and training.show_every and (last or _due(step, training.show_every)):
+    def eval_and_keep_best(self, state, step, preempted):
+        with jax.set_mesh(self.mesh), contextlib.closing(self.data.val()) as batches:
+            metrics = self.eval_fn(state.ema_params, state.variables, read_all(batches, preempted))
+        self.logger.write(step, 'validation', metrics)
+        weights = {'params': state.ema_params, 'model_state': state.variables}
+        self.best.save_if_best(step, metrics, self.task.best_metric, weights)
+
+    def visualize(self, state, step, preempted):
+        with jax.set_mesh(self.mesh):
             weights = sharding.replicate_to_host((state.ema_params, state.variables))
-            if processes.is_main_process():
-                self._show(weights, step, stopped)
+        processes.run_on_main_process(lambda: self._save_image(weights, step, preempted))
 
-    def _show(self, weights, step, stopped):
-        with contextlib.closing(self.data.held_out()) as batches:
-            batch = {name: jnp.asarray(rows[:_SHOWN]) for name, rows in read_next(batches, stopped).items()}
-        rows = [
-            (name, np.asarray(to_uint8(images)))
-            for name, images in zip(self.stage.shown, self.show(*weights, batch), strict=True)
-        ]
-        self.log.image(step, 'held_out', plots.labeled_rows(rows, scale=plots.visible_scale(rows[0][1])))
+    def _save_image(self, weights, step, preempted):
+        with contextlib.closing(self.data.val()) as batches:
+            batch = read_next(batches, preempted)
+        images = self.visualize_fn(*weights, {k: jnp.asarray(rows[:_IMAGES_PER_ROW]) for k, rows in batch.items()})
+        rows = [(label, np.asarray(to_uint8(x))) for label, x in zip(self.task.image_labels, images, strict=True)]
+        self.logger.image(step, 'validation', plots.labeled_rows(rows, scale=plots.visible_scale(rows[0][1])))
 
 
 class MetricsBuffer:
-    """Metrics since the last log line, of which some may date from before a restart."""
+    """Metrics of the steps since the last log line, some of which may be from before a restart."""
 
     def __init__(self, rows: list[dict[str, float]]):
         self.rows = rows
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> bool:
-        """Waits for the metrics of a step; returns whether a process was to stop before it."""
+        """Waits for the metrics of a step.
+
+        Returns:
+          Whether any process had received a signal before the step.
+
+        Raises:
+          NonFiniteLoss: a metric is NaN or infinite.
+        """
         row = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        # All of them: a loss is taken before its update, so that it alone would let a state of NaNs be saved.
+        # All of them: a loss is computed before its update, so that it alone would let a state of NaNs be saved.
         if wrong := [f'{name} is {value}' for name, value in row.items() if not math.isfinite(value)]:
             raise NonFiniteLoss(
                 f'{", ".join(wrong)} at step {step}. Nothing of it was saved: the same command restarts from '
@@ -168,6 +214,7 @@ class MetricsBuffer:
         return stop
 
     def means(self) -> dict[str, float]:
+        """Returns the mean of every metric, and empties the buffer."""
         rows, self.rows = self.rows, []
         return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
@@ -176,115 +223,147 @@ def _due(step: int, every: int) -> bool:
     return step % every == 0
 
 
-def _first_state(stage, optimizer, iterator, checkpoints, seed, batch_size):
-    """Layout, state, step and unlogged metrics of the newest checkpoint, or of the start; the iterator stands there."""
-    before = iterator.get_state()
-    batch = sharding.make_global_batch(next(iterator), batch_size)
-    iterator.set_state(before)
-    init, key, step = make_init(stage, optimizer), jax.random.key(seed), checkpoints.latest_step()
+def restore_or_init(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    data: Data,
+    checkpoints: Checkpoints,
+    seed: int,
+    batch_size: int,
+) -> tuple[train_state.TrainState, int, list[dict[str, float]]]:
+    """Restores the newest checkpoint, or makes a new state if there is none. Call it inside `jax.set_mesh`.
+
+    Returns:
+      The sharded state, its step, and the pending metrics; `data.train` continues after this step.
+
+    Raises:
+      CheckpointMismatch: the checkpoint is of another network.
+    """
+    batch = sharding.make_global_batch(data.first_batch, batch_size)
+    init, key, step = make_init(task, optimizer), jax.random.key(seed), checkpoints.latest_step()
     shapes = jax.eval_shape(init, key, batch)
-    layout = state_sharding(shapes)
+    shardings = state_sharding(shapes)
     if step is None:
-        return layout, jax.jit(init, out_shardings=layout)(key, batch), 0, []
-    state, unlogged = checkpoints.restore(step, sharding.abstract_state(shapes, layout), iterator)
-    return layout, state, step, unlogged
+        return jax.jit(init, out_shardings=shardings)(key, batch), 0, []
+    state, pending = checkpoints.restore(step, sharding.abstract_state(shapes, shardings), data.train)
+    return state, step, pending
 
 
-def make_init(stage: Task, optimizer) -> Callable[..., train_state.TrainState]:
-    """(key, batch) -> the state before the first step."""
+def make_init(
+    task: Task, optimizer: optax.GradientTransformation
+) -> Callable[[jax.Array, dict[str, jax.Array]], train_state.TrainState]:
+    """Returns a function (key, batch) -> the state before the first step."""
 
     def init(key, batch):
-        params, variables = stage.init(jax.random.fold_in(key, 0), batch)
+        params, variables = task.init(jax.random.fold_in(key, 0), batch)
         return train_state.create(params, variables, jax.random.fold_in(key, 1), optimizer)
 
     return init
 
 
 def state_sharding(state: train_state.TrainState) -> train_state.TrainState:
-    """Where each array of a state (or its shape) lies: codebooks whole on every device, the rest by `parallel.cut`."""
-    whole = jax.tree.map(lambda _: sharding.replicated_sharding(), state.variables)
-    return jax.tree.map(sharding.fsdp_sharding, state).replace(variables=whole)
+    """Returns the sharding of every array of a state, or of its shapes. Call it inside `jax.set_mesh`.
+
+    Codebooks are replicated. The rest is sharded as `sharding.fsdp_sharding` says.
+    """
+    replicated = jax.tree.map(lambda _: sharding.replicated_sharding(), state.variables)
+    return jax.tree.map(sharding.fsdp_sharding, state).replace(variables=replicated)
 
 
-def make_step(stage: Task, optimizer, training: optim.Training, layout: train_state.TrainState):
-    """One donated, jitted update: (state, batch with `SHOULD_STOP`) -> (state, metrics)."""
-    gradient = _accumulated(stage, training.accumulate) if training.accumulate > 1 else _gradient(stage)
+def make_step(
+    task: Task, optimizer: optax.GradientTransformation, config: optim.TrainConfig, layout: train_state.TrainState
+) -> Callable[[train_state.TrainState, dict], tuple[train_state.TrainState, dict[str, jax.Array]]]:
+    """Makes the update of a train state. Call it, and what it returns, inside `jax.set_mesh`.
+
+    Args:
+      task: the network and its objective.
+      optimizer: from `optim.make_optimizer`.
+      config: how to train.
+      layout: the state's shardings, from `state_sharding`.
+
+    Returns:
+      A jitted function (state, batch with `SHOULD_STOP`) -> (state, metrics []), which donates the state.
+    """
+    grad_fn = _accumulated_grad_fn(task, config.grad_accum_steps) if config.grad_accum_steps > 1 else _grad_fn(task)
 
     def step(state, batch):
         stop = jnp.any(batch.pop(SHOULD_STOP))
         key = jax.random.fold_in(state.key, state.step)
-        # Gathered here and not layer by layer: left to choose, XLA cuts arithmetic along the parameters too.
-        gradients, variables, metrics = gradient(
-            sharding.constrain_replicated(state.params), state.variables, batch, key
-        )
+        # All-gathered here and not layer by layer: left to choose, XLA also shards arithmetic along the parameters.
+        params = sharding.constrain_replicated(state.params)
+        gradients, variables, metrics = grad_fn(params, state.variables, batch, key)
         gradients = sharding.constrain_sharded(gradients)
         metrics = {**metrics, 'gradient_norm': optax.tree.norm(gradients), SHOULD_STOP: stop}
-        return train_state.update(state, gradients, variables, optimizer, training.params_ema_decay), metrics
+        return train_state.update(state, gradients, variables, optimizer, config.params_ema_decay), metrics
 
     return jax.jit(
         step, donate_argnums=0, in_shardings=(layout, None), out_shardings=(layout, sharding.replicated_sharding())
     )
 
 
-def _gradient(stage):
-    def gradient(params, variables, batch, key):
-        loss = jax.value_and_grad(stage.loss, has_aux=True)
-        (_, (variables, metrics)), gradients = loss(params, variables, batch, key)
+def _grad_fn(task):
+    def grad_fn(params, variables, batch, key):
+        value_and_grad = jax.value_and_grad(task.loss, has_aux=True)
+        (_, (variables, metrics)), gradients = value_and_grad(params, variables, batch, key)
         return gradients, variables, metrics
 
-    return gradient
+    return grad_fn
 
 
-def _accumulated(stage, parts):
-    """As `_gradient`, part of the batch after part: the same mean gradient, in the memory of one part."""
-    of_part = _gradient(stage)
+def _accumulated_grad_fn(task, count):
+    """As `_grad_fn`, in `count` microbatches one after the other: the same mean gradient, in the memory of one."""
+    micro_grad_fn = _grad_fn(task)
 
-    def take(x):  # [B, ...] -> [parts, B / parts, ...], where each device keeps its rows
-        return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+    def split(x):  # [B, ...] -> [count, B / count, ...], where every device keeps its rows
+        return jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
 
-    def gradient(params, variables, batch, key):
+    def grad_fn(params, variables, batch, key):
         if variables:
-            raise ValueError('a stage with a codebook takes its batch at once: its statistics are those of the batch')
+            raise ValueError(
+                f'training.grad_accum_steps is {count}, but a network with a codebook needs the whole batch at once, '
+                'whose statistics update the codebook: set it to 1'
+            )
 
         def add(total, numbered):
-            number, part = numbered
-            gradients, _, metrics = of_part(params, variables, part, jax.random.fold_in(key, number))
+            number, microbatch = numbered
+            gradients, _, metrics = micro_grad_fn(params, variables, microbatch, jax.random.fold_in(key, number))
             return sharding.constrain_sharded(jax.tree.map(jnp.add, total, gradients)), metrics
 
         zeros = sharding.constrain_sharded(jax.tree.map(jnp.zeros_like, params))
-        total, metrics = jax.lax.scan(add, zeros, (jnp.arange(parts), jax.tree.map(take, batch)))
-        return jax.tree.map(lambda x: x / parts, total), variables, {k: v.mean() for k, v in metrics.items()}
+        total, metrics = jax.lax.scan(add, zeros, (jnp.arange(count), jax.tree.map(split, batch)))
+        return jax.tree.map(lambda x: x / count, total), variables, {k: v.mean() for k, v in metrics.items()}
 
-    return gradient
+    return grad_fn
 
 
-def make_eval_fn(stage: Task, batch_size: int | None = None) -> Callable[[Any, Any, Iterator[dict]], dict[str, float]]:
-    """(params, variables, batches with 'mask') -> summary, exact on a padded last batch.
+def make_eval_fn(task: Task, batch_size: int | None = None) -> EvalFn:
+    """Makes the evaluation over a validation split. Call it, and what it returns, inside `jax.set_mesh`.
 
     Args:
-      batch_size: the global one, when processes work together.
+      task: the network and its metrics.
+      batch_size: the global one; None: a batch has all rows.
 
-    Raises:
-      ValueError: no example was left unmasked.
+    Returns:
+      A function (params, model_state, batches of process-local rows with 'mask') -> the metrics of
+      `task.reduce_metrics`. Masked examples do not count. It raises ValueError if no example is left.
     """
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated_sharding())
-    def sums(params, variables, batch):
+    def masked_sums(params, variables, batch):
         mask = batch.pop('mask')  # [B]
-        values = stage.evaluate(params, variables, batch)  # each [B, ...]
+        values = task.eval_step(params, variables, batch)  # each [B, ...]
         masked = {k: v * mask.reshape(-1, *(1,) * (v.ndim - 1)) for k, v in values.items()}
         return {k: jnp.sum(v, axis=0) for k, v in masked.items()}, jnp.sum(mask)
 
-    def evaluate(params, variables, batches):
+    def eval_fn(params, variables, batches):
         totals, count = {}, 0
         for batch in batches:
-            batch_sums, batch_count = jax.device_get(
-                sums(params, variables, sharding.make_global_batch(batch, batch_size))
-            )
+            sums = masked_sums(params, variables, sharding.make_global_batch(batch, batch_size))
+            batch_sums, batch_count = jax.device_get(sums)
             count += int(batch_count)
             totals = {k: totals.get(k, 0) + v.astype(np.float64) for k, v in batch_sums.items()}
         if not count:
             raise ValueError('the validation split has no readable example; raise data.held_out or repair the files')
-        return stage.summarize({k: v / count for k, v in totals.items()})
+        return task.reduce_metrics({k: v / count for k, v in totals.items()})
 
-    return evaluate
+    return eval_fn

@@ -1,7 +1,8 @@
-"""The floors of the house: main -> jobs -> (stages | sampling | metrics) -> models, with the plumbing beside.
+"""The layers: main -> jobs -> inference, training, evaluation, planning -> tasks, sampling, metrics -> models.
 
-The rules are checked on the syntax tree of every module, imports inside functions included. `violations` takes the
-sources as a dict, so that `test_floors` can show each rule failing on a bad source.
+The infrastructure (io, data, distributed, config) stands beside them. The rules are checked on the syntax tree of every
+module, imports inside functions included. `violations` takes the sources as a dict, so that `test_layers` can show that
+each rule fails on a bad source.
 """
 
 import ast
@@ -11,24 +12,33 @@ import pathlib
 PACKAGE = 'vqvae2_jax'
 ROOT = pathlib.Path(__file__).parents[1] / PACKAGE
 
-PLUMBING = {'io', 'data', 'parallel', 'state', 'optim', 'config', 'config_files', 'checks', 'xla_flags'}
-SCIENCE = {'stages', 'sampling', 'metrics', 'models'}
-# What each floor must not import. Every folder and top-level module of the package has to be here.
-FORBIDDEN = {
-    'main': SCIENCE,
+INFRASTRUCTURE = {'io', 'data', 'distributed', 'config', 'version', 'xla_flags'}
+LOGIC = {'inference', 'training', 'evaluation', 'planning'}  # pure functions of plain values
+MODEL_CODE = {'tasks', 'sampling', 'metrics', 'models'}
+ABOVE_MODEL_CODE = {'main', 'jobs'} | LOGIC | INFRASTRUCTURE
+# The layers that each layer must not import. Every directory and top-level module of the package has an entry.
+FORBIDDEN = dict.fromkeys(INFRASTRUCTURE, {'main', 'jobs'} | LOGIC | MODEL_CODE) | {
+    'main': MODEL_CODE,
     'jobs': {'main'},
-    'stages': {'main', 'jobs'} | PLUMBING,
-    'sampling': {'main', 'jobs'} | PLUMBING,
-    'metrics': {'main', 'jobs'} | PLUMBING,
-    'models': {'main', 'jobs'} | PLUMBING | (SCIENCE - {'models'}),
-} | dict.fromkeys(PLUMBING, {'main', 'jobs'})
+    'inference': {'main', 'jobs'} | LOGIC - {'inference'},
+    'training': {'main', 'jobs'},
+    'evaluation': {'main', 'jobs'},
+    'planning': {'main', 'jobs'},
+    'config': {'main', 'jobs', 'inference', 'evaluation', 'planning'},  # it builds modules and training settings
+    'tasks': ABOVE_MODEL_CODE,
+    'sampling': ABOVE_MODEL_CODE | {'tasks', 'metrics'},
+    'metrics': ABOVE_MODEL_CODE | {'tasks', 'sampling'},
+    'models': ABOVE_MODEL_CODE | MODEL_CODE - {'models'},
+}
+# Names of several modules, which mean the same in each: a network and the task that trains it. Plurals count as equal.
+SHARED_NAMES = {'vqvae', 'prior', 'classifier'}
 
-# Packages that a floor does without.
+# Packages that a layer does without.
 FOREIGN = {'metrics': {'flax', 'optax', 'orbax', 'chex'}}
 FLAG_MODULES = ('absl.flags', 'ml_collections.config_flags')
 # grain's worker processes read absl's flags; where nobody parsed any (a notebook), the loader says so.
 FLAG_READERS = {'main', 'data.loader'}
-# Devices are named in one file, `parallel`: the science is written for whole arrays.
+# Only `distributed` and its callers name devices: model code is written for whole arrays.
 DEVICE_NAMES = {
     'psum',
     'pmean',
@@ -40,11 +50,11 @@ DEVICE_NAMES = {
     'shard_map',
     'with_sharding_constraint',
 }
-DEVICE_FREE = {'stages', 'sampling', 'models'}
-MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_DEPTH = 400, 60, 5
+DEVICE_FREE = {'tasks', 'sampling', 'models'}
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_DEPTH = 400, 60, 7
 
 
-def floor_of(module: str) -> str:
+def layer_of(module: str) -> str:
     """vqvae2_jax.models.prior -> models; the package itself -> ''."""
     return module.partition('.')[2].partition('.')[0]
 
@@ -102,21 +112,21 @@ def identifiers(tree: ast.Module) -> set[str]:
 
 
 def module_violations(module: str, source: str, tree: ast.Module, imports: set[str]) -> list[str]:
-    """What one module does that its floor may not."""
-    floor, found = floor_of(module), []
-    if floor and floor not in FORBIDDEN:
-        found.append(f'unknown floor {floor!r}: give it a place in FORBIDDEN')
+    """The broken rules of one module."""
+    layer, found = layer_of(module), []
+    if layer and layer not in FORBIDDEN:
+        found.append(f'unknown layer {layer!r}: give it an entry in FORBIDDEN')
     for name in sorted(imports):
-        if name.partition('.')[0] == PACKAGE and floor_of(name) in FORBIDDEN.get(floor, ()):
-            found.append(f'imports {name}, which {floor} must not')
-        if name.partition('.')[0] in FOREIGN.get(floor, ()):
-            found.append(f'imports {name}: {floor} take NumPy in and give floats out')
+        if name.partition('.')[0] == PACKAGE and layer_of(name) in FORBIDDEN.get(layer, ()):
+            found.append(f'imports {name}, which {layer} must not')
+        if name.partition('.')[0] in FOREIGN.get(layer, ()):
+            found.append(f'imports {name}: {layer} take NumPy in and give floats out')
         if module.partition('.')[2] not in FLAG_READERS and any(
             f'{name}.'.startswith(f'{flags}.') for flags in FLAG_MODULES
         ):
             found.append(f'imports {name}: flags belong to main')
     found += [f'uses the private name {name}' for name in sorted(private_uses(tree, imports))]
-    if floor in DEVICE_FREE:
+    if layer in DEVICE_FREE:
         found += [f'names a device operation: {name}' for name in sorted(identifiers(tree) & DEVICE_NAMES)]
     if len(source.splitlines()) > MAX_FILE_LINES:
         found.append(f'has {len(source.splitlines())} lines, more than {MAX_FILE_LINES}')
@@ -138,7 +148,7 @@ def import_graph(imports: dict[str, set[str]]) -> dict[str, list[str]]:
 
 
 def cycle(graph: dict[str, list[str]]) -> list[str]:
-    """Modules that import each other in a ring, or []."""
+    """A chain of imports that ends where it begins, or []."""
     done, path = set(), []
 
     def visit(module):
@@ -154,6 +164,15 @@ def cycle(graph: dict[str, list[str]]) -> list[str]:
         return []
 
     return next((ring for module in sorted(graph) if (ring := visit(module))), [])
+
+
+def duplicate_names(modules: list[str]) -> list[str]:
+    """Pairs of modules in different directories with one name, which is not in `SHARED_NAMES`."""
+    by_name = collections.defaultdict(list)
+    for module in modules:
+        by_name[module.rpartition('.')[2].removesuffix('s')].append(module)
+    shared = {name.removesuffix('s') for name in SHARED_NAMES}
+    return [' and '.join(found) for name, found in sorted(by_name.items()) if len(found) > 1 and name not in shared]
 
 
 def deepest(graph: dict[str, list[str]], start: str) -> list[str]:
@@ -175,6 +194,8 @@ def violations(sources: dict[str, str]) -> list[str]:
         module, tree = name.removesuffix('.__init__'), ast.parse(source)
         imports[module] = imports_of(module, tree, is_package=name != module)
         found += module_violations(module, source, tree, imports[module])
+    files = [name for name in sources if not name.endswith('.__init__')]
+    found += [f'one name, which SHARED_NAMES lacks: {pair}' for pair in duplicate_names(files)]
     graph = import_graph(imports)
     if ring := cycle(graph):
         return [*found, f'import cycle: {" -> ".join(ring)}']

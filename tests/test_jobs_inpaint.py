@@ -1,4 +1,4 @@
-"""The jobs beside the pipeline: parts of images drawn anew, and how likely images are."""
+"""The jobs outside the pipeline: parts of images sampled again, and how likely images are."""
 
 import csv
 
@@ -9,11 +9,13 @@ from PIL import Image
 
 from vqvae2_jax.config import build as configs
 from vqvae2_jax.data import samples
+from vqvae2_jax.io import record
 from vqvae2_jax.io.files import read_json
+from vqvae2_jax.io.record import JobError
 from vqvae2_jax.jobs import workdir
 from vqvae2_jax.jobs.inpaint import read_mask
 from vqvae2_jax.jobs.pipeline import run_job
-from vqvae2_jax.jobs.workdir import JobError
+from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.tasks.task import to_float
 
 
@@ -31,63 +33,79 @@ def folder(run, tmp_path):
 def encode(run, image):
     trained = workdir.load_vqvae(run)
     model = configs.make_vqvae(run.config)
-    variables = {'params': trained.params, **trained.variables}
-    return jax.jit(lambda x: model.apply(variables, to_float(x), method='encode'))(image[None])
+    return jax.jit(lambda x: model.apply(trained.variables, to_float(x), method='encode'))(image[None])
 
 
-def set_edit(run, **options):
-    with run.config.unlocked():
-        run.config.edit = options
+def read_variants(run, name):
+    return samples.read_npz(run.path('inpaint', f'{name}.npz'))
 
 
-def test_the_lower_half_is_drawn_anew_and_the_rest_stays(run, folder):
+def test_the_lower_half_is_sampled_again_and_the_rest_stays(run, folder):
     path, images = folder
-    set_edit(run, path=path, mask='0.5,0,1,1', label=3, count=8)
-    run_job(run, 'edit')
+    run.config.inpaint.update(path=path, mask='0.5,0,1,1', label=3, count=8)
+    run_job(run, 'inpaint')
     for name, image in zip(('0000-a', '0001-b'), images, strict=True):
-        found = samples.read_npz(run.path('edits', f'{name}.npz'))
+        found = read_variants(run, name)
         kept = encode(run, image)
         assert found['arr_0'].shape == (8, *image.shape) and found['mask'][14:].all() and not found['mask'][:14].any()
         for level, codes in enumerate(kept):
-            drawn, half = found[f'codes_{level}'], codes.shape[1] // 2  # an odd map's middle row is drawn too
-            np.testing.assert_array_equal(drawn[:, :half], np.broadcast_to(codes[:, :half], drawn[:, :half].shape))
-            assert len(np.unique(drawn[:, half].reshape(8, -1), axis=0)) > 1
-        picture = np.asarray(Image.open(run.path('edits', f'{name}.png')))
-        assert picture.shape[1] > 10 * 28  # original, what is kept, eight variants
+            new, half = found[f'codes_{level}'], codes.shape[1] // 2  # the middle row of an odd map is sampled too
+            np.testing.assert_array_equal(new[:, :half], np.broadcast_to(codes[:, :half], new[:, :half].shape))
+            assert len(np.unique(new[:, half].reshape(8, -1), axis=0)) > 1
+        picture = np.asarray(Image.open(run.path('inpaint', f'{name}.png')))
+        assert picture.shape[1] > 10 * 28  # original, original under the mask, eight variants
 
 
-def test_one_level_alone_is_drawn_anew(run, folder):
+def test_one_level_alone_is_sampled_again(run, folder):
     path, images = folder
-    set_edit(run, path=f'{path}/a.png', levels=('bottom',), label=1, count=8)
-    run_job(run, 'edit')
-    assert [p.name for p in sorted(run.path('edits').iterdir())] == ['0000-a.npz', '0000-a.png', 'settings.json']
-    found, kept = samples.read_npz(run.path('edits', '0000-a.npz')), encode(run, images[0])
+    run.config.inpaint.update(path=f'{path}/a.png', levels=('bottom',), label=1, count=8)
+    run_job(run, 'inpaint')
+    assert [p.name for p in sorted(run.path('inpaint').iterdir())] == ['0000-a.npz', '0000-a.png', 'record.json']
+    found, kept = read_variants(run, '0000-a'), encode(run, images[0])
     np.testing.assert_array_equal(found['codes_1'], np.broadcast_to(kept[1], found['codes_1'].shape))
     assert (found['codes_0'] != np.asarray(kept[0])).any()
+
+
+def test_variants_depend_on_their_number_and_not_on_devices_or_count(run, folder, capsys):
+    path, _ = folder
+    run.config.inpaint.update(path=path, mask='0.5,0,1,1', label=3, count=8)
+    run_job(run, 'inpaint')
+    expected = read_variants(run, '0001-b')
+    run_job(run, 'inpaint')
+    assert 'inpaint: done (2 images' in capsys.readouterr().out
+    run.config.inpaint.count = 3
+    run_job(Run(run.config, run.workdir, jax.devices()[:2]), 'inpaint')  # another count replaces the files
+    found = read_variants(run, '0001-b')
+    for name in ('arr_0', 'codes_0', 'codes_1'):
+        np.testing.assert_array_equal(found[name], expected[name][:3])
+    found = record.read_done(run.path('inpaint'), 'inpaint')
+    assert found.settings['count'] == 3 and found.settings['mask'] == '0.5,0,1,1' and found.results == {'images': 2}
+    assert set(found.inputs) == {'images', 'mask', 'vqvae', 'prior_top', 'prior_bottom'}
 
 
 @pytest.mark.parametrize(
     'options, message',
     [
-        ({}, 'edit.path is empty'),
-        ({'path': '/nowhere'}, "edit.path: there is no file or folder '/nowhere'"),
+        ({}, 'inpaint.path is empty'),
+        ({'path': '/nowhere'}, "inpaint.path: there is no file or folder '/nowhere'"),
         (
             {'path': 'own', 'levels': ('middle',), 'label': 1},
-            r"edit.levels holds \['middle'\]; the levels are top, bottom",
+            r"inpaint.levels holds \['middle'\]; the levels are top, bottom",
         ),
-        ({'path': 'own'}, 'edit.label is -1: give the class to draw, 0 to 9'),
-        ({'path': 'own', 'label': 1, 'mask': '0.5,0,1'}, "edit.mask is '0.5,0,1': give"),
+        ({'path': 'own'}, 'inpaint.label is -1: give the class to sample, 0 to 9'),
+        ({'path': 'own', 'label': 1, 'mask': '0.5,0,1'}, "inpaint.mask is '0.5,0,1': give"),
         ({'path': 'own', 'label': 1, 'mask': '0.5,0,0.2,1'}, 'top < bottom'),
-        ({'path': 'own', 'label': 1, 'mask': '0.5,0.5,0.501,0.501'}, 'edit.mask .* covers no pixel'),
-        ({'path': 'own', 'label': 1, 'mask': __file__}, 'edit.mask: cannot decode'),
+        ({'path': 'own', 'label': 1, 'mask': '0.5,0.5,0.501,0.501'}, 'inpaint.mask .* covers no pixel'),
+        ({'path': 'own', 'label': 1, 'mask': __file__}, 'inpaint.mask: cannot decode'),
     ],
 )
-def test_what_cannot_be_edited_is_refused(run, folder, options, message):
+def test_options_that_do_not_fit_are_refused(run, folder, options, message):
     if options.get('path') == 'own':
         options = options | {'path': folder[0]}
-    set_edit(run, **options)
+    run.config.inpaint.update(options)
     with pytest.raises(JobError, match=message):
-        run_job(run, 'edit')
+        run_job(run, 'inpaint')
+    assert not run.path('inpaint').exists()
 
 
 def test_masks_from_shares_and_from_images(tmp_path):
@@ -104,13 +122,17 @@ def test_masks_from_shares_and_from_images(tmp_path):
 
 
 def rows(run, name):
-    with run.path('likelihood', name).open() as file:
+    with run.path('likelihood', name, 'images.csv').open() as file:
         return list(csv.DictReader(file))
 
 
-def test_likelihood_of_a_split_agrees_with_the_report(run):
+def test_likelihood_of_a_split_agrees_with_the_report(run, capsys):
     run_job(run, 'likelihood')
-    found, report = rows(run, 'test.csv'), read_json(run.path('report', 'report.json'))['likelihood']
+    of_split = record.read_done(run.path('likelihood', 'test'), 'likelihood')
+    assert of_split.results['images'] == 600 and of_split.inputs['images'] == run.images('test').digest
+    run_job(run, 'likelihood')
+    assert 'likelihood: done' in capsys.readouterr().out
+    found, report = rows(run, 'test'), read_json(run.path('report', 'report.json'))['likelihood']
     assert len(found) == len({row['image'] for row in found}) == 600
     bits = [float(row['bits']) for row in found]
     assert bits == sorted(bits, reverse=True)
@@ -123,10 +145,9 @@ def test_likelihood_of_a_split_agrees_with_the_report(run):
 
 def test_likelihood_of_files_is_the_mean_over_the_classes(run, folder):
     path, images = folder
-    with run.config.unlocked():
-        run.config.likelihood = {'path': path}
+    run.config.likelihood.path = path
     run_job(run, 'likelihood')
-    found = {row['image']: row for row in rows(run, 'of-own.csv')}
+    found = {row['image']: row for row in rows(run, 'of-own')}
     assert set(found) == {f'{path}/a.png', f'{path}/b.png'}
     priors = workdir.load_priors(run)
     for name, image in zip('ab', images, strict=True):

@@ -1,0 +1,101 @@
+"""--job=evaluate with evaluate.real and evaluate.generated: FID and related metrics of any two sets of images."""
+
+import datetime
+import hashlib
+
+import jax
+import numpy as np
+
+from vqvae2_jax.data.images import SPLITS, ImageSource, open_native_size
+from vqvae2_jax.distributed import processes
+from vqvae2_jax.distributed.preemption import stop_signals
+from vqvae2_jax.evaluation import features, generative
+from vqvae2_jax.evaluation.report import render_comparison
+from vqvae2_jax.io import files, record
+from vqvae2_jax.io.progress import start_line
+from vqvae2_jax.io.record import JobError, Record
+from vqvae2_jax.jobs import feature_store
+from vqvae2_jax.jobs.workdir import Run
+from vqvae2_jax.version import __version__
+
+DIRECTORY = 'comparison'
+_SETS = ('real', 'generated')
+
+
+def compare_sets(run: Run) -> None:
+    """Writes comparison/report.json and report.html, and prints the metrics. A restart continues.
+
+    Raises:
+      JobError: a set or the weights of the network cannot be read, or there are no metrics of the two sets.
+      Interrupted: a stop signal came; the same command continues.
+    """
+    options, directory = run.config.evaluate, run.path(DIRECTORY)
+    sources = {name: _open(run, options[name], f'evaluate.{name}') for name in _SETS}
+    network = feature_store.load_inception(run)
+    data = ', '.join(f'{len(source)} {name} images' for name, source in sources.items())
+    data += f'; evaluate.batch_size {options.batch_size}, padded to {run.batch_size("evaluate")}'
+    parameters = sum(x.size for x in jax.tree.leaves(network.params))
+    print(start_line('evaluate', processes.describe_mesh(run.mesh), parameters=parameters, data=data), flush=True)
+    try:
+        with stop_signals() as stopped:
+            found = {name: _extract(run, network, name, source, stopped) for name, source in sources.items()}
+            report = processes.run_on_main_process(lambda: _write(run, network, sources, found))
+    except (ValueError, OSError) as error:
+        raise error if isinstance(error, JobError) else JobError(f'evaluate: {error}') from error
+    metrics = report['quality']
+    for name, value in metrics.items():
+        print(f'{name:<27} {value:.5g}' if isinstance(value, float) else f'{name:<27} {value}')
+    if 'inception_score' not in metrics:
+        print(f'{"inception_score":<27} {report["protocol"]["inception_score"]}')
+    print(f'report: {directory / "report.html"}', flush=True)
+
+
+def _open(run: Run, which: str, field: str) -> ImageSource:
+    try:
+        return run.images(which) if which in SPLITS else open_native_size(which, field)
+    except (ValueError, OSError) as error:
+        raise JobError(str(error)) from error
+
+
+def _extract(run, network, name, source, stopped) -> Record:
+    inputs, rows = {'network': network.digest, 'images': source.digest}, [feature_store.IMAGES]
+
+    def make_function():
+        extract = features.make_extract_fn(network)
+        # The images come back for their digests.
+        return lambda batch: {f'{k}_0': v for k, v in extract(batch).items()} | {'image': batch['image']}
+
+    return feature_store.extract(run, run.path(DIRECTORY, name), inputs, {}, source, make_function, rows, stopped)
+
+
+def _write(run, network, sources, found) -> dict:
+    options, directory = run.config.evaluate, run.path(DIRECTORY)
+    inputs = {'network': network.digest} | {name: output.digest for name, output in found.items()}
+    output = record.open_output(directory, 'evaluate', inputs, {name: options[name] for name in _SETS}, replace=True)
+    if output.state == record.DONE:
+        return files.read_json(directory / 'report.json')
+    stats = [feature_store.load_stats(found[name]) for name in _SETS]
+    metrics = generative.generative_metrics(network.name, *stats)
+    sets = {
+        name: {'images': options[name], 'size': list(source.image_size), 'pixels': _digest(found[name])}
+        for name, source in sources.items()
+    }
+    protocol = {
+        **generative.protocol(network, generative.IMAGES_OF_SETS),
+        **sets,
+        'version': __version__,
+        'jax': jax.__version__,
+        'date': datetime.date.today().isoformat(),
+    }
+    report = {'schema': 2, 'protocol': protocol, 'quality': metrics}
+    output.start()
+    files.write_json(directory / 'report.json', report)
+    files.write_bytes(directory / 'report.html', render_comparison(report).encode())
+    output.finish(metrics)
+    return report
+
+
+def _digest(output: Record) -> str:
+    """SHA-256 of the SHA-256 of every image, in the order in which they are read."""
+    pixels = [shard['pixels'][shard['mask']] for shard in feature_store.read_shards(output)]
+    return hashlib.sha256(np.concatenate(pixels).tobytes()).hexdigest()
