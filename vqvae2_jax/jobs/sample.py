@@ -111,8 +111,8 @@ def _draw_shards(run: Run, output: Record, missing: Sequence[Range], stopped: Ca
 
 def _start_line(run, generator, total, batch_size):
     data = f'{total} samples; sample.batch_size {run.config.sample.batch_size}, padded to {batch_size}'
-    parameters = sum(x.size for x in jax.tree.leaves((generator.variables['params'], generator.params)))
-    return start_line('sample', processes.describe_mesh(run.mesh), parameters=parameters, data=data)
+    mesh = processes.describe_mesh(run.mesh)
+    return start_line('sample', mesh, parameters=generator.num_parameters, data=data)
 
 
 def make_sampler(run: Run, generator: Generator) -> Callable[[inference.Batch], inference.Batch]:
