@@ -33,8 +33,8 @@ def draw_samples(run: Run) -> None:
 
     Raises:
       JobError: networks are missing, or the set already has more samples.
-      StaleInputError: the set was drawn from other networks.
-      SettingsChangedError: the set was drawn with other settings.
+      StaleInputError: the set was sampled from other networks.
+      SettingsChangedError: the set was sampled with other settings.
       Interrupted: a stop signal came; the same command continues.
     """
     count, directory = run.config.sample.count, run.set_path(SAMPLES)
