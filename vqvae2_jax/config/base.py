@@ -29,7 +29,7 @@ Schema = dict[str, Any]  # nested: field -> Field, section -> Schema
 _STEPS = 10**9
 _BATCH = 2**20  # images
 _CHANNELS = 2**16
-_BLOCKS = 512
+_BLOCKS = 256
 _CLASSES = 10**6
 
 
