@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from vqvae2_jax.config import build as configs
-from vqvae2_jax.data import samples
-from vqvae2_jax.evaluation.report_plots import curve_labels
+from vqvae2_jax.data import sample_store
 from vqvae2_jax.io import record
 from vqvae2_jax.io.files import digest_arrays, read_json
 from vqvae2_jax.jobs import workdir
 from vqvae2_jax.jobs.pipeline import run_job
+from vqvae2_jax.jobs.report_files import curve_labels
 from vqvae2_jax.metrics.classification import accuracy
 from vqvae2_jax.tasks.task import to_float
 
@@ -135,9 +135,9 @@ def test_reported_likelihood(finished, report):
 
 
 def test_reported_samples_and_rejection(finished, report):
-    stored = samples.take(finished.path('samples', 'default'), np.arange(24))
-    scores = samples.read_npz(finished.path('rejection', 'default', 'scores.npz'))
-    accepted = samples.read_npz(finished.path('rejection', 'default', 'accepted.npz'))
+    stored = sample_store.take(finished.path('samples', 'default'), np.arange(24))
+    scores = sample_store.read_npz(finished.path('rejection', 'default', 'scores.npz'))
+    accepted = sample_store.read_npz(finished.path('rejection', 'default', 'accepted.npz'))
     np.testing.assert_array_equal(stored['index'], np.arange(24))
     np.testing.assert_array_equal(stored['label'], np.arange(24) % 10)
     np.testing.assert_array_equal(scores['index'], stored['index'])
@@ -159,7 +159,7 @@ def test_reported_samples_and_rejection(finished, report):
 
 
 def test_samples_are_the_decoded_codes(finished):
-    stored = samples.take(finished.path('samples', 'default'), np.arange(16))
+    stored = sample_store.take(finished.path('samples', 'default'), np.arange(16))
     trained, model = workdir.load_vqvae(finished), configs.make_vqvae(finished.config)
     image = np.asarray(model.apply(trained.variables, (stored['codes_0'], stored['codes_1']), method='decode'))
     expected = (np.clip(image, -1, 1) + 1) * 127.5
@@ -180,7 +180,7 @@ def test_records_hold_the_digests_of_their_inputs(finished):
         assert inputs == {'vqvae': found['vqvae'].digest, 'images': finished.images(split).digest}
     assert found['prior_top'].inputs == found['prior_bottom'].inputs
     assert found['prior_top'].inputs == {'vqvae': found['vqvae'].digest, 'codes': workdir.codes_digest(finished)}
-    inputs = samples.read_set(finished.path('samples', 'default')).inputs
+    inputs = sample_store.read_set(finished.path('samples', 'default')).inputs
     assert inputs == {directory: of.digest for directory, of in found.items()}
 
 
@@ -217,12 +217,13 @@ def test_a_second_run_says_done_and_rewrites_nothing(run, capsys):
     assert times() == before
 
 
-def test_curves_are_labeled_with_everything_in_which_they_differ():
-    assert curve_labels(averaged=True, dropout=False, augmented=False) == (
-        'train, last weights',
-        'held out, averaged weights',
-    )
-    assert curve_labels(averaged=True, dropout=True, augmented=True)[0] == 'train, last weights, dropout, augmented'
-    assert curve_labels(averaged=False, dropout=False, augmented=False) == ('train', 'held out')
-    assert curve_labels(averaged=False, dropout=True, augmented=False) == ('train, dropout', 'held out')
-    assert curve_labels(averaged=True, dropout=False, augmented=True)[0] == 'train, last weights, augmented'
+def test_curves_are_labeled_with_everything_in_which_they_differ(config):
+    assert curve_labels(config, 'vqvae') == ('train, last weights', 'held out, averaged weights')
+    assert curve_labels(config, 'classifier')[0] == 'train, last weights, dropout, augmented'
+    config.prior.top.update(dropout=0.0, attention_dropout=0.0)
+    config.prior.top.training.params_ema_decay = 0.0
+    assert curve_labels(config, 'prior.top') == ('train', 'held out')
+    config.prior.top.attention_dropout = 0.1
+    config.data.flip = True
+    assert curve_labels(config, 'prior.top') == ('train, dropout', 'held out')
+    assert curve_labels(config, 'vqvae')[0] == 'train, last weights, augmented'
