@@ -9,6 +9,7 @@ not count. Ratios are against reading without workers, in threads of the process
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,9 +19,11 @@ import time
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from tests.defaults import image_spec
 from vqvae2_jax.data import codes, folder
-from vqvae2_jax.data.images import ImageSpec, open_images
+from vqvae2_jax.data.images import open_images
 from vqvae2_jax.data.loader import train_batches
+from vqvae2_jax.io import record
 
 IMAGES, CODES = 64, 1024  # in a batch
 SHAPES, SIZES = ((64, 64), (32, 32)), (512, 512)
@@ -75,8 +78,8 @@ def write_codes(directory):
     begin = time.perf_counter()
     count = codes.write_shard(path, [batch] * (STORED // CODES), SIZES)
     rate = count / (time.perf_counter() - begin)
-    about = dict(num_classes=0, class_names=(), split='train', shards=1, vqvae_digest='', version='')
-    codes.write_meta(directory, codes.CodesMeta(SHAPES, SIZES, count=count, **about))
+    meta = codes.CodesMeta(SHAPES, SIZES, num_classes=0, class_names=(), count=count, split='train', shards=1)
+    record.open_output(directory, codes.JOB, {}, {}).finish(dataclasses.asdict(meta))
     return rate, os.path.getsize(path) / count
 
 
@@ -105,8 +108,8 @@ def main():
         print(f'{os.cpu_count()} cores; codes are written at {rate:.0f} a second, {size / 1e3:.1f} KB each', flush=True)
         shape = dict(image_size=(options.size, options.size), channels=3, num_classes=0, held_out=(0.01, 0.0))
         sources = {
-            f'files, {options.size} px': open_images(ImageSpec('folder', options.path, **shape), 'train'),
-            f'ArrayRecord, {options.size} px': open_images(ImageSpec('packed', directory, **shape), 'train'),
+            f'files, {options.size} px': open_images(image_spec('folder', options.path, **shape), 'train'),
+            f'ArrayRecord, {options.size} px': open_images(image_spec('packed', directory, **shape), 'train'),
             'codes': codes.CodeSource(os.path.join(directory, 'codes')),
         }
         print('\n| | workers | examples a second | ratio |\n|---|---|---|---|')

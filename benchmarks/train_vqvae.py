@@ -5,7 +5,7 @@
 
 Both do whole updates: encoder, codebook by moving averages, decoder, preview head, backward pass, Adam, average of the
 weights. Random images; float32; two levels. Each side in turns, the ratio of the best. PyTorch uses the GPU if there is
-one, as JAX does. Only this project re-seeds dead codes and reports its metrics.
+one, as JAX does. Only this project restarts dead codes and reports its metrics.
 """
 
 import argparse
@@ -19,8 +19,9 @@ from torch import nn
 
 from benchmarks.timing import machine, measure_products
 from vqvae2_jax import xla_flags
+from vqvae2_jax.config import base
+from vqvae2_jax.config import build as configs
 from vqvae2_jax.distributed import sharding
-from vqvae2_jax.models.vqvae import VQVAE
 from vqvae2_jax.planning import cost
 from vqvae2_jax.tasks import vqvae
 from vqvae2_jax.training import loop, optim
@@ -125,9 +126,19 @@ def plain_training(factors, images):
 
 def training_here(factors, images):
     """As `plain_training`, of this project; and the FLOPs of an update."""
-    shape = {'hidden': HIDDEN, 'residual': RESIDUAL, 'layers': LAYERS, 'codebook_size': CODES, 'codebook_dim': WIDTH}
-    stage = vqvae.make_task(VQVAE(tuple(factors), channels=3, **shape), ('bottom', 'top'), COMMITMENT, 100)
-    training = optim.Training(steps=10**6, batch_size=len(images), learning_rate=RATE, params_ema_decay=DECAY)
+    config = base.get_config()
+    config.data.channels = 3
+    config.vqvae.update(
+        downsample_factors=tuple(factors),
+        hidden_channels=HIDDEN,
+        residual_channels=RESIDUAL,
+        num_residual_blocks=LAYERS,
+        codebook_size=CODES,
+        codebook_dim=WIDTH,
+    )
+    config.vqvae.training.update(steps=10**6, batch_size=len(images), learning_rate=RATE, params_ema_decay=DECAY)
+    stage = vqvae.make_task(configs.make_vqvae(config), ('bottom', 'top'), COMMITMENT, 100)
+    training = configs.train_config(config, 'vqvae')
     optimizer = optim.make_optimizer(training)
     batch = sharding.make_global_batch({'image': images}) | {loop.SHOULD_STOP: sharding.process_flags(False)}
     init, key = loop.make_init(stage, optimizer), jax.random.key(0)

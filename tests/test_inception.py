@@ -106,7 +106,7 @@ def test_weights_of_another_network_are_refused():
     missing = {name: array for name, array in state.items() if name != 'Mixed_7c.branch_pool.bn.bias'}
     with pytest.raises(ValueError, match=r"lack 'Mixed_7c.branch_pool.bn.bias'"):
         from_state_dict(missing)
-    with pytest.raises(ValueError, match="weights of torchvision's Inception-v3, which is another network"):
+    with pytest.raises(ValueError, match="weights of torchvision's Inception-v3, which is not the network of FID"):
         from_state_dict(state | {'AuxLogits.fc.weight': np.zeros((1000, 768), np.float32)})
     with pytest.raises(ValueError, match=r'Conv2d_1a_3x3 kernel: shape \(3, 3, 1, 32\), where \(3, 3, 3, 32\)'):
         from_state_dict(state | {'Conv2d_1a_3x3.conv.weight': state['Conv2d_1a_3x3.conv.weight'][:, :1]})

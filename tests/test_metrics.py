@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vqvae2_jax.metrics import classification, codebook, reconstruction
+from vqvae2_jax.metrics import classification, codebook, psnr
 
 CODE_LISTS = st.lists(st.integers(0, 6), min_size=1, max_size=60)
 
@@ -16,60 +16,23 @@ def zeros(shape):
     return np.zeros(shape, int)
 
 
-class TestReconstruction:
-    def test_known_error_in_both_kinds(self):
-        images = np.full((2, 3, 4, 1), 100, np.uint8)
-        reconstructions = images.copy()
-        reconstructions[1] += 51  # 0.2 of the range
-        np.testing.assert_allclose(reconstruction.mse_per_image(images, reconstructions), [0, 0.04], atol=1e-12)
-        assert reconstruction.mse(images, reconstructions) == pytest.approx(0.02)
-        as_floats = (x.astype(np.float32) / 255 for x in (images, reconstructions))
-        assert reconstruction.mse(*as_floats) == pytest.approx(0.02, rel=1e-5)
-
-    def test_uint8_does_not_wrap(self):
-        black, white = np.zeros((1, 2, 2, 3), np.uint8), np.full((1, 2, 2, 3), 255, np.uint8)
-        assert reconstruction.mse(black, white) == reconstruction.mse(white, black) == 1.0
-        assert reconstruction.psnr(black, white) == pytest.approx(0.0)
-
-    def test_psnr_closed_form_and_scale(self):
-        assert reconstruction.psnr_from_mse(0.01, data_range=1) == pytest.approx(20)
-        assert reconstruction.psnr_from_mse(0.01 * 255**2, data_range=255) == pytest.approx(20)
-        assert reconstruction.psnr_from_mse(0, data_range=1) == math.inf
-
-    def test_psnr_is_of_the_pooled_error(self):
-        rng = np.random.default_rng(0)
-        images = rng.integers(0, 256, (4, 5, 5, 3), dtype=np.uint8)
-        noisy = rng.integers(0, 256, (4, 5, 5, 3), dtype=np.uint8)
-        noisy[0] = images[0]
-        pooled = np.mean((images / 255.0 - noisy / 255.0) ** 2)
-        assert reconstruction.psnr(images, noisy) == pytest.approx(-10 * math.log10(pooled))
-
-    @pytest.mark.parametrize(
-        'images, other, error, match',
-        [
-            (np.zeros((1, 2, 2, 3)), np.zeros((1, 2, 2, 1)), ValueError, r'\(1, 2, 2, 3\) and .* \(1, 2, 2, 1'),
-            (np.zeros((0, 2, 2, 3)), np.zeros((0, 2, 2, 3)), ValueError, 'non-empty'),
-            (np.zeros((2, 2, 3)), np.zeros((2, 2, 3)), ValueError, r'\[N, H, W, C\]'),
-            (np.zeros((1, 2, 2, 3)), np.full((1, 2, 2, 3), 1.5), ValueError, r'reconstructions spans \[1.5, 1.5\]'),
-            (np.full((1, 2, 2, 3), np.nan), np.zeros((1, 2, 2, 3)), ValueError, r'images spans \[nan, nan\]'),
-            (np.zeros((1, 2, 2, 3), np.int32), np.zeros((1, 2, 2, 3)), TypeError, 'images has dtype int32'),
-        ],
-    )
-    def test_refuses(self, images, other, error, match):
-        with pytest.raises(error, match=match):
-            reconstruction.mse(images, other)
+class TestPSNR:
+    def test_closed_form_and_scale(self):
+        assert psnr.psnr_from_mse(0.01, data_range=1) == pytest.approx(20)
+        assert psnr.psnr_from_mse(0.01 * 255**2, data_range=255) == pytest.approx(20)
+        assert psnr.psnr_from_mse(1, data_range=1) == 0
+        assert psnr.psnr_from_mse(0, data_range=1) == math.inf
 
     @pytest.mark.parametrize('mse, data_range', [(-1, 1), (math.nan, 1), (1, 0), (1, math.nan)])
     def test_psnr_refuses(self, mse, data_range):
         with pytest.raises(ValueError, match='mse >= 0 and data_range > 0'):
-            reconstruction.psnr_from_mse(mse, data_range)
+            psnr.psnr_from_mse(mse, data_range)
 
 
 class TestCodes:
-    def test_histogram_and_usage(self):
+    def test_histogram(self):
         values = np.array([[0, 2], [2, 2]], np.uint16)
         np.testing.assert_array_equal(codebook.histogram(values, 4), [1, 0, 3, 0])
-        assert codebook.usage(values, 5) == 0.4
 
     def test_perplexity_closed_forms(self):
         assert codebook.perplexity(np.full(512, 3)) == pytest.approx(512)
@@ -121,7 +84,7 @@ class TestCodes:
         'call, error, match',
         [
             (lambda: codebook.histogram(np.array([0, 4]), 4), ValueError, r'codes spans 0..4, but .* 4 allows 0..3'),
-            (lambda: codebook.usage(np.array([-1, 2]), 4), ValueError, r'spans -1..2'),
+            (lambda: codebook.histogram(np.array([-1, 2]), 4), ValueError, r'spans -1..2'),
             (lambda: codebook.unigram_entropy(zeros(0), 4), ValueError, 'codes is empty'),
             (lambda: codebook.histogram(np.array([0.0]), 4), TypeError, 'dtype float64; codes are integers'),
             (lambda: codebook.perplexity([0, 0]), ValueError, 'not all zero'),
@@ -153,14 +116,13 @@ class TestCodes:
     def test_results_are_python_floats(self):
         values = np.zeros((2, 2), np.uint8)
         results = [
-            codebook.usage(values, 2),
             codebook.perplexity([1, 2]),
             codebook.unigram_entropy(values, 2),
             codebook.positional_cross_entropy(values, values, 2, 1),
             codebook.bits_per_image([np.float32(1)], [(1, 1)]),
             codebook.compression_ratio((4, 4, 3), [(2, 2)], [4]),
         ]
-        assert [type(result) for result in results] == [float] * 6
+        assert [type(result) for result in results] == [float] * 5
 
 
 class TestClassification:

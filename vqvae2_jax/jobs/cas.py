@@ -7,6 +7,7 @@ so real images serve for the test alone.
 """
 
 import contextlib
+import dataclasses
 import functools
 import glob
 import os
@@ -16,7 +17,7 @@ import jax
 from vqvae2_jax import inference
 from vqvae2_jax.config import build as configs
 from vqvae2_jax.data import samples
-from vqvae2_jax.data.images import ImageSpec, open_images
+from vqvae2_jax.data.images import open_images
 from vqvae2_jax.data.shards import ShardWriter, batch_runs, shard_ranges
 from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.distributed.batches import map_batches
@@ -102,23 +103,18 @@ def _write_reconstructions(run, output, source, missing, stopped):
 
 def _train(run, kind, directory, images):
     """Trains a classifier on the images of a directory."""
-    data, found = run.config.data, samples.read_set(images)
+    found = samples.read_set(images)
     samples.shard_paths(images)  # refuses a set that lacks files
     folder = str(images) if gcs.is_remote(images) else glob.escape(str(images))
-    spec = ImageSpec(
-        name='npz',
-        path=gcs.local_copy(os.path.join(folder, 'samples-*.npz'), found.digest),
-        image_size=data.image_size,
-        channels=data.channels,
-        num_classes=data.num_classes,
-        held_out=(_HELD_OUT, 0.0),
-    )
+    path = gcs.local_copy(os.path.join(folder, 'samples-*.npz'), found.digest)
+    changes = {'splits': (), 'split_seed': 0, 'held_out': (_HELD_OUT, 0.0), 'on_error': 'raise'}
+    spec = dataclasses.replace(configs.image_spec(run.config), name='npz', path=path, **changes)
 
     def make_data():
         try:
             train_images, val_images = (open_images(spec, split) for split in ('train', 'validation'))
         except ValueError as error:
-            count, classes = found.results['count'], data.num_classes
+            count, classes = found.results['count'], run.config.data.num_classes
             raise JobError(f'CAS: {count} {kind} of {classes} classes are too few to train on ({error})') from error
         augment = {'flip': run.config.classifier.flip, 'crop': run.config.classifier.crop}
         return train.image_data(run, 'classifier', train_images, val_images, **augment)

@@ -128,13 +128,13 @@ def test_plots_refuse(tmp_path, panels, match):
 
 
 def test_matplotlib_loads_only_when_something_is_drawn():
-    code = "import sys, vqvae2_jax.io.pictures; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, vqvae2_jax.io.plots; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0
 
 
 def test_plotting_leaves_pyplot_alone(tmp_path):
     code = (
-        "import sys, vqvae2_jax.io.pictures as p; p.plot_curves(sys.argv[1], 't', {'a': ([1], [1.])}, 'y'); "
+        "import sys, vqvae2_jax.io.plots as p; p.plot_curves(sys.argv[1], 't', {'a': ([1], [1.])}, 'y'); "
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, '-c', code, str(tmp_path / 'p.png')], check=False).returncode == 0
