@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vqvae2_jax.config import build as configs
-from vqvae2_jax.data import samples
+from vqvae2_jax.data import sample_store
 from vqvae2_jax.evaluation.report_plots import curve_labels
 from vqvae2_jax.io import record
 from vqvae2_jax.io.files import digest_arrays, read_json
@@ -135,9 +135,9 @@ def test_reported_likelihood(finished, report):
 
 
 def test_reported_samples_and_rejection(finished, report):
-    stored = samples.take(finished.path('samples', 'default'), np.arange(24))
-    scores = samples.read_npz(finished.path('rejection', 'default', 'scores.npz'))
-    accepted = samples.read_npz(finished.path('rejection', 'default', 'accepted.npz'))
+    stored = sample_store.take(finished.path('samples', 'default'), np.arange(24))
+    scores = sample_store.read_npz(finished.path('rejection', 'default', 'scores.npz'))
+    accepted = sample_store.read_npz(finished.path('rejection', 'default', 'accepted.npz'))
     np.testing.assert_array_equal(stored['index'], np.arange(24))
     np.testing.assert_array_equal(stored['label'], np.arange(24) % 10)
     np.testing.assert_array_equal(scores['index'], stored['index'])
@@ -159,7 +159,7 @@ def test_reported_samples_and_rejection(finished, report):
 
 
 def test_samples_are_the_decoded_codes(finished):
-    stored = samples.take(finished.path('samples', 'default'), np.arange(16))
+    stored = sample_store.take(finished.path('samples', 'default'), np.arange(16))
     trained, model = workdir.load_vqvae(finished), configs.make_vqvae(finished.config)
     image = np.asarray(model.apply(trained.variables, (stored['codes_0'], stored['codes_1']), method='decode'))
     expected = (np.clip(image, -1, 1) + 1) * 127.5
@@ -180,7 +180,7 @@ def test_records_hold_the_digests_of_their_inputs(finished):
         assert inputs == {'vqvae': found['vqvae'].digest, 'images': finished.images(split).digest}
     assert found['prior_top'].inputs == found['prior_bottom'].inputs
     assert found['prior_top'].inputs == {'vqvae': found['vqvae'].digest, 'codes': workdir.codes_digest(finished)}
-    inputs = samples.read_set(finished.path('samples', 'default')).inputs
+    inputs = sample_store.read_set(finished.path('samples', 'default')).inputs
     assert inputs == {directory: of.digest for directory, of in found.items()}
 
 

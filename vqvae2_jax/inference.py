@@ -73,7 +73,9 @@ def make_sample_fn(model: VQVAE, priors: Sequence[Prior], *, seed: int) -> Calla
     return jax.jit(sample, keep_unused=True)
 
 
-def make_inpaint_fn(model: VQVAE, priors: Sequence[Prior], levels: Sequence[bool], *, seed: int) -> Callable[..., Batch]:
+def make_inpaint_fn(
+    model: VQVAE, priors: Sequence[Prior], levels: Sequence[bool], *, seed: int
+) -> Callable[..., Batch]:
     """Returns a jitted function that samples a masked part of an image again.
 
     Args:

@@ -17,7 +17,7 @@ from vqvae2_jax import xla_flags
 from vqvae2_jax.config import base
 from vqvae2_jax.config import build as configs
 from vqvae2_jax.config.fields import ConfigError
-from vqvae2_jax.config.files import load_config
+from vqvae2_jax.config.loading import load_config
 from vqvae2_jax.config.validation import check_batch_sizes, check_names, validate_config
 from vqvae2_jax.data.decode import UnreadableImage
 from vqvae2_jax.distributed import processes

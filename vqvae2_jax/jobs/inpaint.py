@@ -15,7 +15,7 @@ from etils import epath
 
 from vqvae2_jax import inference
 from vqvae2_jax.config import build as configs
-from vqvae2_jax.data import samples
+from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.decode import UnreadableImage, decode_image, resize_and_crop
 from vqvae2_jax.data.images import ImageSource
 from vqvae2_jax.distributed import processes, sharding
@@ -176,6 +176,6 @@ def _write(directory, name, image, mask, variants):
         row = np.concatenate([image[None], masked[None], variants['image']])
         plots.save_png(directory / f'{name}.png', plots.image_grid(row, len(row), scale=plots.visible_scale(row)))
         codes = {key: values for key, values in variants.items() if key != 'image'}
-        samples.write_npz(directory / f'{name}.npz', {'arr_0': variants['image'], 'mask': mask, **codes})
+        sample_store.write_npz(directory / f'{name}.npz', {'arr_0': variants['image'], 'mask': mask, **codes})
 
     processes.run_on_main_process(write)
