@@ -1,4 +1,4 @@
-# Needs Python 3.11 or newer and nothing else; everything is installed into $(VENV).
+# Needs only Python 3.11 or newer. Everything is installed into $(VENV).
 #   make demo PYTHON=python3.12 ARGS="--config.seed=1"
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ ARGS ?=
 TEST_PROCESSES ?= 2
 
 BIN := $(VENV)/bin
-# Stamps inside the environment: it is brought up to date only when what it is made from has changed.
+# Stamps inside the environment: make updates it only if the requirements have changed.
 RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
 

@@ -4,7 +4,7 @@
   python -m vqvae2_jax.main --config=configs/cifar10_small.py
 
 The priors train at a constant rate, so that their learning curves can be compared at any time.
-Measured: see "What an order costs in likelihood" in docs/sampling.md.
+Measured: see "Likelihood by order" in docs/sampling.md.
 """
 
 from ml_collections import ConfigDict

@@ -7,7 +7,8 @@ Measured here: stage 1 alone, on a CPU: 600 updates of 2 images (rate 1e-3, prev
 photographs reach 19.1 dB on held-out ones, recognizable but still pale (2 cores of an AMD EPYC, 2026-11-20).
 The memory of the batch sizes below is in docs/scale.md.
 
-Numbers marked [A] are the paper's appendix A; "open" is what the paper leaves open and this project chose.
+Numbers marked [A] are the paper's appendix A. "open" marks values that the paper leaves open; they are this project's
+choice.
 Faces have no classes: the priors are unconditional and there is no rejection.
 """
 

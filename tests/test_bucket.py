@@ -12,7 +12,7 @@ from benchmarks.input import packed
 from tests.defaults import image_spec
 from tests.fake_gcs import serve
 from vqvae2_jax import main
-from vqvae2_jax.data import codes, samples
+from vqvae2_jax.data import codes, sample_store
 from vqvae2_jax.data.images import open_images
 from vqvae2_jax.io import files, gcs, logging, record
 from vqvae2_jax.jobs.inpaint import read_mask
@@ -36,7 +36,7 @@ def test_a_whole_run_on_a_bucket_equals_a_local_one(bucket, finished, config, ca
     run_job(run, 'pipeline')
     checkpoints = epath.Path('gs://bucket/runs/tiny/classifier/checkpoints')
     assert sorted(path.name for path in checkpoints.iterdir() if path.name.isdecimal()) == ['6', '8']
-    ours, theirs = (samples.take(r.path('samples', 'default'), np.arange(20)) for r in (run, finished))
+    ours, theirs = (sample_store.take(r.path('samples', 'default'), np.arange(20)) for r in (run, finished))
     for name in theirs:
         np.testing.assert_array_equal(ours[name], theirs[name])
     for name in ('vqvae', 'prior_top', 'prior_bottom', 'classifier'):
@@ -98,7 +98,7 @@ def test_images_on_a_bucket(bucket):
     for i, name in enumerate(['cat/one', 'cat/two', 'dog/deep/three', 'dog/four']):
         with epath.Path(f'gs://bucket/images/{name}.png').open('wb') as file:
             Image.fromarray(pixels[i]).save(file, 'PNG')
-    samples.write_npz(epath.Path('gs://bucket/arrays/a.npz'), {'arr_0': pixels, 'label': np.array([0, 0, 1, 1])})
+    sample_store.write_npz(epath.Path('gs://bucket/arrays/a.npz'), {'arr_0': pixels, 'label': np.array([0, 0, 1, 1])})
     sizes = dict(image_size=(6, 6), num_classes=2, held_out=(0.5, 0.0), channels=3)
     for name, path in (('folder', 'images'), ('npz', 'arrays/a.npz'), ('npz', 'arrays/*.npz')):
         source = open_images(image_spec(name, f'gs://bucket/{path}', **sizes), 'train')

@@ -137,7 +137,10 @@ def test_fit_crops_where_told():
     pixels = np.zeros((80, 80), np.uint8)
     pixels[:10, :10], pixels[-10:, -10:] = 200, 100
     image = Image.fromarray(pixels)
-    at = {offset: decode.resize_and_crop(image, (70, 70), 8 / 7, offset)[..., 0] for offset in [(0, 0), (0.5, 0.5), (1, 1), (0, 1)]}
+    at = {
+        offset: decode.resize_and_crop(image, (70, 70), 8 / 7, offset)[..., 0]
+        for offset in [(0, 0), (0.5, 0.5), (1, 1), (0, 1)]
+    }
     np.testing.assert_array_equal(at[0, 0], pixels[:70, :70])
     np.testing.assert_array_equal(at[0.5, 0.5], pixels[5:75, 5:75])
     np.testing.assert_array_equal(at[1, 1], pixels[10:, 10:])

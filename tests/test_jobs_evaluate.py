@@ -14,7 +14,7 @@ from PIL import Image
 from tests import torch_weights
 from vqvae2_jax.config import build as configs
 from vqvae2_jax.config.validation import validate_config
-from vqvae2_jax.data import samples
+from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.loader import eval_batches
 from vqvae2_jax.distributed.preemption import Interrupted
 from vqvae2_jax.io import record
@@ -53,7 +53,7 @@ def outputs(finished):
     vqvae, variables = configs.make_vqvae(finished.config), workdir.load_vqvae(finished).variables
     source = finished.images('test')
     real = np.stack([source[i]['image'] for i in range(len(source))])
-    drawn = [samples.read_npz(path) for path in samples.shard_paths(finished.set_path('samples'))]
+    drawn = [sample_store.read_npz(path) for path in sample_store.shard_paths(finished.set_path('samples'))]
     again = jax.jit(lambda x: vqvae.apply(variables, to_float(x)).image)(real)
     again = np.round((np.clip(again, -1, 1) + 1) * 127.5).astype(np.uint8)
     sets = {'real': real, 'samples': np.concatenate([d['arr_0'] for d in drawn]), 'reconstructions': again}
@@ -111,7 +111,7 @@ def test_sweep_goes_from_all_to_few(sample_set, finished, outputs):
     distance = frechet_distance(Moments.of(real), Moments.of(drawn))
     np.testing.assert_allclose(points[0]['frechet_distance'], distance, rtol=1e-3)
     assert (points[0]['precision'], points[0]['recall']) == pytest.approx(precision_recall(real, drawn), abs=0.11)
-    scores = samples.read_npz(finished.set_path('rejection') / 'scores.npz')
+    scores = sample_store.read_npz(finished.set_path('rejection') / 'scores.npz')
     assert points[0]['confidence'] == pytest.approx(scores['score'][:10].mean())
     confidences = [point['confidence'] for point in points]
     assert confidences[-1] > confidences[0]
@@ -138,7 +138,7 @@ def test_classification_accuracy_score(report, sample_set, finished):
 
 
 def test_reconstructions_are_the_training_images_decoded(finished):
-    stored = samples.take(finished.path('reconstructions'), np.array([0, 7]))
+    stored = sample_store.take(finished.path('reconstructions'), np.array([0, 7]))
     vqvae, variables = configs.make_vqvae(finished.config), workdir.load_vqvae(finished).variables
     source = finished.images('train')
     for i, image, label in zip((0, 7), stored['arr_0'], stored['label'], strict=True):
@@ -262,21 +262,21 @@ def test_a_number_that_cannot_be_had_does_not_cost_the_report(run):
 def test_an_imported_classifier_scores_samples(run, tmp_path):
     np.savez(tmp_path / 'resnet.npz', **torch_weights.resnet50_state(classes=10))
     run.config.reject.classifier = str(tmp_path / 'resnet.npz')
-    before = samples.read_npz(run.set_path('rejection') / 'scores.npz')
+    before = sample_store.read_npz(run.set_path('rejection') / 'scores.npz')
     with pytest.raises(StaleInputError, match='(?s)rejection/default was made from another.*--job=reject'):
         run_job(run, 'evaluate')
     run_job(run, 'reject')
-    assert not np.allclose(samples.read_npz(run.set_path('rejection') / 'scores.npz')['score'], before['score'])
+    assert not np.allclose(sample_store.read_npz(run.set_path('rejection') / 'scores.npz')['score'], before['score'])
     np.savez(tmp_path / 'resnet.npz', **torch_weights.resnet50_state(classes=9))
     with pytest.raises(JobError, match=r'has 9 classes, but data\.num_classes=10'):
         run_job(run, 'reject')
 
 
 def test_a_threshold_keeps_those_above_and_says_when_there_are_none(run):
-    scores = samples.read_npz(run.set_path('rejection') / 'scores.npz')
+    scores = sample_store.read_npz(run.set_path('rejection') / 'scores.npz')
     run.config.reject.update(keep_fraction=1.0, threshold=float(np.median(scores['score'])))
     run_job(run, 'reject')
-    accepted = samples.read_npz(run.set_path('rejection') / 'accepted.npz')
+    accepted = sample_store.read_npz(run.set_path('rejection') / 'accepted.npz')
     np.testing.assert_array_equal(accepted['index'], scores['index'][scores['score'] >= run.config.reject.threshold])
     run.config.reject.threshold = 0.999
     with pytest.raises(JobError, match=r'reject.threshold=0.999 keeps no sample: the best one scores 0\.'):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from vqvae2_jax.config import base
 from vqvae2_jax.config.validation import validate_config
-from vqvae2_jax.data import samples
+from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.decode import UnreadableImage
 from vqvae2_jax.io import record
 from vqvae2_jax.io.files import read_json
@@ -62,7 +62,7 @@ def test_a_folder_becomes_a_report(folder_run, capsys):
     assert shapes == {'bottom': [8, 12], 'middle': [4, 6], 'top': [2, 3]}
     found = [folder_run.codes(split).meta.count for split in ('train', 'validation', 'test')]
     assert sum(found) == 60 and sum(report['protocol']['counts'].values()) == 61  # the broken one has no codes
-    found = samples.take(folder_run.path('samples', 'default'), np.arange(8))
+    found = sample_store.take(folder_run.path('samples', 'default'), np.arange(8))
     assert found['arr_0'].shape == (8, 16, 24, 3) and not found['label'].any()
     assert 'intended_class' not in report['samples'] and not folder_run.path('classifier').exists()
     written = {p.name for p in folder_run.path('report').iterdir()}

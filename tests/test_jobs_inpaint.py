@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vqvae2_jax.config import build as configs
-from vqvae2_jax.data import samples
+from vqvae2_jax.data import sample_store
 from vqvae2_jax.io import record
 from vqvae2_jax.io.files import read_json
 from vqvae2_jax.io.record import JobError
@@ -37,7 +37,7 @@ def encode(run, image):
 
 
 def read_variants(run, name):
-    return samples.read_npz(run.path('inpaint', f'{name}.npz'))
+    return sample_store.read_npz(run.path('inpaint', f'{name}.npz'))
 
 
 def test_the_lower_half_is_sampled_again_and_the_rest_stays(run, folder):

@@ -3,11 +3,10 @@
 import pytest
 
 from vqvae2_jax.data import images
-from vqvae2_jax.evaluation import measure, report
 from vqvae2_jax.io import record
 from vqvae2_jax.io.files import read_json, write_json
 from vqvae2_jax.io.record import JobError, SettingsChangedError, StaleInputError
-from vqvae2_jax.jobs import cas, evaluate, train
+from vqvae2_jax.jobs import evaluate, feature_store, train
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.training.checkpoint import BestCheckpoint
 
@@ -165,7 +164,7 @@ def test_weights_of_another_versions_network_are_refused(run, monkeypatch):
 
 def test_a_record_tells_the_digest_without_the_weights(run, monkeypatch):
     monkeypatch.setattr(BestCheckpoint, 'load', None)
-    evaluate.check_upstreams(run)
+    evaluate.check_inputs(run)
     for job in ('prior', 'classifier', 'vqvae'):
         run_job(run, job)
 
@@ -189,9 +188,19 @@ def test_a_missing_input_names_the_job_that_makes_it(run, missing, job, hint):
 
 
 def test_the_report_tells_of_the_rejection_that_was_done(run):
-    run.config.reject.keep = 0.9
+    run.config.reject.keep_fraction = 0.9
     run_job(run, 'evaluate')
-    assert read_json(run.path('report', 'report.json'))['samples']['kept'] == 0.5
+    assert read_json(run.path('report', 'report.json'))['sets']['default']['keep_fraction'] == 0.5
+
+
+@pytest.mark.parametrize('job', ['vqvae', 'extract_codes', 'prior', 'classifier', 'sample', 'likelihood', 'evaluate'])
+def test_workdirs_of_version_0_2_are_refused_by_name(run, job):
+    for directory in ('vqvae', 'prior_top', 'prior_bottom', 'classifier'):
+        run.path(directory, record.FILE).rename(run.path(directory, 'trained.json'))
+    before = sorted(path.name for path in run.workdir.iterdir())
+    with pytest.raises(JobError, match=r'was written by a version before 0.3 \(trained.json.*CHANGELOG.md'):
+        run_job(run, job)
+    assert sorted(path.name for path in run.workdir.iterdir()) == before
 
 
 def test_unknown_levels_are_listed(run):
@@ -205,7 +214,7 @@ def test_unknown_levels_are_listed(run):
 
 
 def results_of(monkeypatch, owner, name):
-    """What owner.name returns from now on, in a list."""
+    """Returns a list that all later results of owner.name are appended to."""
     function, results = getattr(owner, name), []
 
     def watched(*args, **kwargs):
@@ -219,16 +228,16 @@ def results_of(monkeypatch, owner, name):
 def test_evaluation_opens_each_split_once_and_ends_its_readers(run, monkeypatch):
     loads = results_of(monkeypatch, BestCheckpoint, 'load')
     opened = results_of(monkeypatch, images, 'open_images')
-    readers = [results_of(monkeypatch, module, 'eval_batches') for module in (measure, cas, report)]
-    for section in (run.config.vqvae, run.config.prior.top):
-        section.training.batch_size = 6  # eight devices may have shared it by fsdp; here one process judges alone
+    readers = [results_of(monkeypatch, module, 'eval_batches') for module in (evaluate, feature_store)]
+    for name in ('evaluation', 'features', 'report'):
+        run.path(name).rmtree()
     run_job(run, 'evaluate')
     assert len(opened) == 3
     assert len(loads) == 7  # stage 1, two priors, the judge; the three classifiers of CAS
     assert all(readers) and all(reader._reading is None for module in readers for reader in module)
 
 
-def test_images_are_opened_anew_when_the_config_changes(run):
+def test_images_are_opened_again_when_the_config_changes(run):
     assert run.images('test') is run.images('test')
     before = run.images('test').digest
     run.config.data.split_seed = 1
@@ -238,16 +247,16 @@ def test_images_are_opened_anew_when_the_config_changes(run):
 def test_codes_are_read_without_worker_processes(run, monkeypatch):
     run.config.data.workers = 16
     run.path('prior_top').rmtree()
-    monkeypatch.setattr(train, 'fit', stop_with_data)
+    monkeypatch.setattr(train, 'train', stop_with_data)
     with pytest.raises(StopIteration) as stop:
         run_job(run, 'prior', 'top')
     data = stop.value.value
-    assert data.train._workers == 0 and data.held_out()._workers == 0
+    assert data.train._workers == 0 and data.val()._workers == 0
     run.path('vqvae').rmtree()
     with pytest.raises(StopIteration) as stop:
         run_job(run, 'vqvae')
     assert stop.value.value.train._workers == 16
 
 
-def stop_with_data(stage, training, data, *args, **kwargs):
+def stop_with_data(task, config, data, *args, **kwargs):
     raise StopIteration(data)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vqvae2_jax.data import codes as store
-from vqvae2_jax.data import samples
+from vqvae2_jax.data import sample_store
 from vqvae2_jax.distributed.preemption import Interrupted
 from vqvae2_jax.io import record
 from vqvae2_jax.io.logging import MetricsLogger
@@ -112,7 +112,7 @@ def set_path(run):
 
 
 def read_all(run, count, name='default'):
-    return samples.take(run.path('samples', name), np.arange(count))
+    return sample_store.take(run.path('samples', name), np.arange(count))
 
 
 def assert_same_samples(found, expected):
@@ -122,7 +122,7 @@ def assert_same_samples(found, expected):
 
 def test_interrupted_sampling_continues_and_a_set_may_grow(run, finished, monkeypatch):
     set_path(run).rmtree()
-    written = act_after(monkeypatch, samples, 'write_npz', 1, terminate)
+    written = act_after(monkeypatch, sample_store, 'write_npz', 1, terminate)
     with pytest.raises(Interrupted):
         run_job(run, 'sample')
     assert written == ['samples-00000000-00000016.npz']
@@ -156,17 +156,17 @@ def test_a_set_of_samples_never_shrinks(run):
 
 def test_growth_that_was_interrupted_leaves_no_sample_twice(run, monkeypatch):
     run.config.sample.count = 40
-    act_after(monkeypatch, samples, 'write_npz', 1, terminate)
+    act_after(monkeypatch, sample_store, 'write_npz', 1, terminate)
     with pytest.raises(Interrupted):
         run_job(run, 'sample')
     run.config.sample.count = 48
     run_job(run, 'sample')
-    assert sorted(set_path(run).glob('*.npz')) == samples.shard_paths(set_path(run))
+    assert sorted(set_path(run).glob('*.npz')) == sample_store.shard_paths(set_path(run))
 
 
 def test_a_signal_during_the_last_file_is_not_swallowed(run, monkeypatch):
     set_path(run).rmtree()
-    act_after(monkeypatch, samples, 'write_npz', 2, terminate)
+    act_after(monkeypatch, sample_store, 'write_npz', 2, terminate)
     with pytest.raises(Interrupted):
         run_job(run, 'sample')
     run_job(run, 'sample')
@@ -190,7 +190,7 @@ def test_a_sample_depends_on_its_number_and_not_on_the_count(run, finished):
     set_path(run).rmtree()
     run.config.sample.update(count=8, shard_size=3)
     run_job(run, 'sample')
-    assert len(samples.shard_paths(set_path(run))) == 3
+    assert len(sample_store.shard_paths(set_path(run))) == 3
     assert_same_samples(read_all(run, 8), {k: v[:8] for k, v in read_all(finished, 24).items()})
 
 
@@ -215,7 +215,7 @@ def test_sets_of_samples_lie_side_by_side(run, finished):
     run.config.sample.update(name='cold-0.5', count=8)
     run.config.sample.temperature.top = 0.5
     run_job(run, 'sample')
-    cold = samples.take(run.path('samples', 'cold-0.5'), np.arange(8))
+    cold = sample_store.take(run.path('samples', 'cold-0.5'), np.arange(8))
     assert (cold['codes_1'] != read_all(finished, 24)['codes_1'][:8]).any()
     assert_same_samples(read_all(run, 24, 'default'), read_all(finished, 24))
     found = {name: record.read_done(run.path('samples', name), 'sample') for name in ('default', 'cold-0.5')}
@@ -224,7 +224,7 @@ def test_sets_of_samples_lie_side_by_side(run, finished):
 
 
 def test_a_lost_picture_is_made_again_without_new_samples(run, monkeypatch, capsys):
-    written = act_after(monkeypatch, samples, 'write_npz', -1, None)
+    written = act_after(monkeypatch, sample_store, 'write_npz', -1, None)
     before = record.read_done(set_path(run), 'sample')
     (set_path(run) / 'samples.png').unlink()
     run_job(run, 'sample')

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqvae2_jax.data import samples
+from vqvae2_jax.data import sample_store
 from vqvae2_jax.io import record
 from vqvae2_jax.io.files import read_json
 from vqvae2_jax.jobs import workdir
@@ -28,7 +28,7 @@ def test_the_jobs_know_wavefront_priors_and_sampling_params(run, monkeypatch):
     run_job(run, 'pipeline')
     priors, params = loaded[0].priors, loaded[0].params
     assert {prior.dtype for prior in priors} | {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype('bfloat16')}
-    guided = samples.take(run.path('samples', 'default'), np.arange(16))
+    guided = sample_store.take(run.path('samples', 'default'), np.arange(16))
     assert guided['arr_0'].shape == (16, 28, 28, 1) and len(np.unique(guided['codes_1'].reshape(16, -1), axis=0)) == 16
     report = read_json(run.path('report', 'report.json'))['samples']
     assert report['guidance'] == {'bottom': 1.0, 'top': 3.0} and report['top_k'] == {'bottom': 5, 'top': 0}
@@ -37,5 +37,5 @@ def test_the_jobs_know_wavefront_priors_and_sampling_params(run, monkeypatch):
     run.config.sample.guidance.top = 1.0
     run.config.sample.name = 'plain'
     run_job(run, 'sample')
-    plain = samples.take(run.path('samples', 'plain'), np.arange(16))
+    plain = sample_store.take(run.path('samples', 'plain'), np.arange(16))
     assert (plain['codes_1'] != guided['codes_1']).any()

@@ -106,7 +106,7 @@ def test_likelihood_sums_to_one_over_all_maps():
     params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
     stage = make_task(prior, level=0, levels=1)
     batch = {'codes_0': maps, 'label': jnp.zeros(len(maps), jnp.int32)}
-    nll = stage.evaluate(params, {}, batch)['nll']  # mean nats per code
+    nll = stage.eval_step(params, {}, batch)['nll']  # mean nats per code
     np.testing.assert_allclose(np.exp(-4 * np.asarray(nll, np.float64)).sum(), 1.0, rtol=1e-4)
     assert np.ptp(np.asarray(nll)) > 0.01  # and it is not the uniform distribution
 

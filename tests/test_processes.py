@@ -15,7 +15,7 @@ import pytest
 from etils import epath
 
 from tests.fake_gcs import serve
-from vqvae2_jax.data import samples
+from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.codes import CodeSource
 from vqvae2_jax.io import record
 from vqvae2_jax.io.logging import read_metrics
@@ -128,7 +128,7 @@ def test_two_processes_do_every_job_as_one(tmp_path):
     for split in ('train', 'validation', 'test'):
         assert_equal(codes(again, split), codes(two, split))
     index = np.arange(24)
-    assert_equal(*[samples.take(epath.Path(workdir / 'samples' / 'default'), index) for workdir in (again, two)])
+    assert_equal(*[sample_store.take(epath.Path(workdir / 'samples' / 'default'), index) for workdir in (again, two)])
     assert (two / 'report' / 'report.html').exists()
     assert_other_jobs_are_equal(again, two)
     failing = start(two, 2, *SHORT, '--job=evaluate', '--config.evaluate.inception=nowhere.npz')
@@ -141,7 +141,9 @@ def assert_other_jobs_are_equal(one, two):
     for job in ('inpaint', 'likelihood'):
         for workdir, count in ((one, 1), (two, 2)):
             assert end(start(workdir, count, *SHORT, *flags, f'--job={job}')) == [0] * count, output(workdir)
-    assert_equal(*[samples.read_npz(epath.Path(workdir / 'inpaint' / '0000-samples.npz')) for workdir in (one, two)])
+    assert_equal(
+        *[sample_store.read_npz(epath.Path(workdir / 'inpaint' / '0000-samples.npz')) for workdir in (one, two)]
+    )
     bits = []
     for workdir in (one, two):
         with (workdir / 'likelihood' / 'test' / 'images.csv').open() as file:

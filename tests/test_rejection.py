@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from vqvae2_jax.data import samples
+from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.images import ImageSource
 from vqvae2_jax.data.shards import shard_ranges
 from vqvae2_jax.evaluation import generative
@@ -51,7 +51,7 @@ def store_samples(run, images, labels, shard_size=100):
     output = record.open_output(directory, 'sample', {}, settings)
     for start, stop in shard_ranges(len(images), shard_size):
         arrays = {'arr_0': images[start:stop], 'label': labels[start:stop], 'index': index[start:stop]}
-        samples.write_npz(samples.shard_path(directory, start, stop), arrays)
+        sample_store.write_npz(sample_store.shard_path(directory, start, stop), arrays)
     output.finish({'count': len(images)})
 
 
@@ -86,7 +86,7 @@ def evaluate_set(run, real, monkeypatch):
     monkeypatch.setattr(feature_store, 'reconstruction_features', reference)
     monkeypatch.setattr(evaluate_samples, 'ALL_LEVELS', feature_store.IMAGES)
     evaluation = Evaluation(run, CLASSIFIER, CLASSIFIER, lambda: 0)
-    return evaluate_samples._sample_metrics(evaluation, samples.read_set(run.set_path('samples')))
+    return evaluate_samples._sample_metrics(evaluation, sample_store.read_set(run.set_path('samples')))
 
 
 @pytest.fixture(autouse=True)
@@ -201,8 +201,8 @@ def test_images_of_certain_class_are_ranked_by_log_probability(empty_run):
     images.reshape(2, -1)[:, FEATURES + 3] = 80, 160
     store_samples(empty_run, images, labels)
     reject.reject(empty_run)
-    assert samples.read_npz(empty_run.set_path('rejection') / 'accepted.npz')['index'].tolist() == [1]
-    scores = samples.read_npz(empty_run.set_path('rejection') / 'scores.npz')
+    assert sample_store.read_npz(empty_run.set_path('rejection') / 'accepted.npz')['index'].tolist() == [1]
+    scores = sample_store.read_npz(empty_run.set_path('rejection') / 'scores.npz')
     assert scores['score'].tolist() == [1, 1]
     np.testing.assert_allclose(scores['log_probability'], [-9 * np.exp(-20), -9 * np.exp(-40)], rtol=1e-6)
 
@@ -226,7 +226,7 @@ def test_the_threshold_is_a_probability_as_it_is_stored(empty_run, keep_fraction
     store_samples(empty_run, images, labels)
     empty_run.config.reject.update(keep_fraction=keep_fraction, threshold=threshold)
     reject.reject(empty_run)
-    assert samples.read_npz(empty_run.set_path('rejection') / 'accepted.npz')['index'].tolist() == kept
+    assert sample_store.read_npz(empty_run.set_path('rejection') / 'accepted.npz')['index'].tolist() == kept
 
 
 def test_log_probability():
@@ -246,13 +246,13 @@ def test_scores_are_written_again_when_settings_change_and_kept_when_not(empty_r
     store_samples(empty_run, random_images(20, seed=0), np.arange(20) % CLASSES)
     reject.reject(empty_run)
     path = empty_run.set_path('rejection') / 'accepted.npz'
-    assert len(samples.read_npz(path)['index']) == 10
+    assert len(sample_store.read_npz(path)['index']) == 10
     before = path.stat().mtime
     reject.reject(empty_run)
     assert path.stat().mtime == before and 'reject: done' in capsys.readouterr().out
     empty_run.config.reject.keep_fraction = 1.0
     reject.reject(empty_run)
-    assert len(samples.read_npz(path)['index']) == 20
+    assert len(sample_store.read_npz(path)['index']) == 20
     found = record.read_done(empty_run.set_path('rejection'), 'reject')
     assert found.settings == {'keep_fraction': 1.0, 'threshold': 0.0}
     assert found.results == {'count': 20, 'accepted': 20}
@@ -272,7 +272,7 @@ def test_scores_do_not_depend_on_the_number_of_devices(empty_run, count):
     images = random_images(30, seed=0)
     store_samples(empty_run, images, np.arange(30) % CLASSES)
     reject.reject(Run(empty_run.config, empty_run.workdir, jax.devices()[:count]))
-    scores = samples.read_npz(empty_run.set_path('rejection') / 'scores.npz')
+    scores = sample_store.read_npz(empty_run.set_path('rejection') / 'scores.npz')
     expected = log_probability(extract(images)['logits'], np.arange(30) % CLASSES)
     np.testing.assert_allclose(scores['log_probability'], expected, rtol=1e-5)
     np.testing.assert_array_equal(scores['index'], np.arange(30))

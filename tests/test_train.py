@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.defaults import make_vqvae, train_config
 from vqvae2_jax.data.loader import eval_batches, train_batches
 from vqvae2_jax.distributed import sharding
 from vqvae2_jax.distributed.preemption import Interrupted
 from vqvae2_jax.io.logging import RUNTIME_FIELDS, read_metrics
-from vqvae2_jax.models.vqvae import VQVAE
 from vqvae2_jax.tasks import vqvae
 from vqvae2_jax.tasks.task import Task, as_floats
 from vqvae2_jax.training import loop, optim, state
@@ -65,12 +65,13 @@ class Watched(grain.DatasetIterator):
 
 def small_task(num_residual_blocks=1):
     shape = dict(hidden_channels=8, residual_channels=4, num_residual_blocks=num_residual_blocks)
-    model = VQVAE((2, 2), channels=1, codebook_size=12, codebook_dim=4, dead_code_threshold=0.3, **shape)
+    shape |= dict(downsample_factors=(2, 2), channels=1, codebook_size=12, codebook_dim=4)
+    model = make_vqvae(dead_code_threshold=0.3, **shape)
     return vqvae.make_task(model, ('bottom', 'top'), 0.25, steps_per_epoch=3)
 
 
 # Log, evaluation and checkpoint fall on different steps, so a stop finds each of them at another distance.
-CONFIG = optim.TrainConfig(
+CONFIG = train_config(
     steps=11, batch_size=BATCH, learning_rate=3e-3, warmup_steps=2, lr_schedule='cosine', clip_norm=0.5,
     weight_decay=1e-3, params_ema_decay=0.9, log_every=3, eval_every=4, save_every=5,
 )  # fmt: skip
@@ -139,7 +140,7 @@ def first_state(task, config):
 
 
 def test_every_part_of_the_state_moves_in_a_step_and_the_key_stays():
-    task, config = small_task(), optim.TrainConfig(steps=9, batch_size=BATCH, learning_rate=1e-3)
+    task, config = small_task(), train_config(steps=9, batch_size=BATCH, learning_rate=1e-3)
     before, batch, optimizer = first_state(task, config)
     old = leaves(before)
     with jax.set_mesh(sharding.make_mesh()):
@@ -152,7 +153,7 @@ def test_every_part_of_the_state_moves_in_a_step_and_the_key_stays():
 
 
 def test_eight_devices_train_as_one():
-    config = optim.TrainConfig(steps=9, batch_size=BATCH, learning_rate=1e-3, params_ema_decay=0.9)
+    config = train_config(steps=9, batch_size=BATCH, learning_rate=1e-3, params_ema_decay=0.9)
     task, mesh = small_task(), sharding.make_mesh()
     one, batch, optimizer = first_state(task, config)
     with jax.set_mesh(mesh):
@@ -279,7 +280,7 @@ def val():
 
 def train_toy(directory, task, data=None, val=val, **fields):
     defaults = {'steps': 8, 'learning_rate': 1.0, 'params_ema_decay': 0.0, 'eval_every': 1, 'save_every': 2}
-    config = optim.TrainConfig(batch_size=8, **defaults | fields)
+    config = train_config(batch_size=8, **defaults | fields)
     data = Data(data or Numbers(), val, {'x': np.zeros(8, np.float32)})
     return train(task, config, data, directory, mesh=sharding.make_mesh(), name='toy', seed=0)
 
@@ -456,7 +457,7 @@ def test_a_stop_within_the_profiled_steps_ends_the_profile_and_the_restart_conti
 def test_rates_and_utilization_are_logged(tmp_path, capsys):
     batch = Numbers()
     data = Data(batch, val, {'x': np.zeros(8, np.float32)})
-    config = optim.TrainConfig(steps=4, batch_size=8, learning_rate=1.0, log_every=1, eval_every=4, save_every=4)
+    config = train_config(steps=4, batch_size=8, learning_rate=1.0, log_every=1, eval_every=4, save_every=4)
     rates = {'flops_per_step': 50.0, 'peak_flops': 1e6}
     train(toy_task(), config, data, tmp_path, mesh=sharding.make_mesh(), name='toy', seed=0, **rates)
     lines = [row for row in read_metrics(tmp_path) if 'train/loss' in row]

@@ -5,7 +5,7 @@ changes no environment variable and no state of another library; `vqvae2_jax.xla
 training on a CPU fast.
 """
 
-from vqvae2_jax.config.files import load_config
+from vqvae2_jax.config.loading import load_config
 from vqvae2_jax.version import __version__
 
 __all__ = ['__version__', 'load_config']

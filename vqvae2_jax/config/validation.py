@@ -92,8 +92,8 @@ def check_names(path: str, names: Iterable[str], allowed: Iterable[str], complet
     """
     names, allowed = list(map(str, names)), list(allowed)
     if unknown := sorted(set(names) - set(allowed)):
-        near = difflib.get_close_matches(unknown[0], allowed, n=1)
-        hint = f'did you mean {near[0]!r}? ' if near else ''
+        near = _similar(unknown[0], allowed)
+        hint = f'did you mean {near!r}? ' if near else ''
         raise ConfigError(
             f'{path} has the unknown field {show(unknown[0])}; {hint}its fields are {", ".join(sorted(allowed))}'
         )
@@ -101,6 +101,15 @@ def check_names(path: str, names: Iterable[str], allowed: Iterable[str], complet
         raise ConfigError(
             f'{path} lacks the field {missing[0]!r}; start the config from vqvae2_jax.config.base.get_config()'
         )
+
+
+def _similar(name, allowed):
+    """Returns the allowed name that a name is closest to, as a whole or in one of its words; None if none is close."""
+    words = {word: full for full in reversed(allowed) for word in full.split('_')}
+    for choices in ({full: full for full in allowed}, words):
+        if near := difflib.get_close_matches(name, choices, n=1):
+            return choices[near[0]]
+    return None
 
 
 def _check_section(path, section, fields):

@@ -16,7 +16,7 @@ import jax
 
 from vqvae2_jax import inference
 from vqvae2_jax.config import build as configs
-from vqvae2_jax.data import samples
+from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.images import open_images
 from vqvae2_jax.data.shards import ShardWriter, batch_runs, shard_ranges
 from vqvae2_jax.distributed import processes, sharding
@@ -41,7 +41,7 @@ def classification_accuracy_score(run: Run) -> None:
     """
     if not configs.has_classifier(run.config):
         raise JobError(f'data.num_classes={run.config.data.num_classes}: CAS needs classes')
-    samples.shard_paths(run.set_path(SAMPLES))  # refuses before the work begins
+    sample_store.shard_paths(run.set_path(SAMPLES))  # refuses before the work begins
     reconstruct(run)
     for kind, (directory, images) in sources(run).items():
         _train(run, kind, directory, images)
@@ -65,7 +65,7 @@ def reconstruct(run: Run) -> None:
     settings = {'split': 'train', 'shard_size': run.config.sample.shard_size}
     output = run.open_output(directory, 'cas', _codes_digests(run), settings)
     ranges = shard_ranges(len(source), run.config.sample.shard_size)
-    missing = processes.run_on_main_process(lambda: samples.missing_shards(directory, ranges))
+    missing = processes.run_on_main_process(lambda: sample_store.missing_shards(directory, ranges))
     if output.state == record.DONE and not missing:
         print(f'reconstructions: done ({len(source)} images in {directory})', flush=True)
         return
@@ -80,8 +80,8 @@ def _write_reconstructions(run, output, source, missing, stopped):
 
     def write(limits, arrays):
         arrays = {'arr_0': arrays['image'], 'label': arrays['label'], 'index': arrays['index'].astype('int64')}
-        path = samples.shard_path(output.directory, *limits)
-        processes.run_on_main_process(lambda: samples.write_npz(path, arrays))
+        path = sample_store.shard_path(output.directory, *limits)
+        processes.run_on_main_process(lambda: sample_store.write_npz(path, arrays))
 
     writer = ShardWriter(missing, write)
     with jax.set_mesh(run.mesh):
@@ -103,8 +103,8 @@ def _write_reconstructions(run, output, source, missing, stopped):
 
 def _train(run, kind, directory, images):
     """Trains a classifier on the images of a directory."""
-    found = samples.read_set(images)
-    samples.shard_paths(images)  # refuses a set that lacks files
+    found = sample_store.read_set(images)
+    sample_store.shard_paths(images)  # refuses a set that lacks files
     folder = str(images) if gcs.is_remote(images) else glob.escape(str(images))
     path = gcs.local_copy(os.path.join(folder, 'samples-*.npz'), found.digest)
     changes = {'splits': (), 'split_seed': 0, 'held_out': (_HELD_OUT, 0.0), 'on_error': 'raise'}
@@ -136,8 +136,8 @@ def check_inputs(run: Run) -> None:
     """
     directory = run.path(RECONSTRUCTIONS)
     hint = f'delete {directory} and {record.job_command("cas")}'
-    record.check_inputs(directory, samples.read_set(directory).inputs, _codes_digests(run), hint)
+    record.check_inputs(directory, sample_store.read_set(directory).inputs, _codes_digests(run), hint)
     for kind, (place, images) in sources(run).items():
         trained = workdir.trained_record(run, place, 'cas', 'classifier')
         hint = f'delete {run.path(place)} and {record.job_command("cas")}'
-        record.check_inputs(run.path(place), trained.inputs, {kind: samples.read_set(images).digest}, hint)
+        record.check_inputs(run.path(place), trained.inputs, {kind: sample_store.read_set(images).digest}, hint)

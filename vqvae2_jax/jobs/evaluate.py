@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from vqvae2_jax.config import build as configs
-from vqvae2_jax.data import samples
+from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.loader import eval_batches
 from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.distributed.batches import map_examples
@@ -88,14 +88,14 @@ def check_inputs(run: Run) -> None:
         record.check_inputs(found.directory, {'codes': found.inputs.get('codes')}, codes, hint)
     directory = run.set_path(SAMPLES)
     hint = f'delete {directory} and {record.job_command("sample")}'
-    record.check_inputs(directory, samples.read_set(directory).inputs, workdir.generator_digests(run), hint)
+    record.check_inputs(directory, sample_store.read_set(directory).inputs, workdir.generator_digests(run), hint)
     if not configs.has_classifier(run.config):
         return
     if configs.trains_classifier(run.config):
         trained = workdir.trained_record(run, 'classifier', 'classifier', 'classifier')
         workdir.check_images(run, 'classifier', trained)
     scores = record.read_done(run.set_path(REJECTION), 'reject')
-    current = {'samples': samples.read_set(directory).digest, 'classifier': feature_store.classifier_digest(run)}
+    current = {'samples': sample_store.read_set(directory).digest, 'classifier': feature_store.classifier_digest(run)}
     record.check_inputs(scores.directory, scores.inputs, current, record.job_command('reject'))
     if configs.has_cas(run.config):
         cas.check_inputs(run)
@@ -274,7 +274,7 @@ def _cas(e: Evaluation, kind: str) -> dict[str, Any]:
         name = f'{cas.DIRECTORY}/real' if run.config.reject.classifier else 'classifier'
     else:
         (directory, images), job = cas.sources(run)[kind], 'cas'
-        name, count = directory, samples.read_set(images).results['count']
+        name, count = directory, sample_store.read_set(images).results['count']
     trained = workdir.trained_record(run, directory, job, 'classifier')
 
     def compute():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vqvae2_jax.config import build as configs
-from vqvae2_jax.data import samples
+from vqvae2_jax.data import sample_store
 from vqvae2_jax.distributed import processes
 from vqvae2_jax.distributed.preemption import exit_together
 from vqvae2_jax.evaluation import generative
@@ -72,7 +72,7 @@ def evaluate_set(e: Evaluation, own_cas: dict | None) -> None:
     run, name = e.run, e.run.config.sample.name
 
     def compute():
-        found = samples.read_set(run.path(SAMPLES, name))
+        found = sample_store.read_set(run.path(SAMPLES, name))
         fields = ('seed', *configs.sampling_settings(run.config), 'dtype')
         results = {'count': found.results['count']} | {field: found.settings[field] for field in fields}
         results |= _sample_metrics(e, found)
@@ -138,7 +138,7 @@ def _choose(e: Evaluation, found: Record, real_count: int):
     points, scores = [], None
     indices = np.arange(min(found.results['count'], MAX_STORED_FEATURES))
     if e.classifier is not None:
-        scores = samples.read_npz(e.run.path(REJECTION, found.directory.name, reject.SCORES))
+        scores = sample_store.read_npz(e.run.path(REJECTION, found.directory.name, reject.SCORES))
         fractions = e.run.config.evaluate.sweep
         points = generative.choose_samples(
             scores['log_probability'], scores['label'], fractions, real_count, MAX_STORED_FEATURES
@@ -176,8 +176,8 @@ def _compare_samples(e, real, made, drawn, indices, points, scores) -> dict[str,
 
 def _class_accuracy(run: Run, name: str) -> dict[str, Any]:
     rejection = record.read_done(run.path(REJECTION, name), 'reject')
-    scores = samples.read_npz(rejection.directory / reject.SCORES)
-    accepted = samples.read_npz(rejection.directory / reject.ACCEPTED)
+    scores = sample_store.read_npz(rejection.directory / reject.SCORES)
+    accepted = sample_store.read_npz(rejection.directory / reject.ACCEPTED)
     kept = scores['predicted'][np.searchsorted(scores['index'], accepted['index'])]
     each = per_class_accuracy(scores['predicted'], scores['label'], run.config.data.num_classes)
     names = run.images(run.config.evaluate.split).class_names

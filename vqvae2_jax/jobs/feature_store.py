@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from vqvae2_jax.config import build as configs
-from vqvae2_jax.data import samples
+from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.arrays import ArraysDataset
 from vqvae2_jax.data.images import ImageSource
 from vqvae2_jax.data.loader import eval_batches, read_all
@@ -97,9 +97,9 @@ def open_samples(run: Run, set_name: str, indices: np.ndarray | None = None) -> 
       JobError: the set is not finished.
     """
     directory, data = run.path(SAMPLES, set_name), run.config.data
-    samples.shard_paths(directory)  # it refuses a set that lacks files
+    sample_store.shard_paths(directory)  # it refuses a set that lacks files
     folder = str(directory) if gcs.is_remote(directory) else glob.escape(str(directory))
-    pattern = gcs.local_copy(os.path.join(folder, 'samples-*.npz'), samples.read_set(directory).digest)
+    pattern = gcs.local_copy(os.path.join(folder, 'samples-*.npz'), sample_store.read_set(directory).digest)
     dataset = ArraysDataset(pattern, data.num_classes)
     indices = np.arange(len(dataset)) if indices is None else indices
     return ImageSource(dataset, indices, tuple(data.image_size), data.channels)
@@ -170,7 +170,7 @@ def sample_features(
 ) -> Record:
     """Extracts features of the samples `indices` of a set into features/<name>/samples/<set>; see `image_features`."""
     source = open_samples(run, set_name, indices)
-    inputs = {'network': extractor.digest, 'images': samples.read_set(run.path(SAMPLES, set_name)).digest}
+    inputs = {'network': extractor.digest, 'images': sample_store.read_set(run.path(SAMPLES, set_name)).digest}
     settings = {'indices': files.digest_arrays({'indices': np.asarray(indices, np.int64)})}
     directory = run.path(DIRECTORY, name, SAMPLES, set_name)
     return extract(run, directory, inputs, settings, source, lambda: _one_row(extractor), [IMAGES], stopped)
@@ -248,7 +248,7 @@ def extract(
 
     def write(limits, arrays):
         arrays = {k: v for k, v in arrays.items() if k != 'index'}
-        processes.run_on_main_process(lambda: samples.write_npz(_shard_path(directory, limits), arrays))
+        processes.run_on_main_process(lambda: sample_store.write_npz(_shard_path(directory, limits), arrays))
 
     writer = ShardWriter(missing, write)
     with jax.set_mesh(run.mesh):
@@ -282,7 +282,7 @@ def load_stats(output: Record, row: str = IMAGES, max_stored: int = MAX_STORED_F
         if sum(len(part['features']) for part in stored) >= max_stored:
             break
     arrays = {k: np.concatenate([part[k] for part in stored])[:max_stored] for k in stored[0]}
-    values = samples.read_npz(output.directory / _STATISTICS)
+    values = sample_store.read_npz(output.directory / _STATISTICS)
     moments = Moments(int(values['count']), values[f'mean_{r}'], values[f'scatter_{r}'])
     return FeatureStats(arrays['features'], arrays.get('logits'), moments)
 
@@ -308,7 +308,7 @@ def _shard_path(directory, limits: Range):
 def read_shards(output: Record) -> Iterator[dict[str, np.ndarray]]:
     """Yields the arrays of every file of extracted features."""
     ranges = shard_ranges(output.settings['count'], output.settings['shard_size'])
-    return (samples.read_npz(_shard_path(output.directory, limits)) for limits in ranges)
+    return (sample_store.read_npz(_shard_path(output.directory, limits)) for limits in ranges)
 
 
 def _select(shard, r):
@@ -331,7 +331,7 @@ def _finish(output):
         for r in range(len(output.settings['rows'])):
             stats = FeatureStats.collect((_select(shard, r) for shard in read_shards(output)), max_stored=0)
             arrays |= {f'mean_{r}': stats.moments.mean, f'scatter_{r}': stats.moments.scatter}
-        samples.write_npz(output.directory / _STATISTICS, {'count': np.array(len(stats)), **arrays})
+        sample_store.write_npz(output.directory / _STATISTICS, {'count': np.array(len(stats)), **arrays})
         results = {'count': len(stats)}
     except ValueError as error:
         results = {'count': sum(int(shard['mask'].sum()) for shard in read_shards(output)), 'error': str(error)}

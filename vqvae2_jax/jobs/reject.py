@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from vqvae2_jax.data import samples
+from vqvae2_jax.data import sample_store
 from vqvae2_jax.distributed import processes
 from vqvae2_jax.distributed.batches import map_batches
 from vqvae2_jax.distributed.preemption import stop_signals
@@ -30,7 +30,7 @@ def reject(run: Run) -> None:
     """
     options, directory = run.config.reject, run.set_path(REJECTION)
     inputs = {
-        'samples': samples.read_set(run.set_path(SAMPLES)).digest,
+        'samples': sample_store.read_set(run.set_path(SAMPLES)).digest,
         'classifier': feature_store.classifier_digest(run),
     }
     settings = {'keep_fraction': options.keep_fraction, 'threshold': options.threshold}
@@ -70,10 +70,10 @@ def _write(run, output, scored) -> int:
     if not len(kept):
         best = scored['score'].max()
         raise JobError(f'reject.threshold={threshold} keeps no sample: the best one scores {best:.4g}')
-    accepted = samples.take(source, kept) | {name: scored[name][kept] for name in ('score', 'log_probability')}
+    accepted = sample_store.take(source, kept) | {name: scored[name][kept] for name in ('score', 'log_probability')}
     output.start()
-    samples.write_npz(directory / SCORES, scored)
-    samples.write_npz(directory / ACCEPTED, accepted)
+    sample_store.write_npz(directory / SCORES, scored)
+    sample_store.write_npz(directory / ACCEPTED, accepted)
     best_first = np.argsort(-accepted['log_probability'], kind='stable')
     grid = accepted['arr_0'][grid_positions(accepted['label'], best_first)]
     plots.save_png(directory / PICTURE, plots.image_grid(grid, columns=10, scale=plots.visible_scale(grid)))

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from vqvae2_jax import inference
 from vqvae2_jax.config import build as configs
-from vqvae2_jax.data import samples
+from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.shards import Range, ShardWriter, batch_starts, shard_ranges
 from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.distributed.batches import map_batches
@@ -33,8 +33,8 @@ def draw_samples(run: Run) -> None:
 
     Raises:
       JobError: networks are missing, or the set already has more samples.
-      StaleInputError: the set was drawn from other networks.
-      SettingsChangedError: the set was drawn with other settings.
+      StaleInputError: the set was sampled from other networks.
+      SettingsChangedError: the set was sampled with other settings.
       Interrupted: a stop signal came; the same command continues.
     """
     count, directory = run.config.sample.count, run.set_path(SAMPLES)
@@ -70,13 +70,13 @@ def _settings(run):
 
 def _compare_files(directory: epath.Path, count: int, ranges: Sequence[Range]) -> tuple[list[Range], bool]:
     """Returns the ranges without a file, and whether the picture is there and no file is missing."""
-    stored = samples.stored_count(directory)
+    stored = sample_store.stored_count(directory)
     if count < stored:  # else samples beyond the new count would stay in the directory
         raise JobError(
             f'{directory} is a set of {stored} samples, more than sample.count={count}: '
             f'set --config.sample.count={stored}, or delete {directory} to draw the samples again'
         )
-    missing = samples.missing_shards(directory, ranges)
+    missing = sample_store.missing_shards(directory, ranges)
     return missing, not missing and (directory / PICTURE).exists()
 
 
@@ -88,7 +88,7 @@ def _draw_shards(run: Run, output: Record, missing: Sequence[Range], stopped: Ca
     def write(limits, arrays):
         arrays = {'arr_0': arrays['image']} | {k: v for k, v in arrays.items() if k not in ('image', 'index')}
         arrays['index'] = np.arange(*limits, dtype=np.int64)
-        samples.write_npz(samples.shard_path(output.directory, *limits), arrays)
+        sample_store.write_npz(sample_store.shard_path(output.directory, *limits), arrays)
         output.save_seconds(before + time.monotonic() - begin)
 
     writer = ShardWriter(missing, lambda *shard: processes.run_on_main_process(lambda: write(*shard)))
@@ -111,8 +111,8 @@ def _draw_shards(run: Run, output: Record, missing: Sequence[Range], stopped: Ca
 
 def _start_line(run, generator, total, batch_size):
     data = f'{total} samples; sample.batch_size {run.config.sample.batch_size}, padded to {batch_size}'
-    parameters = sum(x.size for x in jax.tree.leaves((generator.variables['params'], generator.params)))
-    return start_line('sample', processes.describe_mesh(run.mesh), parameters=parameters, data=data)
+    mesh = processes.describe_mesh(run.mesh)
+    return start_line('sample', mesh, parameters=generator.num_parameters, data=data)
 
 
 def make_sampler(run: Run, generator: Generator) -> Callable[[inference.Batch], inference.Batch]:
@@ -139,10 +139,10 @@ def _start(output):
 def _finish(run: Run, output: Record, ranges: Sequence[Range]) -> None:
     """Writes samples.png, ten samples of each of the first ten labels, and the record."""
     count, directory = run.config.sample.count, output.directory
-    samples.remove_others(directory, ranges)
+    sample_store.remove_others(directory, ranges)
     output.finish({'count': count})
     labels = sample_labels(run.config, np.arange(count))
-    grid = samples.take(directory, grid_positions(labels, np.arange(count)))['arr_0']
+    grid = sample_store.take(directory, grid_positions(labels, np.arange(count)))['arr_0']
     plots.save_png(directory / PICTURE, plots.image_grid(grid, columns=10, scale=plots.visible_scale(grid)))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+from jax.interpreters.partial_eval import dce_jaxpr
 
 
 class Cost(NamedTuple):
@@ -31,13 +32,14 @@ class Cost(NamedTuple):
 
 
 def count(function: Callable, *arguments) -> Cost:
-    """Counts the work of a call.
+    """Counts the work of a call, without code whose results are unused, which XLA removes too.
 
     Args:
       function: any function that JAX can trace.
       *arguments: its arguments, as arrays or as `jax.ShapeDtypeStruct`.
     """
-    return _jaxpr_cost(jax.make_jaxpr(function)(*arguments).jaxpr)
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    return _jaxpr_cost(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
 def _jaxpr_cost(jaxpr) -> Cost:

@@ -76,6 +76,8 @@ def _one_line(error):
     while error.args and isinstance(error.args[0], BaseException):  # it wraps one error in another
         error = error.args[0]
     message = str(error.args[0])
+    if ' ' not in message:  # the name alone
+        return f'there is no field {message}'
     first, _, rest = message.partition(' Other fields present:')
     hint = rest.rpartition('Did you mean')[2].strip() if 'Did you mean' in rest else ''
     return ' '.join((f'{first} Did you mean {hint}' if hint else first).split())
