@@ -1,6 +1,7 @@
 """The report's comparisons, the Classification Accuracy Score, and the comparison of any two sets of images."""
 
 import os
+import pathlib
 import re
 import signal
 
@@ -283,7 +284,7 @@ def test_a_threshold_keeps_those_above_and_says_when_there_are_none(run):
 
 
 def times(run, *parts):
-    paths = [p for p in epath.Path(run.path(*parts)).rglob('*') if p.is_file()]
+    paths = [p for p in pathlib.Path(run.path(*parts)).rglob('*') if p.is_file()]
     return {str(path): os.stat(path).st_mtime_ns for path in paths}
 
 
@@ -301,7 +302,7 @@ def test_another_set_costs_only_its_own_images_and_stands_beside_the_first(run, 
     add_set(run, 'other', seed=1)
     after = times(run, 'features') | times(run, 'evaluation') | times(run, 'report', 'sets')
     assert {path: after[path] for path in before} == before
-    new = {epath.Path(path).relative_to(run.workdir).parent for path in after.keys() - before.keys()}
+    new = {pathlib.Path(path).relative_to(run.workdir).parent for path in after.keys() - before.keys()}
     assert {str(path) for path in new} == {
         'features/classifier/samples/other', 'evaluation/sets/other', 'report/sets/other',
     }  # fmt: skip

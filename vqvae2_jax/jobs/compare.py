@@ -25,8 +25,8 @@ _SETS = ('real', 'generated')
 def compare_sets(run: Run) -> None:
     """Writes comparison/report.json and report.html, and prints the metrics.
 
-    An interrupted comparison continues. A finished one starts over: digests of folders do not cover the pixels, so other
-    images may lie under the same names.
+    An interrupted comparison continues. A finished one starts over, because digests of folders do not cover the pixels:
+    other images may lie under the same names.
 
     Raises:
       JobError: a set or the weights of the network cannot be read, or there are no metrics of the two sets.
