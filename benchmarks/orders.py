@@ -48,11 +48,9 @@ COLUMNS += ('equal updates: nats', 'against raster', 'equal time: nats', 'agains
 def seed_argument(text: str) -> int:
     """Reads a seed from the command line."""
     try:
-        value = int(text)
-        base.schema()['seed'].check('--seeds', value)
+        return base.find('seed').check('--seeds', int(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    return value
 
 
 def variant(run, level, order, attention, seed):

@@ -15,7 +15,7 @@ def updated(text: str) -> str:
 
 
 def table(section: str) -> str:
-    """Returns the table of a section; 'config' has the fields outside sections, '<stage>.training' those of a training."""
+    """Returns the table of a section; 'config' stands for the fields outside sections."""
     place = {'config': '', '<stage>.training': 'vqvae.training', 'prior.<level>': 'prior.top'}.get(section, section)
     fields = base.find(place) if place else base.schema()
     lines = ['| field | default | allowed values | |', '|---|---|---|---|']

@@ -62,8 +62,9 @@ def test_several_files_are_one_pool_and_a_compressed_file_is_as_good(file, tmp_p
     for example, position in zip(together, together.indices, strict=True):
         np.testing.assert_array_equal(example['image'], arrays['arr_0'][position])
         assert example['label'] == arrays['label'][position]
-    assert together.dataset.example_name(24).endswith('part1.npz[24]')
-    assert together.dataset.example_name(25).endswith('part2.npz[0]')
+    assert together.dataset.example_name(24).endswith('part1.npz[24]') and together.dataset.example_name(25).endswith(
+        'part2.npz[0]'
+    )
     np.savez(tmp_path / 'part3.npz', arr_0=np.zeros((2, 4, 4, 3), np.uint8), label=[0, 1])
     with pytest.raises(ValueError, match='differ in the shape of their images'):
         open_images(spec(tmp_path / 'part*.npz', num_classes=2), 'train')

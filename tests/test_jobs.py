@@ -10,11 +10,11 @@ from PIL import Image
 
 from vqvae2_jax.config import build as configs
 from vqvae2_jax.data import sample_store
-from vqvae2_jax.evaluation.report_plots import curve_labels
 from vqvae2_jax.io import record
 from vqvae2_jax.io.files import digest_arrays, read_json
 from vqvae2_jax.jobs import workdir
 from vqvae2_jax.jobs.pipeline import run_job
+from vqvae2_jax.jobs.report_files import curve_labels
 from vqvae2_jax.metrics.classification import accuracy
 from vqvae2_jax.tasks.task import to_float
 
@@ -217,12 +217,13 @@ def test_a_second_run_says_done_and_rewrites_nothing(run, capsys):
     assert times() == before
 
 
-def test_curves_are_labeled_with_everything_in_which_they_differ():
-    assert curve_labels(averaged=True, dropout=False, augmented=False) == (
-        'train, last weights',
-        'held out, averaged weights',
-    )
-    assert curve_labels(averaged=True, dropout=True, augmented=True)[0] == 'train, last weights, dropout, augmented'
-    assert curve_labels(averaged=False, dropout=False, augmented=False) == ('train', 'held out')
-    assert curve_labels(averaged=False, dropout=True, augmented=False) == ('train, dropout', 'held out')
-    assert curve_labels(averaged=True, dropout=False, augmented=True)[0] == 'train, last weights, augmented'
+def test_curves_are_labeled_with_everything_in_which_they_differ(config):
+    assert curve_labels(config, 'vqvae') == ('train, last weights', 'held out, averaged weights')
+    assert curve_labels(config, 'classifier')[0] == 'train, last weights, dropout, augmented'
+    config.prior.top.update(dropout=0.0, attention_dropout=0.0)
+    config.prior.top.training.params_ema_decay = 0.0
+    assert curve_labels(config, 'prior.top') == ('train', 'held out')
+    config.prior.top.attention_dropout = 0.1
+    config.data.flip = True
+    assert curve_labels(config, 'prior.top') == ('train, dropout', 'held out')
+    assert curve_labels(config, 'vqvae')[0] == 'train, last weights, augmented'

@@ -3,11 +3,10 @@
 import pytest
 
 from vqvae2_jax.data import images
-from vqvae2_jax.evaluation import measure, report
 from vqvae2_jax.io import record
 from vqvae2_jax.io.files import read_json, write_json
 from vqvae2_jax.io.record import JobError, SettingsChangedError, StaleInputError
-from vqvae2_jax.jobs import cas, evaluate, train
+from vqvae2_jax.jobs import evaluate, feature_store, train
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.training.checkpoint import BestCheckpoint
 
@@ -165,7 +164,7 @@ def test_weights_of_another_versions_network_are_refused(run, monkeypatch):
 
 def test_a_record_tells_the_digest_without_the_weights(run, monkeypatch):
     monkeypatch.setattr(BestCheckpoint, 'load', None)
-    evaluate.check_upstreams(run)
+    evaluate.check_inputs(run)
     for job in ('prior', 'classifier', 'vqvae'):
         run_job(run, job)
 
@@ -189,9 +188,9 @@ def test_a_missing_input_names_the_job_that_makes_it(run, missing, job, hint):
 
 
 def test_the_report_tells_of_the_rejection_that_was_done(run):
-    run.config.reject.keep = 0.9
+    run.config.reject.keep_fraction = 0.9
     run_job(run, 'evaluate')
-    assert read_json(run.path('report', 'report.json'))['samples']['kept'] == 0.5
+    assert read_json(run.path('report', 'report.json'))['sets']['default']['keep_fraction'] == 0.5
 
 
 @pytest.mark.parametrize('job', ['vqvae', 'extract_codes', 'prior', 'classifier', 'sample', 'likelihood', 'evaluate'])
@@ -229,9 +228,9 @@ def results_of(monkeypatch, owner, name):
 def test_evaluation_opens_each_split_once_and_ends_its_readers(run, monkeypatch):
     loads = results_of(monkeypatch, BestCheckpoint, 'load')
     opened = results_of(monkeypatch, images, 'open_images')
-    readers = [results_of(monkeypatch, module, 'eval_batches') for module in (measure, cas, report)]
-    for section in (run.config.vqvae, run.config.prior.top):
-        section.training.batch_size = 6  # eight devices may have shared it by fsdp; here one process judges alone
+    readers = [results_of(monkeypatch, module, 'eval_batches') for module in (evaluate, feature_store)]
+    for name in ('evaluation', 'features', 'report'):
+        run.path(name).rmtree()
     run_job(run, 'evaluate')
     assert len(opened) == 3
     assert len(loads) == 7  # stage 1, two priors, the judge; the three classifiers of CAS

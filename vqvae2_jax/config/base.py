@@ -29,7 +29,7 @@ Schema = dict[str, Any]  # nested: field -> Field, section -> Schema
 _STEPS = 10**9
 _BATCH = 2**20  # images
 _CHANNELS = 2**16
-_BLOCKS = 512
+_BLOCKS = 256
 _CLASSES = 10**6
 
 
@@ -214,7 +214,7 @@ _CLASSIFIER = {
 _SAMPLE = {
     'name': Name(default='default', doc='of the set of samples: its directory is `samples/<name>`'),
     'count': Int(1, 10**9, default=1000, doc='samples wanted; may grow later'),
-    'batch_size': Int(1, _BATCH, default=64, doc='samples drawn at once, over all devices'),
+    'batch_size': Int(1, _BATCH, default=64, doc='samples generated at once, over all devices'),
     'shard_size': Int(1, _BATCH, default=1000, doc='images a file'),
     'seed': _seed('of the samples; with its index and label it decides a sample'),
     'labels': Tuple(Int(0, _CLASSES), range(10_001), default=(), doc='cycled through; `()`: all classes'),

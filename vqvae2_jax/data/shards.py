@@ -20,9 +20,7 @@ def batch_starts(missing: Sequence[Range], batch_size: int) -> list[int]:
     batch, which keeps its result bit-identical.
     """
     starts = {
-        number * batch_size
-        for start, stop in missing
-        for number in range(start // batch_size, -(-stop // batch_size))
+        number * batch_size for start, stop in missing for number in range(start // batch_size, -(-stop // batch_size))
     }
     return sorted(starts)
 

@@ -50,7 +50,7 @@ class MetricsLogger:
 
         Args:
           directory: of the training; made if missing.
-          name: what progress lines start with, for example 'vqvae'.
+          name: first word of the progress lines, for example 'vqvae'.
           total_steps: the last step.
           start_step: the step that the training resumes from. Lines of later steps, left by a killed run, are dropped;
             0 starts a new file.

@@ -23,7 +23,10 @@ _SETS = ('real', 'generated')
 
 
 def compare_sets(run: Run) -> None:
-    """Writes comparison/report.json and report.html, and prints the metrics. A restart continues.
+    """Writes comparison/report.json and report.html, and prints the metrics.
+
+    An interrupted comparison continues. A finished one starts over: digests of folders do not cover the pixels, so other
+    images may lie under the same names.
 
     Raises:
       JobError: a set or the weights of the network cannot be read, or there are no metrics of the two sets.
@@ -36,11 +39,18 @@ def compare_sets(run: Run) -> None:
     data += f'; evaluate.batch_size {options.batch_size}, padded to {run.batch_size("evaluate")}'
     parameters = sum(x.size for x in jax.tree.leaves(network.params))
     print(start_line('evaluate', processes.describe_mesh(run.mesh), parameters=parameters, data=data), flush=True)
+    inputs = {'network': network.digest} | {name: source.digest for name, source in sources.items()}
+    settings = {name: options[name] for name in _SETS}
+    output = run.open_output(directory, 'evaluate', inputs, settings, replace=True)
+    if output.state != record.STARTED:
+        processes.run_on_main_process(lambda: _start(output))
     try:
         with stop_signals() as stopped:
             found = {name: _extract(run, network, name, source, stopped) for name, source in sources.items()}
-            report = processes.run_on_main_process(lambda: _write(run, network, sources, found))
+            report = processes.run_on_main_process(lambda: _write(run, network, sources, found, output))
     except (ValueError, OSError) as error:
+        if processes.is_main_process():
+            (directory / record.FILE).unlink(missing_ok=True)  # the next call starts over
         raise error if isinstance(error, JobError) else JobError(f'evaluate: {error}') from error
     metrics = report['quality']
     for name, value in metrics.items():
@@ -57,6 +67,13 @@ def _open(run: Run, which: str, field: str) -> ImageSource:
         raise JobError(str(error)) from error
 
 
+def _start(output):
+    for name in _SETS:
+        if (output.directory / name).exists():
+            (output.directory / name).rmtree()
+    output.start()
+
+
 def _extract(run, network, name, source, stopped) -> Record:
     inputs, rows = {'network': network.digest, 'images': source.digest}, [feature_store.IMAGES]
 
@@ -68,12 +85,8 @@ def _extract(run, network, name, source, stopped) -> Record:
     return feature_store.extract(run, run.path(DIRECTORY, name), inputs, {}, source, make_function, rows, stopped)
 
 
-def _write(run, network, sources, found) -> dict:
-    options, directory = run.config.evaluate, run.path(DIRECTORY)
-    inputs = {'network': network.digest} | {name: output.digest for name, output in found.items()}
-    output = record.open_output(directory, 'evaluate', inputs, {name: options[name] for name in _SETS}, replace=True)
-    if output.state == record.DONE:
-        return files.read_json(directory / 'report.json')
+def _write(run, network, sources, found, output) -> dict:
+    options, directory = run.config.evaluate, output.directory
     stats = [feature_store.load_stats(found[name]) for name in _SETS]
     metrics = generative.generative_metrics(network.name, *stats)
     sets = {
@@ -88,7 +101,6 @@ def _write(run, network, sources, found) -> dict:
         'date': datetime.date.today().isoformat(),
     }
     report = {'schema': 2, 'protocol': protocol, 'quality': metrics}
-    output.start()
     files.write_json(directory / 'report.json', report)
     files.write_bytes(directory / 'report.html', render_comparison(report).encode())
     output.finish(metrics)

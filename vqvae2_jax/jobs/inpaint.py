@@ -22,7 +22,7 @@ from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.io import files, gcs, plots, record
 from vqvae2_jax.io.progress import Progress, start_line
 from vqvae2_jax.jobs import workdir
-from vqvae2_jax.jobs.workdir import JobError, Run
+from vqvae2_jax.jobs.workdir import Generator, JobError, Run
 
 DIRECTORY = 'inpaint'
 _GRAY = 128
@@ -48,9 +48,10 @@ def inpaint(run: Run) -> None:
         print(f'inpaint: done ({output.results["images"]} images in {directory})', flush=True)
         return
     with jax.set_mesh(run.mesh):
-        make_variants = make_inpainter(run, levels)  # it refuses before any file changes
-    data = f'{len(source)} images, {options.count} variants each'
-    print(start_line('inpaint', processes.describe_mesh(run.mesh), data=data), flush=True)
+        generator = workdir.load_generator(run, run.config.sample.dtype)  # it refuses before any file changes
+    make_variants = make_inpainter(run, generator, levels)
+    data, mesh = f'{len(source)} images, {options.count} variants each', processes.describe_mesh(run.mesh)
+    print(start_line('inpaint', mesh, parameters=generator.num_parameters, data=data), flush=True)
     processes.run_on_main_process(output.start)
     progress, written = Progress('inpaint', len(source)), 0
     for number in range(len(source)):
@@ -86,22 +87,21 @@ def _checked_options(run: Run) -> tuple[ImageSource, np.ndarray, tuple[str, ...]
     return source, read_mask(options.mask, run.config.data.image_size), levels
 
 
-def make_inpainter(run: Run, levels: tuple[str, ...]) -> Callable[[int, np.ndarray, np.ndarray], dict[str, np.ndarray]]:
-    """Loads the networks and compiles the sampler; call it and its result inside `jax.set_mesh(run.mesh)`.
+def make_inpainter(
+    run: Run, generator: Generator, levels: tuple[str, ...]
+) -> Callable[[int, np.ndarray, np.ndarray], dict[str, np.ndarray]]:
+    """Makes the function that inpaints one image; call it inside `jax.set_mesh(run.mesh)`.
 
     Args:
       run: the run; its section `inpaint` gives the class and the number of variants.
+      generator: the networks.
       levels: names of the levels that are sampled again.
 
     Returns:
       (number of the image, image uint8 [H, W, C], mask bool [H, W]) -> {'image': uint8 [count, H, W, C],
       'codes_l': int32 [count, h_l, w_l]}. A variant depends on the seed, the number and its index alone.
-
-    Raises:
-      JobError: networks are missing.
     """
     options = run.config.inpaint
-    generator = workdir.load_generator(run, run.config.sample.dtype)
     chosen = [name in levels for name in run.levels]
     sample = inference.make_inpaint_fn(generator.model, generator.priors, chosen, seed=run.config.sample.seed)
     sample = functools.partial(sample, generator.variables, generator.params, workdir.sampling_params(run))

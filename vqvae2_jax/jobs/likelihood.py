@@ -6,7 +6,6 @@ import functools
 import io
 import math
 import os
-from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -20,7 +19,7 @@ from vqvae2_jax.distributed.batches import map_batches
 from vqvae2_jax.io import files, record
 from vqvae2_jax.io.progress import Progress, start_line
 from vqvae2_jax.jobs import workdir
-from vqvae2_jax.jobs.workdir import SKIPPED, JobError, Run
+from vqvae2_jax.jobs.workdir import SKIPPED, Generator, JobError, Run
 
 DIRECTORY = 'likelihood'
 FILE = 'images.csv'
@@ -43,9 +42,9 @@ def write_likelihood(run: Run) -> None:
         return
     labeled = not options.path and bool(run.config.data.num_classes)  # images of a folder may be of any class
     with jax.set_mesh(run.mesh):
-        function = make_likelihood(run, labeled)  # it refuses before any file changes
+        generator = workdir.load_generator(run)  # it refuses before any file changes
         processes.run_on_main_process(output.start)
-        rows = _image_rows(run, source, function)
+        rows = _image_rows(run, source, generator, labeled)
     if not rows:
         raise JobError(
             f'likelihood: none of the {len(source)} images could be read; they are listed in {run.path(SKIPPED)}'
@@ -57,11 +56,14 @@ def write_likelihood(run: Run) -> None:
     print(f'least likely: {rows[0][0]}\nall images: {directory / FILE}', flush=True)
 
 
-def _image_rows(run: Run, source: ImageSource, function: Callable) -> list[tuple]:
+def _image_rows(run: Run, source: ImageSource, generator: Generator, labeled: bool) -> list[tuple]:
     """Returns (name, nats of every level, bits) of every readable image, least likely first."""
     batch_size, rows = run.batch_size('evaluate'), []
     data = f'{len(source)} images; evaluate.batch_size {run.config.evaluate.batch_size}, padded to {batch_size}'
-    print(start_line('likelihood', processes.describe_mesh(run.mesh), data=data), flush=True)
+    mesh = processes.describe_mesh(run.mesh)
+    print(start_line('likelihood', mesh, parameters=generator.num_parameters, data=data), flush=True)
+    function = inference.make_log_likelihood_fn(generator.model, generator.priors, labeled=labeled)
+    function = functools.partial(function, generator.variables, generator.params)
     progress, local_rows = Progress('likelihood', len(source)), sharding.process_local_rows(batch_size)
     batches = eval_batches(source, batch_size=batch_size, rows=local_rows, **run.loader_kwargs())
     with contextlib.closing(batches):
@@ -71,25 +73,6 @@ def _image_rows(run: Run, source: ImageSource, function: Callable) -> list[tuple
                 rows.append((source.example_name(int(batch['index'][i])), *nats[i], nats[i].sum() / math.log(2)))
             progress.update(min(number * batch_size, len(source)))
     return sorted(rows, key=lambda row: -row[-1])
-
-
-def make_likelihood(run: Run, labeled: bool) -> Callable[[inference.Batch], inference.Batch]:
-    """Loads the networks; call it and its result inside `jax.set_mesh(run.mesh)`.
-
-    Args:
-      run: the run.
-      labeled: condition on the labels; else the class counts as unknown.
-
-    Returns:
-      A jitted {'image': uint8 [B, H, W, C], 'label': int32 [B]} -> {'log_likelihood': float32 [B, L]} in nats, finest
-      level first.
-
-    Raises:
-      JobError: networks are missing.
-    """
-    generator = workdir.load_generator(run)
-    function = inference.make_log_likelihood_fn(generator.model, generator.priors, labeled=labeled)
-    return functools.partial(function, generator.variables, generator.params)
 
 
 def _write_csv(path: epath.Path, levels: tuple[str, ...], rows: list[tuple]) -> None:

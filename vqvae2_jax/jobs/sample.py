@@ -33,8 +33,8 @@ def draw_samples(run: Run) -> None:
 
     Raises:
       JobError: networks are missing, or the set already has more samples.
-      StaleInputError: the set was drawn from other networks.
-      SettingsChangedError: the set was drawn with other settings.
+      StaleInputError: the set was sampled from other networks.
+      SettingsChangedError: the set was sampled with other settings.
       Interrupted: a stop signal came; the same command continues.
     """
     count, directory = run.config.sample.count, run.set_path(SAMPLES)
@@ -111,8 +111,8 @@ def _draw_shards(run: Run, output: Record, missing: Sequence[Range], stopped: Ca
 
 def _start_line(run, generator, total, batch_size):
     data = f'{total} samples; sample.batch_size {run.config.sample.batch_size}, padded to {batch_size}'
-    parameters = sum(x.size for x in jax.tree.leaves((generator.variables['params'], generator.params)))
-    return start_line('sample', processes.describe_mesh(run.mesh), parameters=parameters, data=data)
+    mesh = processes.describe_mesh(run.mesh)
+    return start_line('sample', mesh, parameters=generator.num_parameters, data=data)
 
 
 def make_sampler(run: Run, generator: Generator) -> Callable[[inference.Batch], inference.Batch]:

@@ -173,7 +173,7 @@ def _count(task, data, batch_size, mesh) -> tuple[int, dict[str, float]]:
     if device is None:
         return parameters, {}
     forward = cost.count(task.loss, params, model_state, batch, key).flops
-    # The backward pass does about twice the work of the forward pass. What remat repeats is not counted.
+    # The backward pass does about twice the work of the forward pass. Recomputation (remat) is not counted.
     return parameters, {'flops_per_step': 3 * forward, 'peak_flops': device.flops * mesh.size}
 
 

@@ -174,6 +174,11 @@ class Generator:
     priors: list[Prior]
     params: list[Any]
 
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters of all networks."""
+        return sum(x.size for x in jax.tree.leaves((self.variables['params'], self.params)))
+
 
 def prior_directory(level_name: str) -> str:
     """Returns the name of the directory of a prior."""

@@ -88,7 +88,7 @@ def _reduce_metrics(means):
 
 
 def _image_errors(reconstruction, image, of=''):
-    # [B] each, of what a viewer sees, so clipped; the MSE is in [-1, 1]
+    # [B] each, of the clipped image, as a viewer sees it; the MSE is in [-1, 1]
     seen = jnp.clip(reconstruction, -1.0, 1.0)
     found = {f'mse{of}': jnp.mean((seen - image) ** 2, axis=(1, 2, 3))}
     if min(image.shape[1:3]) >= _WINDOW:

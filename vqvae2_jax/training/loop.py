@@ -273,7 +273,7 @@ def state_sharding(state: train_state.TrainState) -> train_state.TrainState:
 def make_step(
     task: Task, optimizer: optax.GradientTransformation, config: optim.TrainConfig, layout: train_state.TrainState
 ) -> Callable[[train_state.TrainState, dict], tuple[train_state.TrainState, dict[str, jax.Array]]]:
-    """Makes the update of a train state. Call it, and what it returns, inside `jax.set_mesh`.
+    """Makes the update of a train state. Call it and the returned function inside `jax.set_mesh`.
 
     Args:
       task: the network and its objective.
@@ -337,7 +337,7 @@ def _accumulated_grad_fn(task, count):
 
 
 def make_eval_fn(task: Task, batch_size: int | None = None) -> EvalFn:
-    """Makes the evaluation over a validation split. Call it, and what it returns, inside `jax.set_mesh`.
+    """Makes the evaluation over a validation split. Call it and the returned function inside `jax.set_mesh`.
 
     Args:
       task: the network and its metrics.
