@@ -7,15 +7,18 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
 from vqvae2_jax.io import files
+
+Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # label -> x [n], y [n]
 
 _WHITE = 255
 _TEXT = (30, 30, 30)
 
 
-def to_rgb(image) -> np.ndarray:
+def to_rgb(image: ArrayLike) -> np.ndarray:
     """Converts uint8 [..., H, W, C] with C 1 (gray) or 3 to uint8 [..., H, W, 3].
 
     Raises:
@@ -38,7 +41,7 @@ def visible_scale(images: np.ndarray) -> int:
     return max(1, 56 // images.shape[1])
 
 
-def image_grid(images, columns: int, pad: int = 2, scale: int = 1) -> np.ndarray:
+def image_grid(images: ArrayLike, columns: int, pad: int = 2, scale: int = 1) -> np.ndarray:
     """Arranges images in rows, in reading order, with white gaps.
 
     Args:
@@ -109,7 +112,7 @@ def labeled_rows(
     return np.asarray(picture)
 
 
-def save_png(path, image) -> None:
+def save_png(path: epath.PathLike, image: ArrayLike) -> None:
     """Writes uint8 [H, W, C] (C 1 or 3) as a PNG file, completely or not at all. Makes parent directories."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(to_rgb(image))).save(buffer, format='PNG')
@@ -130,19 +133,21 @@ class Panel:
     """
 
     title: str
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    curves: Curves
     ylabel: str
     hlines: Mapping[str, float] = dataclasses.field(default_factory=dict)
     log_y: bool = False
     xlabel: str = 'update'
 
 
-def plot_curves(path, title: str, curves, ylabel: str, hlines: Mapping[str, float] | None = None) -> None:
+def plot_curves(
+    path: epath.PathLike, title: str, curves: Curves, ylabel: str, hlines: Mapping[str, float] | None = None
+) -> None:
     """Plots one `Panel` into a PNG file; raises as `plot_panels`."""
     plot_panels(path, [Panel(title, curves, ylabel, hlines or {})])
 
 
-def plot_panels(path, panels: Sequence[Panel]) -> None:
+def plot_panels(path: epath.PathLike, panels: Sequence[Panel]) -> None:
     """Plots panels side by side, at most three in a row, into one PNG file.
 
     Raises:
