@@ -13,9 +13,10 @@ import pytest
 from etils import epath
 
 from vqvae2_jax import load_config
+from vqvae2_jax.io import record
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import Run
-from vqvae2_jax.training.checkpoint import Checkpoints, read_record
+from vqvae2_jax.training.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -135,9 +136,9 @@ def test_a_terminated_process_saves_and_the_same_command_continues_to_the_same_w
     config = load_config('tiny')
     config.vqvae.training.update(OVERRIDES)
     run_job(Run(config, epath.Path(tmp_path) / 'whole'), 'vqvae')
-    continued, whole = (read_record(os.path.join(tmp_path, name, 'vqvae')) for name in ('run', 'whole'))
-    assert continued['digest'] == whole['digest']
-    assert continued['validation'] == whole['validation']
+    continued, whole = (record.read(tmp_path / name / 'vqvae') for name in ('run', 'whole'))
+    assert continued.digest == whole.digest
+    assert continued.results == whole.results
 
 
 @pytest.mark.system

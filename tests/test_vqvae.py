@@ -130,7 +130,7 @@ def test_stage_counts_only_codes_that_were_chosen_as_used_and_clips_as_evaluatio
     for name, codes in zip(('bottom', 'top'), output.codes, strict=True):
         assert metrics[f'used_{name}'] == len(np.unique(codes)) / 16 < 1
     assert np.abs(output.image).max() > 1
-    values = stage.evaluate(params, codebook, batch)
+    values = stage.eval_step(params, codebook, batch)
     assert metrics['mse'] == pytest.approx(float(np.mean(values['mse'])), rel=1e-5)
     assert metrics['loss'] > metrics['mse'] + np.mean((output.image - jnp.clip(output.image, -1, 1)) ** 2)
 
@@ -151,14 +151,14 @@ def test_stage_summary_counts_codes_and_psnr():
     model, variables, image = _model()
     stage = make_task(model, ('bottom', 'top'), 0.25, 10)
     batch = {'image': jnp.round((image + 1) * 127.5).astype(jnp.uint8)}
-    values = stage.evaluate(variables['params'], {'codebook': variables['codebook']}, batch)
-    summary = stage.summarize({k: np.asarray(v, np.float64).mean(0) for k, v in values.items()})
+    values = stage.eval_step(variables['params'], {'codebook': variables['codebook']}, batch)
+    summary = stage.reduce_metrics({k: np.asarray(v, np.float64).mean(0) for k, v in values.items()})
     codes = model.apply(variables, batch['image'] / 127.5 - 1, method='encode')
     for name, level_codes in zip(('bottom', 'top'), codes, strict=True):
         assert summary[f'used_{name}'] == len(np.unique(level_codes)) / 16
     assert summary['psnr'] == pytest.approx(10 * np.log10(4 / summary['mse']))
-    assert stage.shown == ('original', 'top only', 'all levels')
-    original, _, both = stage.show(variables['params'], {'codebook': variables['codebook']}, batch)
+    assert stage.image_labels == ('original', 'top only', 'all levels')
+    original, _, both = stage.visualize(variables['params'], {'codebook': variables['codebook']}, batch)
     np.testing.assert_allclose(original, batch['image'] / 127.5 - 1, atol=1e-6)
     error = np.mean((np.clip(both, -1, 1) - original) ** 2)
     assert error == pytest.approx(summary['mse'], rel=1e-5)

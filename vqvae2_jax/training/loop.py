@@ -68,14 +68,12 @@ def train(
 ) -> dict[str, Any]:
     """Trains a network, or continues from the last checkpoint, and keeps the best weights by `task.best_metric`.
 
-    All processes call it together, outside any mesh.
-
     Args:
       task: the network and its objective.
       config: how long and how to train.
       data: its batches.
       directory: of all files: checkpoints/, weights/, pictures/, profile/, metrics.jsonl.
-      mesh: the devices.
+      mesh: the devices. All processes call this together, outside any mesh.
       name: for the log.
       seed: of the initial weights and of all randomness of the steps.
       flops_per_step: FLOPs of the model in one step, of all devices; None: the log has no utilization.
