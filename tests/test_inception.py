@@ -1,4 +1,4 @@
-"""Networks that others trained: what PyTorch makes of the same weights, and what is refused."""
+"""Networks with weights from PyTorch: outputs equal to those of PyTorch, and errors for other weights."""
 
 import hashlib
 import http.server
@@ -89,7 +89,7 @@ def test_batch_norm_is_folded_and_the_head_has_no_bias():
 
 
 @pytest.mark.parametrize('shape', [(2, 32, 32, 3), (1, 400, 310, 3), (1, 299, 299, 3)])
-def test_resize_is_bilinear_between_pixel_centres(shape):
+def test_resize_is_bilinear_between_pixel_centers(shape):
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     found = np.asarray(preprocess(images))
     for axis, size in ((1, shape[1]), (2, shape[2])):  # along each axis, by hand

@@ -53,10 +53,10 @@ def outputs(finished):
     vqvae, variables = configs.make_vqvae(finished.config), workdir.load_vqvae(finished).variables
     source = finished.images('test')
     real = np.stack([source[i]['image'] for i in range(len(source))])
-    drawn = [sample_store.read_npz(path) for path in sample_store.shard_paths(finished.set_path('samples'))]
+    sampled = [sample_store.read_npz(path) for path in sample_store.shard_paths(finished.set_path('samples'))]
     again = jax.jit(lambda x: vqvae.apply(variables, to_float(x)).image)(real)
     again = np.round((np.clip(again, -1, 1) + 1) * 127.5).astype(np.uint8)
-    sets = {'real': real, 'samples': np.concatenate([d['arr_0'] for d in drawn]), 'reconstructions': again}
+    sets = {'real': real, 'samples': np.concatenate([d['arr_0'] for d in sampled]), 'reconstructions': again}
     return {name: [np.asarray(x, np.float64) for x in extract(images)] for name, images in sets.items()}
 
 
@@ -74,12 +74,12 @@ def test_quality_is_that_of_all_features_at_once(report, sample_set, outputs, na
 
 
 def test_samples_are_compared_with_reconstructions_too(sample_set, outputs):
-    again, drawn = outputs['reconstructions'][1], outputs['samples'][1]
-    distance = frechet_distance(Moments.of(again), Moments.of(drawn))
+    again, sampled = outputs['reconstructions'][1], outputs['samples'][1]
+    distance = frechet_distance(Moments.of(again), Moments.of(sampled))
     found = sample_set['quality_against_reconstructions']
     np.testing.assert_allclose(found['frechet_distance'], distance, rtol=2e-2)
     first = sample_set['sweep'][0]
-    distance = frechet_distance(Moments.of(again[:10]), Moments.of(drawn[:10]))
+    distance = frechet_distance(Moments.of(again[:10]), Moments.of(sampled[:10]))
     np.testing.assert_allclose(first['frechet_distance_against_reconstructions'], distance, rtol=2e-2)
 
 
@@ -107,10 +107,10 @@ def test_sweep_goes_from_all_to_few(sample_set, finished, outputs):
     assert points[0]['keep_fraction'] == 1 and points[0]['kept_count'] == 24
     assert points[-1]['kept_count'] == 10  # one of each class
     assert {point['count'] for point in points} == {10}
-    real, drawn = outputs['real'][1][:10], outputs['samples'][1][:10]
-    distance = frechet_distance(Moments.of(real), Moments.of(drawn))
+    real, sampled = outputs['real'][1][:10], outputs['samples'][1][:10]
+    distance = frechet_distance(Moments.of(real), Moments.of(sampled))
     np.testing.assert_allclose(points[0]['frechet_distance'], distance, rtol=1e-3)
-    assert (points[0]['precision'], points[0]['recall']) == pytest.approx(precision_recall(real, drawn), abs=0.11)
+    assert (points[0]['precision'], points[0]['recall']) == pytest.approx(precision_recall(real, sampled), abs=0.11)
     scores = sample_store.read_npz(finished.set_path('rejection') / 'scores.npz')
     assert points[0]['confidence'] == pytest.approx(scores['score'][:10].mean())
     confidences = [point['confidence'] for point in points]

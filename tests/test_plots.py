@@ -25,7 +25,7 @@ def test_grid_pixels():
     np.testing.assert_array_equal(grid, np.repeat(expected[..., None], 3, axis=-1))
 
 
-def test_grid_keeps_pixel_order_and_colour():
+def test_grid_keeps_pixel_order_and_color():
     image = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(1, 2, 3, 3)
     np.testing.assert_array_equal(plots.image_grid(image, columns=5), image[0])
 
@@ -47,7 +47,7 @@ def test_grid_refuses(images, kwargs, error, match):
         plots.image_grid(images, **({'columns': 2} | kwargs))
 
 
-def test_labelled_rows_put_text_left_and_images_right():
+def test_labeled_rows_put_text_left_and_images_right():
     picture = plots.labeled_rows([('original', flat(3, 30, 200)), ('top only', flat(2, 30, 90))], pad=2)
     assert picture.shape[0] == 30 + 2 + 30
     images_left = picture.shape[1] - (3 * 30 + 2 * 2)
@@ -56,7 +56,7 @@ def test_labelled_rows_put_text_left_and_images_right():
     np.testing.assert_array_equal(picture[32:, images_left : images_left + second.shape[1]], second)
     for row in (picture[:30, :images_left], picture[32:, :images_left]):
         ink = np.argwhere(row[..., 0] < 128)
-        assert len(ink) > 20, 'no label was drawn'
+        assert len(ink) > 20, 'there is no label'
         assert ink[:, 1].max() < images_left - 2 and ink.min() >= 1, 'the label touches the images or the edge'
         assert abs(ink[:, 0].mean() - 15) < 3, 'the label is not beside the middle of its row'
 
@@ -68,7 +68,7 @@ def test_labels_taller_than_their_row_are_not_cut():
     assert len(three_lines) > len(one_line) + 14
 
 
-def test_labelled_rows_refuse_no_rows():
+def test_labeled_rows_refuse_no_rows():
     with pytest.raises(ValueError, match='rows is empty'):
         plots.labeled_rows([])
 

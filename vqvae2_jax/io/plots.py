@@ -1,4 +1,4 @@
-"""Pictures for people: grids of images, labelled rows and training curves. NumPy in, PNG files out."""
+"""Image grids, labeled rows of images and plots of curves. NumPy in, PNG files out."""
 
 import dataclasses
 import io
@@ -7,16 +7,19 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
 from vqvae2_jax.io import files
+
+Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # label -> x [n], y [n]
 
 _WHITE = 255
 _TEXT = (30, 30, 30)
 
 
-def to_rgb(image) -> np.ndarray:
-    """uint8 [..., H, W, C] with C 1 (grey) or 3 -> uint8 [..., H, W, 3].
+def to_rgb(image: ArrayLike) -> np.ndarray:
+    """Converts uint8 [..., H, W, C] with C 1 (gray) or 3 to uint8 [..., H, W, 3].
 
     Raises:
       TypeError: not uint8.
@@ -34,24 +37,24 @@ def to_rgb(image) -> np.ndarray:
 
 
 def visible_scale(images: np.ndarray) -> int:
-    """How much to enlarge images [N, H, W, C] so that people can see the small ones."""
+    """Returns the factor that enlarges small images [N, H, W, C] to a visible size."""
     return max(1, 56 // images.shape[1])
 
 
-def image_grid(images, columns: int, pad: int = 2, scale: int = 1) -> np.ndarray:
-    """Lays images out in rows, in reading order, with white gaps.
+def image_grid(images: ArrayLike, columns: int, pad: int = 2, scale: int = 1) -> np.ndarray:
+    """Arranges images in rows, in reading order, with white gaps.
 
     Args:
       images: uint8 [N, H, W, C], C 1 or 3, N at least 1.
       columns: images per row; fewer when there are fewer images.
       pad: width of the gaps in pixels of the result; the outer edge has none.
-      scale: every pixel becomes scale x scale (nearest neighbour), so that small images can be seen.
+      scale: every pixel becomes scale x scale (nearest neighbor).
 
     Returns:
-      uint8 [H', W', 3] with H' = rows * H * scale + (rows - 1) * pad, W' likewise.
+      uint8 [H', W', 3] with H' = rows * H * scale + (rows - 1) * pad, W' accordingly.
 
     Raises:
-      TypeError, ValueError: not uint8, not [N, H, W, C], no images, or a count that makes no sense.
+      TypeError, ValueError: not uint8, not [N, H, W, C], no images, or a count out of range.
     """
     images = to_rgb(images)
     if images.ndim != 4 or not len(images):
@@ -72,7 +75,7 @@ def image_grid(images, columns: int, pad: int = 2, scale: int = 1) -> np.ndarray
 def labeled_rows(
     rows: Sequence[tuple[str, np.ndarray]], pad: int = 2, scale: int = 1, font_size: int = 14
 ) -> np.ndarray:
-    """One row of images per entry with its label on the left, e.g. original / top only / top + bottom.
+    """Arranges one row of images per entry, with its label on the left.
 
     Args:
       rows: (label, uint8 [N, H, W, C]) from top to bottom; rows may differ in N and in size. A label may have newlines.
@@ -87,7 +90,7 @@ def labeled_rows(
       TypeError, ValueError: no rows, or images that `image_grid` refuses.
     """
     if not rows:
-        raise ValueError('labelled_rows: rows is empty; give at least one (label, images)')
+        raise ValueError('labeled_rows: rows is empty; give at least one (label, images)')
     font = ImageFont.load_default(size=font_size)
     measure = ImageDraw.Draw(Image.new('RGB', (1, 1)))
     boxes = [measure.multiline_textbbox((0, 0), label, font=font) for label, _ in rows]
@@ -109,8 +112,8 @@ def labeled_rows(
     return np.asarray(picture)
 
 
-def save_png(path, image) -> None:
-    """Writes uint8 [H, W, C] (C 1 or 3) as a PNG; a reader never sees a part of it. Makes parent folders."""
+def save_png(path: epath.PathLike, image: ArrayLike) -> None:
+    """Writes uint8 [H, W, C] (C 1 or 3) as a PNG file, completely or not at all. Makes parent directories."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(to_rgb(image))).save(buffer, format='PNG')
     files.write_bytes(path, buffer.getvalue())
@@ -122,33 +125,35 @@ class Panel:
 
     Attributes:
       title: above the axes.
-      curves: label -> (updates done [n], or what xlabel says; values [n]).
-      ylabel: what the values are, with the unit.
-      hlines: label -> height of a dashed line, for baselines and published numbers.
-      log_y: logarithmic values, for losses that fall by orders of magnitude.
-      xlabel: what the curves are over.
+      curves: label -> (x [n], y [n]).
+      ylabel: label of the y axis, with the unit.
+      hlines: label -> y of a dashed line, for baselines and published numbers.
+      log_y: logarithmic y axis.
+      xlabel: label of the x axis.
     """
 
     title: str
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    curves: Curves
     ylabel: str
     hlines: Mapping[str, float] = dataclasses.field(default_factory=dict)
     log_y: bool = False
     xlabel: str = 'update'
 
 
-def plot_curves(path, title: str, curves, ylabel: str, hlines: Mapping[str, float] | None = None) -> None:
-    """Draws one `Panel` into a PNG; arguments and errors as there and in `plot_panels`."""
+def plot_curves(
+    path: epath.PathLike, title: str, curves: Curves, ylabel: str, hlines: Mapping[str, float] | None = None
+) -> None:
+    """Plots one `Panel` into a PNG file; raises as `plot_panels`."""
     plot_panels(path, [Panel(title, curves, ylabel, hlines or {})])
 
 
-def plot_panels(path, panels: Sequence[Panel]) -> None:
-    """Draws panels side by side, at most three in a row, into one PNG.
+def plot_panels(path: epath.PathLike, panels: Sequence[Panel]) -> None:
+    """Plots panels side by side, at most three in a row, into one PNG file.
 
     Raises:
       ValueError: no panels, a panel without curves, or a curve whose steps and values differ in length or are empty.
     """
-    # Here because it takes a second to import; as objects, without pyplot, so that nothing global is touched.
+    # Imported here because it takes a second. Without pyplot there is no global state.
     from matplotlib.figure import Figure
 
     if not panels:
@@ -174,9 +179,9 @@ def _draw_panel(axis, panel: Panel) -> None:
         if len(steps) != len(values) or not len(steps):
             raise ValueError(
                 f'panel {panel.title!r}, curve {label!r}: {len(steps)} steps and {len(values)} values; '
-                'they must be as many, and at least one'
+                'the numbers must be equal, and at least one'
             )
-        # A single point has no line to show it; many points need no marks.
+        # A single point has no line; many points need no markers.
         axis.plot(steps, values, label=label, linewidth=1.8, marker='o' if len(steps) <= 25 else None, markersize=4)
     for index, (label, height) in enumerate(panel.hlines.items()):
         axis.axhline(height, label=label, linestyle='--', linewidth=1.4, color=('0.25', '0.55', '0.7')[index % 3])

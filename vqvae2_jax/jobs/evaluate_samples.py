@@ -125,8 +125,8 @@ def _sample_metrics(e: Evaluation, found: Record) -> dict[str, Any]:
         real = reference_features(e, feature_store.image_features, e.reference)
         made = reference_features(e, feature_store.reconstruction_features, e.reference)
         points, scores, indices = processes.run_on_main_process(lambda: _choose(e, found, real.results['count']))
-        drawn = feature_store.sample_features(run, e.network, e.network.name, name, indices, e.stopped)
-        compute = functools.partial(_compare_samples, e, real, made, drawn, indices, points, scores)
+        extracted = feature_store.sample_features(run, e.network, e.network.name, name, indices, e.stopped)
+        compute = functools.partial(_compare_samples, e, real, made, extracted, indices, points, scores)
         results = processes.run_on_main_process(compute)
     if e.classifier is not None:
         results |= processes.run_on_main_process(lambda: _class_accuracy(run, name))
@@ -147,13 +147,13 @@ def _choose(e: Evaluation, found: Record, real_count: int):
     return points, scores, indices
 
 
-def _compare_samples(e, real, made, drawn, indices, points, scores) -> dict[str, Any]:
+def _compare_samples(e, real, made, extracted, indices, points, scores) -> dict[str, Any]:
     name = e.network.name
     progress = Progress('samples: metrics', 2 + len(points), 'comparisons')
     try:
         stats = feature_store.load_stats(real, max_stored=MAX_STORED_FEATURES)
         reconstructed = feature_store.load_stats(made, ALL_LEVELS, max_stored=MAX_STORED_FEATURES)
-        generated = feature_store.load_stats(drawn, max_stored=len(indices))
+        generated = feature_store.load_stats(extracted, max_stored=len(indices))
     except ValueError as error:
         results = dict.fromkeys(('quality', 'quality_against_reconstructions'), {'missing': str(error)})
         return results | ({'sweep': [], 'sweep_note': f'Left out: {error}.'} if points else {})

@@ -20,10 +20,12 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+from etils import epath
 
 from vqvae2_jax.config import build as configs
 from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.arrays import ArraysDataset
+from vqvae2_jax.data.codes import CodeSource
 from vqvae2_jax.data.images import ImageSource
 from vqvae2_jax.data.loader import eval_batches, read_all
 from vqvae2_jax.data.shards import Range, ShardWriter, batch_runs, shard_ranges
@@ -107,7 +109,7 @@ def open_samples(run: Run, set_name: str, indices: np.ndarray | None = None) -> 
 
 def read_batches(
     run: Run,
-    source,
+    source: ImageSource | CodeSource,
     name: str,
     stopped: Callable[[], int],
     *,
@@ -211,7 +213,7 @@ def _one_row(extractor):
 
 def extract(
     run: Run,
-    directory,
+    directory: epath.Path,
     inputs: dict[str, str],
     settings: dict,
     source: ImageSource,

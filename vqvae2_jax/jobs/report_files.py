@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from vqvae2_jax.config import build as configs
 from vqvae2_jax.data.images import SPLITS
@@ -87,7 +88,7 @@ def _curve_panels(run: Run, likelihood: dict) -> list[Panel]:
     return panels
 
 
-def curve_labels(config, section: str) -> tuple[str, str]:
+def curve_labels(config: ConfigDict, section: str) -> tuple[str, str]:
     """Returns labels of the training and the validation curve of a section, such as 'prior.top'."""
     fields = config[section]
     augmented = {'vqvae': config.data, 'classifier': fields}.get(section)

@@ -1,9 +1,10 @@
 """Accuracy, top-k accuracy and per-class accuracy. NumPy in, Python floats out."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
-def accuracy(predicted, labels) -> float:
+def accuracy(predicted: ArrayLike, labels: ArrayLike) -> float:
     """Returns the fraction of predictions that equal the label, in [0, 1].
 
     Args:
@@ -18,7 +19,7 @@ def accuracy(predicted, labels) -> float:
     return float((predicted == labels).mean())
 
 
-def top_k_accuracy(scores, labels, k: int) -> float:
+def top_k_accuracy(scores: ArrayLike, labels: ArrayLike, k: int) -> float:
     """Returns the fraction of examples whose label is among the k highest scores, in [0, 1].
 
     An example counts if fewer than k other classes score at least as high as its label. A tie is a miss, so a constant
@@ -47,7 +48,7 @@ def top_k_accuracy(scores, labels, k: int) -> float:
     return float((rivals < k).mean())
 
 
-def per_class_accuracy(predicted, labels, classes: int) -> list[float | None]:
+def per_class_accuracy(predicted: ArrayLike, labels: ArrayLike, classes: int) -> list[float | None]:
     """Returns the accuracy over the examples of each class, by class index; None for a class without examples.
 
     Args:

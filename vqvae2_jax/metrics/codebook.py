@@ -8,12 +8,13 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 # Codes counted at once in `positional_cross_entropy`: bounds its memory whatever the size of the data set.
 _CHUNK = 1 << 22
 
 
-def histogram(codes, codebook_size: int) -> np.ndarray:
+def histogram(codes: ArrayLike, codebook_size: int) -> np.ndarray:
     """Returns the count of each code, int64 [K]. Histograms of batches add up.
 
     Raises:
@@ -24,7 +25,7 @@ def histogram(codes, codebook_size: int) -> np.ndarray:
     return np.bincount(codes.ravel(), minlength=codebook_size)
 
 
-def perplexity(counts) -> float:
+def perplexity(counts: ArrayLike) -> float:
     """Returns exp(entropy) of a histogram, from 1 to K: the number of equally likely codes with the same entropy.
 
     Args:
@@ -36,7 +37,7 @@ def perplexity(counts) -> float:
     return math.exp(_entropy(counts))
 
 
-def unigram_entropy(codes, codebook_size: int) -> float:
+def unigram_entropy(codes: ArrayLike, codebook_size: int) -> float:
     """Returns the unigram entropy in nats per code, of the histogram pooled over images and positions.
 
     It bounds every coder that knows only the frequency of each code; a prior should be below it. Raises as `histogram`.
@@ -44,7 +45,7 @@ def unigram_entropy(codes, codebook_size: int) -> float:
     return _entropy(histogram(codes, codebook_size))
 
 
-def positional_cross_entropy(train_codes, codes, codebook_size: int, alpha: float) -> float:
+def positional_cross_entropy(train_codes: ArrayLike, codes: ArrayLike, codebook_size: int, alpha: float) -> float:
     """Returns the cross-entropy in nats per code of held-out codes under per-position unigrams of the training codes.
 
     It is a baseline without context. With few training images the smoothing raises it above the entropy per position,
@@ -153,6 +154,6 @@ def _entropy(counts) -> float:
 def _same_levels(first: str, first_values: Sequence, second: str, second_values: Sequence) -> None:
     if len(first_values) != len(second_values) or not len(first_values):
         raise ValueError(
-            f'{first} has {len(first_values)} levels and {second} has {len(second_values)}; they must be '
-            'as many, and at least one'
+            f'{first} has {len(first_values)} levels and {second} has {len(second_values)}; these must be '
+            'equal, and at least one'
         )

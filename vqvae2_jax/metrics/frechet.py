@@ -7,6 +7,7 @@ import dataclasses
 import functools
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 @dataclasses.dataclass
@@ -26,7 +27,7 @@ class Moments:
     scatter: np.ndarray
 
     @classmethod
-    def of(cls, features) -> 'Moments':
+    def of(cls, features: ArrayLike) -> 'Moments':
         """Computes the moments of features [N, D].
 
         Raises:
@@ -80,7 +81,7 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     return max(float(means + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * np.sqrt(mixed).sum()), 0.0)
 
 
-def check_features(features) -> np.ndarray:
+def check_features(features: ArrayLike) -> np.ndarray:
     """Returns features as an array [N, D].
 
     Raises:

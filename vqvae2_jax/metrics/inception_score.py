@@ -1,11 +1,12 @@
 """Inception Score (Salimans et al. 2016): confidence of the Inception network's predictions, and their diversity."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 SPLITS = 10
 
 
-def inception_score(logits, splits: int = SPLITS) -> tuple[float, float]:
+def inception_score(logits: ArrayLike, splits: int = SPLITS) -> tuple[float, float]:
     """Returns exp of the mean KL divergence of p(class | image) from p(class).
 
     Args:

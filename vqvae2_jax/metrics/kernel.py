@@ -1,6 +1,7 @@
 """Kernel Inception Distance (Binkowski et al. 2018): unlike FID unbiased, also for few images."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from vqvae2_jax.metrics.frechet import check_features
 
@@ -8,7 +9,11 @@ SUBSETS, SUBSET_SIZE = 100, 1000
 
 
 def kernel_distance(
-    first, second, subsets: int = SUBSETS, subset_size: int = SUBSET_SIZE, seed: int = 0
+    first: ArrayLike,
+    second: ArrayLike,
+    subsets: int = SUBSETS,
+    subset_size: int = SUBSET_SIZE,
+    seed: int = 0,
 ) -> tuple[float, float | None]:
     """Returns the squared maximum mean discrepancy with the kernel (x y / D + 1)^3, over random subsets.
 

@@ -9,6 +9,7 @@ N x M matrix is never held as a whole.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from vqvae2_jax.metrics.frechet import check_features
 
@@ -16,7 +17,7 @@ NEIGHBORS = 3
 _BLOCK = 1024
 
 
-def precision_recall(real, generated, neighbors: int = NEIGHBORS) -> tuple[float, float]:
+def precision_recall(real: ArrayLike, generated: ArrayLike, neighbors: int = NEIGHBORS) -> tuple[float, float]:
     """Returns precision and recall, in [0, 1].
 
     Args:
