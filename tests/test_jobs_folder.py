@@ -64,10 +64,11 @@ def test_a_folder_becomes_a_report(folder_run, capsys):
     assert sum(found) == 60 and sum(report['protocol']['counts'].values()) == 61  # the broken one has no codes
     found = sample_store.take(folder_run.path('samples', 'default'), np.arange(8))
     assert found['arr_0'].shape == (8, 16, 24, 3) and not found['label'].any()
-    assert 'intended_class' not in report['samples'] and not folder_run.path('classifier').exists()
+    assert 'class_accuracy' not in report['sets']['default'] and not folder_run.path('classifier').exists()
     written = {p.name for p in folder_run.path('report').iterdir()}
-    assert written == {'report.json', 'report.html', 'curves.png', 'reconstructions.png', 'samples.png'}
-    with pytest.raises(JobError, match='data.num_classes=0: there are no classes'):
+    assert written == {'record.json', 'report.json', 'report.html', 'curves.png', 'reconstructions.png', 'sets'}
+    assert [p.name for p in folder_run.path('report', 'sets', 'default').iterdir()] == ['samples.png']
+    with pytest.raises(JobError, match='data.num_classes is 0: a classifier needs at least 2'):
         run_job(folder_run, 'classifier')
 
 

@@ -30,7 +30,7 @@ def test_the_jobs_know_wavefront_priors_and_sampling_params(run, monkeypatch):
     assert {prior.dtype for prior in priors} | {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype('bfloat16')}
     guided = sample_store.take(run.path('samples', 'default'), np.arange(16))
     assert guided['arr_0'].shape == (16, 28, 28, 1) and len(np.unique(guided['codes_1'].reshape(16, -1), axis=0)) == 16
-    report = read_json(run.path('report', 'report.json'))['samples']
+    report = read_json(run.path('report', 'report.json'))['sets']['default']
     assert report['guidance'] == {'bottom': 1.0, 'top': 3.0} and report['top_k'] == {'bottom': 5, 'top': 0}
     assert report['dtype'] == 'bfloat16'
 
