@@ -133,7 +133,8 @@ def test_eight_devices_draw_what_one_draws(case):
     index = jnp.arange(8)
     run = jax.jit(lambda i: sample(prior, params, sample_keys(jax.random.key(2), i), i % 3).codes)
     alone = run(jax.device_put(index, jax.devices()[0]))
-    spread = run(jax.device_put(index, sharding.batch_sharding()))
+    with jax.set_mesh(sharding.make_mesh()):
+        spread = run(jax.device_put(index, sharding.batch_sharding()))
     assert len(spread.sharding.device_set) == 8
     np.testing.assert_array_equal(alone, spread)
 
