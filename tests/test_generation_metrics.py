@@ -82,9 +82,7 @@ class TestKernel:
 class TestInceptionScore:
     def test_bounds(self):
         sure = np.tile(50 * np.eye(4), (25, 1))
-        assert inception_score(sure, splits=5) == pytest.approx(
-            (4, 0), abs=1e-9
-        )  # sure, classes balanced
+        assert inception_score(sure, splits=5) == pytest.approx((4, 0), abs=1e-9)  # sure, classes balanced
         assert inception_score(np.zeros((100, 4)), splits=5) == pytest.approx((1, 0), abs=1e-9)
         assert inception_score(sure[:, :1].repeat(4, 1), splits=5)[0] == pytest.approx(1)
 
