@@ -1,4 +1,4 @@
-"""Images in .npz files: what comes out is what the file holds, split and identified as anywhere; clear refusals."""
+"""Images in .npz files: their content, splits and fingerprints, and clear refusals."""
 
 import pickle
 

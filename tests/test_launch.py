@@ -60,7 +60,7 @@ def tpu(tmp_path):
 
 
 def kinds(calls):
-    """What the calls do, without looking whether the slice is there, and mounting left out."""
+    """The calls, without those that ask whether the slice exists, and without mounting."""
     names = {' create ': 'create', ' delete ': 'delete', 'pip install': 'install', 'detached.sh': 'main'}
     return [kind for call in calls for text, kind in names.items() if text in call]
 

@@ -23,14 +23,14 @@ def test_steps_of_square_maps(side, skew, steps):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(orders())
-def test_every_position_is_drawn_once_and_in_its_step(order):
-    drawn = np.full(order.shape, -1)
+def test_every_position_is_sampled_once_and_in_its_step(order):
+    sampled = np.full(order.shape, -1)
     for step in range(order.steps):
         rows, columns, inside = order.positions(step, np)
         assert len(rows) == order.rows
-        assert (drawn[rows[inside], columns[inside]] == -1).all()
-        drawn[rows[inside], columns[inside]] = step
-    np.testing.assert_array_equal(drawn, order.step_of())
+        assert (sampled[rows[inside], columns[inside]] == -1).all()
+        sampled[rows[inside], columns[inside]] = step
+    np.testing.assert_array_equal(sampled, order.step_of())
     for step in (-1, order.steps + order.shape[1]):
         assert not order.positions(step, np)[2].any()
 

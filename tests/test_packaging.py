@@ -71,7 +71,7 @@ def test_a_tiny_training_runs_from_another_directory(installed, tmp_path):
     (tmp_path / 'elsewhere').mkdir()
     (tmp_path / 'mine.py').write_text(MINE)
     here = dict(cwd=tmp_path / 'elsewhere', env=environment)
-    # Worker processes import the console script anew.
+    # Worker processes import the console script again.
     output = run('vqvae2', '--config=tiny', '--workdir=run', '--config.data.workers=1', *SHORT, **here)
     assert 'vqvae' in output and (tmp_path / 'elsewhere' / 'run' / 'vqvae' / 'trained.json').exists()
     run('vqvae2', f'--config={tmp_path}/mine.py', *SHORT, **here)

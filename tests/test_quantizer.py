@@ -136,9 +136,9 @@ def test_more_codes_than_vectors_start_apart():
 @pytest.mark.parametrize('count', [64, 65, 200])
 def test_enough_vectors_give_distinct_codes_from_all_of_the_batch(count):
     vectors = jnp.arange(count, dtype=jnp.float32)[:, None]
-    drawn = np.stack([initial_statistics(vectors, 64, jax.random.key(seed)).codebook[:, 0] for seed in range(40)])
-    assert all(len(np.unique(row)) == 64 for row in drawn)
-    assert len(np.unique(drawn)) == count  # every vector has its chance
+    sampled = np.stack([initial_statistics(vectors, 64, jax.random.key(seed)).codebook[:, 0] for seed in range(40)])
+    assert all(len(np.unique(row)) == 64 for row in sampled)
+    assert len(np.unique(sampled)) == count  # every vector has its chance
 
 
 def test_gradient_passes_straight_through_and_the_codebook_gets_none():

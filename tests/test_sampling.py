@@ -1,4 +1,4 @@
-"""The cached sampler against its slow definition, and what a sample may depend on."""
+"""The cached sampler against its slow definition, and the inputs that a sample depends on."""
 
 import jax
 import jax.numpy as jnp
@@ -196,17 +196,17 @@ def test_draws_follow_the_distribution():
     logits = jnp.log(jnp.array([0.1, 0.2, 0.7]))
     keys = sample_keys(jax.random.key(0), jnp.arange(20000))
 
-    def drawn_at(position, temperature):
+    def sample_at(position, temperature):
         return sample_codes(keys, jnp.array([position]), jnp.tile(logits, (20000, 1, 1)), SamplingParams(temperature))[
             :, 0
         ]
 
-    drawn = drawn_at(5, 1.0)
-    np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 20000, [0.1, 0.2, 0.7], atol=0.015)
-    warm = drawn_at(5, 2.0)  # p^(1/2), normalised
+    sampled = sample_at(5, 1.0)
+    np.testing.assert_allclose(np.bincount(sampled, minlength=3) / 20000, [0.1, 0.2, 0.7], atol=0.015)
+    warm = sample_at(5, 2.0)  # p^(1/2), normalised
     np.testing.assert_allclose(np.bincount(warm, minlength=3) / 20000, [0.198, 0.279, 0.523], atol=0.015)
-    again = drawn_at(6, 1.0)
-    assert 0.4 < np.mean(np.asarray(drawn) == np.asarray(again)) < 0.68  # another position is another draw (0.54)
+    again = sample_at(6, 1.0)
+    assert 0.4 < np.mean(np.asarray(sampled) == np.asarray(again)) < 0.68  # another position is another draw (0.54)
 
 
 def test_samples_follow_the_prior():
@@ -214,8 +214,8 @@ def test_samples_follow_the_prior():
     prior, params, codes, _, _ = make_prior('convolutions', batch=1)
     probability = jax.nn.softmax(prior.apply({'params': params}, codes)[0, 0, 0])
     keys = sample_keys(jax.random.key(0), jnp.arange(4000))
-    drawn = jax.jit(lambda: sample(prior, params, keys))().codes[:, 0, 0]
-    np.testing.assert_allclose(np.bincount(drawn, minlength=6) / 4000, probability, atol=0.03)
+    sampled = jax.jit(lambda: sample(prior, params, keys))().codes[:, 0, 0]
+    np.testing.assert_allclose(np.bincount(sampled, minlength=6) / 4000, probability, atol=0.03)
 
 
 def test_levels_are_drawn_from_the_coarsest_and_condition_the_finer():

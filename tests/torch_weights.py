@@ -9,7 +9,7 @@ import numpy as np
 def seeded_state(
     params: Mapping, norm_of, classes: int, scale: tuple[float, float], bias: bool = False
 ) -> dict[str, np.ndarray]:
-    """What PyTorch would have called the folded convolutions `params` (shapes), with batch norm unfolded.
+    """PyTorch's names of the folded convolutions `params` (shapes), with batch norm unfolded.
 
     Args:
       params: layer -> {'kernel': shape [h, w, in, out], ...}; a layer `fc` is left to `classes`.

@@ -47,7 +47,7 @@ def run_on_main_process(function: Callable[[], Any]) -> Any:
     The function runs no SPMD program. Its result must pickle.
 
     Raises:
-      Exception: what the function raises, on process 0; the other processes then exit with the same status.
+      Exception: the one that the function raises, on process 0; the other processes exit with the same status.
     """
     if jax.process_count() == 1:
         return function()

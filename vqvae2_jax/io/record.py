@@ -158,7 +158,7 @@ def open_output(
       inputs: current digests of the inputs, by name.
       settings: current settings, flat.
       replace: outputs of other inputs or settings are written again, instead of refused.
-      hint: what else the user can do about a difference, as a sentence.
+      hint: advice about a difference, as a sentence.
 
     Returns:
       The record to write, with the state, results, seconds and digest that the directory has. With `replace` the state
