@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
         save_every=2_500,
     )
 
-    config.codes.batch_size = 32_768  # 128 a chip on 256 chips
+    config.codes.batch_size = 4_096  # 16 a chip on 256 chips
     config.codes.shard_size = 2_048
 
     for prior in config.prior.values():
@@ -107,7 +107,7 @@ def get_config() -> ConfigDict:
 
     config.sample.count = 1_000
     config.sample.dtype = 'bfloat16'
-    config.sample.batch_size = 32_768  # 128 a chip on 256 chips
+    config.sample.batch_size = 1_024  # 4 a chip on 256 chips
     config.sample.shard_size = 100  # 300 MB a file
     config.sample.seed = 0
     config.sample.labels = ()
@@ -115,5 +115,5 @@ def get_config() -> ConfigDict:
 
     config.reject.keep_fraction = 1.0
 
-    config.evaluate.batch_size = 8_192
+    config.evaluate.batch_size = 2_048
     return config
