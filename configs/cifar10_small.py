@@ -69,5 +69,5 @@ def get_config() -> ConfigDict:
     )
 
     config.sample.update(count=1_000, batch_size=200)
-    config.evaluate.update(reference='', cas=False)
+    config.evaluate.batch_size = 200
     return config

@@ -109,5 +109,6 @@ def get_config() -> ConfigDict:
 
     config.reject.keep_fraction = 0.5  # the best half of each class
 
+    config.evaluate.batch_size = 200
     config.evaluate.cas = True  # two more classifiers, trained only on generated images
     return config

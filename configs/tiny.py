@@ -26,4 +26,5 @@ def get_config() -> ConfigDict:
     for section in (config.vqvae, config.prior.top, config.prior.bottom, config.classifier):
         section.training.update(small)
     config.sample.update(count=24, batch_size=16, shard_size=16)
+    config.evaluate.batch_size = 16
     return config
