@@ -47,7 +47,7 @@ def problems(source: str) -> list[str]:
 
 def is_override(node: ast.FunctionDef) -> bool:
     """Whether a method repeats one that a base class or a protocol documents."""
-    return node.name in {'example_name', 'fingerprint', 'get_state', 'set_state', 'start_prefetch'}
+    return node.name in {'example_name', 'fingerprint', 'get_state', 'set_state', 'start_prefetch', 'check'}
 
 
 @pytest.mark.parametrize('path', MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())

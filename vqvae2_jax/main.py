@@ -43,7 +43,8 @@ _TOPOLOGY = flags.DEFINE_string(
 _LEVEL = flags.DEFINE_string('level', None, 'With --job=prior: the level (top, bottom, ...); all if not given.')
 
 
-def main(_) -> None:
+def main(_: list[str]) -> None:
+    """Runs the job that the parsed flags name; mistakes of the user end with one line."""
     if not flags.FLAGS['verbosity'].present:
         logging.set_verbosity(logging.WARNING)  # Orbax logs many lines about every file
     if not _TOPOLOGY.value:  # the compiler of another platform may not know the flag, and abort

@@ -14,6 +14,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import resource_tracker
+from typing import Any
 
 import grain
 import numpy as np
@@ -26,7 +27,7 @@ _WORKER_BUFFER = 2  # Batches that each worker process holds ready.
 
 
 def train_batches(
-    source,
+    source: Any,
     *,
     batch_size: int,
     seed: int,
@@ -63,7 +64,7 @@ def train_batches(
 
 
 def eval_batches(
-    source,
+    source: Any,
     *,
     batch_size: int,
     start: int = 0,

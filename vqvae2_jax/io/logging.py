@@ -214,7 +214,7 @@ def device_memory() -> dict[str, int]:
     return {name: max(device[key] for device in stats) for name, key in zip(_MEMORY, keys, strict=True)}
 
 
-def read_metrics(directory) -> list[dict]:
+def read_metrics(directory: epath.PathLike) -> list[dict]:
     """Reads the lines of `directory`/metrics.jsonl in order, without a partial last line of a killed run.
 
     Raises:

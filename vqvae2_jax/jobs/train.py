@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 
 from vqvae2_jax.config import build as configs
+from vqvae2_jax.data.images import ImageSource
 from vqvae2_jax.data.loader import eval_batches, train_batches
 from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.io import files, record
@@ -131,7 +132,9 @@ def train_task(
     print(f'{directory}: trained ({_summary(results)})', flush=True)
 
 
-def image_data(run: Run, section: str, train=None, val=None, **augment: bool) -> Data:
+def image_data(
+    run: Run, section: str, train: ImageSource | None = None, val: ImageSource | None = None, **augment: bool
+) -> Data:
     """Opens the images that a network is trained on.
 
     Args:

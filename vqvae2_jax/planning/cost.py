@@ -5,7 +5,7 @@ A loop's body counts once per iteration, unlike in XLA's own count. Elementwise 
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.interpreters.partial_eval import dce_jaxpr
@@ -31,7 +31,7 @@ class Cost(NamedTuple):
         return Cost(self.flops * factor, self.bytes * factor)
 
 
-def count(function: Callable, *arguments) -> Cost:
+def count(function: Callable, *arguments: Any) -> Cost:
     """Counts the work of a call, without code whose results are unused, which XLA removes too.
 
     Args:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from jax.sharding import Mesh
 
 from vqvae2_jax.data.loader import read_all, read_next
@@ -58,7 +59,7 @@ def train(
     task: Task,
     config: optim.TrainConfig,
     data: Data,
-    directory,
+    directory: epath.Path,
     *,
     mesh: Mesh,
     name: str,
@@ -127,7 +128,24 @@ class TrainLoop:
         self.visualize_fn = jax.jit(task.visualize) if task.visualize else None
         self.stopping = False  # whether any process received a signal; it changes on all at the same step
 
-    def run(self, state, step, pending, preempted):
+    def run(
+        self,
+        state: train_state.TrainState,
+        step: int,
+        pending: list[dict[str, float]],
+        preempted: Callable[[], int],
+    ) -> int:
+        """Trains from `step` to the last step, or until a process is preempted.
+
+        Args:
+          state: after `step` updates; its buffers are donated.
+          step: updates done.
+          pending: metrics of steps that no log line holds yet.
+          preempted: returns the signal that this process received, or 0.
+
+        Returns:
+          The number of updates done.
+        """
         config, buffer, previous = self.config, MetricsBuffer(pending), None
         while step < config.steps and not self.stopping:
             batch = read_next(self.data.train, preempted)
@@ -149,30 +167,31 @@ class TrainLoop:
                 if last or _due(step, config.eval_every):
                     self.eval_and_keep_best(state, step, preempted)
                 if self.visualize_fn and config.image_every and (last or _due(step, config.image_every)):
-                    self.visualize(state, step, preempted)
+                    self._visualize(state, step, preempted)
                 if last or _due(step, config.save_every):
-                    self.save(state, step, buffer)
+                    self._save(state, step, buffer)
         self.stopping = processes.process_any(self.stopping or bool(preempted()))
         if self.stopping:
             if previous is not None:
                 buffer.add(*previous)
-            self.save(state, step, buffer)
+            self._save(state, step, buffer)
             self.checkpoints.wait()
             print(f'saved at step {step}; the same command continues from there', flush=True)
         return step
 
-    def save(self, state, step, buffer):
+    def _save(self, state, step, buffer):
         self.logger.flush()  # a resumed run continues the log from here
         self.checkpoints.save(step, state, self.data.train, buffer.rows)
 
-    def eval_and_keep_best(self, state, step, preempted):
+    def eval_and_keep_best(self, state: train_state.TrainState, step: int, preempted: Callable[[], int]) -> None:
+        """Evaluates the averaged weights on the validation split, and keeps them if they are the best so far."""
         with jax.set_mesh(self.mesh), contextlib.closing(self.data.val()) as batches:
             metrics = self.eval_fn(state.ema_params, state.variables, read_all(batches, preempted))
         self.logger.write(step, 'validation', metrics)
         weights = {'params': state.ema_params, 'model_state': state.variables}
         self.best.save_if_best(step, metrics, self.task.best_metric, weights)
 
-    def visualize(self, state, step, preempted):
+    def _visualize(self, state, step, preempted):
         with jax.set_mesh(self.mesh):
             weights = sharding.replicate_to_host((state.ema_params, state.variables))
         processes.run_on_main_process(lambda: self._save_image(weights, step, preempted))
