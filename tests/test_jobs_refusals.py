@@ -233,7 +233,7 @@ def test_evaluation_opens_each_split_once_and_ends_its_readers(run, monkeypatch)
         run.path(name).rmtree()
     run_job(run, 'evaluate')
     assert len(opened) == 3
-    assert len(loads) == 11  # stage 1 for each of five parts, two priors, the classifier, and three of CAS
+    assert len(loads) == 7  # stage 1, two priors, the classifier, and three of CAS
     assert all(readers) and all(reader._reading is None for module in readers for reader in module)
 
 

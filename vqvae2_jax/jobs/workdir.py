@@ -45,6 +45,7 @@ class Run:
     workdir: epath.Path
     devices: Sequence | None = None
     _images: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # listing a folder takes long
+    _vqvae: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # many parts of a report need it
 
     def __post_init__(self):
         object.__setattr__(self, 'workdir', gcs.absolute(self.workdir))
@@ -227,8 +228,11 @@ def vqvae_record(run: Run) -> Record:
 
 
 def load_vqvae(run: Run) -> Trained:
-    """Loads stage 1's weights and codebooks; raises as `load_trained`."""
-    return load_trained(run, 'vqvae', 'vqvae', 'vqvae')
+    """Loads stage 1's weights and codebooks, once for each digest; raises as `load_trained`."""
+    digest = vqvae_record(run).digest
+    if digest not in run._vqvae:
+        run._vqvae[digest] = load_trained(run, 'vqvae', 'vqvae', 'vqvae')
+    return run._vqvae[digest]
 
 
 def prior_records(run: Run) -> list[Record]:
