@@ -169,8 +169,8 @@ def test_a_signal_to_the_whole_group_while_workers_start_stops_all(run):
     )
     try:
         for line in process.stdout:
-            if line.startswith('codes validation: shard 1'):
-                time.sleep(1.5)  # workers for the second are on their way
+            if line.startswith('codes train: 400 images'):
+                time.sleep(1.5)  # workers for the next split are on their way
                 os.killpg(process.pid, signal.SIGTERM)
                 break
         output = process.communicate(timeout=60)[0]
