@@ -177,7 +177,7 @@ def test_meta_round_trip(tmp_path):
 
 
 def test_meta_errors(tmp_path):
-    with pytest.raises(JobError, match=r'has nothing: add --job=extract_codes'):
+    with pytest.raises(JobError, match=r'has nothing: run your command with --job=extract_codes'):
         CodeSource(tmp_path)
     write_store(tmp_path)
     whole = record.read_done(tmp_path, codes.JOB)
@@ -190,7 +190,7 @@ def test_meta_errors(tmp_path):
         with pytest.raises(ValueError, match=rf'(?s)record\.json: .*{message}'):
             CodeSource(tmp_path)
     dataclasses.replace(whole).start()
-    with pytest.raises(JobError, match='is not finished: add --job=extract_codes'):
+    with pytest.raises(JobError, match='is not finished: run your command with --job=extract_codes'):
         CodeSource(tmp_path)
     (tmp_path / 'record.json').write_text('{')
     with pytest.raises(JobError, match=r'record\.json is damaged'):

@@ -172,12 +172,12 @@ def test_a_record_tells_the_digest_without_the_weights(run, monkeypatch):
 @pytest.mark.parametrize(
     'missing, job, hint',
     [
-        ('vqvae', 'extract_codes', 'add --job=vqvae to your command'),
-        ('codes', 'prior', 'add --job=extract_codes to your command'),
+        ('vqvae', 'extract_codes', 'run your command with --job=vqvae'),
+        ('codes', 'prior', 'run your command with --job=extract_codes'),
         ('prior_bottom', 'sample', '--job=prior --level=bottom'),
         ('samples', 'reject', '--job=sample'),
         ('classifier', 'reject', '--job=classifier'),
-        ('rejection', 'evaluate', 'add --job=reject to your command'),
+        ('rejection', 'evaluate', 'run your command with --job=reject'),
         ('samples', 'evaluate', '--job=sample'),
     ],
 )

@@ -126,7 +126,7 @@ def test_interrupted_sampling_continues_and_a_set_may_grow(run, finished, monkey
     with pytest.raises(Interrupted):
         run_job(run, 'sample')
     assert written == ['samples-00000000-00000016.npz']
-    with pytest.raises(JobError, match='is not finished: add --job=sample'):
+    with pytest.raises(JobError, match='is not finished: run your command with --job=sample'):
         read_all(run, 24)
     run_job(run, 'sample')
     assert written == ['samples-00000000-00000016.npz', 'samples-00000016-00000024.npz']
@@ -253,7 +253,7 @@ def test_training_goes_on_where_a_constant_rate_allows_it(run, monkeypatch):
     monkeypatch.setattr(MetricsLogger, 'write', stop_at_12)
     with pytest.raises(Interrupted):
         run_job(run, 'classifier')
-    with pytest.raises(JobError, match='classifier is not finished: add --job=classifier'):
+    with pytest.raises(JobError, match='classifier is not finished: run your command with --job=classifier'):
         workdir.load_trained(run, 'classifier', 'classifier', 'classifier')
     monkeypatch.setattr(MetricsLogger, 'write', write)
     run_job(run, 'classifier')

@@ -20,7 +20,7 @@ def test_states_from_missing_to_done(tmp_path):
     assert output.state == MISSING and not list(tmp_path.iterdir()) and record.read(tmp_path) is None
     output.start()
     assert open_output(tmp_path).state == STARTED
-    with pytest.raises(JobError, match='is not finished: add --job=sample to your command'):
+    with pytest.raises(JobError, match='is not finished: run your command with --job=sample'):
         record.read_done(tmp_path, 'sample')
     output.save_seconds(12.34)
     assert open_output(tmp_path).seconds == 12.3
@@ -33,7 +33,7 @@ def test_states_from_missing_to_done(tmp_path):
 
 
 def test_nothing_is_not_finished(tmp_path):
-    with pytest.raises(JobError, match=rf'{tmp_path} has nothing: add --job=reject'):
+    with pytest.raises(JobError, match=rf'{tmp_path} has nothing: run your command with --job=reject'):
         record.read_done(tmp_path, 'reject')
 
 

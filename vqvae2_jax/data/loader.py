@@ -280,6 +280,7 @@ class _Reader:
         self._logged.add(error.example_name)
         logging.warning('skipping %s: %s', error.example_name, error.reason)
         if self._skip_log:
+            os.makedirs(os.path.dirname(self._skip_log) or '.', exist_ok=True)  # nothing else may be there yet
             line = error.example_name.replace('\n', ' ') + '\n'
             # One write to a file opened for appending is atomic, so that worker processes can share the file.
             with open(self._skip_log, 'ab', buffering=0) as file:

@@ -6,7 +6,7 @@ last one may hold fewer). N is the number of images of a file:
 
     arr_0    uint8 [N, H, W, C]
     label    int32 [N]
-    index    int64 [N], START .. STOP - 1
+    index    int64 [N], the number of the sample; of reconstructions the position in the split of images
     codes_l  int32 [N, h_l, w_l] of level l, 0 is the finest
 """
 

@@ -22,8 +22,9 @@ def exit_together(stopped: Callable[[], int]) -> None:
 def stop_signals() -> Iterator[Callable[[], int]]:
     """Within the context, SIGINT and SIGTERM only set a flag.
 
-    The end of the context raises `Interrupted` if a signal came, even one that came too late for the loop to see. A
-    second signal of the same kind acts as usual, for users who do not want to wait.
+    The end of the context raises `Interrupted` on all processes if a signal came to any of them, even one that came too
+    late for the loop to see. All processes enter and leave the context together. A second signal of the same kind acts
+    as usual, for users who do not want to wait.
 
     Yields:
       A function that returns the signal received, or 0.
@@ -45,5 +46,4 @@ def stop_signals() -> Iterator[Callable[[], int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if received:
-        raise Interrupted(128 + received)
+    exit_together(lambda: received)

@@ -36,7 +36,7 @@ class Progress:
         now = time.monotonic()
         if now - self._last < _EVERY or not done:
             return
-        self._last = now
+        self._last, done = now, min(done, self._total)  # the last batch may be padded
         rate = done / (now - self._begin)
         left = format_duration((self._total - done) / rate)
         percent = 100 * done // max(self._total, 1)

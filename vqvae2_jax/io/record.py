@@ -219,4 +219,4 @@ def check_settings_match(
 
 def job_command(job: str) -> str:
     """Returns how to run a job, for messages. Users know the rest of their command."""
-    return f'add --job={job} to your command'
+    return f'run your command with --job={job}'

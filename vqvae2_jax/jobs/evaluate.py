@@ -162,7 +162,8 @@ def _first_reconstructions(run: Run) -> dict[str, np.ndarray]:
         source, batch_size=_PICTURE_COLUMNS, stop=min(_PICTURE_COLUMNS, len(source)), **run.loader_kwargs()
     )
     with contextlib.closing(batches):
-        image = next(batches)['image']
+        batch = next(batches)
+        image = batch['image'][batch['mask']]
     with jax.set_mesh(run.mesh):
         reconstruct = make_reconstruct_fn(task)
         weights = sharding.put_replicated((trained.params, trained.model_state))

@@ -6,7 +6,6 @@ A step is dispatched before the metrics of the previous one are read, so the dev
 import contextlib
 import functools
 import math
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from jax.sharding import Mesh
 
 from vqvae2_jax.data.loader import read_all, read_next
 from vqvae2_jax.distributed import processes, sharding
-from vqvae2_jax.distributed.preemption import Interrupted, stop_signals
+from vqvae2_jax.distributed.preemption import stop_signals
 from vqvae2_jax.io import plots
 from vqvae2_jax.io.logging import MetricsLogger
 from vqvae2_jax.tasks.task import Task, to_uint8
@@ -109,8 +108,6 @@ def train(
         loop = TrainLoop(task, config, data, mesh, train_step, checkpoints, best, logger, profiler)
         with contextlib.closing(logger), contextlib.closing(profiler), stop_signals() as preempted:
             step = loop.run(state, start, pending, preempted)
-        if loop.stopping:  # the signal went to another process
-            raise Interrupted(128 + signal.SIGTERM)
     if not best.best():
         raise NonFiniteLoss(f'{name}: the validation {task.best_metric} was NaN at every evaluation')
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
@@ -224,7 +221,8 @@ class MetricsBuffer:
         if wrong := [f'{name} is {value}' for name, value in row.items() if not math.isfinite(value)]:
             raise NonFiniteLoss(
                 f'{", ".join(wrong)} at step {step}. Nothing of it was saved: the same command restarts from '
-                'the last checkpoint. Lower training.learning_rate, or set training.clip_norm'
+                'the last checkpoint. To lower training.learning_rate or to set training.clip_norm, delete the '
+                'directory of this training or give another --workdir'
             )
         stop = bool(row.pop(SHOULD_STOP))
         self.rows.append(row)
