@@ -70,7 +70,9 @@ class CodesMeta:
           ValueError: fields are missing or unknown, or do not agree.
         """
         if different := sorted({field.name for field in dataclasses.fields(cls)} ^ results.keys()):
-            raise ValueError(f'the results {different} are missing or unknown. {_RUN_AGAIN}')
+            raise ValueError(
+                f'the results {different} are missing or unknown. Delete that directory and run --job={JOB} again.'
+            )
         shapes = tuple(tuple(shape) for shape in results['shapes'])
         tuples = {name: tuple(results[name]) for name in ('codebook_sizes', 'class_names')}
         return cls(**{**results, **tuples, 'shapes': shapes})
@@ -169,7 +171,7 @@ class CodeSource:
         if count != self.meta.count:
             raise ValueError(
                 f'{found.directory / record.FILE} says {self.meta.count} examples, '
-                f'but its {shards} shards hold {count}. {_RUN_AGAIN}'
+                f'but its {shards} shards hold {count}. Delete {found.directory} and run --job={JOB} again.'
             )
         self._directory = os.fspath(directory)
         self._records = array_record_data_source.ArrayRecordDataSource(paths)
@@ -189,11 +191,14 @@ class CodeSource:
         try:
             data = self._records[index]
         except RuntimeError as error:  # A checksum that does not match.
-            raise ValueError(f'record {index} of {self._directory} is damaged: {error}. {_RUN_AGAIN}') from error
+            raise ValueError(
+                f'record {index} of {self._directory} is damaged: {error}. '
+                f'Delete {self._directory} and run --job={JOB} again.'
+            ) from error
         if len(data) != self._dtype.itemsize:
             raise ValueError(
                 f'record {index} of {self._directory} has {len(data)} bytes, '
-                f'but {record.FILE} implies {self._dtype.itemsize}. {_RUN_AGAIN}'
+                f'but {record.FILE} implies {self._dtype.itemsize}. Delete {self._directory} and run --job={JOB} again.'
             )
         row = np.frombuffer(data, self._dtype)[0]
         levels = {f'codes_{n}': row[f'codes_{n}'].astype(np.int32) for n in range(len(self.meta.shapes))}  # [h, w]

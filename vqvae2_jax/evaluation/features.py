@@ -129,13 +129,13 @@ def make_extract_fn(extractor: FeatureExtractor) -> Callable[[dict[str, jax.Arra
       A function {'image': uint8 [B, H, W, C]} -> as `FeatureExtractor.apply`, for `batches.map_batches` and
       `batches.map_examples`.
     """
-    params = sharding.put_replicated(extractor.params)
-
-    @jax.jit
-    def extract(params, images):
-        return sharding.constrain_batch(extractor.apply(params, images))
-
+    params, extract = sharding.put_replicated(extractor.params), _jitted(extractor.apply)
     return lambda batch: extract(params, batch['image'])
+
+
+@functools.lru_cache(maxsize=8)  # several sets of images need the same program
+def _jitted(apply):
+    return jax.jit(lambda params, images: sharding.constrain_batch(apply(params, images)))
 
 
 @dataclasses.dataclass(frozen=True)

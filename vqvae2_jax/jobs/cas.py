@@ -61,18 +61,19 @@ def reconstruct(run: Run) -> None:
     Raises:
       JobError, StaleInputError, SettingsChangedError, Interrupted: as `classification_accuracy_score`.
     """
-    directory, source = run.path(RECONSTRUCTIONS), run.codes('train')
+    directory = run.path(RECONSTRUCTIONS)
+    count = record.read_done(run.path('codes', 'train'), 'extract_codes').results['count']
     settings = {'split': 'train', 'shard_size': run.config.sample.shard_size}
     output = run.open_output(directory, 'cas', _codes_digests(run), settings)
-    ranges = shard_ranges(len(source), run.config.sample.shard_size)
+    ranges = shard_ranges(count, run.config.sample.shard_size)
     missing = processes.run_on_main_process(lambda: sample_store.missing_shards(directory, ranges))
     if output.state == record.DONE and not missing:
-        print(f'reconstructions: done ({len(source)} images in {directory})', flush=True)
+        print(f'reconstructions: done ({count} images in {directory})', flush=True)
         return
     with stop_signals() as stopped:
-        _write_reconstructions(run, output, source, missing, stopped)
-        processes.run_on_main_process(lambda: output.finish({'count': len(source)}))
-    print(f'reconstructions: {len(source)} training images in {directory}', flush=True)
+        _write_reconstructions(run, output, run.codes('train'), missing, stopped)
+        processes.run_on_main_process(lambda: output.finish({'count': count}))
+    print(f'reconstructions: {count} training images in {directory}', flush=True)
 
 
 def _write_reconstructions(run, output, source, missing, stopped):
@@ -106,11 +107,11 @@ def _train(run, kind, directory, images):
     found = sample_store.read_set(images)
     sample_store.shard_paths(images)  # refuses a set that lacks files
     folder = str(images) if gcs.is_remote(images) else glob.escape(str(images))
-    path = gcs.local_copy(os.path.join(folder, 'samples-*.npz'), found.digest)
     changes = {'splits': (), 'split_seed': 0, 'held_out': (_HELD_OUT, 0.0), 'on_error': 'raise'}
-    spec = dataclasses.replace(configs.image_spec(run.config), name='npz', path=path, **changes)
 
     def make_data():
+        path = gcs.local_copy(os.path.join(folder, 'samples-*.npz'), found.digest)
+        spec = dataclasses.replace(configs.image_spec(run.config), name='npz', path=path, **changes)
         try:
             train_images, val_images = (open_images(spec, split) for split in ('train', 'validation'))
         except ValueError as error:

@@ -37,6 +37,7 @@ def extract_codes(run: Run) -> None:
     """
     trained = workdir.load_vqvae(run)
     workdir.check_images(run, 'vqvae', trained.record)
+    outputs = {split: _open_output(run, split, trained.digest) for split in SPLITS}  # any refusal comes before the work
     counts = ', '.join(f'{split} {len(run.images(split))}' for split in SPLITS)
     batch_size = run.batch_size('codes')
     data = f'{counts} images; codes.batch_size {run.config.codes.batch_size}, padded to {batch_size}'
@@ -47,16 +48,19 @@ def extract_codes(run: Run) -> None:
             inference.make_encode_fn(configs.make_vqvae(run.config)), sharding.put_sharded(trained.variables)
         )
     with stop_signals() as stopped:
-        for split in SPLITS:
-            _extract_split(run, split, encode, trained.digest, stopped)
+        for split, output in outputs.items():
+            _extract_split(run, split, output, encode, stopped)
             exit_together(stopped)
 
 
-def _extract_split(run: Run, split: str, encode: Callable, vqvae: str, stopped: Callable[[], int]) -> None:
-    source, directory = run.images(split), run.path('codes', split)
-    settings = _settings(run, split)
-    output = run.open_output(directory, store.JOB, {'vqvae': vqvae, 'images': source.digest}, settings)
-    ranges = shard_ranges(len(source), settings['shard_size'])
+def _open_output(run: Run, split: str, vqvae: str) -> Record:
+    inputs = {'vqvae': vqvae, 'images': run.images(split).digest}
+    return run.open_output(run.path('codes', split), store.JOB, inputs, _settings(run, split))
+
+
+def _extract_split(run: Run, split: str, output: Record, encode: Callable, stopped: Callable[[], int]) -> None:
+    source, directory = run.images(split), output.directory
+    ranges = shard_ranges(len(source), output.settings['shard_size'])
     finished = processes.run_on_main_process(lambda: store.finished_shards(directory, len(ranges)))
     missing = [r for number, r in enumerate(ranges) if number not in finished]
     if output.state == record.DONE and not missing:
