@@ -63,9 +63,11 @@ def reconstruct(run: Run) -> None:
     """
     directory = run.path(RECONSTRUCTIONS)
     count = record.read_done(run.path('codes', 'train'), 'extract_codes').results['count']
-    settings = {'split': 'train', 'shard_size': run.config.sample.shard_size}
-    output = run.open_output(directory, 'cas', _codes_digests(run), settings)
-    ranges = shard_ranges(count, run.config.sample.shard_size)
+    before = processes.run_on_main_process(lambda: record.read(directory))
+    # Of all sample sets, whose shards may differ in size: the size of the first one.
+    size = before.settings.get('shard_size') if before else run.config.sample.shard_size
+    output = run.open_output(directory, 'cas', _codes_digests(run), {'split': 'train', 'shard_size': size})
+    ranges = shard_ranges(count, size)
     missing = processes.run_on_main_process(lambda: sample_store.missing_shards(directory, ranges))
     if output.state == record.DONE and not missing:
         print(f'reconstructions: done ({count} images in {directory})', flush=True)
