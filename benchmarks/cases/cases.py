@@ -17,7 +17,7 @@ from benchmarks.cases.inputs import make_inputs
 
 _FILES = pathlib.Path(__file__).parent / 'files'
 _ROOT = pathlib.Path(__file__).parents[2]
-_TIMEOUT = 900  # seconds
+_TIMEOUT = 600  # seconds
 _SHORT = ['--config.evaluate.cas=False', '--config.sample.count=4', '--config.sample.batch_size=4']
 for _section in ('vqvae', 'prior.top', 'prior.bottom', 'classifier'):
     _SHORT += [f'--config.{_section}.training.{field}' for field in ('steps=2', 'warmup_steps=1', 'image_every=0')]
@@ -54,13 +54,13 @@ class Cases:
             self.inputs.mkdir(parents=True)
             make_inputs(self.inputs)
 
-    def show(self, title: str, command: list[str], lines: int = 2, **options) -> None:
+    def show(self, title: str, command: list[str], lines: int = 2, timeout: int = _TIMEOUT, **options) -> None:
         """Prints how a command ends."""
         environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(_ROOT)}
         options = {'cwd': _ROOT, 'env': environment} | options
         try:
             done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_TIMEOUT, errors='replace', **options
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout, errors='replace', **options
             )
             status, output = done.returncode, done.stdout
         except subprocess.TimeoutExpired as error:
@@ -88,7 +88,7 @@ class Cases:
 
     def listing(self, title: str, name: str, classes: int) -> None:
         """Prints how many images a folder has."""
-        self.show(title, [sys.executable, '-c', _LIST, str(self.inputs / name), str(classes)])
+        self.show(title, [sys.executable, '-c', _LIST, str(self.inputs / name), str(classes)], timeout=60)
 
     def c01(self) -> None:
         self.show('01 metadata', [sys.executable, '-c', _DECODE, str(_FILES / 'metadata')], lines=40)
