@@ -1,4 +1,4 @@
-# Needs Python 3.11 or newer and nothing else; everything is installed into $(VENV).
+# Needs only Python 3.11 or newer. Everything is installed into $(VENV).
 #   make demo PYTHON=python3.12 ARGS="--config.seed=1"
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ ARGS ?=
 TEST_PROCESSES ?= 2
 
 BIN := $(VENV)/bin
-# Stamps inside the environment: it is brought up to date only when what it is made from has changed.
+# Stamps inside the environment: make updates it only if the requirements have changed.
 RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
 
@@ -23,7 +23,7 @@ help:  ## show this list
 	@echo '  PYTHON=python3.12   the interpreter that creates $(VENV) (3.11 or newer)'
 	@echo '  CONFIG=configs/x.py the experiment that `make demo` runs'
 	@echo '  ARGS="..."          more flags for `make demo`'
-	@echo '  TEST_PROCESSES=2    the number of processes that `make test` runs'
+	@echo '  TEST_PROCESSES=2    the number of processes that `make test` and `make test-system` run'
 
 demo: $(RUN_STAMP)  ## train, sample and evaluate a small model on this machine
 	$(BIN)/python -m vqvae2_jax.main --config=$(CONFIG) $(ARGS)
@@ -34,8 +34,8 @@ test: lint  ## ruff, unit tests and tiny pipelines (20 minutes on 2 cores)
 test-fast: lint  ## ruff and the quick tests
 	$(BIN)/python -m pytest -m "not slow and not system"
 
-test-system: $(DEV_STAMP)  ## fresh installs, newest Python, notebooks, processes; needs git, npm and a network (40 minutes)
-	$(BIN)/python -m pytest -m system
+test-system: $(DEV_STAMP)  ## fresh installs, newest Python, notebooks, processes; needs git, npm and a network (20 minutes)
+	$(BIN)/python -m pytest -m system --numprocesses $(TEST_PROCESSES) --dist worksteal
 
 lint: $(DEV_STAMP)  ## ruff
 	$(BIN)/ruff check .

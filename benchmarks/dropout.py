@@ -1,4 +1,4 @@
-"""Likelihood under the paper's dropout and under this project's: priors trained alike on the same codes.
+"""Likelihood under the paper's dropout and under this project's: same training, same codes.
 
   python -m benchmarks.dropout --config=configs/cifar10_small.py
 
@@ -18,10 +18,10 @@ import numpy as np
 
 from benchmarks.orders import learning_curve, link, seed_argument
 from benchmarks.timing import machine
-from vqvae2_jax import checks, load_config, xla_flags
-from vqvae2_jax import config as configs
-from vqvae2_jax.jobs.codes import extract
-from vqvae2_jax.jobs.stages import train_vqvae
+from vqvae2_jax import load_config, xla_flags
+from vqvae2_jax.config.validation import validate_config
+from vqvae2_jax.jobs.extract_codes import extract_codes
+from vqvae2_jax.jobs.train import train_vqvae
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.models.prior import KINDS, PLACEMENTS
 
@@ -34,9 +34,9 @@ def variant(run, level, placement, kind, seed, options):
     config.seed = seed
     section = config.prior[level]
     section.update(dropout=options.rate, dropout_placement=placement, attention_dropout_kind=kind)
-    section.attention_dropout = options.rate if section.attention_layers else 0.0
-    section.training.update(show_every=0, steps=options.steps)
-    checks.check(config)
+    section.attention_dropout = options.rate if section.num_attention_layers else 0.0
+    section.training.update(image_every=0, steps=options.steps)
+    validate_config(config)
     found = Run(config, run.path('dropout') / f'{level}-{placement}-{kind}-rate{options.rate}-seed{seed}')
     link(run, found)
     return found
@@ -44,7 +44,7 @@ def variant(run, level, placement, kind, seed, options):
 
 def variants(config, level):
     """(placement, kind) of each variant; a prior without attention has one kind."""
-    kinds = KINDS if config.prior[level].attention_layers else KINDS[:1]
+    kinds = KINDS if config.prior[level].num_attention_layers else KINDS[:1]
     return [(placement, kind) for kind in kinds for placement in PLACEMENTS]
 
 
@@ -69,11 +69,11 @@ def main():
     parser.add_argument('--seeds', type=seed_argument, nargs='+', default=[0, 1, 2])
     parser.add_argument('--data', help='data.path, where the config has another')
     options = parser.parse_args()
-    config = configs.complete(load_config(options.config))
+    config = load_config(options.config)
     config.data.path = options.data or config.data.path
     run = Run(config, options.workdir or f'runs/{config.name}')
     train_vqvae(run)
-    extract(run)
+    extract_codes(run)
 
     print(f'{machine()}, {datetime.date.today()}, rate {options.rate}, {options.steps} updates, seeds {options.seeds}')
     print(f'| {" | ".join(COLUMNS)} |\n|{"---|" * len(COLUMNS)}')
@@ -83,7 +83,7 @@ def main():
             runs = [variant(run, level, placement, kind, seed, options) for seed in options.seeds]
             nats = np.array([nats_after(r, level, options.steps) for r in runs])
             base = nats if base is None else base
-            cells = [level, placement, kind if config.prior[level].attention_layers else '']
+            cells = [level, placement, kind if config.prior[level].num_attention_layers else '']
             cells += [f'{nats.mean():.4f} ({nats.min():.4f} to {nats.max():.4f})']
             cells += [f'{100 * (nats.mean() / base.mean() - 1):+.2f} %', f'{beyond(nats, base):.2f} %']
             print(f'| {" | ".join(cells)} |', flush=True)

@@ -1,12 +1,12 @@
-"""FID beside pytorch-fid: the same number, and how many images a second each looks at.
+"""Compares FID with pytorch-fid: the value, and the speed in images/s.
 
   pip install -e ".[torch]" torchvision pytorch-fid     # in an environment of its own
   python -m benchmarks.fid --weights='fid_inception_part*.npz' --images=data/cifar10.npz
 
-Takes two disjoint sets of `count` images. pytorch-fid reads them from PNG files, as it does; this project from memory.
-The speeds are of features alone, compiled and warm, on the same images and batches, in turns; the ratio is of the best
-of each. The weights of the .npz files lack the head of the network, which FID does not use: pytorch-fid is given zeros
-there.
+Takes two disjoint sets of `count` images. pytorch-fid reads them from PNG files, this package from memory. The speeds
+are those of the features alone, compiled and warm, on the same images and batches, measured alternately; the ratio is
+that of the best of each. The weights of the .npz files lack the classification head, which FID does not use:
+pytorch-fid gets zeros there.
 """
 
 import argparse
@@ -23,15 +23,17 @@ from PIL import Image
 
 from benchmarks.timing import machine
 from vqvae2_jax import xla_flags
+from vqvae2_jax.distributed import sharding
+from vqvae2_jax.distributed.batches import map_examples
+from vqvae2_jax.evaluation.features import load_inception, make_extract_fn
 from vqvae2_jax.io import state_dict
-from vqvae2_jax.jobs.features import load_inception
 from vqvae2_jax.metrics.frechet import Moments, frechet_distance
 
 TURNS = 3
 
 
 def reference_network(weights):
-    """pytorch-fid's network with these weights."""
+    """Returns pytorch-fid's network with these weights."""
     state = {name: torch.from_numpy(array) for name, array in weights.items()}
     head = {'fc.weight': torch.zeros(1008, 2048), 'fc.bias': torch.zeros(1008)}
     pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: head | state
@@ -39,7 +41,7 @@ def reference_network(weights):
 
 
 def reference_distance(network, sets, device, batch_size):
-    """FID as pytorch-fid computes it from folders of PNG files."""
+    """Returns FID as pytorch-fid computes it from folders of PNG files."""
     moments = []
     for images in sets:
         with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +55,7 @@ def reference_distance(network, sets, device, batch_size):
 
 
 def rate(function, images):
-    """Images a second."""
+    """Returns the speed in images/s."""
     begin = time.perf_counter()
     function(images)
     return len(images) / (time.perf_counter() - begin)
@@ -71,23 +73,29 @@ def main():
         images = arrays['arr_0'][: 2 * options.count]
     sets = images[: options.count], images[options.count :]
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    network = load_inception(options.weights, options.batch)
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        extract_fn = make_extract_fn(load_inception(options.weights))
     reference = reference_network(state_dict.read(options.weights)).to(device)
 
-    def look(images):
+    def extract(images):
+        with jax.set_mesh(mesh):
+            return map_examples(extract_fn, {'image': images}, options.batch)['features']
+
+    def extract_reference(images):
         with torch.no_grad():
             for start in range(0, len(images), options.batch):
                 batch = torch.from_numpy(images[start : start + options.batch]).to(device)
                 reference(batch.permute(0, 3, 1, 2).float() / 255)[0].cpu()
 
     some = images[: 4 * options.batch]
-    look(some[: options.batch]), network.embed(some[: options.batch])  # compiled, warm
-    rates = [(rate(network.embed, some), rate(look, some)) for _ in range(TURNS)]
+    extract_reference(some[: options.batch]), extract(some[: options.batch])  # compiled, warm
+    rates = [(rate(extract, some), rate(extract_reference, some)) for _ in range(TURNS)]
     ours, theirs = np.max(rates, axis=0)
     print(f'{machine()}, jax {jax.__version__}; {device}, torch {torch.__version__}')
     print(f'{ours:.1f} images/s here, {theirs:.1f} with pytorch-fid: {ours / theirs:.2f}x', flush=True)
 
-    here = frechet_distance(*(Moments.of(network.embed(part)['features']) for part in sets))
+    here = frechet_distance(*(Moments.of(extract(part)) for part in sets))
     there = reference_distance(reference, sets, device, options.batch)
     print(f'FID of {options.count} and {options.count} images: {here:.5f} here, {there:.5f} with pytorch-fid')
     print(f'difference: {abs(here - there):.2e}')

@@ -1,14 +1,15 @@
-"""How fast images and codes are read, for each number of worker processes: what a host needs to keep its chips busy.
+"""How fast a host reads images and codes, for each number of worker processes.
 
   python -m benchmarks.input --path FOLDER [--size 256 --workers 0 1 2 4]
 
-FOLDER holds images, at any depth. They are read as the files they are, and once more as a TensorFlow Dataset in
-ArrayRecord files that the same bytes are packed into. Then a store of codes of the paper's ImageNet model (64x64 and
-32x32, of 512) is written and read. Training's own iterators, shuffled; the first batches, in which workers start, do
-not count. Ratios are against reading without workers, in threads of the process that trains.
+FOLDER holds images, at any depth. They are read as files, and as a TensorFlow Dataset of the same bytes in ArrayRecord
+files. Then codes of the paper's ImageNet model (64x64 and 32x32, K = 512) are written and read. The iterators are those
+of training, shuffled; the first batches, during which workers start, do not count. Ratios are to reading without
+workers, in threads of the training process.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,22 +19,25 @@ import time
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from vqvae2_jax.config import base
+from vqvae2_jax.config import build as configs
 from vqvae2_jax.data import codes, folder
-from vqvae2_jax.data.images import ImageSpec, open_images
+from vqvae2_jax.data.images import open_images
 from vqvae2_jax.data.loader import train_batches
+from vqvae2_jax.io import record
 
 IMAGES, CODES = 64, 1024  # in a batch
 SHAPES, SIZES = ((64, 64), (32, 32)), (512, 512)
-STORED = 20_000  # examples in the store of codes
-SECONDS = 10  # of reading, each
+STORED = 20_000  # examples of codes
+SECONDS = 10  # of reading, for each row of the table
 
 
 def write_dataset(directory, name, features, splits):
-    """A TensorFlow Dataset below `directory`, prepared as ArrayRecord without TensorFlow, of one shard a split.
+    """Writes a TensorFlow Dataset below `directory`, as ArrayRecord with one shard per split, without TensorFlow.
 
     Args:
       features: {feature: tfds.features.FeatureConnector}, with 'image' and perhaps 'label'.
-      splits: {split: (bytes of an image file, label) of every example, one after the other}.
+      splits: {split: (bytes of an image file, label) of every example}.
     """
     import tensorflow_datasets as tfds
     from tensorflow_datasets.proto import tf_example_pb2
@@ -60,7 +64,7 @@ def write_dataset(directory, name, features, splits):
 
 
 def packed(path, directory):
-    """The folder's files as a TensorFlow Dataset `packed` below `directory`, unlabelled."""
+    """Writes the files of a folder as an unlabeled TensorFlow Dataset `packed` below `directory`."""
     import tensorflow_datasets as tfds
 
     images = ((pathlib.Path(path, file).read_bytes(), 0) for file in folder.find_images(path, '--path'))
@@ -68,20 +72,27 @@ def packed(path, directory):
 
 
 def write_codes(directory):
-    """A store of random codes; examples a second, and bytes of each on disk."""
+    """Writes random codes; returns examples/s and the bytes of an example on disk."""
     rng, path = np.random.default_rng(0), codes.shard_path(directory, 0, 1)
     maps = [rng.integers(0, k, (CODES, *shape)) for k, shape in zip(SIZES, SHAPES, strict=True)]
     batch = {f'codes_{i}': m for i, m in enumerate(maps)} | {'label': np.zeros(CODES, int), 'index': np.arange(CODES)}
     begin = time.perf_counter()
     count = codes.write_shard(path, [batch] * (STORED // CODES), SIZES)
     rate = count / (time.perf_counter() - begin)
-    about = dict(num_classes=0, class_names=(), split='train', shards=1, vqvae_digest='', version='')
-    codes.write_meta(directory, codes.CodesMeta(SHAPES, SIZES, count=count, **about))
+    meta = codes.CodesMeta(SHAPES, SIZES, num_classes=0, class_names=(), count=count, split='train', shards=1)
+    record.open_output(directory, codes.JOB, {}, {}).finish(dataclasses.asdict(meta))
     return rate, os.path.getsize(path) / count
 
 
-def examples_a_second(source, batch_size, workers):
-    """Of training's iterator, once it runs."""
+def open_training(name, path, size):
+    """Opens the training split of unlabeled color images."""
+    config = base.get_config(levels=('top',))
+    config.data.update(name=name, path=path, image_size=(size, size), channels=3, num_classes=0, held_out=(0.01, 0.0))
+    return open_images(configs.image_spec(config), 'train')
+
+
+def examples_per_second(source, batch_size, workers):
+    """Returns the rate of the training iterator, once it runs."""
     batches = train_batches(source, batch_size=batch_size, seed=0, workers=workers)
     for _ in range(2 + 2 * workers):
         next(batches)
@@ -102,18 +113,17 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         packed(options.path, directory)
         rate, size = write_codes(os.path.join(directory, 'codes'))
-        print(f'{os.cpu_count()} cores; codes are written at {rate:.0f} a second, {size / 1e3:.1f} KB each', flush=True)
-        shape = dict(image_size=(options.size, options.size), channels=3, num_classes=0, held_out=(0.01, 0.0))
+        print(f'{os.cpu_count()} cores; codes: {rate:.0f} examples/s written, {size / 1e3:.1f} KB each', flush=True)
         sources = {
-            f'files, {options.size} px': open_images(ImageSpec('folder', options.path, **shape), 'train'),
-            f'ArrayRecord, {options.size} px': open_images(ImageSpec('packed', directory, **shape), 'train'),
+            f'files, {options.size} px': open_training('folder', options.path, options.size),
+            f'ArrayRecord, {options.size} px': open_training('packed', directory, options.size),
             'codes': codes.CodeSource(os.path.join(directory, 'codes')),
         }
-        print('\n| | workers | examples a second | ratio |\n|---|---|---|---|')
+        print('\n| | workers | examples/s | ratio |\n|---|---|---|---|')
         for name, source in sources.items():
             first = None
             for workers in options.workers:
-                rate = examples_a_second(source, CODES if name == 'codes' else IMAGES, workers)
+                rate = examples_per_second(source, CODES if name == 'codes' else IMAGES, workers)
                 first = first or rate
                 print(f'| {name} | {workers} | {rate:.0f} | {rate / first:.2f} |', flush=True)
 

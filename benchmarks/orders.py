@@ -1,17 +1,17 @@
-"""What an order of drawing costs in likelihood: priors in raster and wavefront order, trained alike on the same codes.
+"""The cost of a generation order in likelihood: raster and wavefront priors, same training, same codes.
 
   python -m benchmarks.orders --config=configs/cifar10_small.py
 
 Trains stage 1, extracts the codes, and trains a prior for every level, number of attentions, order and seed: same data,
-width, depth, batches and updates. Stopped, the same command continues. Rates must be constant (`decay`), so that the
-curve of one training answers both questions: held-out nats after equal updates, and after the time in which the
+width, depth, batches and updates. Stopped, the same command continues. Rates must be constant (`lr_schedule`), so that
+the curve of one training answers both questions: held-out nats after equal updates, and after the time in which the
 fastest order has done all of its updates. That time is counted in seconds of pure training, which short trainings
-afterwards measure, of all orders in turns: neither compilation nor evaluation counts. Trainings may share the machine
-with other work; these, in the last run of this command, should not. `--trained=orders.json` takes the nats of an
-earlier study: no prior is trained to the end, and only times are measured.
+measure afterwards, of all orders alternately: neither compilation nor evaluation counts. Trainings may share the
+machine with other work; these, in the last run of this command, should not. `--trained=orders.json` takes the nats of
+an earlier study: no prior is trained to the end, and only times are measured.
 
 Prints a table, and writes orders.png and orders.json into the workdir: nats are those of the averaged weights on
-`eval_examples` images; the mean over the seeds, and their range. Seconds an image are those of drawing 16 maps at once,
+`eval_examples` images; the mean over the seeds, and their range. Seconds per image are measured on 16 maps at once,
 with weights that were not trained.
 """
 
@@ -27,17 +27,18 @@ import numpy as np
 from etils import epath
 
 from benchmarks.timing import machine, seconds
-from vqvae2_jax import checks, load_config, xla_flags
-from vqvae2_jax import config as configs
-from vqvae2_jax.data.images import check_seed
-from vqvae2_jax.io import pictures, provenance
+from vqvae2_jax import load_config, xla_flags
+from vqvae2_jax.config import base
+from vqvae2_jax.config import build as configs
+from vqvae2_jax.config.validation import validate_config
+from vqvae2_jax.io import files, plots
 from vqvae2_jax.io.logging import read_metrics
-from vqvae2_jax.jobs.codes import extract
-from vqvae2_jax.jobs.stages import train_prior, train_vqvae
+from vqvae2_jax.jobs.extract_codes import extract_codes
+from vqvae2_jax.jobs.train import train_prior, train_vqvae
 from vqvae2_jax.jobs.workdir import Run, prior_directory
 from vqvae2_jax.sampling.ancestral import sample, sample_keys
 
-DRAWN = 16  # maps at once
+MAPS = 16  # maps at once
 TIMED = 50  # updates
 TURNS = 2
 COLUMNS = ('level', 'attentions', 'order', 'steps', 'ms an image', 'ms an update')
@@ -45,13 +46,11 @@ COLUMNS += ('equal updates: nats', 'against raster', 'equal time: nats', 'agains
 
 
 def seed_argument(text: str) -> int:
-    """A seed on the command line."""
+    """Reads a seed from the command line."""
     try:
-        value = int(text)
-        check_seed('--seeds', value)
+        return base.find('seed').check('--seeds', int(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    return value
 
 
 def variant(run, level, order, attention, seed):
@@ -59,10 +58,10 @@ def variant(run, level, order, attention, seed):
     config = run.config.copy_and_resolve_references()
     config.seed = seed
     section = config.prior[level]
-    section.update({'order': 'raster'} if order == 'raster' else {'order': 'wavefront', 'slope': int(order)})
-    section.update(attention_layers=attention)
-    section.training.show_every = 0
-    checks.check(config)
+    section.update({'order': 'raster'} if order == 'raster' else {'order': 'wavefront', 'skew': int(order)})
+    section.update(num_attention_layers=attention)
+    section.training.image_every = 0
+    validate_config(config)
     found = Run(config, run.path('orders') / f'{level}-{order}-attention{attention}-seed{seed}')
     link(run, found)
     return found
@@ -80,8 +79,8 @@ def learning_curve(run, level):
     """Trains the prior, unless it is done: updates [n] and held-out nats [n] of each evaluation."""
     train_prior(run, level)
     lines = read_metrics(run.path(prior_directory(level)))
-    judged = [(line['step'], line['validation/nll']) for line in lines if 'validation/nll' in line]
-    return np.array(judged, float).T
+    evaluated = [(line['step'], line['validation/nll']) for line in lines if 'validation/nll' in line]
+    return np.array(evaluated, float).T
 
 
 def seconds_an_update(run, level):
@@ -101,12 +100,12 @@ def seconds_an_image(run, level):
     prior, arguments = configs.networks(run.config)[f'prior.{level}']
     key, *one = arguments
     params = jax.jit(prior.init)(key, *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one))['params']
-    _, labels, coarser = jax.tree.map(lambda x: jnp.zeros((DRAWN, *x.shape[1:]), x.dtype), one)
+    _, labels, coarser = jax.tree.map(lambda x: jnp.zeros((MAPS, *x.shape[1:]), x.dtype), one)
 
-    def draw(params, labels, coarser):
-        return sample(prior, params, sample_keys(jax.random.key(0), jnp.arange(DRAWN)), labels, coarser).codes
+    def sample_codes(params, labels, coarser):
+        return sample(prior, params, sample_keys(jax.random.key(0), jnp.arange(MAPS)), labels, coarser).codes
 
-    return seconds(draw, params, labels, coarser) / DRAWN
+    return seconds(sample_codes, params, labels, coarser) / MAPS
 
 
 def learning_curves(run, level, attention, orders, seeds):
@@ -136,7 +135,7 @@ def add_times(found, run, level, attention):
 
 
 def name_of(order):
-    return order if order == 'raster' else f'slope {order}'
+    return order if order == 'raster' else f'skew {order}'
 
 
 def name_of_row(level, attention):
@@ -163,7 +162,7 @@ def panel(level, attention, found):
         for order, r in found.items()
     }
     title = f'{level}, {attention or "no"} attention{"s" if attention > 1 else ""}'
-    return pictures.Panel(title, curves, 'held-out nats per code', xlabel='seconds of training')
+    return plots.Panel(title, curves, 'held-out nats per code', xlabel='seconds of training')
 
 
 def main():
@@ -173,38 +172,38 @@ def main():
     parser.add_argument('--workdir', help='runs/<name of the config> when not given')
     parser.add_argument('--levels', nargs='+', default=['top', 'bottom'])
     parser.add_argument('--attention', type=int, nargs='+', default=[0, 2], help='numbers of attention layers')
-    parser.add_argument('--slopes', type=int, nargs='*', default=[3, 2])
+    parser.add_argument('--skews', type=int, nargs='*', default=[3, 2])
     parser.add_argument('--seeds', type=seed_argument, nargs='+', default=[0, 1, 2])
     parser.add_argument('--trained', help='orders.json of a study whose levels, attentions and orders are timed here')
     options = parser.parse_args()
-    config = configs.complete(load_config(options.config))
-    checks.check(config)
+    config = load_config(options.config)
+    validate_config(config)
     for level in options.levels:
-        if (decay := config.prior[level].training.decay) != 'constant':
+        if (schedule := config.prior[level].training.lr_schedule) != 'constant':
             parser.error(
-                f'prior.{level}.training.decay is {decay!r}: only under a constant rate may curves stop anywhere'
+                f'prior.{level}.training.lr_schedule is {schedule!r}: curves may stop anywhere only at a constant rate'
             )
     keys = list(itertools.product(options.levels, options.attention))
-    study = provenance.read_json(epath.Path(options.trained)) if options.trained else {}
+    study = files.read_json(epath.Path(options.trained)) if options.trained else {}
     if study and (missing := [name for key in keys if (name := name_of_row(*key)) not in study]):
         parser.error(f'--trained={options.trained} does not hold {missing}: leave them out, or train them without it')
     run = Run(config, epath.Path(options.workdir or f'runs/{config.name}').resolve())
     train_vqvae(run)
-    extract(run)
+    extract_codes(run)
 
-    orders, results = ('raster', *map(str, options.slopes)), {}
+    orders, results = ('raster', *map(str, options.skews)), {}
     for key in keys:
         results[key] = study.get(name_of_row(*key)) or learning_curves(run, *key, orders, options.seeds)
         add_times(results[key], run, *key)
     print(f'\n| {" | ".join(COLUMNS)} |\n|{"---|" * len(COLUMNS)}')
     for (level, attention), found in results.items():
         print('\n'.join(table(level, attention, found)))
-    pictures.plot_panels(run.path('orders.png'), [panel(*key, found) for key, found in results.items()])
+    plots.plot_panels(run.path('orders.png'), [panel(*key, found) for key, found in results.items()])
     when = {'timed': f'{datetime.date.today()}, {machine()}'}
     if study:
         when['trained'] = study.get('trained', study.get('timed'))
     named = {name_of_row(*key): found for key, found in results.items()}
-    provenance.write_json(run.path('orders.json'), when | named)
+    files.write_json(run.path('orders.json'), when | named)
 
 
 if __name__ == '__main__':

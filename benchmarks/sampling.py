@@ -1,14 +1,14 @@
-"""How fast codes are drawn: caches against rerunning the network, many positions at once against one by one.
+"""Speed of sampling: caches against rerunning the network, many positions at once against one by one.
 
   python -m benchmarks.sampling                       # batch 1 and 8; about a quarter of an hour on two cores
   python -m benchmarks.sampling --batch 64 --only wavefront
 
 The networks have the size of rosinality/vq-vae-2-pytorch's defaults: 256 channels, 16 residual blocks, kernel 5; top
-32x32 with 4 attentions, bottom 64x64 without, conditioned on the top. Weights are random: what is drawn means nothing,
-the work is the same. Times are of calls of compiled programs, in seconds for the whole batch.
+32x32 with 4 attentions, bottom 64x64 without, conditioned on the top. Weights are random: the samples mean nothing, the
+work is the same. Times are of calls of compiled programs, in seconds for the whole batch.
 
-"Rerunning" is what that repository's sampler does: the network runs over all rows so far for every position. It is
-timed on eight of the map's heights, from which the time of the others is interpolated.
+"Rerunning" is how that repository samples: the network runs over all rows so far for every position. It is timed on
+eight heights of the map, from which the times of the others are interpolated.
 """
 
 import argparse
@@ -20,25 +20,29 @@ import numpy as np
 
 from benchmarks.timing import machine, measure_bandwidth, measure_products, seconds
 from vqvae2_jax import xla_flags
-from vqvae2_jax.models.raster import RasterPrior
-from vqvae2_jax.models.wavefront import WavefrontPrior
+from vqvae2_jax.config import base
+from vqvae2_jax.config import build as configs
 from vqvae2_jax.sampling.ancestral import sample, sample_keys
 
-NETWORK = dict(codebook_size=512, hidden=256, residual=256, layers=16, kernel=5)
-LEVELS = {
-    'top': dict(shape=(32, 32), attention_layers=4, heads=8),
-    'bottom': dict(shape=(64, 64), coarser_codebook_sizes=(512,), condition_layers=3),
-}
+SHAPES = {'top': (32, 32), 'bottom': (64, 64)}
 
 
-def make(level, dtype, slope=None, **fields):
-    """The prior of a level; without a slope in raster order."""
-    fields = {**NETWORK, **LEVELS[level], **fields, 'dtype': dtype}
-    return RasterPrior(**fields) if slope is None else WavefrontPrior(**fields, slope=slope)
+def make(level, dtype, skew=None, **fields):
+    """Makes the prior of a level; without a skew in raster order."""
+    config = base.get_config()
+    config.data.image_size = (256, 256)
+    config.vqvae.update(downsample_factors=(4, 2), codebook_size=512)
+    for prior in config.prior.values():
+        prior.update(hidden_channels=256, residual_channels=256, num_residual_blocks=16, kernel_size=5, num_heads=8)
+    config.prior.top.num_attention_layers = 4
+    config.prior.bottom.num_cond_blocks = 3
+    if skew is not None:
+        config.prior[level].update(order='wavefront', skew=skew)
+    return configs.make_prior(config, ('bottom', 'top').index(level)).clone(dtype=dtype, **fields)
 
 
-def name_of(slope):
-    return 'raster' if slope is None else f'slope {slope}'
+def name_of(skew):
+    return 'raster' if skew is None else f'skew {skew}'
 
 
 def inputs(prior, batch, array=jnp.zeros):
@@ -56,23 +60,23 @@ def weights(prior):
 
 
 def sampler(prior):
-    """A function (params, index int [B], coarser) -> codes."""
+    """Returns a function (params, index int [B], coarser) -> codes."""
 
-    def draw(params, index, coarser):
+    def sample_codes(params, index, coarser):
         return sample(prior, params, sample_keys(jax.random.key(0), index), None, coarser).codes
 
-    return draw
+    return sample_codes
 
 
 @functools.cache
-def cached(level, batch, dtype, slope, **fields):
-    """Seconds to draw a batch of maps."""
-    prior = make(level, dtype, slope, **fields)
+def cached(level, batch, dtype, skew, **fields):
+    """Measures the seconds to sample a batch of maps."""
+    prior = make(level, dtype, skew, **fields)
     return seconds(sampler(prior), jax.jit(lambda: weights(prior))(), jnp.arange(batch), inputs(prior, batch)[1])
 
 
 def rerunning(level, batch, dtype):
-    """Seconds that rerunning the rows so far would take for every position of a batch of maps."""
+    """Estimates the seconds of rerunning the rows so far for every position of a batch of maps."""
     prior = make(level, dtype)
     params, (codes, coarser) = jax.jit(lambda: weights(prior))(), inputs(prior, batch)
     height, width = prior.shape
@@ -85,7 +89,7 @@ def rerunning(level, batch, dtype):
         condition = part.apply({'params': cut}, None, above, method='condition')  # once per image there too
 
         def run(params, codes, condition, part=part):
-            return part.apply({'params': params}, codes, condition, method='given_condition')[:, -1]
+            return part.apply({'params': params}, codes, condition, method='apply_with_cond')[:, -1]
 
         times.append(seconds(run, cut, codes[:, :rows], condition))
     return float(width * np.interp(np.arange(1, height + 1), heights, times).sum())
@@ -96,9 +100,9 @@ def size_of(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def floor(level, dtype, bandwidth, slope=None):
-    """Seconds to read the weights that the sampler needs in a step, once; the vertical ones are for a whole row."""
-    prior = make(level, dtype, slope)
+def floor(level, dtype, bandwidth, skew=None):
+    """Returns the seconds to read the weights of one step from memory once; the vertical ones serve a whole row."""
+    prior = make(level, dtype, skew)
     size = {
         name: size_of(branch)
         for name, branch in jax.eval_shape(lambda: weights(prior)).items()
@@ -114,10 +118,10 @@ def raster_against_rerunning(batches, dtype, bandwidth):
     print('|---|---|---|---|---|---|---|')
     for batch in batches:
         total = np.zeros(2)
-        for level in LEVELS:
+        for level in SHAPES:
             slow, fast = rerunning(level, batch, dtype), cached(level, batch, dtype, None)
             total += slow, fast
-            step, least = fast / np.prod(LEVELS[level]['shape']), floor(level, dtype, bandwidth)
+            step, least = fast / np.prod(SHAPES[level]), floor(level, dtype, bandwidth)
             print(
                 f'| {level} | {batch} | {slow:.0f} | {fast:.1f} | {slow / fast:.0f}x | {1e3 * step:.2f} '
                 f'| {1e3 * least:.2f} |',
@@ -127,38 +131,38 @@ def raster_against_rerunning(batches, dtype, bandwidth):
 
 
 def growth_with_the_map(dtype):
-    plain = dict(attention_layers=0, coarser_codebook_sizes=(), condition_layers=0)
+    plain = dict(num_attention_layers=0)
     small = cached('top', 1, dtype, None, **plain)
     large = cached('top', 1, dtype, None, **plain, shape=(64, 64))
     print(f'\n64x64 against 32x32, the same convolutional network, batch 1: {large / small:.2f}x the time', flush=True)
 
 
-def wavefront_against_raster(batches, dtype, slopes, bandwidth):
+def wavefront_against_raster(batches, dtype, skews, bandwidth):
     print('\n| level | batch | order | steps | s for the batch | raster over it | ms a step | floor, ms |')
     print('|---|---|---|---|---|---|---|---|')
-    for level in LEVELS:
+    for level in SHAPES:
         for batch in batches:
             raster = cached(level, batch, dtype, None)
-            for slope in (None, *slopes):
-                steps = make(level, dtype, slope).order.steps
-                time_, least = cached(level, batch, dtype, slope), floor(level, dtype, bandwidth, slope)
+            for skew in (None, *skews):
+                steps = make(level, dtype, skew).order.steps
+                time_, least = cached(level, batch, dtype, skew), floor(level, dtype, bandwidth, skew)
                 print(
-                    f'| {level} | {batch} | {name_of(slope)} | {steps} | {time_:.2f} | {raster / time_:.1f}x '
+                    f'| {level} | {batch} | {name_of(skew)} | {steps} | {time_:.2f} | {raster / time_:.1f}x '
                     f'| {1e3 * time_ / steps:.2f} | {1e3 * least:.2f} |',
                     flush=True,
                 )
 
 
-def memory(dtype, slopes):
-    """Caches and other temporaries of the compiled sampler: what 8 more images of a batch add, over 8."""
+def memory(dtype, skews):
+    """Prints the caches and other temporaries of the compiled sampler per image, from batches of 8 and 16."""
     print('\n| level | order | MB an image | MB of weights |\n|---|---|---|---|')
-    for level in LEVELS:
-        for slope in (None, *slopes):
-            prior = make(level, dtype, slope)
+    for level in SHAPES:
+        for skew in (None, *skews):
+            prior = make(level, dtype, skew)
             params = jax.eval_shape(lambda prior=prior: weights(prior))
             used = {batch: temporary_bytes(prior, params, batch) for batch in (8, 16)}
             per_image = (used[16] - used[8]) / 8
-            print(f'| {level} | {name_of(slope)} | {per_image / 1e6:.1f} | {size_of(params) / 1e6:.0f} |', flush=True)
+            print(f'| {level} | {name_of(skew)} | {per_image / 1e6:.1f} | {size_of(params) / 1e6:.0f} |', flush=True)
 
 
 def temporary_bytes(prior, params, batch):
@@ -171,7 +175,7 @@ def main():
     xla_flags.set_cpu_flags()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--batch', type=int, nargs='+', default=[1, 8])
-    parser.add_argument('--slope', type=int, nargs='+', default=[1, 2, 3])
+    parser.add_argument('--skew', type=int, nargs='+', default=[1, 2, 3])
     parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
     parser.add_argument('--only', choices=('memory', 'raster', 'growth', 'wavefront'))
     options = parser.parse_args()
@@ -180,13 +184,13 @@ def main():
     print(f'{machine()}, JAX {jax.__version__}, {dtype.name}')
     print(f'memory {bandwidth / 1e9:.1f} GB/s, a large matrix product {measure_products(dtype) / 1e9:.0f} GFLOP/s')
     if options.only in (None, 'memory'):
-        memory(dtype, options.slope)
+        memory(dtype, options.skew)
     if options.only in (None, 'raster'):
         raster_against_rerunning(options.batch, dtype, bandwidth)
     if options.only in (None, 'growth'):
         growth_with_the_map(dtype)
     if options.only in (None, 'wavefront'):
-        wavefront_against_raster(options.batch, dtype, options.slope, bandwidth)
+        wavefront_against_raster(options.batch, dtype, options.skew, bandwidth)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a stopwatch, and what machine it is."""
+"""Shared by the benchmarks: a stopwatch, and a description of the machine."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def measure_products(dtype=jnp.float32):
 
 
 def machine():
-    """What times were measured on."""
+    """Returns the machine that times were measured on, as text."""
     kind = jax.devices()[0].device_kind
     if kind != 'cpu':
         return f'{jax.device_count()} x {kind}'

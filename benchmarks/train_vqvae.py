@@ -1,11 +1,11 @@
-"""Training of stage 1 beside the same network written plainly in PyTorch: images a second of both, in one run.
+"""Training of stage 1 compared with the same network in plain PyTorch: images/s of both.
 
   pip install -e ".[torch]"
   python -m benchmarks.train_vqvae [--size 256 --factors 4 2 --batch 8]
 
 Both do whole updates: encoder, codebook by moving averages, decoder, preview head, backward pass, Adam, average of the
-weights. Random images; float32; two levels. Each side in turns, the ratio of the best. PyTorch uses the GPU if there is
-one, as JAX does. Only this project re-seeds dead codes and reports its metrics.
+weights. Random images; float32; two levels. The two alternate, and the best time of each counts. PyTorch uses the GPU
+if there is one, as JAX does. Only this project restarts dead codes and computes metrics.
 """
 
 import argparse
@@ -18,10 +18,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.timing import machine, measure_products
-from vqvae2_jax import optim, parallel, xla_flags
-from vqvae2_jax.jobs import cost, train
-from vqvae2_jax.models.vqvae import VQVAE
-from vqvae2_jax.stages import vqvae
+from vqvae2_jax import xla_flags
+from vqvae2_jax.config import base
+from vqvae2_jax.config import build as configs
+from vqvae2_jax.distributed import sharding
+from vqvae2_jax.planning import cost
+from vqvae2_jax.tasks import vqvae
+from vqvae2_jax.training import loop, optim
 
 TURNS = 3
 HIDDEN, RESIDUAL, LAYERS, CODES, WIDTH = 128, 64, 2, 512, 64  # the paper's ImageNet model
@@ -77,7 +80,7 @@ class Quantizer(nn.Module):
 
 
 class Plain(nn.Module):
-    """Two levels, as models/vqvae.py wires them."""
+    """Two levels, as in models/vqvae.py."""
 
     def __init__(self, factors):
         super().__init__()
@@ -103,7 +106,7 @@ class Plain(nn.Module):
 
 
 def plain_training(factors, images):
-    """A function of the number of updates, and the number of parameters."""
+    """Returns a function that does a number of updates, and the number of parameters."""
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     model, image = Plain(factors).to(device), torch.from_numpy(images).to(device)
     optimizer = torch.optim.Adam(model.parameters(), RATE)
@@ -122,17 +125,22 @@ def plain_training(factors, images):
 
 
 def training_here(factors, images):
-    """As `plain_training`, of this project; and the FLOPs of an update."""
-    shape = {'hidden': HIDDEN, 'residual': RESIDUAL, 'layers': LAYERS, 'codebook_size': CODES, 'codebook_dim': WIDTH}
-    stage = vqvae.make_stage(VQVAE(tuple(factors), channels=3, **shape), ('bottom', 'top'), COMMITMENT, 100)
-    training = optim.Training(steps=10**6, batch_size=len(images), learning_rate=RATE, weight_ema=DECAY)
-    optimizer = optim.make_optimizer(training)
-    batch = parallel.put_batch({'image': images}) | {train.STOP: parallel.put_flag(False)}
-    init, key = train.make_init(stage, optimizer), jax.random.key(0)
-    layout = train.layout_of(jax.eval_shape(init, key, batch))
-    state, step = jax.jit(init, out_shardings=layout)(key, batch), train.make_step(stage, optimizer, training, layout)
+    """Returns the same of this project, and the FLOPs of an update. Call it inside `jax.set_mesh`."""
+    config = base.get_config(levels=('bottom', 'top'))
+    config.data.channels = 3
+    config.vqvae.update(hidden_channels=HIDDEN, residual_channels=RESIDUAL, num_residual_blocks=LAYERS)
+    config.vqvae.update(codebook_size=CODES, codebook_dim=WIDTH, downsample_factors=tuple(factors))
+    config.vqvae.training.update(steps=10**6, batch_size=len(images), learning_rate=RATE, params_ema_decay=DECAY)
+    config.vqvae.training.update(warmup_steps=0, lr_schedule='constant')
+    task = vqvae.make_task(configs.make_vqvae(config), ('bottom', 'top'), COMMITMENT, 100)
+    config = configs.train_config(config, 'vqvae')
+    optimizer = optim.make_optimizer(config)
+    batch = sharding.make_global_batch({'image': images}) | {loop.SHOULD_STOP: sharding.process_flags(False)}
+    init, key = loop.make_init(task, optimizer), jax.random.key(0)
+    layout = loop.state_sharding(jax.eval_shape(init, key, batch))
+    state, step = jax.jit(init, out_shardings=layout)(key, batch), loop.make_step(task, optimizer, config, layout)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    forward = cost.count(lambda p, v, b: stage.loss(p, v, b, key), state.params, state.variables, batch)
+    forward = cost.count(task.loss, state.params, state.variables, batch, key)
 
     def run(steps):
         nonlocal state
@@ -149,14 +157,20 @@ def main():
     parser.add_argument('--size', type=int, default=64)
     parser.add_argument('--factors', type=int, nargs=2, default=[4, 2])
     parser.add_argument('--batch', type=int, default=32)
-    parser.add_argument('--steps', type=int, default=5, help='in a turn')
+    parser.add_argument('--steps', type=int, default=5, help='of each measurement')
     options = parser.parse_args()
     shape = (options.batch, options.size, options.size, 3)
     images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    with jax.set_mesh(sharding.make_mesh()):
+        compare(options, images)
+
+
+def compare(options, images):
+    """Measures both and prints a table. Call it inside `jax.set_mesh`."""
     here, parameters, flops = training_here(options.factors, images)
     there, others = plain_training(options.factors, images)
     if parameters != others:
-        raise SystemExit(f'not the same network: {parameters} parameters here, {others} there')
+        raise SystemExit(f'the networks differ: {parameters} parameters here, {others} there')
     here(2), there(2)  # compiled, warm
     best = {here: np.inf, there: np.inf}
     for _ in range(TURNS):

@@ -11,13 +11,14 @@ estimate from its FLOPs. Measured: not run yet.
 
 from ml_collections import ConfigDict
 
+from vqvae2_jax.config import base
+
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
+    config = base.get_config()
     config.name = 'cifar10'
     config.seed = 0
 
-    config.data = ConfigDict()
     config.data.name = 'cifar10'
     config.data.path = ''
     config.data.splits = ('train[:90%]', 'train[90%:]', 'test')
@@ -29,68 +30,63 @@ def get_config() -> ConfigDict:
     config.data.crop = False
     config.data.workers = 0
 
-    config.vqvae = ConfigDict()
-    config.vqvae.factors = (2, 2)  # 16x16 (bottom), 8x8 (top)
-    config.vqvae.hidden = 128
-    config.vqvae.residual = 64
-    config.vqvae.layers = 2
+    config.vqvae.downsample_factors = (2, 2)  # 16x16 (bottom), 8x8 (top)
+    config.vqvae.hidden_channels = 128
+    config.vqvae.residual_channels = 64
+    config.vqvae.num_residual_blocks = 2
     config.vqvae.codebook_size = 512
     config.vqvae.codebook_dim = 64
     config.vqvae.commitment_weight = 0.25
-    config.vqvae.decay = 0.99
-    config.vqvae.reseed_threshold = 0.03
-    config.vqvae.level_loss = 0.3
+    config.vqvae.codebook_ema_decay = 0.99
+    config.vqvae.dead_code_threshold = 0.03
+    config.vqvae.preview_grad_scale = 0.3
     config.vqvae.dtype = 'float32'
-    config.vqvae.training = dict(
+    config.vqvae.training.update(
         steps=20_000,
         batch_size=256,
         learning_rate=5e-4,
         warmup_steps=500,
-        decay='cosine',
-        weight_ema=0.99,  # the span of the codebook's averages
+        lr_schedule='cosine',
+        params_ema_decay=0.99,  # the span of the codebook's averages
         log_every=100,
         eval_every=2_000,
-        show_every=4_000,
+        image_every=4_000,
         save_every=2_000,
     )
 
-    config.codes = ConfigDict()
     config.codes.batch_size = 512
     config.codes.shard_size = 16_384
 
-    config.prior = ConfigDict()
-    config.prior.top = ConfigDict()
-    config.prior.top.hidden = 256
-    config.prior.top.residual = 256
-    config.prior.top.layers = 12
-    config.prior.top.kernel = 5
-    config.prior.top.attention_layers = 4
-    config.prior.top.heads = 8
-    config.prior.top.output_layers = 4
-    config.prior.top.condition_layers = 0
+    config.prior.top.hidden_channels = 256
+    config.prior.top.residual_channels = 256
+    config.prior.top.num_residual_blocks = 12
+    config.prior.top.kernel_size = 5
+    config.prior.top.num_attention_layers = 4
+    config.prior.top.num_heads = 8
+    config.prior.top.num_output_blocks = 4
+    config.prior.top.num_cond_blocks = 0
     config.prior.top.dropout = 0.3
     config.prior.top.attention_dropout = 0.1
     config.prior.top.dtype = 'bfloat16'
-    config.prior.top.training = dict(
+    config.prior.top.training.update(
         steps=20_000,
         batch_size=256,
         learning_rate=5e-4,
         warmup_steps=1_000,
-        decay='cosine',
+        lr_schedule='cosine',
         clip_norm=1.0,
-        weight_ema=0.999,
+        params_ema_decay=0.999,
         log_every=100,
         eval_every=2_000,
-        show_every=10_000,
+        image_every=10_000,
         save_every=2_000,
     )
-    config.prior.bottom = config.prior.top.copy_and_resolve_references()
+    config.prior.bottom.update(config.prior.top)
     config.prior.bottom.update(
-        attention_layers=0, output_layers=0, condition_layers=8, dropout=0.2, attention_dropout=0.0
+        num_attention_layers=0, num_output_blocks=0, num_cond_blocks=8, dropout=0.2, attention_dropout=0.0
     )
     config.prior.bottom.training.steps = 10_000
 
-    config.classifier = ConfigDict()
     config.classifier.widths = (64, 128, 256)
     config.classifier.blocks = (2, 2, 2)
     config.classifier.stem_stride = 1
@@ -98,30 +94,27 @@ def get_config() -> ConfigDict:
     config.classifier.flip = True
     config.classifier.crop = True
     config.classifier.dtype = 'float32'
-    config.classifier.training = dict(
+    config.classifier.training.update(
         steps=10_000,
         batch_size=256,
         learning_rate=1e-3,
         warmup_steps=500,
-        decay='cosine',
+        lr_schedule='cosine',
         weight_decay=5e-2,
-        weight_ema=0.999,
+        params_ema_decay=0.999,
         log_every=100,
         eval_every=1_000,
         save_every=1_000,
     )
 
-    config.sample = ConfigDict()
     config.sample.count = 50_000
     config.sample.batch_size = 512
     config.sample.seed = 0
     config.sample.labels = ()
-    config.sample.temperature = dict(top=1.0, bottom=1.0)
+    config.sample.temperature.update(top=1.0, bottom=1.0)
 
-    config.reject = ConfigDict()
-    config.reject.keep = 0.5
+    config.reject.keep_fraction = 0.5
 
-    config.evaluate = ConfigDict()
     config.evaluate.reference = 'train'  # FID wants many images
     config.evaluate.cas = True
     config.evaluate.batch_size = 512

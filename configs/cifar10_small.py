@@ -4,7 +4,7 @@
   python -m vqvae2_jax.main --config=configs/cifar10_small.py
 
 The priors train at a constant rate, so that their learning curves can be compared at any time.
-Measured: see "What an order costs in likelihood" in docs/sampling.md.
+Measured: see "Likelihood by order" in docs/sampling.md.
 """
 
 from ml_collections import ConfigDict
@@ -17,21 +17,30 @@ def get_config() -> ConfigDict:
     config.name = 'cifar10_small'
     config.data.update(name='npz', path='data/cifar10.npz', splits=())
 
-    config.vqvae.update(hidden=64, residual=32, codebook_size=256, codebook_dim=32)
+    config.vqvae.update(hidden_channels=64, residual_channels=32, codebook_size=256, codebook_dim=32)
     config.vqvae.training.update(
         steps=2_000,
         batch_size=32,
         learning_rate=1e-3,
         warmup_steps=50,
         eval_every=500,
-        show_every=1_000,
+        image_every=1_000,
         save_every=500,
     )
 
     config.prior.top.update(
-        hidden=64, residual=64, layers=4, attention_layers=2, heads=4, output_layers=1, dropout=0.0, dtype='float32'
+        hidden_channels=64,
+        residual_channels=64,
+        num_residual_blocks=4,
+        num_attention_layers=2,
+        num_heads=4,
+        num_output_blocks=1,
+        dropout=0.0,
+        dtype='float32',
     )
-    config.prior.bottom.update(hidden=64, residual=64, layers=4, condition_layers=2, dropout=0.0, dtype='float32')
+    config.prior.bottom.update(
+        hidden_channels=64, residual_channels=64, num_residual_blocks=4, num_cond_blocks=2, dropout=0.0, dtype='float32'
+    )
     for prior in config.prior.values():
         prior.attention_dropout = 0.0
         prior.training.update(
@@ -39,20 +48,26 @@ def get_config() -> ConfigDict:
             batch_size=16,
             learning_rate=4e-3,
             warmup_steps=50,
-            decay='constant',
-            weight_ema=0.99,
+            lr_schedule='constant',
+            params_ema_decay=0.99,
             log_every=20,
             eval_every=100,
             eval_examples=1_000,
-            show_every=800,
+            image_every=800,
             save_every=200,
         )
 
     config.classifier.update(widths=(32, 64, 128), blocks=(1, 1, 1))
     config.classifier.training.update(
-        steps=1_000, batch_size=64, learning_rate=2e-3, warmup_steps=50, weight_ema=0.99, eval_every=200, save_every=200
+        steps=1_000,
+        batch_size=64,
+        learning_rate=2e-3,
+        warmup_steps=50,
+        params_ema_decay=0.99,
+        eval_every=200,
+        save_every=200,
     )
 
     config.sample.update(count=1_000, batch_size=200)
-    config.evaluate.update(reference='', cas=False)
+    config.evaluate.batch_size = 200
     return config

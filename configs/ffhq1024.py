@@ -3,23 +3,25 @@
   python -m vqvae2_jax.main --config=configs/ffhq1024.py --config.data.path=/data/ffhq
 
 Reproduces: tables 4 and 5 of the paper's appendix, figures 3 and 6. The paper has no number for FFHQ, only pictures.
-Measured here: stage 1 alone, on a CPU: 600 updates of 2 images (rate 1e-3, level_loss=1, float32) on 27 photographs
-bring held-out ones to 19.1 dB, plainly recognisable, their colours still pale (2 cores of an AMD EPYC, 2026-11-20).
-What the batch sizes below take is in docs/scale.md.
+Measured here: stage 1 alone, on a CPU: 600 updates of 2 images (rate 1e-3, preview_grad_scale=1, float32) on 27
+photographs reach 19.1 dB on held-out ones, recognizable but still pale (2 cores of an AMD EPYC, 2026-11-20).
+The memory of the batch sizes below is in docs/scale.md.
 
-Numbers marked [A] are the paper's appendix A; "open" is what the paper leaves open and this project chose.
+Numbers marked [A] are the paper's appendix A. "open" marks values that the paper leaves open; they are this project's
+choice.
 Faces have no classes: the priors are unconditional and there is no rejection.
 """
 
 from ml_collections import ConfigDict
 
+from vqvae2_jax.config import base
+
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
+    config = base.get_config(levels=('bottom', 'middle', 'top'))
     config.name = 'ffhq1024'
     config.seed = 0
 
-    config.data = ConfigDict()
     config.data.name = 'folder'
     config.data.path = ''  # the folder of the images; its subfolders are no classes
     config.data.splits = ()
@@ -33,91 +35,85 @@ def get_config() -> ConfigDict:
     config.data.on_error = 'raise'
     config.data.workers = 16
 
-    config.parallel = ConfigDict(dict(fsdp=16))  # devices that share one copy of a training state
+    config.parallel.fsdp = 16  # devices that share one copy of a training state
 
-    config.vqvae = ConfigDict()
-    config.vqvae.factors = (8, 2, 2)  # [A] 128x128 (bottom), 64x64 (middle), 32x32 (top)
-    config.vqvae.hidden = 128  # [A]
-    config.vqvae.residual = 64  # [A]
-    config.vqvae.layers = 2  # [A]
+    config.vqvae.downsample_factors = (8, 2, 2)  # [A] 128x128 (bottom), 64x64 (middle), 32x32 (top)
+    config.vqvae.hidden_channels = 128  # [A]
+    config.vqvae.residual_channels = 64  # [A]
+    config.vqvae.num_residual_blocks = 2  # [A]
     config.vqvae.codebook_size = 512  # [A]
     config.vqvae.codebook_dim = 64  # [A]
     config.vqvae.commitment_weight = 0.25  # [A] beta
-    config.vqvae.decay = 0.99  # gamma, the paper's section 2.1
-    config.vqvae.reseed_threshold = 0.03  # open
-    config.vqvae.level_loss = 0.0  # the paper's objective
+    config.vqvae.codebook_ema_decay = 0.99  # gamma, the paper's section 2.1
+    config.vqvae.dead_code_threshold = 0.03  # open
+    config.vqvae.preview_grad_scale = 0.0  # the paper's objective
     config.vqvae.dtype = 'bfloat16'  # open
-    config.vqvae.training = dict(
+    config.vqvae.training.update(
         steps=304_741,  # [A]
         batch_size=128,  # [A]
         learning_rate=3e-4,  # open, as in imagenet256.py
         warmup_steps=0,
-        decay='constant',
-        weight_ema=0.99,  # open; the span of the codebook's averages, which must match the weights
+        lr_schedule='constant',
+        params_ema_decay=0.99,  # open; the span of the codebook's averages, which must match the weights
         log_every=100,
         eval_every=5_000,
         eval_examples=640,
-        show_every=5_000,
+        image_every=5_000,
         save_every=2_500,
     )
 
-    config.codes = ConfigDict()
-    config.codes.batch_size = 64
+    config.codes.batch_size = 4_096  # 16 a chip on 256 chips
     config.codes.shard_size = 2_048
 
-    prior = ConfigDict()
-    prior.hidden = 512  # [A], all levels
-    prior.layers = 20  # [A] top and middle
-    prior.kernel = 5  # [A]
-    prior.heads = 8  # [A] for the top; blank for the middle, whose one attention layer needs a number too
-    prior.output_layers = 0  # [A]
-    prior.dtype = 'bfloat16'  # open
-    prior.remat = True  # recomputes what would not fit
-    prior.scan_layers = True  # loops over blocks and their attention, which compile few of them
-    prior.training = dict(
-        steps=237_000,
-        batch_size=1024,
-        learning_rate=3e-4,  # open, and the next three
-        warmup_steps=5_000,
-        decay='cosine',
-        clip_norm=1.0,
-        weight_ema=0.9999,
-        log_every=100,
-        eval_every=1_000,
-        eval_examples=700,
-        show_every=20_000,
-        save_every=1_000,
+    for prior in config.prior.values():
+        prior.hidden_channels = 512  # [A], all levels
+        prior.num_residual_blocks = 20  # [A] top and middle
+        prior.kernel_size = 5  # [A]
+        prior.num_heads = 8  # [A] for the top; blank for the middle, whose one attention layer needs a number too
+        prior.num_output_blocks = 0  # [A]
+        prior.attention_dropout_kind = 'logits'  # the paper's section 3.2
+        prior.dtype = 'bfloat16'  # open
+        prior.remat = True  # recomputes activations that would not fit
+        prior.scan_layers = True  # loops over blocks and their attention, of which few are compiled
+        prior.training.update(
+            learning_rate=3e-4,  # open, and the next three
+            warmup_steps=5_000,
+            lr_schedule='cosine',
+            clip_norm=1.0,
+            params_ema_decay=0.9999,
+            log_every=100,
+            eval_every=1_000,
+            eval_examples=700,
+            image_every=20_000,
+            save_every=1_000,
+        )
+    # [A]: residual units, attention layers, dropout, conditioning blocks, steps and batch size of each level. The
+    # dropout is inside the blocks, in the paper's text after them: see "Departures" in docs/design.md. The rate of the
+    # attention dropout is open.
+    config.prior.top.update(
+        residual_channels=2048, num_attention_layers=4, num_cond_blocks=0, dropout=0.5, attention_dropout=0.5
     )
-    config.prior = ConfigDict()
-    for name, own, training in (
-        # [A]: residual units, attention layers, dropout, conditioning blocks, steps and batch size of each level. The
-        # dropout is inside the blocks, in the paper's text after them: see "Departures" in docs/design.md.
-        ('top', dict(residual=2048, attention_layers=4, dropout=0.5, condition_layers=0), (237_000, 1024)),
-        ('middle', dict(residual=1024, attention_layers=1, dropout=0.3, condition_layers=8), (57_400, 512)),
-        (
-            'bottom',
-            dict(residual=1024, attention_layers=0, dropout=0.25, condition_layers=8, layers=10),
-            (270_000, 256),
-        ),
-    ):
-        config.prior[name] = prior.copy_and_resolve_references()
-        config.prior[name].update(own)
-        config.prior[name].attention_dropout = own['dropout'] if own['attention_layers'] else 0.0  # open: the rate
-        config.prior[name].attention_dropout_kind = 'logits'  # the paper's section 3.2
-        config.prior[name].training.update(steps=training[0], batch_size=training[1])
+    config.prior.top.training.update(steps=237_000, batch_size=1024)
+    config.prior.middle.update(
+        residual_channels=1024, num_attention_layers=1, num_cond_blocks=8, dropout=0.3, attention_dropout=0.3
+    )
+    config.prior.middle.training.update(steps=57_400, batch_size=512)
+    config.prior.bottom.update(
+        residual_channels=1024, num_attention_layers=0, num_cond_blocks=8, dropout=0.25, num_residual_blocks=10
+    )
+    config.prior.bottom.training.update(steps=270_000, batch_size=256)
 
-    config.classifier = ConfigDict()  # no classes, no classifier
+    # There are no classes, so there is no classifier and no rejection.
 
-    config.sample = ConfigDict()
     config.sample.count = 1_000
     config.sample.dtype = 'bfloat16'
-    config.sample.batch_size = 32
+    config.sample.batch_size = 1_024  # 4 a chip on 256 chips
+    config.sample.shard_size = 100  # 300 MB a file
     config.sample.seed = 0
     config.sample.labels = ()
-    config.sample.temperature = dict(top=1.0, middle=1.0, bottom=1.0)  # open
+    config.sample.temperature.update(top=1.0, middle=1.0, bottom=1.0)  # open
 
-    config.reject = ConfigDict()
-    config.reject.keep = 1.0  # nothing rejects
+    config.reject.keep_fraction = 1.0
 
-    config.evaluate = ConfigDict(dict(batch_size=256))
+    config.evaluate.batch_size = 2_048
     return config

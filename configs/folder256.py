@@ -16,22 +16,29 @@ def get_config() -> ConfigDict:
     config = load_config('imagenet256')
     config.name = 'folder256'
     config.data.update(name='folder', splits=(), num_classes=0, flip=True, workers=4)
-    config.vqvae.update(level_loss=1.0)  # the top level carries the image from the first steps on
+    config.vqvae.update(preview_grad_scale=1.0)  # the top level carries the image from the first steps on
     config.vqvae.training.update(
         steps=30_000,
         batch_size=32,
         learning_rate=5e-4,
         warmup_steps=500,
-        decay='cosine',
+        lr_schedule='cosine',
         eval_every=1_000,
         eval_examples=512,
-        show_every=2_000,
+        image_every=2_000,
         save_every=1_000,
     )
     config.codes.update(batch_size=64, shard_size=4_096)
 
-    config.prior.top.update(hidden=256, residual=256, layers=12, attention_layers=3, output_layers=4, dropout=0.2)
-    config.prior.bottom.update(hidden=192, residual=192, layers=12, condition_layers=8)
+    config.prior.top.update(
+        hidden_channels=256,
+        residual_channels=256,
+        num_residual_blocks=12,
+        num_attention_layers=3,
+        num_output_blocks=4,
+        dropout=0.2,
+    )
+    config.prior.bottom.update(hidden_channels=192, residual_channels=192, num_residual_blocks=12, num_cond_blocks=8)
     config.prior.top.attention_dropout_kind = 'keys'
     for prior in config.prior.values():
         prior.training.update(
@@ -39,10 +46,10 @@ def get_config() -> ConfigDict:
             batch_size=32,
             learning_rate=5e-4,
             warmup_steps=1_000,
-            weight_ema=0.999,
+            params_ema_decay=0.999,
             eval_every=1_000,
             eval_examples=512,
-            show_every=10_000,
+            image_every=10_000,
             save_every=1_000,
         )
 
@@ -51,13 +58,13 @@ def get_config() -> ConfigDict:
         steps=10_000,
         batch_size=64,
         warmup_steps=500,
-        weight_ema=0.999,
+        params_ema_decay=0.999,
         eval_every=500,
         save_every=500,
         eval_examples=512,
     )
     config.sample.update(count=1_000, batch_size=64)
-    config.reject.update(keep=0.5)
+    config.reject.update(keep_fraction=0.5)
 
-    config.evaluate = ConfigDict(dict(batch_size=128))
+    config.evaluate.update(batch_size=128)
     return config

@@ -1,6 +1,6 @@
 #!/bin/sh
-# A command that outlives the connection it was started by. The first call under a NAME starts it, later ones follow it;
-# every call shows its output and ends with its status.
+# Runs a command that survives the end of the connection that started it. The first call with a NAME starts the command,
+# later calls attach to it. Every call shows its output and exits with its status.
 #
 #   sh launch/detached.sh NAME COMMAND ...
 set -eu

@@ -1,5 +1,5 @@
 #!/bin/sh
-# One machine: a laptop, a GPU, or all GPUs of a node. Stopped, the same command continues.
+# One machine: a laptop, a GPU, or all GPUs of a node. After an interruption the same command continues.
 #
 #   sh launch/local.sh [flags of vqvae2_jax.main ...]
 set -eu

@@ -1,18 +1,18 @@
 #!/bin/sh
-# Cloud TPU VM: creates a slice, installs, runs on all its hosts, starts again after preemption, deletes it at the end.
+# Cloud TPU VM: creates a slice, installs, runs on all hosts, restarts after preemption, deletes the slice at the end.
 #
 #   WORKDIR=gs://bucket/runs/imagenet256 REPOSITORY=https://... sh launch/tpu_vm.sh run --job=prior
 #
 # Or one step of it: create, install, main, stop, delete. All hosts read and write WORKDIR: on a bucket, or on SHARE, an
-# NFS share such as a Filestore instance, which may hold data too. `main` goes on without this script, until `stop`.
+# NFS share such as a Filestore instance, which may hold data too. `main` continues without this script, until `stop`.
 set -eu
 TPU=${TPU:-vqvae2}
 ZONE=${ZONE:-us-west4-a}
 TYPE=${TYPE:-v5litepod-256}
 VERSION=${VERSION:-v2-alpha-tpuv5-lite}
-SPOT=${SPOT-1} # empty: not to be preempted
+SPOT=${SPOT-1} # empty: not preemptible
 SHARE=${SHARE:-} # such as 10.0.0.2:/vqvae2; mounted at /mnt/shared
-REPOSITORY=${REPOSITORY:?where to clone this project from}
+REPOSITORY=${REPOSITORY:?URL to clone this project from}
 REVISION=${REVISION:-main} # branch, tag or commit
 CONFIG=${CONFIG:-configs/imagenet256.py}
 WORKDIR=${WORKDIR:-${SHARE:+/mnt/shared/runs/$(basename "$CONFIG" .py)}}
@@ -47,8 +47,8 @@ run() {
   failures=0
   until [ "$(state)" = READY ] && stop && install && main "$@"; do
     case $(state) in
-      READY) failures=$((failures + 1)) && [ $failures -lt "$ATTEMPTS" ] || exit 1 ;; # not preempted: it stays
-      '') failures=0 && create || true ;; # the training goes on from its last checkpoint
+      READY) failures=$((failures + 1)) && [ $failures -lt "$ATTEMPTS" ] || exit 1 ;; # not preempted: the slice stays
+      '') failures=0 && create || true ;; # training continues from its last checkpoint
       PREEMPTED | TERMINATED) delete || true ;;
     esac
     sleep "$WAIT"

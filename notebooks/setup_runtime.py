@@ -1,4 +1,4 @@
-"""Installs the project in a Colab or Kaggle notebook. Imports nothing that the installation may replace."""
+"""Installs the project in a Colab or Kaggle notebook. It imports no package that the installation may replace."""
 
 import glob
 import importlib
@@ -17,11 +17,11 @@ TPU_DEVICES = ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*')
 
 
 def install() -> None:
-    """Installs the checkout with the requirements and the extra of this machine, by one pip command.
+    """Installs the checkout with the requirements and the extra for this machine, by one pip command.
 
     Raises:
-      subprocess.CalledProcessError: pip failed; its message is above.
-      SystemExit: the runtime must be restarted, because a replaced package had been imported before.
+      subprocess.CalledProcessError: pip failed; its message is printed above.
+      SystemExit: the runtime must be restarted, because a replaced package was already imported.
     """
     extra = choose_extra(installed_plugins(), has_gpu(), has_tpu())
     target = f'{ROOT}[{extra}]' if extra else str(ROOT)
@@ -33,11 +33,11 @@ def install() -> None:
 
 
 def choose_extra(plugins: set[str], gpu: bool, tpu: bool) -> str:
-    """The extra of pyproject.toml that fits a machine, or '' for a CPU.
+    """Returns the extra of pyproject.toml that fits a machine, or '' for a CPU.
 
     Args:
-      plugins: the names of `PLUGINS` that are installed. They come first: JAX fails beside a plugin of another version
-        and beside two plugins for one device, so an installed one is upgraded in place.
+      plugins: the names of `PLUGINS` that are installed. They take precedence: JAX fails with a plugin of another
+        version and with two plugins for one device, so an installed one is upgraded in place.
       gpu: whether there is an NVIDIA GPU. cuda12 also works with drivers older than 580.
       tpu: whether there is a TPU.
     """
@@ -50,20 +50,23 @@ def choose_extra(plugins: set[str], gpu: bool, tpu: bool) -> str:
 
 
 def installed_plugins() -> set[str]:
+    """Returns the names of `PLUGINS` that are installed."""
     return {package for package in PLUGINS if installed_version(package)}
 
 
 def has_gpu() -> bool:
-    # nvidia-smi may be there without a driver; then it fails.
+    """Returns whether the machine has an NVIDIA GPU with a driver."""
+    # nvidia-smi may exist without a driver; then it fails.
     return shutil.which('nvidia-smi') is not None and not subprocess.run(['nvidia-smi'], capture_output=True).returncode
 
 
 def has_tpu() -> bool:
+    """Returns whether the machine has a TPU."""
     return any(name in os.environ for name in TPU_VARIABLES) or any(glob.glob(device) for device in TPU_DEVICES)
 
 
 def restart_message(packages: tuple[str, ...] = ('jax', 'jaxlib', 'flax', 'numpy')) -> str:
-    """Names the packages that were imported in another version than the one installed now; '' if there are none."""
+    """Returns a message about packages that were imported in another version than the installed one, or ''."""
     imported = {name: sys.modules[name].__version__ for name in packages if name in sys.modules}
     stale = [
         f'{name} {version} is imported, {installed_version(name)} is installed'
@@ -74,6 +77,7 @@ def restart_message(packages: tuple[str, ...] = ('jax', 'jaxlib', 'flax', 'numpy
 
 
 def installed_version(package: str) -> str | None:
+    """Returns the installed version of a package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What holds for every test: eight virtual CPU devices, so that sharding is real, no display, cheap compilation."""
+"""For every test: eight virtual CPU devices, so that arrays are really sharded, no display, cheap compilation."""
 
 import fcntl
 import os
@@ -21,7 +21,8 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 import pytest
 from etils import epath
 
-from vqvae2_jax import checks, load_config, xla_flags
+from vqvae2_jax import load_config, xla_flags
+from vqvae2_jax.config.validation import validate_config
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import Run
 
@@ -44,7 +45,7 @@ def small_config():
     config.codes.batch_size = 512
     for section in ('vqvae', 'prior.top', 'prior.bottom', 'classifier'):
         config[section].training.update(eval_examples=64)
-    config.prior.bottom.training.show_every = 0
+    config.prior.bottom.training.image_every = 0
     return config
 
 
@@ -55,7 +56,7 @@ def finished(tmp_path_factory):
     if 'PYTEST_XDIST_WORKER' in os.environ:
         directory = directory.parent  # of all processes
     run = Run(small_config(), epath.Path(directory) / 'pipeline')
-    checks.check(run.config)
+    validate_config(run.config)
     with open(f'{run.workdir}.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
         if not run.path('report', 'report.html').exists():

@@ -12,7 +12,7 @@ import threading
 import urllib.parse
 from unittest import mock
 
-from vqvae2_jax.io import bucket
+from vqvae2_jax.io import gcs
 
 _OBJECT = re.compile(r'(?:/download)?/storage/v1/b/([^/]+)/o/([^/]+)(?:/(?:rewriteTo|copyTo|moveTo)/.*o/([^/]+))?')
 
@@ -43,7 +43,7 @@ class FakeGCS(http.server.ThreadingHTTPServer):
 @contextlib.contextmanager
 def serve():
     """A server that answers while the context lasts, to which this process and those it starts are sent."""
-    bucket.configure()
+    gcs.configure()
     with FakeGCS() as server, mock.patch.dict(os.environ, server.environment):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server

@@ -1,15 +1,16 @@
-"""Images in .npz files: what comes out is what the file holds, split and identified as anywhere; clear refusals."""
+"""Images in .npz files: their content, splits and fingerprints, and clear refusals."""
 
 import pickle
 
 import numpy as np
 import pytest
 
-from vqvae2_jax.data.images import SPLITS, ImageSpec, open_all, open_images
+from tests.defaults import image_spec
+from vqvae2_jax.data.images import SPLITS, open_all, open_images
 
 
 def spec(path, **fields):
-    return ImageSpec(**{'name': 'npz', 'path': str(path), 'image_size': (8, 8), 'channels': 3, **fields})
+    return image_spec('npz', path, **{'image_size': (8, 8), 'channels': 3, **fields})
 
 
 @pytest.fixture
@@ -28,10 +29,10 @@ def test_images_and_labels_are_those_of_the_file(file):
         assert source.class_names == ('cat', 'dog')
         labels = [example['label'] for example in source]
         assert labels.count(0) == labels.count(1)  # a stratified cut
-        for example, position in zip(source, source.positions, strict=True):
+        for example, position in zip(source, source.indices, strict=True):
             np.testing.assert_array_equal(example['image'], arrays['arr_0'][position])
             assert example['label'] == arrays['label'][position]
-        seen += list(source.positions)
+        seen += list(source.indices)
     assert sorted(seen) == list(range(40))
 
 
@@ -41,7 +42,7 @@ def test_grey_images_in_either_shape_and_without_labels(tmp_path, shape):
     np.savez(tmp_path / 'grey.npz', arr_0=images)
     source = open_images(spec(tmp_path / 'grey.npz', channels=1), 'train')
     assert source.class_names == () and source[0]['label'] == 0
-    np.testing.assert_array_equal(source[0]['image'][..., 0], images.reshape(40, 8, 8)[source.positions[0]])
+    np.testing.assert_array_equal(source[0]['image'][..., 0], images.reshape(40, 8, 8)[source.indices[0]])
 
 
 def test_files_of_a_folder_as_splits_and_all_images_of_one(file, tmp_path):
@@ -57,11 +58,13 @@ def test_several_files_are_one_pool_and_a_compressed_file_is_as_good(file, tmp_p
     np.savez_compressed(tmp_path / 'part1.npz', **{k: v[:25] for k, v in arrays.items() if k != 'class_names'})
     np.savez(tmp_path / 'part2.npz', **{k: v[25:] for k, v in arrays.items() if k != 'class_names'})
     together = open_images(spec(tmp_path / 'part*.npz', num_classes=2), 'train')
-    assert len(together.pool) == 40
-    for example, position in zip(together, together.positions, strict=True):
+    assert len(together.dataset) == 40
+    for example, position in zip(together, together.indices, strict=True):
         np.testing.assert_array_equal(example['image'], arrays['arr_0'][position])
         assert example['label'] == arrays['label'][position]
-    assert together.pool.where(24).endswith('part1.npz[24]') and together.pool.where(25).endswith('part2.npz[0]')
+    assert together.dataset.example_name(24).endswith('part1.npz[24]') and together.dataset.example_name(25).endswith(
+        'part2.npz[0]'
+    )
     np.savez(tmp_path / 'part3.npz', arr_0=np.zeros((2, 4, 4, 3), np.uint8), label=[0, 1])
     with pytest.raises(ValueError, match='differ in the shape of their images'):
         open_images(spec(tmp_path / 'part*.npz', num_classes=2), 'train')

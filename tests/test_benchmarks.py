@@ -78,4 +78,4 @@ def test_orders_are_compared_at_equal_updates_and_at_equal_time(run):
         assert all(low <= nats <= high for nats in result['equal time']), order
     lines = list(orders.table('top', 0, found))
     assert len(lines) == 2 and all(line.count('|') == len(orders.COLUMNS) + 1 for line in lines)
-    assert set(orders.panel('top', 0, found).curves) == {'raster', 'slope 2'}
+    assert set(orders.panel('top', 0, found).curves) == {'raster', 'skew 2'}

@@ -1,5 +1,6 @@
-"""A workdir or data on a bucket is as good as a local one."""
+"""A workdir or data on a bucket work like local ones."""
 
+import dataclasses
 import importlib.util
 
 import numpy as np
@@ -8,13 +9,13 @@ from etils import epath
 from PIL import Image
 
 from benchmarks.input import packed
+from tests.defaults import image_spec
 from tests.fake_gcs import serve
 from vqvae2_jax import main
-from vqvae2_jax.data import codes
-from vqvae2_jax.data.images import ImageSpec, open_images
-from vqvae2_jax.io import bucket, logging, provenance
-from vqvae2_jax.jobs import samples
-from vqvae2_jax.jobs.edit import read_mask
+from vqvae2_jax.data import codes, sample_store
+from vqvae2_jax.data.images import open_images
+from vqvae2_jax.io import files, gcs, logging, record
+from vqvae2_jax.jobs.inpaint import read_mask
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import JobError, Run
 
@@ -22,63 +23,67 @@ pytestmark = pytest.mark.skipif(not importlib.util.find_spec('gcsfs'), reason='g
 
 
 @pytest.fixture(scope='module')
-def gcs():
+def bucket():
     """A bucket of its own for this file: clients read where it is once a process."""
     with serve() as server:
         yield server
 
 
 @pytest.mark.system
-def test_a_whole_run_on_a_bucket_equals_a_local_one(gcs, finished, config, capsys):
+def test_a_whole_run_on_a_bucket_equals_a_local_one(bucket, finished, config, capsys):
     run = Run(config, epath.Path('gs://bucket/runs/tiny'))
     config.classifier.training.save_every = 2  # of four checkpoints two are removed
     run_job(run, 'pipeline')
     checkpoints = epath.Path('gs://bucket/runs/tiny/classifier/checkpoints')
     assert sorted(path.name for path in checkpoints.iterdir() if path.name.isdecimal()) == ['6', '8']
-    ours, theirs = (samples.take(r.path('samples'), np.arange(20)) for r in (run, finished))
+    ours, theirs = (sample_store.take(r.path('samples', 'default'), np.arange(20)) for r in (run, finished))
     for name in theirs:
         np.testing.assert_array_equal(ours[name], theirs[name])
     for name in ('vqvae', 'prior_top', 'prior_bottom', 'classifier'):
         lines = [logging.read_metrics(r.path(name)) for r in (run, finished)]
-        assert [line | {'time': 0} for line in lines[0]] == [line | {'time': 0} for line in lines[1]]
-    report = provenance.read_json(run.path('report', 'report.json'))
-    assert report['likelihood'] == provenance.read_json(finished.path('report', 'report.json'))['likelihood']
-    left = [name for name in gcs.objects if not name.startswith('runs/tiny/') or 'part' in name or 'unfinished' in name]
+        reproducible = [
+            [{k: v for k, v in line.items() if k not in logging.RUNTIME_FIELDS} for line in log] for log in lines
+        ]
+        assert reproducible[0] == reproducible[1]
+    report = files.read_json(run.path('report', 'report.json'))
+    assert report['likelihood'] == files.read_json(finished.path('report', 'report.json'))['likelihood']
+    left = [
+        name for name in bucket.objects if not name.startswith('runs/tiny/') or 'part' in name or 'unfinished' in name
+    ]
     assert not left
     capsys.readouterr()
-    before = {name: generation for name, (_, generation) in gcs.objects.items() if 'weights' in name}
-    del gcs.objects['runs/tiny/vqvae/trained.json']
-    for job in ('vqvae', 'codes', 'prior', 'classifier', 'sample', 'reject', 'cas'):
+    before = {name: generation for name, (_, generation) in bucket.objects.items() if 'weights' in name}
+    del bucket.objects['runs/tiny/vqvae/record.json']
+    for job in ('vqvae', 'extract_codes', 'prior', 'classifier', 'sample', 'reject', 'cas'):
         run_job(run, job)  # stage 1 goes on from its last checkpoint; everything is found done
     assert 'vqvae: continuing from step 8' in capsys.readouterr().out
-    assert before == {name: generation for name, (_, generation) in gcs.objects.items() if 'weights' in name}
+    assert before == {name: generation for name, (_, generation) in bucket.objects.items() if 'weights' in name}
 
 
-def test_codes_on_a_bucket(gcs, tmp_path):
+def test_codes_on_a_bucket(bucket, tmp_path):
     rng, path = np.random.default_rng(0), codes.shard_path('gs://bucket/codes', 0, 1)
     batch = {'codes_0': rng.integers(0, 9, (5, 2, 2)), 'label': np.arange(5), 'index': np.arange(5)}
     with pytest.raises(ValueError, match='codebook has 9'):
         codes.write_shard(path, [batch, batch | {'codes_0': batch['codes_0'] + 9}], (9,))
-    assert not any(name.startswith('codes/') for name in gcs.objects)  # whole or absent
+    assert not any(name.startswith('codes/') for name in bucket.objects)  # complete or absent
     assert codes.write_shard(path, [batch], (9,)) == 5 and codes.finished_shards('gs://bucket/codes', 1) == [0]
-    meta = dict(num_classes=5, class_names=(), split='train', shards=1, version='1')
-    for digest in 'ab':  # the second store in the same place, of other codes, is not taken for the first
-        codes.write_meta(
-            'gs://bucket/codes',
-            codes.CodesMeta(shapes=((2, 2),), codebook_sizes=(9,), count=5, vqvae_digest=digest, **meta),
-        )
+    meta = dict(num_classes=5, class_names=(), split='train', shards=1)
+    meta = codes.CodesMeta(shapes=((2, 2),), codebook_sizes=(9,), count=5, **meta)
+    for vqvae in 'ab':  # the second store in the same place, of other codes, is not taken for the first
+        output = record.open_output('gs://bucket/codes', codes.JOB, {'vqvae': vqvae}, {}, replace=True)
+        output.finish(dataclasses.asdict(meta))
         np.testing.assert_array_equal(codes.CodeSource('gs://bucket/codes')[3]['codes_0'], batch['codes_0'][3])
         batch['codes_0'] = (batch['codes_0'] + 1) % 9
         codes.write_shard(path, [batch], (9,))
 
 
-def test_a_log_on_a_bucket(gcs, monkeypatch):
+def test_a_log_on_a_bucket(bucket, monkeypatch):
     def log(start):
-        return logging.RunLog('gs://bucket/log', name='x', total_steps=9, examples_per_step=1, start_step=start)
+        return logging.MetricsLogger('gs://bucket/log', name='x', total_steps=9, examples_per_step=1, start_step=start)
 
     first = log(0)
     first.write(1, 'train', {'loss': 1.0})
-    assert 'log/metrics.jsonl' not in gcs.objects
+    assert 'log/metrics.jsonl' not in bucket.objects
     first.flush()
     first.write(2, 'train', {'loss': 2.0})
     assert [line['step'] for line in logging.read_metrics('gs://bucket/log')] == [1]
@@ -91,24 +96,24 @@ def test_a_log_on_a_bucket(gcs, monkeypatch):
     assert [line['train/loss'] for line in logging.read_metrics('gs://bucket/log')] == [1, 2, 4]
 
 
-def test_images_on_a_bucket(gcs):
+def test_images_on_a_bucket(bucket):
     pixels = np.arange(4 * 6 * 6 * 3, dtype=np.uint8).reshape(4, 6, 6, 3)
     for i, name in enumerate(['cat/one', 'cat/two', 'dog/deep/three', 'dog/four']):
         with epath.Path(f'gs://bucket/images/{name}.png').open('wb') as file:
             Image.fromarray(pixels[i]).save(file, 'PNG')
-    samples.write_npz(epath.Path('gs://bucket/arrays/a.npz'), {'arr_0': pixels, 'label': np.array([0, 0, 1, 1])})
+    sample_store.write_npz(epath.Path('gs://bucket/arrays/a.npz'), {'arr_0': pixels, 'label': np.array([0, 0, 1, 1])})
     sizes = dict(image_size=(6, 6), num_classes=2, held_out=(0.5, 0.0), channels=3)
     for name, path in (('folder', 'images'), ('npz', 'arrays/a.npz'), ('npz', 'arrays/*.npz')):
-        source = open_images(ImageSpec(name, f'gs://bucket/{path}', **sizes), 'train')
+        source = open_images(image_spec(name, f'gs://bucket/{path}', **sizes), 'train')
         found = {source[i]['image'].tobytes(): int(source[i]['label']) for i in range(len(source))}
         assert found and found.items() <= {p.tobytes(): i // 2 for i, p in enumerate(pixels)}.items()
-    folder = open_images(ImageSpec('folder', 'gs://bucket/images', **sizes), 'train')
-    assert folder.where(0).startswith('gs://bucket/images/')  # not the copy
+    folder = open_images(image_spec('folder', 'gs://bucket/images', **sizes), 'train')
+    assert folder.example_name(0).startswith('gs://bucket/images/')  # not the copy
     with pytest.raises(FileNotFoundError, match='data.path: there is nothing at gs://bucket/none'):
-        open_images(ImageSpec('folder', 'gs://bucket/none', **sizes), 'train')
+        open_images(image_spec('folder', 'gs://bucket/none', **sizes), 'train')
 
 
-def test_a_mask_on_a_bucket(gcs):
+def test_a_mask_on_a_bucket(bucket):
     corner = np.zeros((4, 4), np.uint8)
     corner[:2, :2] = 255
     with epath.Path('gs://bucket/mask.png').open('wb') as file:
@@ -116,20 +121,20 @@ def test_a_mask_on_a_bucket(gcs):
     np.testing.assert_array_equal(read_mask('gs://bucket/mask.png', (4, 4)), corner > 0)
 
 
-def test_a_prepared_dataset_on_a_bucket(gcs, tmp_path):
+def test_a_prepared_dataset_on_a_bucket(bucket, tmp_path):
     pytest.importorskip('tensorflow_datasets')
     for i in range(4):
         Image.new('RGB', (6, 6), (i, 0, 0)).save(tmp_path / f'{i}.png')
     packed(str(tmp_path), tmp_path / 'tfds')
     for file in (tmp_path / 'tfds').rglob('*.*'):
         if file.is_file():
-            bucket.upload(str(file), epath.Path('gs://bucket/tfds') / file.relative_to(tmp_path / 'tfds'))
-    spec = ImageSpec('packed', 'gs://bucket/tfds', image_size=(6, 6), channels=3, num_classes=0, held_out=(0.25, 0.0))
+            gcs.upload(str(file), epath.Path('gs://bucket/tfds') / file.relative_to(tmp_path / 'tfds'))
+    spec = image_spec('packed', 'gs://bucket/tfds', image_size=(6, 6), channels=3, num_classes=0, held_out=(0.25, 0.0))
     sources = [open_images(spec, split) for split in ('train', 'validation')]
     assert sorted(int(s[i]['image'][0, 0, 0]) for s in sources for i in range(len(s))) == [0, 1, 2, 3]
 
 
-def test_what_a_bucket_cannot_do(gcs, config, monkeypatch):
+def test_what_a_bucket_cannot_do(bucket, config, monkeypatch):
     monkeypatch.setattr(main, '_WORKDIR', type('Flag', (), {'value': 'gs://bucket/run'}))
     assert main._workdir(config) == epath.Path('gs://bucket/run')
     config.data.on_error = 'skip'
@@ -137,6 +142,6 @@ def test_what_a_bucket_cannot_do(gcs, config, monkeypatch):
         main._workdir(config)
     for path in ('nowhere://x', 'gcs://bucket/run', 'file:///run'):  # which epath takes for local names
         with pytest.raises(ValueError, match=f'{path}: there are local folders and'):
-            bucket.check(path)
+            gcs.check(path)
     with pytest.raises(ValueError, match='gs://another/run: there is no such bucket'):
-        bucket.check('gs://another/run')
+        gcs.check('gs://another/run')

@@ -1,4 +1,4 @@
-"""The store of codes: what goes in comes out, and what is incomplete is never taken for whole."""
+"""The store of codes: it returns what was written, and never takes an unfinished shard or store for a finished one."""
 
 import dataclasses
 import json
@@ -11,6 +11,8 @@ from array_record.python.array_record_module import ArrayRecordReader
 from vqvae2_jax.data import codes
 from vqvae2_jax.data.codes import CodesMeta, CodeSource, shard_path, write_shard
 from vqvae2_jax.data.loader import eval_batches, train_batches
+from vqvae2_jax.io import record
+from vqvae2_jax.io.record import JobError
 
 SHAPES = ((4, 6), (2, 3))
 
@@ -24,10 +26,13 @@ def make_meta(**fields):
         'count': 7,
         'split': 'train',
         'shards': 2,
-        'vqvae_digest': 'abc',
-        'version': '1.2.3',
     }
     return CodesMeta(**(defaults | fields))
+
+
+def write_meta(directory, **fields):
+    results = dataclasses.asdict(make_meta(**fields))
+    record.open_output(directory, codes.JOB, {}, {}).finish(results)
 
 
 def make_batch(size, codebook_sizes, seed=0, first=0):
@@ -44,7 +49,7 @@ def write_store(directory, codebook_sizes=(16, 16)):
     batches = [make_batch(4, codebook_sizes), make_batch(3, codebook_sizes, seed=1, first=4)]
     for shard, batch in enumerate(batches):
         write_shard(shard_path(directory, shard, 2), [batch], codebook_sizes)
-    codes.write_meta(directory, make_meta(codebook_sizes=codebook_sizes))
+    write_meta(directory, codebook_sizes=codebook_sizes)
     return batches
 
 
@@ -114,21 +119,21 @@ def test_rewriting_replaces_a_shard(tmp_path):
 def test_empty_shard(tmp_path):
     write_store(tmp_path)
     assert write_shard(shard_path(tmp_path, 1, 2), [], (16, 16)) == 0
-    codes.write_meta(tmp_path, make_meta(count=4))
+    write_meta(tmp_path, count=4)
     assert len(list(CodeSource(tmp_path))) == 4
 
 
 def test_missing_shard(tmp_path):
     write_store(tmp_path)
     (tmp_path / 'shard-00001-of-00002.array_record').unlink()
-    with pytest.raises(FileNotFoundError, match=r'shard-00001-of-00002.*--job=codes again'):
+    with pytest.raises(FileNotFoundError, match=r'shard-00001-of-00002.*--job=extract_codes again'):
         CodeSource(tmp_path)
 
 
 def test_count_differs(tmp_path):
     write_store(tmp_path)
-    codes.write_meta(tmp_path, make_meta(count=8))
-    with pytest.raises(ValueError, match=r'meta\.json says 8 .*hold 7.*--job=codes again'):
+    write_meta(tmp_path, count=8)
+    with pytest.raises(ValueError, match=r'record\.json says 8 .*hold 7.*--job=extract_codes again'):
         CodeSource(tmp_path)
 
 
@@ -148,48 +153,61 @@ def test_damaged_record(tmp_path):
     batch = {'label': np.zeros(8, np.int32), 'index': np.arange(8), 'codes_0': rng.integers(0, 2**20, (8, 64, 64))}
     path = shard_path(tmp_path, 0, 1)
     write_shard(path, [batch], size)
-    codes.write_meta(tmp_path, make_meta(shapes=shape, codebook_sizes=size, count=8, shards=1))
+    write_meta(tmp_path, shapes=shape, codebook_sizes=size, count=8, shards=1)
     source = CodeSource(tmp_path)
     data = bytearray((tmp_path / 'shard-00000-of-00001.array_record').read_bytes())
     data[30000] ^= 1
     (tmp_path / 'shard-00000-of-00001.array_record').write_bytes(data)
-    with pytest.raises(ValueError, match=r'record \d+ of .* is damaged.*--job=codes again'):
+    with pytest.raises(ValueError, match=r'record \d+ of .* is damaged.*--job=extract_codes again'):
         list(source)
 
 
 def test_records_of_another_size(tmp_path):
     write_store(tmp_path)
-    codes.write_meta(tmp_path, make_meta(codebook_sizes=(16, 257)))
-    with pytest.raises(ValueError, match=r'record 0 .*has 42 bytes.*implies 48'):
+    write_meta(tmp_path, codebook_sizes=(16, 257))
+    with pytest.raises(ValueError, match=r'record 0 .*has 42 bytes.*record.json implies 48'):
         CodeSource(tmp_path)[0]
 
 
 def test_meta_round_trip(tmp_path):
     meta = make_meta()
-    codes.write_meta(tmp_path, meta)
-    assert codes.read_meta(tmp_path) == meta
-    assert [path.name for path in tmp_path.iterdir()] == ['meta.json']
-    assert json.loads((tmp_path / 'meta.json').read_text())['schema'] == 1
+    write_store(tmp_path)
+    assert CodeSource(tmp_path).meta == meta
+    assert CodesMeta.from_results(json.loads((tmp_path / 'record.json').read_text())['results']) == meta
 
 
 def test_meta_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r'meta\.json is missing.*--job=codes first'):
-        codes.read_meta(tmp_path)
-    fields = json.loads(make_meta().to_json())
+    with pytest.raises(JobError, match=r'has nothing: run your command with --job=extract_codes'):
+        CodeSource(tmp_path)
+    write_store(tmp_path)
+    whole = record.read_done(tmp_path, codes.JOB)
     for change, message in (
-        ({'schema': 2}, 'schema 2; .*reads schema 1'),
-        ({'colour': 'red'}, "'colour'"),
+        ({'colour': 'red'}, "'colour'.*--job=extract_codes again"),
         ({'shapes': [[4, 6]]}, 'must agree'),
         ({'shards': 0}, 'shards=0'),
     ):
-        (tmp_path / 'meta.json').write_text(json.dumps(fields | change))
-        with pytest.raises(ValueError, match=rf'(?s)meta\.json: .*{message}'):
-            codes.read_meta(tmp_path)
-    (tmp_path / 'meta.json').write_text('{')
-    with pytest.raises(ValueError, match=r'meta\.json'):
-        codes.read_meta(tmp_path)
+        dataclasses.replace(whole).finish(whole.results | change)
+        with pytest.raises(ValueError, match=rf'(?s)record\.json: .*{message}'):
+            CodeSource(tmp_path)
+    dataclasses.replace(whole).start()
+    with pytest.raises(JobError, match='is not finished: run your command with --job=extract_codes'):
+        CodeSource(tmp_path)
+    (tmp_path / 'record.json').write_text('{')
+    with pytest.raises(JobError, match=r'record\.json is damaged'):
+        CodeSource(tmp_path)
     with pytest.raises(dataclasses.FrozenInstanceError):
         make_meta().count = 3
+
+
+def test_partial_files_of_dead_processes_are_removed(tmp_path):
+    write_store(tmp_path)
+    (tmp_path / 'shard-00000-of-00002.array_record.unfinished-0').write_bytes(b'torn')
+    codes.remove_unfinished(tmp_path)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        'record.json',
+        'shard-00000-of-00002.array_record',
+        'shard-00001-of-00002.array_record',
+    ]
 
 
 def test_loader_reads_codes(tmp_path):

@@ -101,7 +101,7 @@ def test_truncated_bytes_are_refused(format):
 
 def test_unreadable_image_survives_pickling():
     error = pickle.loads(pickle.dumps(decode.UnreadableImage('a.png', 'broken')))
-    assert (error.where, error.reason) == ('a.png', 'broken') and 'a.png' in str(error)
+    assert (error.example_name, error.reason) == ('a.png', 'broken') and 'a.png' in str(error)
 
 
 # --- size -------------------------------------------------------------------------------------------------------------
@@ -109,12 +109,12 @@ def test_unreadable_image_survives_pickling():
 
 def test_fit_leaves_an_image_of_the_right_size_alone():
     pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
-    np.testing.assert_array_equal(decode.fit(Image.fromarray(pixels), (6, 9)), pixels)
+    np.testing.assert_array_equal(decode.resize_and_crop(Image.fromarray(pixels), (6, 9)), pixels)
 
 
 def test_fit_is_antialiased():
     fine = ((np.indices((256, 256)).sum(0) % 2) * 255).astype(np.uint8)
-    out = decode.fit(Image.fromarray(fine), (32, 32))
+    out = decode.resize_and_crop(Image.fromarray(fine), (32, 32))
     assert out.shape == (32, 32, 1)
     assert np.abs(out[2:-2, 2:-2].astype(int) - 127.5).max() <= 2
 
@@ -127,7 +127,7 @@ def test_fit_keeps_the_aspect_and_the_centre(stored):
     for axis, (ramp, side) in enumerate(((y, height), (x, width))):
         slope = scale * 4  # So that each pixel of the result is 4 brighter than the one before.
         stored = np.clip(np.round(127.5 + slope * (ramp - side / 2)), 0, 255).astype(np.uint8)
-        profile = decode.fit(Image.fromarray(stored), (20, 40))[..., 0].mean(1 - axis)
+        profile = decode.resize_and_crop(Image.fromarray(stored), (20, 40))[..., 0].mean(1 - axis)
         middle = slice(len(profile) // 4, -(len(profile) // 4))
         assert profile.mean() == pytest.approx(127.5, abs=1)
         np.testing.assert_allclose(np.diff(profile[middle]).mean(), 4, rtol=0.06)
@@ -137,7 +137,10 @@ def test_fit_crops_where_told():
     pixels = np.zeros((80, 80), np.uint8)
     pixels[:10, :10], pixels[-10:, -10:] = 200, 100
     image = Image.fromarray(pixels)
-    at = {offset: decode.fit(image, (70, 70), 8 / 7, offset)[..., 0] for offset in [(0, 0), (0.5, 0.5), (1, 1), (0, 1)]}
+    at = {
+        offset: decode.resize_and_crop(image, (70, 70), 8 / 7, offset)[..., 0]
+        for offset in [(0, 0), (0.5, 0.5), (1, 1), (0, 1)]
+    }
     np.testing.assert_array_equal(at[0, 0], pixels[:70, :70])
     np.testing.assert_array_equal(at[0.5, 0.5], pixels[5:75, 5:75])
     np.testing.assert_array_equal(at[1, 1], pixels[10:, 10:])

@@ -1,4 +1,4 @@
-"""The documents name what exists: links, paths, and every file and field that a run writes."""
+"""The documents are complete and correct: links, paths, and every file and field that a run writes."""
 
 import json
 import pathlib
@@ -7,34 +7,40 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-DOCUMENTS = sorted([ROOT / 'README.md', ROOT / 'launch' / 'README.md', *(ROOT / 'docs').glob('*.md')])
+DOCUMENTS = sorted([*ROOT.glob('*.md'), ROOT / 'launch' / 'README.md', *(ROOT / 'docs').glob('*.md')])
 FILES = ROOT / 'docs' / 'files.md'
-# A mentioned path that begins with one of these has to exist.
+# A mentioned path that begins with one of these has to exist. The changelog may name paths of the past.
 FOLDERS = ('vqvae2_jax', 'configs', 'launch', 'docs', 'tests', 'notebooks', 'benchmarks')
-# Files of a run with classes, and the headings of docs/files.md over the tables that describe them.
+# Records of a run with classes, and the headings of docs/files.md over the tables that describe them. Every record.json
+# also has the fields below the heading "The record".
 RECORDS = {
-    'vqvae/settings.json': ('Trained', 'settings.json'),
-    'vqvae/trained.json': ('Trained', 'trained.json'),
-    'prior_top/settings.json': ('Trained', 'settings.json'),
-    'prior_top/trained.json': ('Trained', 'trained.json'),
-    'classifier/trained.json': ('Trained', 'trained.json'),
-    'codes/train/started.json': ('Codes', 'started.json'),
-    'codes/test/meta.json': ('Codes', 'meta.json'),
-    'samples/meta.json': ('Samples', 'meta.json'),
-    'rejection/meta.json': ('Rejection', 'meta.json'),
+    'vqvae/record.json': ('Trained', 'record.json'),
+    'prior_top/record.json': ('Trained', 'record.json'),
+    'classifier/record.json': ('Trained', 'record.json'),
+    'cas/reconstructions/record.json': ('Trained', 'record.json'),
+    'cas/samples/default/record.json': ('Trained', 'record.json'),
+    'codes/train/record.json': ('Codes', 'record.json'),
+    'codes/test/record.json': ('Codes', 'record.json'),
+    'samples/default/record.json': ('Samples', 'record.json'),
+    'rejection/default/record.json': ('Rejection', 'record.json'),
+    'reconstructions/record.json': ('Reconstructions', 'record.json'),
+    'features/classifier/test/record.json': ('Features', 'record.json'),
+    'features/classifier/reconstructions/test/record.json': ('Features', 'record.json'),
     'report/report.json': ('Report', 'report.json'),
 }
+COMMON = ('The record',)
+METRICS = ('vqvae', 'prior_top', 'classifier')  # directories with a metrics.jsonl
 
 
 def section(text: str, heading: str) -> str:
-    """The text below the first heading that begins so, up to the next one of that rank or above."""
+    """Returns the text below the first heading that begins so, up to the next one of that rank or above."""
     found = re.search(rf'^(#+) {re.escape(heading)}', text, re.MULTILINE)
     assert found, f'docs/files.md has no heading that begins with {heading!r}'
     return re.split(rf'^#{{2,{len(found[1])}}} ', text[found.end() :], maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def fields(headings: tuple[str, ...]) -> list[str]:
-    """The names in the first column of the tables below a heading within a heading."""
+    """Returns the names in the first column of the tables below a heading within a heading."""
     text = FILES.read_text()
     for heading in headings:
         text = section(text, heading)
@@ -43,7 +49,11 @@ def fields(headings: tuple[str, ...]) -> list[str]:
 
 
 def differences(record: dict, names: list[str]) -> tuple[set[str], set[str]]:
-    """What a JSON record has that the dotted `names` do not cover, and which of them it lacks; <x> covers any key."""
+    """Compares a JSON record with dotted `names`, in which <x> stands for any key.
+
+    Returns:
+      The fields that no name covers, and the names that cover no field.
+    """
     patterns = {name: re.compile(re.sub(r'<\w+>', '[^.]+', name.replace('.', r'\.'))) for name in names}
     covered, uncovered = set(), set()
 
@@ -68,7 +78,11 @@ def test_links_lead_somewhere(document):
     assert not missing, f'{document.name} links to {missing}, which are not there'
 
 
-@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    'document',
+    [document for document in DOCUMENTS if document.name != 'CHANGELOG.md'],
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
+)
 def test_mentioned_paths_exist(document):
     paths = re.findall(rf'(?<![\w/.-])(?:{"|".join(FOLDERS)})/[\w./-]*\w', document.read_text())
     missing = sorted({path for path in paths if not (ROOT / path).exists()})
@@ -91,8 +105,23 @@ def test_differences_are_found(names, expected):
 @pytest.mark.slow
 @pytest.mark.parametrize('file', RECORDS)
 def test_every_field_is_documented(finished, file):
-    more, fewer = differences(json.loads(finished.path(file).read_text()), fields(RECORDS[file]))
+    names = fields(RECORDS[file])
+    if file.endswith('record.json'):
+        names += fields(COMMON)
+    more, fewer = differences(json.loads(finished.path(file).read_text()), names)
     assert not more and not fewer, f'{file}: docs/files.md lacks {sorted(more)} and has {sorted(fewer)} too many'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('directory', METRICS)
+def test_every_metric_is_documented(finished, directory):
+    text = section(section(FILES.read_text(), 'Trained'), 'metrics.jsonl')
+    (val,) = re.findall(r'^\| `results.val` .*$', section(FILES.read_text(), 'Trained'), re.MULTILINE)
+    patterns = [re.sub(r'<\w+>', r'\\w+', name) for name in re.findall(r'`(\w[^`]*)`', text + val)]
+    lines = [json.loads(line) for line in finished.path(directory, 'metrics.jsonl').read_text().splitlines()]
+    logged = {re.sub(r'_(bottom|top)_only$', '', name.rpartition('/')[2]) for line in lines for name in line}
+    unnamed = sorted(name for name in logged if not any(re.fullmatch(pattern, name) for pattern in patterns))
+    assert not unnamed, f'docs/files.md does not name the metrics {unnamed}'
 
 
 @pytest.mark.slow
@@ -102,7 +131,7 @@ def test_every_file_is_documented(finished):
 
     root, text = pathlib.Path(finished.workdir), without_digits(FILES.read_text())
     files = [path.relative_to(root) for path in root.rglob('*') if path.is_file()]
-    # What Orbax and tensorboardX lay down below these folders is their own.
+    # Orbax and tensorboardX name their own files.
     ours = [path for path in files if not re.search(r'(checkpoints|weights)/\d+/|tensorboard/', path.as_posix())]
     assert len(ours) > 30, 'the run was not found'
     unnamed = sorted(path.as_posix() for path in ours if without_digits(path.name) not in text)

@@ -7,8 +7,9 @@ import PIL
 import pytest
 from etils import epath
 
-from vqvae2_jax import checks
+from vqvae2_jax.config import validation
 from vqvae2_jax.data import decode, folder
+from vqvae2_jax.io import record
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import Run
 
@@ -192,9 +193,9 @@ def test_a_training_reads_files_of_every_format(config, tmp_path, monkeypatch):
     config.data.update(num_classes=len(decode.FORMATS), splits=('.', '.', '.'))
     batch = -(-len(IMAGES) // 8) * 8  # a multiple of the eight devices, with every image in it
     config.vqvae.training.update(steps=1, warmup_steps=1, batch_size=batch, eval_every=1, eval_examples=8)
-    config.vqvae.training.update(save_every=1, log_every=1, show_every=0)
-    checks.check(config)
+    config.vqvae.training.update(save_every=1, log_every=1, image_every=0)
+    validation.validate_config(config)
     run = Run(config, epath.Path(tmp_path) / 'run')
     run_job(run, 'vqvae')
     assert run.images('train').class_names == decode.FORMATS
-    assert read == set(IMAGES) and run.path('vqvae', 'trained.json').exists()
+    assert read == set(IMAGES) and record.read(run.path('vqvae')).state == record.DONE

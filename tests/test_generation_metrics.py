@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from vqvae2_jax.jobs.features import Network, Observed
-from vqvae2_jax.jobs.quality import choose_samples, sweep
+from vqvae2_jax.evaluation.features import FeatureStats
+from vqvae2_jax.evaluation.generative import choose_samples, rejection_sweep
 from vqvae2_jax.metrics.frechet import Moments, frechet_distance
 from vqvae2_jax.metrics.inception_score import inception_score
 from vqvae2_jax.metrics.kernel import kernel_distance
@@ -82,7 +82,7 @@ class TestKernel:
 class TestInceptionScore:
     def test_bounds(self):
         sure = np.tile(50 * np.eye(4), (25, 1))
-        assert inception_score(sure, splits=5) == pytest.approx((4, 0), abs=1e-9)  # sure of each, all classes alike
+        assert inception_score(sure, splits=5) == pytest.approx((4, 0), abs=1e-9)  # sure, classes balanced
         assert inception_score(np.zeros((100, 4)), splits=5) == pytest.approx((1, 0), abs=1e-9)
         assert inception_score(sure[:, :1].repeat(4, 1), splits=5)[0] == pytest.approx(1)
 
@@ -97,9 +97,9 @@ class TestPrecisionRecall:
     def test_by_hand(self):
         """On a line, k = 1: real balls [-1, 1], [0, 2] and [1, 5]; generated [-1.5, .5], [-.5, 1.5] and [.5, 99.5]."""
         real, generated = np.array([[0.0], [1.0], [3.0]]), np.array([[-0.5], [0.5], [50.0]])
-        assert precision_recall(real, generated, neighbours=1) == pytest.approx((2 / 3, 1))
+        assert precision_recall(real, generated, neighbors=1) == pytest.approx((2 / 3, 1))
         real[0] = -9.0  # balls [-19, 1], [-1, 3] and [1, 5]
-        assert precision_recall(real, generated, neighbours=1) == pytest.approx((2 / 3, 2 / 3))
+        assert precision_recall(real, generated, neighbors=1) == pytest.approx((2 / 3, 2 / 3))
 
     def test_against_all_pairs(self):
         real, generated = gaussian(1100, 0, 1, size=4), gaussian(1030, 0.8, 0.6, seed=1, size=4)
@@ -137,14 +137,45 @@ def test_features_that_give_no_number(measure, broken, message):
         measure(gaussian(6, 0, 1), features)
 
 
-def test_a_sweep_leaves_out_the_shares_of_which_there_are_no_numbers():
-    network = Network('classifier', {}, 0, 64, lambda images: {'features': images[:, 0, 0].astype(np.float32)})
-    real, generated = Observed(network), Observed(network)
-    pixels = np.random.default_rng(0).integers(0, 255, (64, 1, 1, 3), np.uint8)
-    real.add(pixels)
+def test_a_sweep_leaves_out_the_fractions_of_which_there_are_no_metrics():
+    features = np.random.default_rng(0).integers(0, 255, (64, 3)).astype(np.float32)
     scores = np.concatenate([np.linspace(0.5, 0, 16), np.linspace(1, 0.6, 16), np.linspace(0.4, 0.1, 32)])
-    generated.add(np.concatenate([pixels[:16], np.full_like(pixels[:16], 7), pixels[32:]]))  # the best are all alike
-    chosen = choose_samples(scores, np.zeros(64, int), (1.0, 0.25), len(real))
-    found, note = sweep(network, real, real, generated, np.arange(64), chosen, scores)
-    assert [point['kept'] for point in found] == [1.0]
-    assert '0.25: all 16 images of a set look alike' in note
+    best = np.full_like(features[:16], 7)  # the best are all the same
+    real, generated = FeatureStats(features), FeatureStats(np.concatenate([features[:16], best, features[32:]]))
+    points = choose_samples(scores, np.zeros(64, int), (1.0, 0.25), len(real))
+    found, note = rejection_sweep('classifier', real, real, generated, np.arange(64), points, scores)
+    assert [point['keep_fraction'] for point in found] == [1.0]
+    assert '0.25: all 16 images of a set have the same features' in note
+
+
+class TestFeatureStats:
+    features = gaussian(2500, 3, 1).astype(np.float32)
+    logits = gaussian(2500, 0, 1, seed=1).astype(np.float32)
+
+    def batches(self, size):
+        for start in range(0, 2500, size):
+            yield {'features': self.features[start : start + size], 'logits': self.logits[start : start + size]}
+
+    @pytest.mark.parametrize('size', [7, 1024, 2500])
+    def test_moments_of_all_and_features_of_the_first(self, size):
+        stats = FeatureStats.collect(self.batches(size), max_stored=100)
+        np.testing.assert_array_equal(stats.features, self.features[:100])
+        np.testing.assert_array_equal(stats.logits, self.logits[:100])
+        assert len(stats) == 2500
+        np.testing.assert_allclose(stats.moments.mean, self.features.mean(0, np.float64), rtol=1e-9)
+        np.testing.assert_allclose(stats.moments.covariance(), np.cov(self.features.T.astype(np.float64)), rtol=1e-9)
+
+    def test_masked_examples_do_not_count(self):
+        mask = np.arange(2500) % 3 > 0
+        broken = np.where(mask[:, None], self.features, np.nan)
+        stats = FeatureStats.collect([{'features': broken, 'mask': mask}])
+        np.testing.assert_array_equal(stats.features, self.features[mask])
+        assert len(stats) == mask.sum() and stats.logits is None
+        with pytest.raises(ValueError, match='no readable image'):
+            FeatureStats.collect([{'features': broken, 'mask': np.zeros(2500, bool)}])
+
+    def test_a_part_has_its_own_moments(self):
+        part = FeatureStats.collect(self.batches(500)).take(np.array([3, 5, 9]))
+        assert len(part) == 3
+        np.testing.assert_allclose(part.moments.mean, self.features[[3, 5, 9]].mean(0), rtol=1e-6)
+        np.testing.assert_array_equal(part.logits, self.logits[[3, 5, 9]])

@@ -7,6 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.defaults import image_spec
+from vqvae2_jax.config import base
+from vqvae2_jax.config.fields import ConfigError
+from vqvae2_jax.config.validation import validate_config
 from vqvae2_jax.data.images import SPLITS, ImageSpec, open_all, open_images, random_split
 from vqvae2_jax.data.loader import eval_batches, read_skipped, train_batches
 
@@ -17,7 +21,7 @@ def save(path, colour, size=(8, 8), mode='RGB', **options):
 
 
 def folder_spec(path, **fields):
-    return ImageSpec(**{'name': 'folder', 'path': str(path), 'image_size': (8, 8), 'channels': 3, **fields})
+    return image_spec('folder', path, **{'image_size': (8, 8), 'channels': 3, **fields})
 
 
 def labelled_folder(path, per_class=10):
@@ -48,39 +52,57 @@ def labelled_folder(path, per_class=10):
         ({'workers': -1}, 'data.workers'),
     ],
 )
-def test_spec_names_the_field_that_is_wrong(fields, named):
+def test_a_config_of_impossible_images_names_the_field(fields, named):
+    config = base.get_config()
+    with config.data.ignore_type():
+        config.data.update(fields)
+    with pytest.raises(ConfigError, match=named):
+        validate_config(config)
+
+
+@pytest.mark.parametrize(
+    'fields, named',
+    [
+        ({'path': 'somewhere'}, 'data.path'),
+        ({'name': 'folder'}, 'data.path'),
+        ({'splits': ('a', 'b', 'c')}, 'data.splits'),
+        ({'held_out': (0.5, 0.5)}, 'data.held_out'),
+    ],
+)
+def test_spec_names_the_field_that_contradicts_another(fields, named):
     with pytest.raises(ValueError, match=named):
-        ImageSpec(**{'name': 'fashion', **fields})
+        image_spec(**fields)
 
 
-def test_spec_takes_lists_and_refuses_unknown_fields():
-    assert ImageSpec('fashion', image_size=[32, 16]).image_size == (32, 16)
+def test_spec_refuses_unknown_and_missing_fields():
     with pytest.raises(TypeError, match='imagesize'):
-        ImageSpec('fashion', imagesize=(28, 28))
+        image_spec(imagesize=(28, 28))
+    with pytest.raises(TypeError, match='image_size'):
+        ImageSpec('fashion')
 
 
 # --- fashion ----------------------------------------------------------------------------------------------------------
 
 
 def test_fashion_splits_are_disjoint_complete_stratified_and_fixed():
-    sources = {split: open_images(ImageSpec('fashion', num_classes=10), split) for split in SPLITS}
+    sources = {split: open_images(image_spec(num_classes=10), split) for split in SPLITS}
     for split, count in zip(SPLITS, (8000, 1000, 1000), strict=True):
-        labels = [sources[split].pool.read(p, 1)[1] for p in sources[split].positions[:200]]
-        assert np.bincount(sources[split].positions // 1000).tolist() == [count // 10] * 10
+        labels = [sources[split].dataset.read(p, 1)[1] for p in sources[split].indices[:200]]
+        assert np.bincount(sources[split].indices // 1000).tolist() == [count // 10] * 10
         assert len(set(labels)) == 10  # A prefix is a fair sample.
-    np.testing.assert_array_equal(np.sort(np.concatenate([s.positions for s in sources.values()])), np.arange(10000))
+    np.testing.assert_array_equal(np.sort(np.concatenate([s.indices for s in sources.values()])), np.arange(10000))
     # Written down, so that no change of the code moves an image from test to train.
-    assert sources['test'].positions[:4].tolist() == [6918, 2686, 8076, 5530]
-    other = open_images(ImageSpec('fashion', split_seed=1), 'test')
-    assert set(other.positions) != set(sources['test'].positions)
+    assert sources['test'].indices[:4].tolist() == [6918, 2686, 8076, 5530]
+    other = open_images(image_spec(split_seed=1), 'test')
+    assert set(other.indices) != set(sources['test'].indices)
 
 
 def test_fashion_example():
-    source = open_images(ImageSpec('fashion', num_classes=10), 'train')
+    source = open_images(image_spec(num_classes=10), 'train')
     example = source[5]
     assert example['image'].shape == (28, 28, 1) and example['image'].dtype == np.uint8
     assert example['label'].dtype == np.int32 and example['index'].dtype == np.int64 and example['index'] == 5
-    assert example['label'] == source.positions[5] // 1000
+    assert example['label'] == source.indices[5] // 1000
     assert source.class_names[9] == 'Ankle boot'
     trousers, boots = ([source[i]['image'] for i in range(400) if source[i]['label'] == n] for n in (1, 9))
     # Trousers are tall and narrow, boots wide: the labels belong to the pictures.
@@ -92,19 +114,19 @@ def test_fashion_example():
 
 
 def test_fashion_in_colour_at_another_size_without_labels():
-    small = open_images(ImageSpec('fashion'), 'validation')
-    source = open_images(ImageSpec('fashion', image_size=(32, 48), channels=3), 'validation')
+    small = open_images(image_spec(), 'validation')
+    source = open_images(image_spec(image_size=(32, 48), channels=3), 'validation')
     image = source[0]['image']
     assert image.shape == (32, 48, 3) and (image == image[..., :1]).all()
     assert image.mean() > 0 and source.class_names == () and {source[i]['label'] for i in range(50)} == {0}
     assert small[0]['image'].shape == (28, 28, 1)
     with pytest.raises(ValueError, match=r'--config\.data\.num_classes=10'):
-        open_images(ImageSpec('fashion', num_classes=5), 'train')
+        open_images(image_spec(num_classes=5), 'train')
 
 
 def test_unknown_split_lists_what_there_is():
     with pytest.raises(ValueError, match="'val': there are train, validation, test"):
-        open_images(ImageSpec('fashion'), 'val')
+        open_images(image_spec(), 'val')
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -122,7 +144,7 @@ def test_folder_with_classes(tmp_path):
     assert source.class_names == ('zèbre', '猫') and len(source) == 4
     for i in range(4):
         label, image = source[i]['label'], source[i]['image'].astype(int)
-        assert ('zèbre' in source.where(i)) == (label == 0)
+        assert ('zèbre' in source.example_name(i)) == (label == 0)
         np.testing.assert_allclose(image[4, 4], [(255, 0, 0), (0, 0, 255)][label], atol=4)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(source))[3]['image'], source[3]['image'])
 
@@ -140,14 +162,14 @@ def test_flat_folder_is_unlabelled(tmp_path):
 def test_random_split_is_stable_disjoint_and_complete(tmp_path):
     spec = folder_spec(labelled_folder(tmp_path), num_classes=2, held_out=(0.2, 0.1))
     files = {
-        split: [source.where(i) for i in range(len(source))]
+        split: [source.example_name(i) for i in range(len(source))]
         for split in SPLITS
         for source in [open_images(spec, split)]
     }
     assert [len(files[split]) for split in SPLITS] == [14, 4, 2]
     assert len(set(sum(files.values(), []))) == 20
     again = open_images(spec, 'test')
-    assert [again.where(i) for i in range(2)] == files['test']
+    assert [again.example_name(i) for i in range(2)] == files['test']
 
 
 def test_random_split_shares():
@@ -186,9 +208,9 @@ def test_named_splits_are_in_a_fixed_random_order(tmp_path):
 
     def order(**fields):
         source = open_images(folder_spec(tmp_path, num_classes=2, splits=('.', '.', '.'), **fields), 'validation')
-        assert sorted(source.positions) == list(range(100))
-        assert all(source[i]['label'] == source.positions[i] // 50 for i in range(0, 100, 9))
-        return source.positions
+        assert sorted(source.indices) == list(range(100))
+        assert all(source[i]['label'] == source.indices[i] // 50 for i in range(0, 100, 9))
+        return source.indices
 
     assert 5 <= np.sum(order()[:20] < 50) <= 15  # A prefix is a fair sample of the classes.
     np.testing.assert_array_equal(order(), order())
@@ -222,12 +244,10 @@ def test_the_digest_of_a_folder_is_of_its_names_and_labels_wherever_it_lies(tmp_
 
 
 def test_the_digest_of_fashion_is_of_its_positions_and_labels():
-    sources = [
-        open_images(ImageSpec('fashion', **fields), split) for split in SPLITS for fields in ({}, {'split_seed': 1})
-    ]
-    sources.append(open_images(ImageSpec('fashion', num_classes=10), 'train'))
+    sources = [open_images(image_spec(**fields), split) for split in SPLITS for fields in ({}, {'split_seed': 1})]
+    sources.append(open_images(image_spec(num_classes=10), 'train'))
     assert len({source.digest for source in sources}) == len(sources)
-    assert open_images(ImageSpec('fashion', channels=3), 'train').digest == sources[0].digest
+    assert open_images(image_spec(channels=3), 'train').digest == sources[0].digest
     assert pickle.loads(pickle.dumps(sources[0])).digest == sources[0].digest
 
 
@@ -280,7 +300,7 @@ def test_the_line_of_ignored_files_for_one_and_for_many_suffixes(tmp_path, capsy
     save(tmp_path / 'many' / '1.png', 'red')
     touch(*(tmp_path / 'many' / f'x.{letter}' for letter in 'jihgfedcba'))
     touch(tmp_path / 'many' / 'y.j', tmp_path / 'many' / 'odd.two\nlines', tmp_path / 'many' / 'Mr. Smith')
-    open_all(str(tmp_path / 'many'), folder_spec(tmp_path), 'edit.path')
+    open_all(str(tmp_path / 'many'), folder_spec(tmp_path), 'inpaint.path')
     counts = '2 .j, 2 without suffix, 1 .a, 1 .b, 1 .c, 1 .d, 1 .e, 1 .f, ...'
     assert capsys.readouterr().out == f"'{tmp_path / 'many'}': ignored 13 files: {counts}\n"
     save(tmp_path / 'none' / '1.png', 'red')
@@ -331,7 +351,7 @@ def test_corrupt_file_raises_with_its_path(tmp_path):
     source = open_images(folder_spec(tmp_path, num_classes=2, splits=('.', '.', '.')), 'train')
     for position, path in ((1, bad[0]), (9, bad[1])):
         with pytest.raises(ValueError, match=path.replace('.', r'\.')):
-            source[source.positions.tolist().index(position)]
+            source[source.indices.tolist().index(position)]
     with pytest.raises(ValueError, match='on_error=skip'):
         list(eval_batches(source, batch_size=4))
 
@@ -343,7 +363,7 @@ def test_corrupt_files_are_skipped_and_reported(tmp_path, workers):
     assert read_skipped(log) == []
     spec = folder_spec(tmp_path / 'images', num_classes=2, splits=('.', '.', '.'), on_error='skip')
     source = open_images(spec, 'train')
-    readable = ~np.isin(source.positions, (1, 9))
+    readable = ~np.isin(source.indices, (1, 9))
     batches = list(eval_batches(source, batch_size=4, skip_log=log, workers=workers))
     np.testing.assert_array_equal(np.concatenate([batch['mask'] for batch in batches]), readable)
     assert read_skipped(log) == bad

@@ -12,7 +12,8 @@ import jax
 import pytest
 
 import vqvae2_jax
-from vqvae2_jax import config_files, load_config, xla_flags
+from vqvae2_jax import load_config, xla_flags
+from vqvae2_jax.config import loading
 
 ROOT = pathlib.Path(__file__).parents[1]
 ADDED = '--xla_cpu_experimental_ynn_fusion_type=-individual_convolution'
@@ -108,19 +109,21 @@ def test_configs_are_found_by_name_and_by_path(tmp_path, monkeypatch):
     )
     assert load_config('fashion').name == 'fashion'
     assert load_config('mine.py').name == load_config(mine).name == 'mine'
-    with pytest.raises(FileNotFoundError, match="no config 'fashon': give the path of a .py file, or .* fashion,"):
+    with pytest.raises(
+        FileNotFoundError, match="there is no config 'fashon': give the path of a .py file, or .* fashion,"
+    ):
         load_config('fashon')
-    with pytest.raises(FileNotFoundError, match="no file 'other.py'"):
+    with pytest.raises(FileNotFoundError, match="there is no file 'other.py'"):
         load_config('other.py')
-    load_config('tiny').vqvae.hidden = 3  # a copy of its own
-    assert load_config('tiny').vqvae.hidden == 8
+    load_config('tiny').vqvae.hidden_channels = 3  # of a copy
+    assert load_config('tiny').vqvae.hidden_channels == 8
 
 
 def test_an_installed_package_has_its_configs_inside(tmp_path, monkeypatch):
-    assert config_files.config_directory() == ROOT / 'configs'
+    assert loading.config_directory() == ROOT / 'configs'
     (tmp_path / 'configs').mkdir()
-    monkeypatch.setattr(config_files, '_PACKAGE', tmp_path)
-    assert config_files.config_directory() == tmp_path / 'configs'
+    monkeypatch.setattr(loading, '_PACKAGE', tmp_path)
+    assert loading.config_directory() == tmp_path / 'configs'
 
 
 def test_the_package_is_typed():

@@ -1,4 +1,4 @@
-"""Networks that others trained: what PyTorch makes of the same weights, and what is refused."""
+"""Networks with weights from PyTorch: outputs equal to those of PyTorch, and errors for other weights."""
 
 import hashlib
 import http.server
@@ -12,7 +12,7 @@ from etils import epath
 
 from tests import torch_weights
 from vqvae2_jax.io import state_dict
-from vqvae2_jax.models import imported, inception
+from vqvae2_jax.models import inception, torchvision_resnet
 from vqvae2_jax.models.inception import from_state_dict, preprocess
 
 # The real weights (fid_inception_part*.npz) and the reference's features of 16 images, for whoever has them.
@@ -51,7 +51,7 @@ def test_inception_is_that_of_pytorch_fid():
 
 @pytest.mark.slow
 def test_an_imported_resnet_is_that_of_torchvision():
-    network, params = imported.from_state_dict(torch_weights.resnet50_state())
+    network, params = torchvision_resnet.from_state_dict(torch_weights.resnet50_state())
     assert network.blocks == (3, 4, 6, 3)
     found = jax.jit(network.apply)({'params': params}, torch_weights.images(224))
     np.testing.assert_allclose(found['logits'], RESNET_LOGITS, atol=1e-4)
@@ -60,9 +60,11 @@ def test_an_imported_resnet_is_that_of_torchvision():
 def test_weights_of_another_resnet_are_refused():
     state = torch_weights.resnet50_state()
     with pytest.raises(ValueError, match=r"lack 'layer1.0.conv3.weight'.*ResNet-50, -101 or -152"):
-        imported.from_state_dict({k: v for k, v in state.items() if 'conv3' not in k})
+        torchvision_resnet.from_state_dict({k: v for k, v in state.items() if 'conv3' not in k})
     with pytest.raises(ValueError, match=r'conv1 (kernel|bias) has the shape \((7, 7, 3, 32|32,)\), not'):
-        imported.from_state_dict(state | {k: v[:32] for k, v in state.items() if k.startswith(('conv1.', 'bn1.'))})
+        torchvision_resnet.from_state_dict(
+            state | {k: v[:32] for k, v in state.items() if k.startswith(('conv1.', 'bn1.'))}
+        )
 
 
 @pytest.mark.skipif(not (DATA / 'fid_golden.npz').exists(), reason='no reference features here')
@@ -87,7 +89,7 @@ def test_batch_norm_is_folded_and_the_head_has_no_bias():
 
 
 @pytest.mark.parametrize('shape', [(2, 32, 32, 3), (1, 400, 310, 3), (1, 299, 299, 3)])
-def test_resize_is_bilinear_between_pixel_centres(shape):
+def test_resize_is_bilinear_between_pixel_centers(shape):
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     found = np.asarray(preprocess(images))
     for axis, size in ((1, shape[1]), (2, shape[2])):  # along each axis, by hand
@@ -104,7 +106,7 @@ def test_weights_of_another_network_are_refused():
     missing = {name: array for name, array in state.items() if name != 'Mixed_7c.branch_pool.bn.bias'}
     with pytest.raises(ValueError, match=r"lack 'Mixed_7c.branch_pool.bn.bias'"):
         from_state_dict(missing)
-    with pytest.raises(ValueError, match="weights of torchvision's Inception-v3, which is another network"):
+    with pytest.raises(ValueError, match="weights of torchvision's Inception-v3, which is not the network of FID"):
         from_state_dict(state | {'AuxLogits.fc.weight': np.zeros((1000, 768), np.float32)})
     with pytest.raises(ValueError, match=r'Conv2d_1a_3x3 kernel: shape \(3, 3, 1, 32\), where \(3, 3, 3, 32\)'):
         from_state_dict(state | {'Conv2d_1a_3x3.conv.weight': state['Conv2d_1a_3x3.conv.weight'][:, :1]})

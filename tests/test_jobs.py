@@ -1,4 +1,4 @@
-"""What the jobs leave behind: numbers against their definitions, files, and that a second run changes nothing."""
+"""Outputs of the jobs: numbers against their definitions, files, and a second run that changes nothing."""
 
 import math
 import pathlib
@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqvae2_jax import config as configs
-from vqvae2_jax.io.provenance import digest_arrays, read_json
-from vqvae2_jax.jobs import samples, workdir
+from vqvae2_jax.config import build as configs
+from vqvae2_jax.data import sample_store
+from vqvae2_jax.io import record
+from vqvae2_jax.io.files import digest_arrays, read_json
+from vqvae2_jax.jobs import workdir
 from vqvae2_jax.jobs.pipeline import run_job
-from vqvae2_jax.jobs.report import curve_labels
+from vqvae2_jax.jobs.report_files import curve_labels
 from vqvae2_jax.metrics.classification import accuracy
-from vqvae2_jax.stages.stage import to_float
+from vqvae2_jax.tasks.task import to_float
 
 
 @pytest.fixture(scope='module')
@@ -33,8 +35,8 @@ def images(finished):
 def output(finished, images):
     """Stage 1 on all test images at once: no batches, no padding, no mask."""
     trained = workdir.load_vqvae(finished)
-    model, variables = configs.make_vqvae(finished.config), {'params': trained.params, **trained.variables}
-    return jax.jit(model.apply)(variables, to_float(images['image']))
+    model = configs.make_vqvae(finished.config)
+    return jax.jit(model.apply)(trained.variables, to_float(images['image']))
 
 
 def all_codes(run, split):
@@ -67,8 +69,8 @@ def test_reported_reconstruction(report, images, output):
 
     found = report['reconstruction']
     np.testing.assert_allclose(found['psnr'], psnr(output.image), atol=1e-3)
-    np.testing.assert_allclose(found['mse_01'], 10 ** (-found['psnr'] / 10), rtol=1e-6)
-    np.testing.assert_allclose(found['mse_11'], 4 * found['mse_01'])
+    np.testing.assert_allclose(found['mse_unit'], 10 ** (-found['psnr'] / 10), rtol=1e-6)
+    np.testing.assert_allclose(found['mse'], 4 * found['mse_unit'])
     top = found['levels']['top']
     np.testing.assert_allclose(top['without_finer_levels']['psnr'], psnr(output.previews[0]), atol=1e-3)
     assert 'without_finer_levels' not in found['levels']['bottom']
@@ -76,12 +78,12 @@ def test_reported_reconstruction(report, images, output):
     for level, name in enumerate(('bottom', 'top')):
         codes = np.asarray(output.codes[level])
         assert found['levels'][name]['codes'] == list(codes.shape[1:])
-        assert found['levels'][name]['used'] == len(np.unique(codes)) / 16
+        assert found['levels'][name]['codebook_usage'] == len(np.unique(codes)) / 16
         np.testing.assert_allclose(found['levels'][name]['perplexity'], math.exp(entropy(codes)), rtol=1e-2)
 
 
 def ssim(a, b):
-    """Wang et al. 2004, of grey images [N, H, W] in [0, 1]."""
+    """Wang et al. 2004, of gray images [N, H, W] in [0, 1]."""
     window = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
     window /= window.sum()
 
@@ -133,56 +135,68 @@ def test_reported_likelihood(finished, report):
 
 
 def test_reported_samples_and_rejection(finished, report):
-    drawn = samples.take(finished.path('samples'), np.arange(24))
-    scores = samples.read_npz(finished.path('rejection', 'scores.npz'))
-    accepted = samples.read_npz(finished.path('rejection', 'accepted.npz'))
-    np.testing.assert_array_equal(drawn['index'], np.arange(24))
-    np.testing.assert_array_equal(drawn['label'], np.arange(24) % 10)
-    np.testing.assert_array_equal(scores['index'], drawn['index'])
-    trained = workdir.load_trained(finished, 'classifier', 'classifier')
+    stored = sample_store.take(finished.path('samples', 'default'), np.arange(24))
+    scores = sample_store.read_npz(finished.path('rejection', 'default', 'scores.npz'))
+    accepted = sample_store.read_npz(finished.path('rejection', 'default', 'accepted.npz'))
+    np.testing.assert_array_equal(stored['index'], np.arange(24))
+    np.testing.assert_array_equal(stored['label'], np.arange(24) % 10)
+    np.testing.assert_array_equal(scores['index'], stored['index'])
+    trained = workdir.load_trained(finished, 'classifier', 'classifier', 'classifier')
     model = configs.make_classifier(finished.config)
-    probabilities = jax.nn.softmax(model.apply({'params': trained.params}, to_float(drawn['arr_0'])))
-    np.testing.assert_allclose(scores['score'], np.asarray(probabilities)[np.arange(24), drawn['label']], rtol=1e-4)
+    probabilities = jax.nn.softmax(model.apply({'params': trained.params}, to_float(stored['arr_0'])))
+    np.testing.assert_allclose(scores['score'], np.asarray(probabilities)[np.arange(24), stored['label']], rtol=1e-4)
     for label in range(10):  # the better half of every class, rounded up
         of_class = np.flatnonzero(scores['label'] == label)
         best = of_class[np.argsort(-scores['score'][of_class])][: math.ceil(len(of_class) / 2)]
         assert set(accepted['index'][accepted['label'] == label]) == set(best)
     for name in ('arr_0', 'label', 'codes_0', 'codes_1'):
-        np.testing.assert_array_equal(accepted[name], drawn[name][accepted['index']])
-    found = report['samples']
-    assert found['count'] == 24 and found['kept'] == 0.5
-    assert found['intended_class'] == accuracy(scores['predicted'], scores['label'])
+        np.testing.assert_array_equal(accepted[name], stored[name][accepted['index']])
+    found = report['sets']['default']
+    assert found['count'] == 24 and found['keep_fraction'] == 0.5 and found['accepted'] == len(accepted['index'])
+    assert found['class_accuracy'] == accuracy(scores['predicted'], scores['label'])
     kept = scores['predicted'][accepted['index']]
-    assert found['intended_class_after_rejection'] == accuracy(kept, accepted['label'])
+    assert found['class_accuracy_after_rejection'] == accuracy(kept, accepted['label'])
 
 
 def test_samples_are_the_decoded_codes(finished):
-    drawn = samples.take(finished.path('samples'), np.arange(16))
+    stored = sample_store.take(finished.path('samples', 'default'), np.arange(16))
     trained, model = workdir.load_vqvae(finished), configs.make_vqvae(finished.config)
-    variables = {'params': trained.params, **trained.variables}
-    image = np.asarray(model.apply(variables, (drawn['codes_0'], drawn['codes_1']), method='decode'))
+    image = np.asarray(model.apply(trained.variables, (stored['codes_0'], stored['codes_1']), method='decode'))
     expected = (np.clip(image, -1, 1) + 1) * 127.5
-    assert np.abs(expected - drawn['arr_0']).max() < 0.51
-    assert len(np.unique(drawn['codes_0'].reshape(16, -1), axis=0)) == 16
+    assert np.abs(expected - stored['arr_0']).max() < 0.51
+    assert len(np.unique(stored['codes_0'].reshape(16, -1), axis=0)) == 16
 
 
-def test_records_say_where_a_stage_came_from(finished):
-    records = {d: read_json(finished.path(d, 'trained.json')) for d in ('vqvae', 'prior_top', 'prior_bottom')}
-    for directory, record in records.items():
-        trained = workdir.load_trained(finished, directory, 'x')
-        variables = {'params': trained.params, 'variables': trained.variables}
-        assert record['digest'] == digest_arrays(variables)
-        assert record['steps'] == 8 and record['best_step'] in (4, 8) and record['seconds'] > 0
+def test_records_hold_the_digests_of_their_inputs(finished):
+    jobs = {'vqvae': 'vqvae', 'prior_top': 'prior', 'prior_bottom': 'prior'}
+    found = {directory: record.read_done(finished.path(directory), job) for directory, job in jobs.items()}
+    for directory, of in found.items():
+        section = directory.replace('_', '.')
+        trained = workdir.load_trained(finished, directory, 'x', section)
+        assert of.digest == digest_arrays({'params': trained.params, 'model_state': trained.model_state})
+        assert of.results['steps'] == 8 and of.results['best_step'] in (4, 8) and of.seconds > 0
     for split in ('train', 'validation', 'test'):
-        assert finished.codes(split).meta.vqvae_digest == records['vqvae']['digest']
-    assert records['prior_top']['upstream'] == records['prior_bottom']['upstream']
-    assert records['prior_top']['upstream']['vqvae'] == records['vqvae']['digest']
-    upstream = samples.read_meta(finished.path('samples'))['upstream']
-    assert upstream == {directory: record['digest'] for directory, record in records.items()}
+        inputs = record.read_done(finished.path('codes', split), 'extract_codes').inputs
+        assert inputs == {'vqvae': found['vqvae'].digest, 'images': finished.images(split).digest}
+    assert found['prior_top'].inputs == found['prior_bottom'].inputs
+    assert found['prior_top'].inputs == {'vqvae': found['vqvae'].digest, 'codes': workdir.codes_digest(finished)}
+    inputs = sample_store.read_set(finished.path('samples', 'default')).inputs
+    assert inputs == {directory: of.digest for directory, of in found.items()}
+
+
+def test_every_output_directory_has_a_finished_record(finished):
+    names = ['vqvae', 'prior_top', 'prior_bottom', 'classifier', 'samples/default', 'rejection/default', 'report']
+    names += [f'codes/{split}' for split in ('train', 'validation', 'test')]
+    if configs.has_cas(finished.config):
+        names += ['reconstructions', 'cas/reconstructions', 'cas/samples/default']
+    for name in names:
+        found = record.read(finished.path(name))
+        assert found is not None and found.state == record.DONE and found.digest, name
 
 
 def test_pictures_show_something(finished):
-    pictures = [finished.path('report', f'{name}.png') for name in ('reconstructions', 'samples', 'accepted', 'curves')]
+    pictures = [finished.path('report', f'{name}.png') for name in ('reconstructions', 'curves')]
+    pictures += [finished.path('report', 'sets', 'default', f'{name}.png') for name in ('samples', 'accepted')]
     pictures += list(finished.path('vqvae', 'pictures').glob('*.png'))
     pictures += list(finished.path('prior_top', 'pictures').glob('*.png'))
     assert len(pictures) >= 6
@@ -197,9 +211,9 @@ def test_a_second_run_says_done_and_rewrites_nothing(run, capsys):
         return {p: p.stat().st_mtime_ns for p in files}
 
     before = times()
-    for job in ('vqvae', 'codes', 'prior', 'classifier', 'sample', 'reject'):
+    for job in ('vqvae', 'extract_codes', 'prior', 'classifier', 'sample', 'reject'):
         run_job(run, job)
-        assert 'done' in capsys.readouterr().out, job
+        assert 'done (' in capsys.readouterr().out, job
     assert times() == before
 
 
@@ -207,7 +221,7 @@ def test_curves_are_labeled_with_everything_in_which_they_differ(config):
     assert curve_labels(config, 'vqvae') == ('train, last weights', 'held out, averaged weights')
     assert curve_labels(config, 'classifier')[0] == 'train, last weights, dropout, augmented'
     config.prior.top.update(dropout=0.0, attention_dropout=0.0)
-    config.prior.top.training.weight_ema = 0.0
+    config.prior.top.training.params_ema_decay = 0.0
     assert curve_labels(config, 'prior.top') == ('train', 'held out')
     config.prior.top.attention_dropout = 0.1
     config.data.flip = True

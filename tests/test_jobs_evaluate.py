@@ -1,25 +1,31 @@
 """The report's comparisons, the Classification Accuracy Score, and the comparison of any two sets of images."""
 
+import os
+import pathlib
 import re
+import signal
 
 import jax
 import numpy as np
 import pytest
 from etils import epath
-from ml_collections import ConfigDict
 from PIL import Image
 
 from tests import torch_weights
-from vqvae2_jax import checks
-from vqvae2_jax import config as configs
+from vqvae2_jax.config import build as configs
+from vqvae2_jax.config.validation import validate_config
+from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.loader import eval_batches
-from vqvae2_jax.io.provenance import UpstreamChanged, read_json
-from vqvae2_jax.jobs import cas, samples, workdir
+from vqvae2_jax.distributed.preemption import Interrupted
+from vqvae2_jax.io import record
+from vqvae2_jax.io.files import read_json
+from vqvae2_jax.io.record import StaleInputError
+from vqvae2_jax.jobs import cas, feature_store, workdir
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import JobError, Run
 from vqvae2_jax.metrics.frechet import Moments, frechet_distance
 from vqvae2_jax.metrics.manifold import precision_recall
-from vqvae2_jax.stages.stage import to_float
+from vqvae2_jax.tasks.task import to_float
 
 pytestmark = pytest.mark.slow
 
@@ -30,29 +36,34 @@ def report(finished):
 
 
 @pytest.fixture(scope='module')
-def seen(finished):
+def sample_set(report):
+    return report['sets']['default']
+
+
+@pytest.fixture(scope='module')
+def outputs(finished):
     """Features and logits of the classifier for test images, samples and reconstructions, image by image."""
     model = configs.make_classifier(finished.config)
-    params = workdir.load_trained(finished, 'classifier', 'classifier').params
+    params = workdir.load_trained(finished, 'classifier', 'classifier', 'classifier').params
 
     @jax.jit
-    def look(images):
+    def extract(images):
         return model.apply({'params': params}, to_float(images), with_features=True)
 
-    vqvae, variables = configs.make_vqvae(finished.config), workdir.load_vqvae(finished).on_devices()
+    vqvae, variables = configs.make_vqvae(finished.config), workdir.load_vqvae(finished).variables
     source = finished.images('test')
     real = np.stack([source[i]['image'] for i in range(len(source))])
-    drawn = [samples.read_npz(path) for path in samples.shard_paths(finished.path('samples'))]
+    sampled = [sample_store.read_npz(path) for path in sample_store.shard_paths(finished.set_path('samples'))]
     again = jax.jit(lambda x: vqvae.apply(variables, to_float(x)).image)(real)
     again = np.round((np.clip(again, -1, 1) + 1) * 127.5).astype(np.uint8)
-    sets = {'real': real, 'samples': np.concatenate([d['arr_0'] for d in drawn]), 'reconstructions': again}
-    return {name: [np.asarray(x, np.float64) for x in look(images)] for name, images in sets.items()}
+    sets = {'real': real, 'samples': np.concatenate([d['arr_0'] for d in sampled]), 'reconstructions': again}
+    return {name: [np.asarray(x, np.float64) for x in extract(images)] for name, images in sets.items()}
 
 
 @pytest.mark.parametrize('name', ['samples', 'reconstructions'])
-def test_quality_is_that_of_all_features_at_once(report, seen, name):
-    found = report['samples' if name == 'samples' else 'reconstruction']['quality']
-    real, generated = seen['real'][1], seen[name][1]
+def test_quality_is_that_of_all_features_at_once(report, sample_set, outputs, name):
+    found = (sample_set if name == 'samples' else report['reconstruction'])['quality']
+    real, generated = outputs['real'][1], outputs[name][1]
     assert (found['count_real'], found['count']) == (len(real), len(generated))
     distance = frechet_distance(Moments.of(real), Moments.of(generated))
     np.testing.assert_allclose(found['frechet_distance'], distance, rtol=2e-2)  # pixels may round the other way
@@ -62,24 +73,24 @@ def test_quality_is_that_of_all_features_at_once(report, seen, name):
     assert '10000' in found['warning'] and 'fid' not in found
 
 
-def test_samples_are_compared_with_reconstructions_too(report, seen):
-    again, drawn = seen['reconstructions'][1], seen['samples'][1]
-    distance = frechet_distance(Moments.of(again), Moments.of(drawn))
-    found = report['samples']['quality_against_reconstructions']
+def test_samples_are_compared_with_reconstructions_too(sample_set, outputs):
+    again, sampled = outputs['reconstructions'][1], outputs['samples'][1]
+    distance = frechet_distance(Moments.of(again), Moments.of(sampled))
+    found = sample_set['quality_against_reconstructions']
     np.testing.assert_allclose(found['frechet_distance'], distance, rtol=2e-2)
-    first = report['samples']['sweep'][0]
-    distance = frechet_distance(Moments.of(again[:10]), Moments.of(drawn[:10]))
+    first = sample_set['sweep'][0]
+    distance = frechet_distance(Moments.of(again[:10]), Moments.of(sampled[:10]))
     np.testing.assert_allclose(first['frechet_distance_against_reconstructions'], distance, rtol=2e-2)
 
 
 def test_originals_are_compared_with_another_split(report, run):
     assert 'evaluate.reference is evaluate.split' in report['originals']['quality']['missing']
-    run.config.evaluate = dict(reference='train', cas=False, sweep=(1.0,))
+    run.config.evaluate.update(reference='train', cas=False, sweep=(1.0,))
     run_job(run, 'evaluate')
     found = read_json(run.path('report', 'report.json'))['originals']['quality']
     assert (found['count_real'], found['count']) == (len(run.images('train')), len(run.images('test')))
     model = configs.make_classifier(run.config)
-    params = workdir.load_trained(run, 'classifier', 'classifier').params
+    params = workdir.load_trained(run, 'classifier', 'classifier', 'classifier').params
 
     def moments(split):
         source = run.images(split)
@@ -91,16 +102,16 @@ def test_originals_are_compared_with_another_split(report, run):
     assert '<td>original images</td>' in run.path('report', 'report.html').read_text()
 
 
-def test_sweep_goes_from_all_to_few(report, finished, seen):
-    points = report['samples']['sweep']
-    assert points[0]['kept'] == 1 and points[0]['kept_count'] == 24
+def test_sweep_goes_from_all_to_few(sample_set, finished, outputs):
+    points = sample_set['sweep']
+    assert points[0]['keep_fraction'] == 1 and points[0]['kept_count'] == 24
     assert points[-1]['kept_count'] == 10  # one of each class
     assert {point['count'] for point in points} == {10}
-    real, drawn = seen['real'][1][:10], seen['samples'][1][:10]
-    distance = frechet_distance(Moments.of(real), Moments.of(drawn))
+    real, sampled = outputs['real'][1][:10], outputs['samples'][1][:10]
+    distance = frechet_distance(Moments.of(real), Moments.of(sampled))
     np.testing.assert_allclose(points[0]['frechet_distance'], distance, rtol=1e-3)
-    assert (points[0]['precision'], points[0]['recall']) == pytest.approx(precision_recall(real, drawn), abs=0.11)
-    scores = samples.read_npz(finished.path('rejection', 'scores.npz'))
+    assert (points[0]['precision'], points[0]['recall']) == pytest.approx(precision_recall(real, sampled), abs=0.11)
+    scores = sample_store.read_npz(finished.set_path('rejection') / 'scores.npz')
     assert points[0]['confidence'] == pytest.approx(scores['score'][:10].mean())
     confidences = [point['confidence'] for point in points]
     assert confidences[-1] > confidences[0]
@@ -108,28 +119,27 @@ def test_sweep_goes_from_all_to_few(report, finished, seen):
     assert 'n = 10 samples' in page and '<th>samples kept</th><th>n</th>' in page
 
 
-def test_classification_accuracy_score(report, finished):
-    assert {name: row['count'] for name, row in report['cas'].items()} == {
+def test_classification_accuracy_score(report, sample_set, finished):
+    rows = report['cas'] | {'samples': sample_set['cas']}
+    assert {name: row['count'] for name, row in rows.items()} == {
         'real': len(finished.images('train')),
         'reconstructions': len(finished.images('train')),
         'samples': 24,
     }
     model, source = configs.make_classifier(finished.config), finished.images('test')
     batch = next(eval_batches(source, batch_size=len(source) // 8 * 8))
-    for directory, row in (('classifier', 'real'), ('cas/samples', 'samples')):
-        params = workdir.load_trained(finished, directory, 'cas').params
+    for directory, row in (('classifier', 'real'), ('cas/samples/default', 'samples')):
+        params = workdir.load_trained(finished, directory, 'cas', 'classifier').params
         logits = np.asarray(model.apply({'params': params}, to_float(batch['image'])))
         right = logits.argmax(-1) == batch['label']
-        assert report['cas'][row]['top1'] == pytest.approx(right.mean(), abs=0.01)
+        assert rows[row]['top1'] == pytest.approx(right.mean(), abs=0.01)
         best_five = np.argsort(-logits, axis=-1)[:, :5]
-        assert report['cas'][row]['top5'] == pytest.approx(
-            (best_five == batch['label'][:, None]).any(-1).mean(), abs=0.01
-        )
+        assert rows[row]['top5'] == pytest.approx((best_five == batch['label'][:, None]).any(-1).mean(), abs=0.01)
 
 
 def test_reconstructions_are_the_training_images_decoded(finished):
-    stored = samples.take(finished.path('reconstructions'), np.array([0, 7]))
-    vqvae, variables = configs.make_vqvae(finished.config), workdir.load_vqvae(finished).on_devices()
+    stored = sample_store.take(finished.path('reconstructions'), np.array([0, 7]))
+    vqvae, variables = configs.make_vqvae(finished.config), workdir.load_vqvae(finished).variables
     source = finished.images('train')
     for i, image, label in zip((0, 7), stored['arr_0'], stored['label'], strict=True):
         example = source[i]
@@ -139,9 +149,9 @@ def test_reconstructions_are_the_training_images_decoded(finished):
 
 
 def test_classifiers_of_other_samples_are_refused(run):
-    path = run.path('cas', 'samples', 'trained.json')
+    path = run.path('cas', 'samples', 'default', 'record.json')
     path.write_text(re.sub(r'("samples": )"\w+"', rf'\1"{"f" * 64}"', path.read_text()))
-    with pytest.raises(UpstreamChanged, match=r'(?s)classifier of samples.*cas/samples and run --job=cas'):
+    with pytest.raises(StaleInputError, match=r'(?s)cas/samples/default was made from another.*--job=cas'):
         run_job(run, 'evaluate')
 
 
@@ -163,8 +173,8 @@ def inception(tmp_path_factory):
 
 
 def compare(run, inception, real, generated):
-    run.config.evaluate = ConfigDict(dict(inception=inception, real=str(real), generated=str(generated), batch_size=8))
-    checks.check(run.config)
+    run.config.evaluate.update(inception=inception, real=str(real), generated=str(generated), batch_size=8)
+    validate_config(run.config)
     run_job(run, 'evaluate')
     return read_json(run.path('comparison', 'report.json'))['quality']
 
@@ -212,7 +222,7 @@ def test_sets_without_a_number(empty_run, inception, images, tmp_path):
     good = folder_of(tmp_path / 'good', images)
     bad = {
         'one': (images[:1], 'needs at least 2|1 image has no covariance'),
-        'same': (np.full((5, 16, 16, 3), 7, np.uint8), 'all 5 images of a set look alike'),
+        'same': (np.full((5, 16, 16, 3), 7, np.uint8), 'all 5 images of a set have the same features'),
         'mixed': ([*images[:4], images[4][:8]], r'mixed/004.png has 8x16 pixels, .*000.png has 16x16'),
     }
     for name, (broken, message) in bad.items():
@@ -239,38 +249,146 @@ def test_sets_without_a_number(empty_run, inception, images, tmp_path):
 def test_a_number_that_cannot_be_had_does_not_cost_the_report(run):
     run.config.sample.count = 2
     run.config.evaluate.cas = False
-    for job in ('samples', 'rejection', 'report'):
-        run.path(job).rmtree()
+    for directory in ('samples', 'rejection', 'report'):
+        run.path(directory).rmtree()
     for job in ('sample', 'reject', 'evaluate'):
         run_job(run, job)
     found = read_json(run.path('report', 'report.json'))
-    assert found['samples']['quality'] == {'missing': 'sets of 2 and 2 images: more than 3 of each are needed'}
-    assert found['samples']['sweep'] == [] and 'fid' not in found['reconstruction']['quality']
+    assert found['sets']['default']['quality'] == {'missing': 'sets of 2 and 2 images: more than 3 of each are needed'}
+    assert found['sets']['default']['sweep'] == [] and 'fid' not in found['reconstruction']['quality']
     assert 'No comparison: sets of 2 and 2 images' in run.path('report', 'report.html').read_text()
 
 
-def test_an_imported_classifier_judges(run, tmp_path):
+def test_an_imported_classifier_scores_samples(run, tmp_path):
     np.savez(tmp_path / 'resnet.npz', **torch_weights.resnet50_state(classes=10))
     run.config.reject.classifier = str(tmp_path / 'resnet.npz')
-    before = samples.read_npz(run.path('rejection', 'scores.npz'))
-    with pytest.raises(UpstreamChanged, match='(?s)the scores.*--job=reject'):
+    before = sample_store.read_npz(run.set_path('rejection') / 'scores.npz')
+    with pytest.raises(StaleInputError, match='(?s)rejection/default was made from another.*--job=reject'):
         run_job(run, 'evaluate')
     run_job(run, 'reject')
-    assert not np.allclose(samples.read_npz(run.path('rejection', 'scores.npz'))['score'], before['score'])
+    assert not np.allclose(sample_store.read_npz(run.set_path('rejection') / 'scores.npz')['score'], before['score'])
     np.savez(tmp_path / 'resnet.npz', **torch_weights.resnet50_state(classes=9))
-    with pytest.raises(JobError, match=r'knows 9 classes, but data\.num_classes=10'):
+    with pytest.raises(JobError, match=r'has 9 classes, but data\.num_classes=10'):
         run_job(run, 'reject')
 
 
 def test_a_threshold_keeps_those_above_and_says_when_there_are_none(run):
-    scores = samples.read_npz(run.path('rejection', 'scores.npz'))
-    run.config.reject.update(keep=1.0, threshold=float(np.median(scores['score'])))
+    scores = sample_store.read_npz(run.set_path('rejection') / 'scores.npz')
+    run.config.reject.update(keep_fraction=1.0, threshold=float(np.median(scores['score'])))
     run_job(run, 'reject')
-    accepted = samples.read_npz(run.path('rejection', 'accepted.npz'))
+    accepted = sample_store.read_npz(run.set_path('rejection') / 'accepted.npz')
     np.testing.assert_array_equal(accepted['index'], scores['index'][scores['score'] >= run.config.reject.threshold])
     run.config.reject.threshold = 0.999
     with pytest.raises(JobError, match=r'reject.threshold=0.999 keeps no sample: the best one scores 0\.'):
         run_job(run, 'reject')
+
+
+def times(run, *parts):
+    paths = [p for p in pathlib.Path(run.path(*parts)).rglob('*') if p.is_file()]
+    return {str(path): os.stat(path).st_mtime_ns for path in paths}
+
+
+def add_set(run, name, **changes):
+    """Makes and evaluates another sample set of few samples."""
+    run.config.sample.update(name=name, count=16, **changes)
+    for job in ('sample', 'reject', 'evaluate'):
+        run_job(run, job)
+
+
+def test_another_set_costs_only_its_own_images_and_stands_beside_the_first(run, report):
+    run.config.evaluate.cas = False
+    run_job(run, 'evaluate')  # without CAS
+    before = times(run, 'features') | times(run, 'evaluation') | times(run, 'report', 'sets')
+    add_set(run, 'other', seed=1)
+    after = times(run, 'features') | times(run, 'evaluation') | times(run, 'report', 'sets')
+    assert {path: after[path] for path in before} == before
+    new = {pathlib.Path(path).relative_to(run.workdir).parent for path in after.keys() - before.keys()}
+    assert {str(path) for path in new} == {
+        'features/classifier/samples/other', 'evaluation/sets/other', 'report/sets/other',
+    }  # fmt: skip
+    found = read_json(run.path('report', 'report.json'))
+    assert found['schema'] == 4 and list(found['sets']) == ['default', 'other']
+    assert found['sets']['default'] == {k: v for k, v in report['sets']['default'].items() if k != 'cas'} | {
+        'seconds': {'sample': report['sets']['default']['seconds']['sample']}
+    }
+    assert (found['sets']['other']['count'], found['sets']['other']['seed']) == (16, 1)
+    assert found['reconstruction'] == report['reconstruction'] and found['likelihood'] == report['likelihood']
+    page = run.path('report', 'report.html').read_text()
+    assert '<h3>Sample set default</h3>' in page and '<h3>Sample set other</h3>' in page
+    assert page.count('data:image/png') == 8  # reconstructions, curves, three of each set
+
+
+def test_a_set_whose_inputs_have_changed_is_marked_and_not_deleted(run):
+    run.config.evaluate.cas = False
+    add_set(run, 'other', seed=1)
+    before = read_json(run.path('report', 'report.json'))['sets']['other']
+    assert before['stale'] == []
+    run.config.sample.update(name='other', count=20)
+    run_job(run, 'sample')
+    run_job(run, 'reject')
+    run.config.sample.update(name='default', count=24, seed=0)
+    run_job(run, 'evaluate')
+    found = read_json(run.path('report', 'report.json'))['sets']
+    assert found['default']['stale'] == []
+    assert found['other'] == before | {'stale': ['rejection', 'samples']}
+    page = run.path('report', 'report.html').read_text()
+    assert 'Stale: rejection, samples changed since this set was evaluated' in page
+    assert page.count('<td>stale</td>') == 1
+    run.path('samples', 'other').rmtree()
+    run_job(run, 'evaluate')
+    assert read_json(run.path('report', 'report.json'))['sets']['other'] == found['other']
+    run.config.evaluate.sweep = (1.0,)
+    run_job(run, 'evaluate')
+    found = read_json(run.path('report', 'report.json'))['sets']
+    assert found['other']['stale'] == ['rejection', 'samples', 'evaluate.sweep']
+    assert found['default']['stale'] == [] and len(found['default']['sweep']) == 1
+
+
+def test_an_interrupted_evaluation_continues(run, report, monkeypatch):
+    monkeypatch.setattr(feature_store, 'SHARD_SIZE', 256)
+    for directory in ('features', 'evaluation', 'report'):
+        run.path(directory).rmtree()
+    directory, hash_images, batches = run.path('features', 'classifier', 'test'), feature_store._hash_images, []
+
+    def interrupt(arrays):
+        batches.append(arrays)
+        if len(batches) == 20:  # of 16 images: within the second shard of 256
+            os.kill(os.getpid(), signal.SIGTERM)
+        return hash_images(arrays)
+
+    monkeypatch.setattr(feature_store, '_hash_images', interrupt)
+    with pytest.raises(Interrupted):
+        run_job(run, 'evaluate')
+    assert [path.name for path in directory.glob('*.npz')] == ['features-00000000-00000256.npz']
+    assert record.read(directory).state == record.STARTED
+    first = times(run, 'features')[str(directory / 'features-00000000-00000256.npz')]
+    run_job(run, 'evaluate')
+    assert times(run, 'features')[str(directory / 'features-00000000-00000256.npz')] == first
+    found = read_json(run.path('report', 'report.json'))
+    for name in ('reconstruction', 'likelihood', 'classifier', 'cas', 'sets'):
+        assert found[name] == report[name], name
+
+
+def test_features_of_other_weights_are_extracted_again(run):
+    network = feature_store.load_classifier(run)
+    first = feature_store.image_features(run, network, 'classifier', 'test', lambda: 0)
+    other = network._replace(
+        protocol=network.protocol | {'weights': 'f' * 64}, params=jax.tree.map(np.zeros_like, network.params)
+    )
+    again = feature_store.image_features(run, other, 'classifier', 'test', lambda: 0)
+    assert again.digest != first.digest
+    stats = feature_store.load_stats(again)
+    assert np.ptp(stats.features) == 0 and len(stats) == 600
+
+
+@pytest.mark.parametrize('count', [1, 2])
+def test_features_do_not_depend_on_the_number_of_devices(finished, tmp_path, count):
+    expected = feature_store.load_stats(record.read(finished.path('features', 'classifier', 'test')))
+    run = Run(finished.config, epath.Path(tmp_path), jax.devices()[:count])
+    network = feature_store.load_classifier(finished)
+    found = feature_store.load_stats(feature_store.image_features(run, network, 'classifier', 'test', lambda: 0))
+    np.testing.assert_allclose(found.features, expected.features, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.logits, expected.logits, rtol=1e-5, atol=1e-6)
 
 
 def test_cas_without_classes_is_refused(run):

@@ -1,4 +1,4 @@
-"""Somebody's own images: a folder of non-square RGB pictures without labels, one of them broken, three levels."""
+"""A folder of RGB images that are not square and have no labels, one of them broken; three levels."""
 
 import shutil
 
@@ -7,12 +7,15 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from vqvae2_jax import checks
+from vqvae2_jax.config import base
+from vqvae2_jax.config.validation import validate_config
+from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.decode import UnreadableImage
-from vqvae2_jax.io.provenance import UpstreamChanged, read_json
-from vqvae2_jax.jobs import samples
+from vqvae2_jax.io import record
+from vqvae2_jax.io.files import read_json
+from vqvae2_jax.io.record import JobError, StaleInputError
 from vqvae2_jax.jobs.pipeline import run_job
-from vqvae2_jax.jobs.workdir import JobError, Run
+from vqvae2_jax.jobs.workdir import Run
 
 
 @pytest.fixture
@@ -28,21 +31,23 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def folder_run(config, folder, tmp_path):
-    data = dict(name='folder', path=str(folder), image_size=(16, 24), channels=3, num_classes=0, on_error='skip')
+def folder_run(folder, tmp_path):
+    config = base.get_config(('bottom', 'middle', 'top'))
+    config.name = 'folder'
+    data = dict(name='folder', path=str(folder), image_size=(16, 24), channels=3, on_error='skip')
     config.data.update(data, held_out=(0.3, 0.3))
-    config.vqvae.factors = (2, 2, 2)
-    with config.unlocked():
-        config.prior.middle = config.prior.bottom.copy_and_resolve_references()
-        config.sample.temperature.middle = 1.0
+    config.vqvae.update(downsample_factors=(2, 2, 2), hidden_channels=8, residual_channels=4, num_residual_blocks=1)
+    config.vqvae.update(codebook_size=16, codebook_dim=8)
     for prior in config.prior.values():
-        prior.layers = 1
+        prior.update(hidden_channels=8, residual_channels=8, num_residual_blocks=1, num_heads=2)
+    config.prior.top.num_attention_layers = 1
     for section in ('vqvae', 'prior.top', 'prior.middle', 'prior.bottom'):
-        config[section].training.update(steps=2, batch_size=8, log_every=1, eval_every=2, save_every=2, show_every=0)
-    config.vqvae.training.show_every = 2
+        config[section].training.update(steps=2, batch_size=8, log_every=1, eval_every=2, save_every=2)
+    config.vqvae.training.image_every = 2
     config.codes.update(batch_size=8, shard_size=16)
     config.sample.update(count=8, batch_size=8)
-    checks.check(config)
+    config.evaluate.batch_size = 8
+    validate_config(config)
     return Run(config, epath.Path(tmp_path) / 'run')
 
 
@@ -57,12 +62,13 @@ def test_a_folder_becomes_a_report(folder_run, capsys):
     assert shapes == {'bottom': [8, 12], 'middle': [4, 6], 'top': [2, 3]}
     found = [folder_run.codes(split).meta.count for split in ('train', 'validation', 'test')]
     assert sum(found) == 60 and sum(report['protocol']['counts'].values()) == 61  # the broken one has no codes
-    drawn = samples.take(folder_run.path('samples'), np.arange(8))
-    assert drawn['arr_0'].shape == (8, 16, 24, 3) and not drawn['label'].any()
-    assert 'intended_class' not in report['samples'] and not folder_run.path('classifier').exists()
+    found = sample_store.take(folder_run.path('samples', 'default'), np.arange(8))
+    assert found['arr_0'].shape == (8, 16, 24, 3) and not found['label'].any()
+    assert 'class_accuracy' not in report['sets']['default'] and not folder_run.path('classifier').exists()
     written = {p.name for p in folder_run.path('report').iterdir()}
-    assert written == {'report.json', 'report.html', 'curves.png', 'reconstructions.png', 'samples.png'}
-    with pytest.raises(JobError, match='data.num_classes=0: there are no classes'):
+    assert written == {'record.json', 'report.json', 'report.html', 'curves.png', 'reconstructions.png', 'sets'}
+    assert [p.name for p in folder_run.path('report', 'sets', 'default').iterdir()] == ['samples.png']
+    with pytest.raises(JobError, match='data.num_classes is 0: a classifier needs at least 2'):
         run_job(folder_run, 'classifier')
 
 
@@ -80,14 +86,14 @@ def test_a_folder_that_is_not_there_is_an_error_with_its_path(folder_run):
 
 
 def test_a_file_more_is_refused_with_both_digests(folder_run, folder):
-    """It deals all images anew to the splits: the test split would hold some that were trained on."""
+    """It changes the splits: the test split would hold images that were trained on."""
     run_job(folder_run, 'vqvae')
-    recorded = read_json(folder_run.path('vqvae', 'trained.json'))['upstream']['images']
+    recorded = record.read_done(folder_run.path('vqvae'), 'vqvae').inputs['images']
     shutil.copy(folder / '000.png', folder / 'new.png')
     again = Run(folder_run.config, folder_run.workdir)  # another process
-    for job in ('vqvae', 'codes'):
+    for job in ('vqvae', 'extract_codes'):
         with pytest.raises(
-            UpstreamChanged, match=rf'(?s)images.*{recorded}.*{again.images_digest()}.*[Dd]elete .*vqvae'
+            StaleInputError, match=rf'(?s)images.*{recorded}.*{again.images_digest()}.*[Dd]elete .*vqvae'
         ):
             run_job(again, job)
     assert not folder_run.path('codes').exists()

@@ -60,7 +60,7 @@ def tpu(tmp_path):
 
 
 def kinds(calls):
-    """What the calls do, without looking whether the slice is there, and mounting left out."""
+    """The calls, without those that ask whether the slice exists, and without mounting."""
     names = {' create ': 'create', ' delete ': 'delete', 'pip install': 'install', 'detached.sh': 'main'}
     return [kind for call in calls for text, kind in names.items() if text in call]
 
@@ -149,7 +149,8 @@ def test_slurm_requeues_what_was_saved(tmp_path):
 def test_a_process_of_slurm_takes_the_gpus_it_is_told_of_and_its_signals():
     slurm = {'JOB_ID': str(os.getpid()), 'STEP_NODELIST': 'localhost', 'NTASKS': '1', 'PROCID': '0', 'LOCALID': '0'}
     environment = os.environ | {f'SLURM_{name}': value for name, value in slurm.items()}
-    show = 'import jax, os, signal; from vqvae2_jax import parallel; parallel.start_processes(); '
+    show = 'import jax, os, signal; from vqvae2_jax.distributed import processes; '
+    show += 'processes.initialize_distributed(); '
     show += 'print(jax.config.values["jax_cuda_visible_devices"], flush=True); os.kill(os.getpid(), signal.SIGTERM)'
     for given, taken in (({}, '0'), ({'JAX_LOCAL_DEVICE_IDS': '0,1,2,3'}, '0,1,2,3')):
         command = [sys.executable, '-c', show]

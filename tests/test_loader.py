@@ -1,4 +1,4 @@
-"""Batches: deterministic, resumable, the same however many workers and hosts; nothing lost in evaluation."""
+"""Batches: deterministic, resumable, independent of workers and hosts; evaluation reads every example."""
 
 import multiprocessing
 import pathlib
@@ -11,7 +11,8 @@ import grain
 import numpy as np
 import pytest
 
-from vqvae2_jax.data.images import ImageSpec, open_images
+from tests.defaults import image_spec
+from vqvae2_jax.data.images import open_images
 from vqvae2_jax.data.loader import BatchIterator, eval_batches, train_batches
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -20,7 +21,7 @@ WORKERS = [0, pytest.param(2, marks=pytest.mark.slow)]
 
 
 class Numbers:
-    """A source of codes: what is not an image must work as well."""
+    """A source of codes, not of images."""
 
     def __init__(self, count):
         self.count = count
@@ -51,7 +52,7 @@ def equal(left, right):
 
 @pytest.fixture(scope='module')
 def fashion():
-    return open_images(ImageSpec('fashion', num_classes=10), 'validation')
+    return open_images(image_spec(num_classes=10), 'validation')
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -89,7 +90,7 @@ def test_flip_and_crop(fashion):
     mirrored = (flipped['image'] == plain[:, :, ::-1]).all((1, 2, 3))
     kept = (flipped['image'] == plain).all((1, 2, 3))
     assert (mirrored | kept).all() and 3 <= mirrored.sum() <= 13
-    # The first epoch's draws are not those of the second.
+    # Augmentation differs between epochs.
     once = train_batches(fashion, flip=True, crop=True, batch_size=len(fashion), seed=0)
     first, second = next(once), next(once)
     image_of = [dict(zip(batch['index'].tolist(), batch['image'], strict=True)) for batch in (first, second)]
@@ -98,7 +99,7 @@ def test_flip_and_crop(fashion):
 
 
 def test_crops_reach_every_side():
-    source = open_images(ImageSpec('fashion'), 'train')
+    source = open_images(image_spec(), 'train')
     zooms, offsets = [], []
 
     class Recorder:
@@ -114,7 +115,7 @@ def test_crops_reach_every_side():
     offsets = np.array(offsets)
     assert 1 <= min(zooms) < 1.01 and 1.13 < max(zooms) <= 8 / 7
     assert (offsets.min(0) < 0.1).all() and (offsets.max(0) > 0.9).all()
-    assert abs(np.corrcoef(offsets.T)[0, 1]) < 0.3  # Vertical and horizontal are drawn apart.
+    assert abs(np.corrcoef(offsets.T)[0, 1]) < 0.3  # Vertical and horizontal are independent.
 
 
 def test_state_restores_the_exact_continuation(fashion):
@@ -136,6 +137,17 @@ def test_state_restores_the_exact_continuation(fashion):
     restored.close()
     with pytest.raises(ValueError, match='closed'):
         next(iterator)
+
+
+def test_peek_reads_the_next_batch_and_does_not_advance():
+    iterator = train_batches(Numbers(20), batch_size=4, seed=0, workers=2)
+    before = set(multiprocessing.active_children())
+    peeked = iterator.peek()
+    assert iterator.get_state() == {'next_batch': 0} and set(multiprocessing.active_children()) == before
+    iterator.fall_back_to_threads()
+    equal([peeked], take(iterator, 1))
+    equal([iterator.peek()], take(iterator, 1))
+    iterator.close()
 
 
 @pytest.mark.slow
@@ -174,7 +186,7 @@ assert len(list(eval_batches(Source(), batch_size=2, workers=1))) == 2
 
 
 def test_workers_start_where_sigterm_waits():
-    """Who starts a worker that dies meanwhile waits for ever. In a process of its own: the first start is special."""
+    """Grain hangs if a worker dies while it starts. In its own process, since the first start is special."""
     found = subprocess.run([sys.executable, '-c', WATCHED], capture_output=True, text=True, cwd=ROOT)
     assert found.stdout == 'True\n', found.stderr
 

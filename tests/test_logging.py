@@ -1,4 +1,4 @@
-"""The job log: what is written, what a resume keeps, and what the progress line says."""
+"""The log of a training: its lines, those that a resume keeps, and the progress line."""
 
 import builtins
 import json
@@ -31,7 +31,7 @@ def clock(monkeypatch):
 
 
 def open_log(directory, start_step=0, total_steps=4000, **kwargs):
-    return logging.RunLog(
+    return logging.MetricsLogger(
         directory, name='vqvae', total_steps=total_steps, start_step=start_step, examples_per_step=64, **kwargs
     )
 
@@ -49,7 +49,7 @@ def test_a_line_holds_step_prefixed_metrics_and_time(tmp_path, clock):
     assert isinstance(logging.read_metrics(tmp_path)[0]['train/restarts'], int)
 
 
-def test_values_read_back_exactly_and_nan_is_recorded_not_judged(tmp_path):
+def test_values_read_back_exactly_and_nan_is_recorded(tmp_path):
     value = np.float32(0.1) / np.float32(3)
     open_log(tmp_path).write(1, 'train', {'loss': value, 'mse': float('nan')})
     (line,) = logging.read_metrics(tmp_path)
@@ -111,7 +111,7 @@ def test_progress_line(tmp_path, clock, capsys):
     assert capsys.readouterr().out.splitlines() == [
         'vqvae  100/4000 2%  elapsed 1m00s  loss 1.5',
         # 100 steps in 10 s, not 200 in 70: the first line does not count; 3800 steps are left.
-        'vqvae  200/4000 5%  10 step/s  640 img/s  ETA 6m20s  loss 0.01235  perplexity_top 51.2',
+        'vqvae  200/4000 5%  10 steps/s  640 examples/s  ETA 6m20s  loss 0.01235  perplexity_top 51.2',
     ]
 
 
@@ -131,8 +131,8 @@ def test_the_rate_leaves_evaluation_out_and_the_eta_counts_it(tmp_path, clock, c
     assert lines[0] == 'vqvae  0/300 0%  validation  loss 2'
     assert lines[4] == 'vqvae  200/300 66%  validation  loss 1'
     # 150 steps after the first line took 75 s, evaluations included: 25 s for 50 more.
-    assert lines[5] == 'vqvae  250/300 83%  10 step/s  640 img/s  ETA 25s  loss 1'
-    assert lines[6] == 'vqvae  300/300 100%  10 step/s  640 img/s  took 1m30s  loss 1'
+    assert lines[5] == 'vqvae  250/300 83%  10 steps/s  640 examples/s  ETA 25s  loss 1'
+    assert lines[6] == 'vqvae  300/300 100%  10 steps/s  640 examples/s  took 1m30s  loss 1'
 
 
 def test_the_rate_follows_a_change_of_pace(tmp_path, clock, capsys):
@@ -140,7 +140,61 @@ def test_the_rate_follows_a_change_of_pace(tmp_path, clock, capsys):
     for step in range(0, 2000, 100):
         clock.now += 10 if step < 1000 else 20
         log.write(step, 'train', {})
-    assert '  5 step/s  320 img/s' in capsys.readouterr().out.splitlines()[-1]
+    assert '  5 steps/s  320 examples/s' in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_rates_go_to_the_file_from_the_second_line_on(tmp_path, clock):
+    log = open_log(tmp_path, flops_per_step=3e12, peak_flops=1e14)
+    for step in (100, 200):
+        clock.now += 10
+        log.write(step, 'train', {'loss': 1.0})
+    log.write(200, 'validation', {'loss': 1.0})
+    first, second, validation = logging.read_metrics(tmp_path)
+    assert first.keys() == {'step', 'train/loss', 'time'} and validation.keys() == {'step', 'validation/loss', 'time'}
+    assert second == {
+        'step': 200,
+        'train/loss': 1.0,
+        'train/steps_per_second': 10.0,
+        'train/examples_per_second': 640.0,
+        'train/utilization': 0.3,
+        'time': 20.0,
+    }
+    assert second.keys() - set(logging.RUNTIME_FIELDS) == {'step', 'train/loss'}
+
+
+@pytest.mark.parametrize('known', [{'flops_per_step': 3e12}, {'peak_flops': 1e14}, {}])
+def test_without_the_peak_there_is_no_utilization(tmp_path, clock, capsys, known):
+    log = open_log(tmp_path, **known)
+    for step in (100, 200):
+        clock.now += 10
+        log.write(step, 'train', {})
+    assert 'train/utilization' not in logging.read_metrics(tmp_path)[-1] and 'peak' not in capsys.readouterr().out
+
+
+class Device:
+    def __init__(self, stats):
+        self.stats = stats
+
+    def memory_stats(self):
+        return self.stats
+
+
+def test_device_memory_is_that_of_the_fullest_device(tmp_path, clock, monkeypatch, capsys):
+    stats = [{'bytes_in_use': 3 * 10**9, 'peak_bytes_in_use': 5 * 10**9}, {'bytes_in_use': 2, 'peak_bytes_in_use': 9e9}]
+    monkeypatch.setattr(logging.jax, 'local_devices', lambda: [Device(s) for s in stats])
+    log = open_log(tmp_path, flops_per_step=3e12, peak_flops=1e14)
+    for step in (100, 200):
+        clock.now += 10
+        log.write(step, 'train', {'loss': 1.0})
+    line = logging.read_metrics(tmp_path)[-1]
+    assert (line['train/device_memory_in_use'], line['train/device_memory_peak']) == (3e9, 9e9)
+    assert line.keys() - set(logging.RUNTIME_FIELDS) == {'step', 'train/loss'}
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        'vqvae  200/4000 5%  10 steps/s  640 examples/s  30% of peak FLOP/s  memory 3.0 GB, peak 9.0 GB  '
+        'ETA 6m20s  loss 1'
+    )
+    monkeypatch.setattr(logging.jax, 'local_devices', lambda: [Device(None)])
+    assert logging.device_memory() == {}  # as on CPU
 
 
 def test_disabled_log_writes_nothing(tmp_path, clock, capsys):

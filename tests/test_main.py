@@ -13,9 +13,10 @@ import pytest
 from etils import epath
 
 from vqvae2_jax import load_config
-from vqvae2_jax.io.checkpoint import Checkpoints, read_record
+from vqvae2_jax.io import record
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import Run
+from vqvae2_jax.training.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -49,21 +50,32 @@ def run_main(arguments, path):
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        (['--config=configs/tiny.py', '--config.vqvae.hiden=3'], "the unknown field 'hiden'; did you mean 'hidden'?"),
+        (
+            ['--config=configs/tiny.py', '--config.vqvae.hiden=3'],
+            "unknown field 'hiden'; did you mean 'hidden_channels'?",
+        ),
         (['--config=configs/tiny.py', '--config.sample.temperature.tpo=1.0'], "'tpo'; did you mean 'top'?"),
         (['--config=configs/tiny.py', '--config.sample.temperature=1.0'], '--config.sample.temperature.bottom='),
         (['--config=configs/tiny.py', '--config.seed.a=1'], 'seed is a value, without fields'),
         (
             ['--config=configs/tiny.py', '--config.sample.seed=4294967296'],
-            'sample.seed is 4294967296; a seed must be an integer from 0 to 4294967295',
+            'sample.seed is 4294967296; it must be an integer from 0 to 4294967295',
         ),
         (['--config=configs/missing.py'], "no file 'configs/missing.py': give the path of a .py file, or one of the"),
         (['--config=fashon'], "no config 'fashon': give the path of a .py file, or one of the names cifar10,"),
         (['--config=configs/tiny.py', '--job=prior', '--level=middle'], 'the levels of this config are top, bottom'),
-        (['--config=configs/tiny.py', '--config.sample.batch_size=12'], '--config.sample.batch_size=16'),
+        (['--config=tiny', '--config.vqvae.training.batch_size=12'], '--config.vqvae.training.batch_size=16'),
+        (
+            ['--config=tiny', '--config.vqvae.training.steps=1.5'],
+            'vqvae.training.steps is 1.5; it must be an integer from 1',
+        ),
+        (['--config=tiny', '--config.data.flip=maybe'], "data.flip is 'maybe'; it must be True or False"),
+        (['--config=tiny', '--config.sample.name=../x'], "sample.name is '../x'; it must be 1 to 100 letters"),
+        ([], '--config is missing, for example --config=fashion'),
+        (['--config=tiny', 'sample'], "unexpected argument 'sample'"),
         (  # fields that the config leaves at their defaults
-            ['--config=configs/tiny.py', '--config.prior.top.order=wavefront', '--config.prior.top.slope=9'],
-            'prior.top.slope is 9; on a 7x7 map it lies between 1 and the width, 7',
+            ['--config=configs/tiny.py', '--config.prior.top.order=wavefront', '--config.prior.top.skew=9'],
+            'prior.top.skew is 9; on a 7x7 map it must be an integer from 1 to 7',
         ),
         (
             ['--config=configs/tiny.py', '--workdir=gcs://bucket/run'],
@@ -100,7 +112,7 @@ def test_the_command_line_sets_the_cpu_flag_but_not_for_another_platforms_compil
     assert found.returncode == 1 and found.stdout == f'flags: --xla_cpu_max_isa=AVX2{added}\n', found
 
 
-OVERRIDES = {'steps': 200, 'save_every': 10_000, 'eval_every': 100, 'show_every': 0, 'log_every': 20}
+OVERRIDES = {'steps': 200, 'save_every': 10_000, 'eval_every': 100, 'image_every': 0, 'log_every': 20}
 
 
 @pytest.mark.system
@@ -124,9 +136,9 @@ def test_a_terminated_process_saves_and_the_same_command_continues_to_the_same_w
     config = load_config('tiny')
     config.vqvae.training.update(OVERRIDES)
     run_job(Run(config, epath.Path(tmp_path) / 'whole'), 'vqvae')
-    continued, whole = (read_record(os.path.join(tmp_path, name, 'vqvae')) for name in ('run', 'whole'))
-    assert continued['digest'] == whole['digest']
-    assert continued['validation'] == whole['validation']
+    continued, whole = (record.read(tmp_path / name / 'vqvae') for name in ('run', 'whole'))
+    assert continued.digest == whole.digest
+    assert continued.results == whole.results
 
 
 @pytest.mark.system
@@ -153,12 +165,12 @@ def test_a_signal_to_the_whole_group_while_workers_start_stops_all(run):
     run.path('codes').rmtree()
     flags = ['--config.data.held_out=(0.9,0.06)', '--config.data.workers=1', '--config.codes.shard_size=1000']
     process = start(
-        '--config=configs/tiny.py', *flags, f'--workdir={run.workdir}', '--job=codes', start_new_session=True
+        '--config=configs/tiny.py', *flags, f'--workdir={run.workdir}', '--job=extract_codes', start_new_session=True
     )
     try:
         for line in process.stdout:
-            if line.startswith('codes validation: shard 1'):
-                time.sleep(1.5)  # workers for the second are on their way
+            if line.startswith('codes train: 400 images'):
+                time.sleep(1.5)  # workers for the next split are on their way
                 os.killpg(process.pid, signal.SIGTERM)
                 break
         output = process.communicate(timeout=60)[0]

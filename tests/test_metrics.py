@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vqvae2_jax.metrics import classification, codes, reconstruction
+from vqvae2_jax.metrics import classification, codebook, psnr
 
 CODE_LISTS = st.lists(st.integers(0, 6), min_size=1, max_size=60)
 
@@ -16,83 +16,46 @@ def zeros(shape):
     return np.zeros(shape, int)
 
 
-class TestReconstruction:
-    def test_known_error_in_both_kinds(self):
-        images = np.full((2, 3, 4, 1), 100, np.uint8)
-        reconstructions = images.copy()
-        reconstructions[1] += 51  # 0.2 of the range
-        np.testing.assert_allclose(reconstruction.mse_per_image(images, reconstructions), [0, 0.04], atol=1e-12)
-        assert reconstruction.mse(images, reconstructions) == pytest.approx(0.02)
-        as_floats = (x.astype(np.float32) / 255 for x in (images, reconstructions))
-        assert reconstruction.mse(*as_floats) == pytest.approx(0.02, rel=1e-5)
-
-    def test_uint8_does_not_wrap(self):
-        black, white = np.zeros((1, 2, 2, 3), np.uint8), np.full((1, 2, 2, 3), 255, np.uint8)
-        assert reconstruction.mse(black, white) == reconstruction.mse(white, black) == 1.0
-        assert reconstruction.psnr(black, white) == pytest.approx(0.0)
-
-    def test_psnr_closed_form_and_scale(self):
-        assert reconstruction.psnr_from_mse(0.01, data_range=1) == pytest.approx(20)
-        assert reconstruction.psnr_from_mse(0.01 * 255**2, data_range=255) == pytest.approx(20)
-        assert reconstruction.psnr_from_mse(0, data_range=1) == math.inf
-
-    def test_psnr_is_of_the_pooled_error(self):
-        rng = np.random.default_rng(0)
-        images = rng.integers(0, 256, (4, 5, 5, 3), dtype=np.uint8)
-        noisy = rng.integers(0, 256, (4, 5, 5, 3), dtype=np.uint8)
-        noisy[0] = images[0]
-        pooled = np.mean((images / 255.0 - noisy / 255.0) ** 2)
-        assert reconstruction.psnr(images, noisy) == pytest.approx(-10 * math.log10(pooled))
-
-    @pytest.mark.parametrize(
-        'images, other, error, match',
-        [
-            (np.zeros((1, 2, 2, 3)), np.zeros((1, 2, 2, 1)), ValueError, r'\(1, 2, 2, 3\) and .* \(1, 2, 2, 1'),
-            (np.zeros((0, 2, 2, 3)), np.zeros((0, 2, 2, 3)), ValueError, 'non-empty'),
-            (np.zeros((2, 2, 3)), np.zeros((2, 2, 3)), ValueError, r'\[N, H, W, C\]'),
-            (np.zeros((1, 2, 2, 3)), np.full((1, 2, 2, 3), 1.5), ValueError, r'reconstructions spans \[1.5, 1.5\]'),
-            (np.full((1, 2, 2, 3), np.nan), np.zeros((1, 2, 2, 3)), ValueError, r'images spans \[nan, nan\]'),
-            (np.zeros((1, 2, 2, 3), np.int32), np.zeros((1, 2, 2, 3)), TypeError, 'images has dtype int32'),
-        ],
-    )
-    def test_refuses(self, images, other, error, match):
-        with pytest.raises(error, match=match):
-            reconstruction.mse(images, other)
+class TestPSNR:
+    def test_closed_form_and_scale(self):
+        assert psnr.psnr_from_mse(0.01, data_range=1) == pytest.approx(20)
+        assert psnr.psnr_from_mse(0.01 * 255**2, data_range=255) == pytest.approx(20)
+        assert psnr.psnr_from_mse(1, data_range=1) == 0
+        assert psnr.psnr_from_mse(0, data_range=1) == math.inf
 
     @pytest.mark.parametrize('mse, data_range', [(-1, 1), (math.nan, 1), (1, 0), (1, math.nan)])
     def test_psnr_refuses(self, mse, data_range):
         with pytest.raises(ValueError, match='mse >= 0 and data_range > 0'):
-            reconstruction.psnr_from_mse(mse, data_range)
+            psnr.psnr_from_mse(mse, data_range)
 
 
 class TestCodes:
-    def test_histogram_and_usage(self):
+    def test_histogram(self):
         values = np.array([[0, 2], [2, 2]], np.uint16)
-        np.testing.assert_array_equal(codes.histogram(values, 4), [1, 0, 3, 0])
-        assert codes.usage(values, 5) == 0.4
+        np.testing.assert_array_equal(codebook.histogram(values, 4), [1, 0, 3, 0])
 
     def test_perplexity_closed_forms(self):
-        assert codes.perplexity(np.full(512, 3)) == pytest.approx(512)
-        assert codes.perplexity([0, 7, 0]) == pytest.approx(1)
+        assert codebook.perplexity(np.full(512, 3)) == pytest.approx(512)
+        assert codebook.perplexity([0, 7, 0]) == pytest.approx(1)
         # p = 1/2, 1/4, 1/4: entropy 1.5 bits.
-        assert codes.perplexity([2.0, 1.0, 1.0]) == pytest.approx(2**1.5)
+        assert codebook.perplexity([2.0, 1.0, 1.0]) == pytest.approx(2**1.5)
 
     @given(CODE_LISTS)
     def test_entropy_bounds_and_agreement(self, values):
-        entropy = codes.unigram_entropy(np.array(values), 7)
+        entropy = codebook.unigram_entropy(np.array(values), 7)
         assert -1e-12 <= entropy <= math.log(len(set(values))) + 1e-12
-        assert codes.perplexity(codes.histogram(np.array(values), 7)) == pytest.approx(math.exp(entropy))
+        assert codebook.perplexity(codebook.histogram(np.array(values), 7)) == pytest.approx(math.exp(entropy))
 
     def test_positional_cross_entropy_by_hand(self):
         # Position 0 was 0 three times; position 1 was 0, 1, 1. alpha 1, K 3: p = (count + 1) / 6.
         train = np.array([[0, 0], [0, 1], [0, 1]])
         held_out = np.array([[0, 1], [2, 0]])
         expected = -np.mean(np.log([4 / 6, 3 / 6, 1 / 6, 2 / 6]))
-        assert codes.positional_cross_entropy(train, held_out, 3, alpha=1.0) == pytest.approx(expected)
+        assert codebook.positional_cross_entropy(train, held_out, 3, alpha=1.0) == pytest.approx(expected)
 
     @pytest.mark.parametrize('chunk', [1, 7, 10**9])
     def test_positional_cross_entropy_against_loops(self, monkeypatch, chunk):
-        monkeypatch.setattr(codes, '_CHUNK', chunk)
+        monkeypatch.setattr(codebook, '_CHUNK', chunk)
         rng = np.random.default_rng(0)
         # uint8, while positions times K is beyond it.
         train, held_out = (rng.integers(0, 90, (n, 2, 3), dtype=np.uint8) for n in (50, 4))
@@ -101,45 +64,49 @@ class TestCodes:
             for i in range(2):
                 for j in range(3):
                     total -= math.log((np.sum(train[:, i, j] == image[i, j]) + 0.5) / (50 + 0.5 * 90))
-        assert codes.positional_cross_entropy(train, held_out, 90, alpha=0.5) == pytest.approx(total / 24)
+        assert codebook.positional_cross_entropy(train, held_out, 90, alpha=0.5) == pytest.approx(total / 24)
 
     def test_a_fixed_pattern_is_certain_by_position_and_not_pooled(self):
         pattern = np.arange(200, dtype=np.uint8).reshape(1, 200).repeat(50, axis=0)
-        assert codes.positional_cross_entropy(pattern, pattern, 200, alpha=1e-6) == pytest.approx(0, abs=1e-4)
-        assert codes.unigram_entropy(pattern, 200) == pytest.approx(math.log(200))
+        assert codebook.positional_cross_entropy(pattern, pattern, 200, alpha=1e-6) == pytest.approx(0, abs=1e-4)
+        assert codebook.unigram_entropy(pattern, 200) == pytest.approx(math.log(200))
 
     def test_bits_per_image(self):
         # 1 bit a code on 2x2, 3 bits a code on 4x4.
-        assert codes.bits_per_image([math.log(2), math.log(8)], [(2, 2), (4, 4)]) == pytest.approx(4 + 48)
+        assert codebook.bits_per_image([math.log(2), math.log(8)], [(2, 2), (4, 4)]) == pytest.approx(4 + 48)
 
     def test_compression_ratio_of_the_paper(self):
-        ratio = codes.compression_ratio((256, 256, 3), [(64, 64), (32, 32)], [512, 512])
+        ratio = codebook.compression_ratio((256, 256, 3), [(64, 64), (32, 32)], [512, 512])
         assert ratio == pytest.approx(34.1333, rel=1e-4)
-        assert codes.compression_ratio((4, 8, 1), [(2, 2)], [16]) == pytest.approx(16)
+        assert codebook.compression_ratio((4, 8, 1), [(2, 2)], [16]) == pytest.approx(16)
 
     @pytest.mark.parametrize(
         'call, error, match',
         [
-            (lambda: codes.histogram(np.array([0, 4]), 4), ValueError, r'codes spans 0..4, but .* 4 allows 0..3'),
-            (lambda: codes.usage(np.array([-1, 2]), 4), ValueError, r'spans -1..2'),
-            (lambda: codes.unigram_entropy(zeros(0), 4), ValueError, 'codes is empty'),
-            (lambda: codes.histogram(np.array([0.0]), 4), TypeError, 'dtype float64; codes are integers'),
-            (lambda: codes.perplexity([0, 0]), ValueError, 'not all zero'),
-            (lambda: codes.perplexity([1, -1, 3]), ValueError, 'non-negative'),
-            (lambda: codes.perplexity([[1, 2]]), ValueError, r'shape \(1, 2\)'),
-            (lambda: codes.perplexity([1, math.nan]), ValueError, 'finite'),
-            (lambda: codes.perplexity([1, math.inf]), ValueError, 'finite'),
-            (lambda: codes.positional_cross_entropy(zeros((2, 3)), zeros((2, 4)), 2, 1), ValueError, 'same positions'),
-            (lambda: codes.positional_cross_entropy(zeros(2), zeros(2), 2, 1), ValueError, r'\[N, ...\]'),
+            (lambda: codebook.histogram(np.array([0, 4]), 4), ValueError, r'codes spans 0..4, but .* 4 allows 0..3'),
+            (lambda: codebook.histogram(np.array([-1, 2]), 4), ValueError, r'spans -1..2'),
+            (lambda: codebook.unigram_entropy(zeros(0), 4), ValueError, 'codes is empty'),
+            (lambda: codebook.histogram(np.array([0.0]), 4), TypeError, 'dtype float64; codes are integers'),
+            (lambda: codebook.perplexity([0, 0]), ValueError, 'not all zero'),
+            (lambda: codebook.perplexity([1, -1, 3]), ValueError, 'non-negative'),
+            (lambda: codebook.perplexity([[1, 2]]), ValueError, r'shape \(1, 2\)'),
+            (lambda: codebook.perplexity([1, math.nan]), ValueError, 'finite'),
+            (lambda: codebook.perplexity([1, math.inf]), ValueError, 'finite'),
             (
-                lambda: codes.positional_cross_entropy(zeros((2, 3)), np.full((1, 3), 2), 2, 1),
+                lambda: codebook.positional_cross_entropy(zeros((2, 3)), zeros((2, 4)), 2, 1),
+                ValueError,
+                'same positions',
+            ),
+            (lambda: codebook.positional_cross_entropy(zeros(2), zeros(2), 2, 1), ValueError, r'\[N, ...\]'),
+            (
+                lambda: codebook.positional_cross_entropy(zeros((2, 3)), np.full((1, 3), 2), 2, 1),
                 ValueError,
                 'codes spans 2..2',
             ),
-            (lambda: codes.positional_cross_entropy(zeros((2, 3)), zeros((1, 3)), 2, 0), ValueError, 'alpha.*got 0'),
-            (lambda: codes.bits_per_image([1.0], [(2, 2), (4, 4)]), ValueError, 'has 1 levels and shapes has 2'),
-            (lambda: codes.compression_ratio((4, 4, 3), [], []), ValueError, 'at least one'),
-            (lambda: codes.compression_ratio((4, 4, 3), [(2, 2)], [1]), ValueError, 'fewer than 2 codes'),
+            (lambda: codebook.positional_cross_entropy(zeros((2, 3)), zeros((1, 3)), 2, 0), ValueError, 'alpha.*got 0'),
+            (lambda: codebook.bits_per_image([1.0], [(2, 2), (4, 4)]), ValueError, 'has 1 levels and shapes has 2'),
+            (lambda: codebook.compression_ratio((4, 4, 3), [], []), ValueError, 'at least one'),
+            (lambda: codebook.compression_ratio((4, 4, 3), [(2, 2)], [1]), ValueError, 'fewer than 2 codes'),
         ],
     )
     def test_refuses(self, call, error, match):
@@ -149,14 +116,13 @@ class TestCodes:
     def test_results_are_python_floats(self):
         values = np.zeros((2, 2), np.uint8)
         results = [
-            codes.usage(values, 2),
-            codes.perplexity([1, 2]),
-            codes.unigram_entropy(values, 2),
-            codes.positional_cross_entropy(values, values, 2, 1),
-            codes.bits_per_image([np.float32(1)], [(1, 1)]),
-            codes.compression_ratio((4, 4, 3), [(2, 2)], [4]),
+            codebook.perplexity([1, 2]),
+            codebook.unigram_entropy(values, 2),
+            codebook.positional_cross_entropy(values, values, 2, 1),
+            codebook.bits_per_image([np.float32(1)], [(1, 1)]),
+            codebook.compression_ratio((4, 4, 3), [(2, 2)], [4]),
         ]
-        assert [type(result) for result in results] == [float] * 6
+        assert [type(result) for result in results] == [float] * 5
 
 
 class TestClassification:

@@ -35,7 +35,7 @@ def test_nothing_of_a_run_is_stored():
     for cell in notebook.cells:
         if cell.cell_type == 'code':
             assert not cell.outputs and cell.execution_count is None
-        assert not cell.metadata, 'what an editor adds to a cell does not belong in the repository'
+        assert not cell.metadata, 'metadata that an editor adds to a cell does not belong in the repository'
     assert set(notebook.metadata) == {'colab', 'kernelspec', 'language_info'}
 
 

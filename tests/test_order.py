@@ -7,30 +7,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vqvae2_jax.models.order import Order
+from vqvae2_jax.models.order import GenerationOrder
 
 
 @st.composite
 def orders(draw):
     height, width = draw(st.integers(1, 9)), draw(st.integers(1, 9))
-    return Order((height, width), draw(st.integers(1, width)))
+    return GenerationOrder((height, width), draw(st.integers(1, width)))
 
 
-@pytest.mark.parametrize('side, slope, steps', [(32, 3, 125), (64, 3, 253), (32, 2, 94), (64, 2, 190), (32, 32, 1024)])
-def test_steps_of_square_maps(side, slope, steps):
-    assert Order((side, side), slope).steps == steps
+@pytest.mark.parametrize('side, skew, steps', [(32, 3, 125), (64, 3, 253), (32, 2, 94), (64, 2, 190), (32, 32, 1024)])
+def test_steps_of_square_maps(side, skew, steps):
+    assert GenerationOrder((side, side), skew).steps == steps
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(orders())
-def test_every_position_is_drawn_once_and_in_its_step(order):
-    drawn = np.full(order.shape, -1)
+def test_every_position_is_sampled_once_and_in_its_step(order):
+    sampled = np.full(order.shape, -1)
     for step in range(order.steps):
         rows, columns, inside = order.positions(step, np)
         assert len(rows) == order.rows
-        assert (drawn[rows[inside], columns[inside]] == -1).all()
-        drawn[rows[inside], columns[inside]] = step
-    np.testing.assert_array_equal(drawn, order.step_of())
+        assert (sampled[rows[inside], columns[inside]] == -1).all()
+        sampled[rows[inside], columns[inside]] = step
+    np.testing.assert_array_equal(sampled, order.step_of())
     for step in (-1, order.steps + order.shape[1]):
         assert not order.positions(step, np)[2].any()
 
@@ -38,24 +38,24 @@ def test_every_position_is_drawn_once_and_in_its_step(order):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(orders(), st.sampled_from([1, 3, 5, 7]), st.booleans())
 def test_taps_are_the_part_of_the_window_that_is_not_later(order, kernel, strict):
-    taps, half, wide = order.taps(kernel, strict), kernel // 2, max(kernel // 2, order.slope)
-    assert set(taps) <= set(itertools.product(range(-half, half + 1), range(-wide, wide + 1)))
+    visible_offsets, half, wide = order.visible_offsets(kernel, strict), kernel // 2, max(kernel // 2, order.skew)
+    assert set(visible_offsets) <= set(itertools.product(range(-half, half + 1), range(-wide, wide + 1)))
     step = order.step_of()
     for i in range(-half, half + 1):
         for j in range(-wide, wide + 1):
             if abs(i) < order.shape[0] and abs(j) < order.shape[1]:  # it leads from some position to another
                 here = step[max(-i, 0) : order.shape[0] - max(i, 0), max(-j, 0) : order.shape[1] - max(j, 0)]
                 there = step[max(i, 0) : order.shape[0] + min(i, 0), max(j, 0) : order.shape[1] + min(j, 0)]
-                assert ((there < here) if strict else (there <= here)).all() == ((i, j) in taps), (i, j)
+                assert ((there < here) if strict else (there <= here)).all() == ((i, j) in visible_offsets), (i, j)
 
 
 def test_raster_is_the_order_with_one_position_a_step():
-    order = Order.raster((3, 4))
+    order = GenerationOrder.raster((3, 4))
     assert order.rows == 1 and order.steps == 12
     np.testing.assert_array_equal(order.step_of(), np.arange(12).reshape(3, 4))
 
 
-@pytest.mark.parametrize('slope', [0, 5])
-def test_slopes_beyond_the_width_are_refused(slope):
-    with pytest.raises(ValueError, match=rf'slope is {slope}.*choose 1 to 4'):
-        Order((3, 4), slope)
+@pytest.mark.parametrize('skew', [0, 5])
+def test_skews_beyond_the_width_are_refused(skew):
+    with pytest.raises(ValueError, match=rf'skew is {skew}; .* it must be an integer from 1 to 4'):
+        GenerationOrder((3, 4), skew)

@@ -20,7 +20,7 @@ from vqvae2_jax import load_config
 def get_config():
     config = load_config('tiny')
     config.name = 'mine'
-    config.vqvae.hidden = 12
+    config.vqvae.hidden_channels = 12
     return config
 """
 SHORT = ('--job=vqvae', '--config.vqvae.training.steps=2', '--config.vqvae.training.warmup_steps=0')
@@ -58,7 +58,7 @@ def test_the_wheel_has_code_configs_data_and_types_and_nothing_else(built):
     packaged = {name for name in names if not name.partition('/')[0].endswith('.dist-info')}
     code = {p.relative_to(ROOT).as_posix() for p in (ROOT / 'vqvae2_jax').rglob('*.py')}
     configs = {f'vqvae2_jax/configs/{p.name}' for p in (ROOT / 'configs').glob('*.py')}
-    assets = {p.relative_to(ROOT).as_posix() for p in (ROOT / 'vqvae2_jax' / 'data' / 'assets').iterdir()}
+    assets = {p.relative_to(ROOT).as_posix() for p in (ROOT / 'vqvae2_jax').glob('*/assets/*')}
     assert packaged == code | configs | assets | {'vqvae2_jax/py.typed'}
     inside = {name.partition('/')[2] for name in tarfile.open(sdist).getnames()}
     needed = {'pyproject.toml', 'requirements.txt', 'README.md', 'LICENSE', 'configs/fashion.py'}
@@ -71,12 +71,14 @@ def test_a_tiny_training_runs_from_another_directory(installed, tmp_path):
     (tmp_path / 'elsewhere').mkdir()
     (tmp_path / 'mine.py').write_text(MINE)
     here = dict(cwd=tmp_path / 'elsewhere', env=environment)
-    # Worker processes import the console script anew.
+    # Worker processes import the console script again.
     output = run('vqvae2', '--config=tiny', '--workdir=run', '--config.data.workers=1', *SHORT, **here)
-    assert 'vqvae' in output and (tmp_path / 'elsewhere' / 'run' / 'vqvae' / 'trained.json').exists()
+    assert (
+        'vqvae' in output and json.loads((tmp_path / 'elsewhere/run/vqvae/record.json').read_text())['state'] == 'done'
+    )
     run('vqvae2', f'--config={tmp_path}/mine.py', *SHORT, **here)
-    record = json.loads((tmp_path / 'elsewhere' / 'runs' / 'mine' / 'vqvae' / 'trained.json').read_text())
-    assert record['settings']['vqvae.hidden'] == 12 and record['steps'] == 2
+    record = json.loads((tmp_path / 'elsewhere/runs/mine/vqvae/record.json').read_text())
+    assert record['settings']['vqvae.hidden_channels'] == 12 and record['results']['steps'] == 2
     show = 'import vqvae2_jax; print(vqvae2_jax.__file__, vqvae2_jax.load_config("imagenet256").name)'
     file, name = run(installed / 'python', '-c', show, **here).split()
     assert name == 'imagenet256' and not pathlib.Path(file).is_relative_to(ROOT)

@@ -1,4 +1,4 @@
-"""Plans: FLOPs against arithmetic and XLA, communication that does not grow with devices, errors, a TPU compiler."""
+"""Plans: FLOPs against arithmetic and XLA, communication independent of the device count, errors, a TPU compiler."""
 
 import importlib.util
 import re
@@ -8,10 +8,14 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from vqvae2_jax import parallel
-from vqvae2_jax.jobs import chips, plan
-from vqvae2_jax.jobs.cost import Cost, count
-from vqvae2_jax.jobs.workdir import JobError, Run
+from vqvae2_jax.config import build as configs
+from vqvae2_jax.distributed import processes
+from vqvae2_jax.io.record import JobError
+from vqvae2_jax.jobs import plan
+from vqvae2_jax.jobs.workdir import Run
+from vqvae2_jax.planning import hardware, programs, table
+from vqvae2_jax.planning.cost import Cost, count
+from vqvae2_jax.planning.hlo import collective_bytes
 
 
 def test_products_convolutions_and_loops_are_counted():
@@ -30,6 +34,7 @@ def test_products_convolutions_and_loops_are_counted():
     assert count(jax.jit(convolved), image, kernel).flops == 2 * (2 * 4 * 4 * 4) * (3 * 3 * 3)
     branches = count(lambda a, b: jax.lax.cond(a[0, 0] > 0, lambda: (a @ b).sum(), lambda: 0.0), a, b)
     assert branches.flops == 2 * 3 * 5 * 7
+    assert count(jax.jit(lambda a, b: (a @ b, jnp.sin(a) @ b)[0]), a, b).flops == 2 * 3 * 5 * 7  # the rest is unused
 
 
 def rows(text):
@@ -38,7 +43,7 @@ def rows(text):
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip('|').split('|')]
         if line.startswith('| ') and cells[0] != 'job':
-            found[cells[0]] = dict(zip(plan.COLUMNS, cells, strict=True))
+            found[cells[0]] = dict(zip(table.COLUMNS, cells, strict=True))
     return found
 
 
@@ -47,14 +52,33 @@ def megabytes(cell):
     return float(number) * {'MB': 1, 'GB': 1000}[unit]
 
 
-def test_a_plan_of_the_devices_at_hand(config, tmp_path, capsys):
-    config.vqvae.hidden = config.prior.top.hidden = 32  # enough that what is counted is most of what there is
+TRAININGS = ['vqvae', 'prior.bottom', 'prior.top', 'classifier']
+
+
+def make_program(run, name):
+    """The program of a job or a training; call it outside of the mesh."""
+    makers = dict(zip([*TRAININGS, 'extract_codes', 'sample'], plan.make_programs(run), strict=True))
+    with jax.set_mesh(run.mesh):
+        return makers[name]()
+
+
+def compiled(run, name):
+    program = make_program(run, name)
+    with jax.set_mesh(run.mesh):
+        return programs.compile_program(program)
+
+
+def test_a_plan_of_the_attached_devices(config, tmp_path, capsys):
+    for section in (config.vqvae, config.prior.top):
+        section.hidden_channels = 32  # enough for products and convolutions to be most of the FLOPs
+    config.codes.batch_size, config.sample.batch_size = 99, 15
     plan.plan(Run(config, epath.Path(tmp_path)))
     found = rows(capsys.readouterr().out)
-    assert list(found) == ['vqvae', 'prior.bottom', 'prior.top', 'classifier', 'sample']
-    for job in ('vqvae', 'classifier'):
-        assert float(found[job]['TFLOP']) == pytest.approx(float(found[job]['XLA counts']), rel=0.25)
-    assert found['vqvae']['steps'] == '8' and found['sample']['batch'] == '16'
+    assert list(found) == [*TRAININGS, 'extract_codes', 'sample']
+    for job in ('vqvae', 'classifier', 'extract_codes'):
+        assert float(found[job]['TFLOP']) == pytest.approx(float(found[job]['XLA TFLOP']), rel=0.25)
+    assert found['vqvae']['steps'] == '8' and found['sample']['steps'] == '2' and not found['extract_codes']['steps']
+    assert found['extract_codes']['batch'] == '104' and found['sample']['batch'] == '16'  # padded to 8 devices
     for job in ('vqvae', 'prior.top'):  # parameters and their average, and Adam's two moments, in float32
         each = pytest.approx(8 * float(found[job]['parameters'].split()[0]), rel=0.1)
         memory = [megabytes(found[job][name]) for name in ('weights', 'optimizer', 'activations', 'peak')]
@@ -63,19 +87,32 @@ def test_a_plan_of_the_devices_at_hand(config, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_extraction_and_sampling_hold_sharded_weights_and_gather_them(config, tmp_path):
+    config.vqvae.hidden_channels, config.parallel.fsdp = 64, 4
+    config.prior.top.hidden_channels = config.prior.bottom.hidden_channels = 64
+    run = Run(config, epath.Path(tmp_path))
+    for name in ('extract_codes', 'sample'):
+        whole = make_program(Run(config, epath.Path(tmp_path), jax.devices()[:1]), name).weights
+        program = make_program(run, name)
+        sharded = (whole - program.weights) * 4 / 3  # bytes; arrays of fewer than 2**14 elements are replicated
+        assert sharded > 0.4 * whole
+        # The finest decoder takes no part in encoding, nor the encoders in sampling.
+        assert 0.2 * sharded < compiled(run, name).collective_bytes < 1.1 * sharded, name
+
+
 @pytest.mark.system
 def test_communication_does_not_grow_with_the_devices(config, tmp_path):
-    def traffic(devices, job='prior.bottom', **fields):
-        config.prior.bottom.update(layers=4, **fields)
-        with parallel.use(parallel.make_mesh(jax.devices()[:devices])):
-            program = plan._training(Run(config, epath.Path(tmp_path)), job)
-            return plan._compile(program).traffic, 4 * program.parameters
+    def communication(devices, name='prior.bottom', **fields):
+        config.prior.bottom.update(num_residual_blocks=4, **fields)
+        run = Run(config, epath.Path(tmp_path), jax.devices()[:devices])
+        return compiled(run, name).collective_bytes, 4 * make_program(run, name).parameters
 
-    (two, parameters), (eight, _) = traffic(2, 'vqvae'), traffic(8, 'vqvae')
+    (two, parameters), (eight, _) = communication(2, 'vqvae'), communication(8, 'vqvae')
     assert parameters < eight == two < 1.2 * parameters  # the gradients, and the codebooks' sums and counts
-    (two, parameters), (eight, _), (looped, _) = traffic(2), traffic(8), traffic(8, scan_layers=True)
+    (two, parameters), (eight, _) = communication(2), communication(8)
+    (scanned, _) = communication(8, scan_layers=True)
     assert parameters < eight <= 1.05 * parameters  # the gradients, and a few metrics
-    assert eight == pytest.approx(two, rel=0.01) and looped == pytest.approx(eight, rel=0.05)
+    assert eight == pytest.approx(two, rel=0.01) and scanned == pytest.approx(eight, rel=0.05)
 
 
 def test_collectives_are_read_from_the_text_of_a_program():
@@ -116,64 +153,75 @@ ENTRY %main (x: s32[]) -> s32[] {
   %o = f32[7] all-to-all(%x)
 }
 """
-    assert plan.collective_bytes(text) == 2 * 4 * 32 + (2 * 6 + 4) + 5 * 4 * 3 + 4 * 32 + 4 * 7
-    assert plan.collective_bytes(text.replace('constant(2)', 'parameter(0)')) is None  # how often is not known
+    assert collective_bytes(text) == 2 * 4 * 32 + (2 * 6 + 4) + 5 * 4 * 3 + 4 * 32 + 4 * 7
+    assert collective_bytes(text.replace('constant(2)', 'parameter(0)')) is None  # how often is not known
 
 
-def test_gpus_that_are_not_there_are_planned_for_by_arithmetic(config, tmp_path, capsys, monkeypatch, request):
-    h200 = next(chip for chip in chips._CHIPS.values() if chip.name == 'H200')
-    monkeypatch.setattr(chips, '_stood_for', dict.fromkeys(jax.devices(), h200))
+def test_gpus_that_are_not_attached_are_planned_for_without_a_compiler(config, tmp_path, capsys, monkeypatch):
+    h200 = next(accelerator for accelerator in hardware._ACCELERATORS.values() if accelerator.name == 'H200')
+    monkeypatch.setattr(hardware, '_simulated', dict.fromkeys(jax.devices(), h200))
+    config.parallel.fsdp = 2
     run = Run(config, epath.Path(tmp_path))
-    monkeypatch.setattr(parallel, '_imagined_process', {})
-    parallel.spread_over_processes(jax.devices(), 4)
-    request.addfinalizer(parallel.processes.cache_clear)
-    with parallel.use(parallel.make_mesh(fsdp=2)):
-        plan.plan(run)
-        costs = []
-        for config.vqvae.training.batch_size in (16, 4):  # two images a device, and one: in pairs, alike
-            costs.append(plan._training(run, 'vqvae').cost)
+    plan.plan(run)
+    costs = []
+    for config.vqvae.training.batch_size in (16, 4):  # two images a device, and one: on 4 devices and their neighbors
+        costs.append(make_program(run, 'vqvae').cost)
     assert costs[0].flops == pytest.approx(2 * costs[1].flops) and costs[0].bytes < 2 * costs[1].bytes  # weights
     text = capsys.readouterr().out
-    assert text.startswith('tiny on 8 x H200, by arithmetic')
-    assert rows(text)['sample']['steps'] == '1'  # 24 in batches of 16, one for each of two processes
+    assert text.startswith('plan: tiny on 8 x H200 (not compiled), parallel.fsdp=2')
+    assert rows(text)['sample']['steps'] == '2'  # 24 in batches of 16
     for row in rows(text).values():
-        assert row['step'].endswith(' ms') and not (row['peak'] or row['XLA counts'] or row['traffic'])
+        assert row['bound'].endswith(' ms') and not (row['peak'] or row['XLA TFLOP'] or row['collectives'])
 
 
-def test_topologies_that_are_none():
+def test_a_program_that_does_not_fit_comes_with_the_field_to_change(config, tmp_path):
+    run, device = Run(config, epath.Path(tmp_path)), hardware.Accelerator('toy', 1e12, 1e6, 1e9)
+
+    def advice(name, peak=2_000_000, error='', **arguments):
+        program = make_program(run, name)
+        with jax.set_mesh(run.mesh):
+            return list(table.advice(program, programs.Compiled(peak=peak, error=error), device, **arguments))
+
+    training = configs.train_config(config, 'prior.top')
+    assert advice('sample', peak=1_000_000) == []
+    assert 'sample.batch_size' in advice('sample')[1] and 'codes.batch_size' in advice('extract_codes')[1]
+    assert advice('sample')[0] == 'needs 2.00 MB, but a toy has 1.00 MB'
+    assert advice('sample', error='out of memory')[0] == 'out of memory'
+    assert '--config.prior.top.remat=True' in advice('prior.top', config=training, remat=False)[1]
+    assert '.training.grad_accum_steps=2' in advice('prior.top', config=training, remat=True)[1]
+    device = device._replace(memory=1e4)
+    assert '--config.parallel.fsdp=4' in advice('prior.top', config=training, remat=True)[1]
+
+
+def test_topologies_that_do_not_exist():
     for name in ('v5e', 'v9:2x2', 'h100'):
         with pytest.raises(JobError, match=rf'--topology={name}: .*v5e:4x8.*v6e:16x16'):
-            chips.topology_devices(name)
+            hardware.topology_devices(name)
 
 
 @pytest.mark.system
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='libtpu is not installed')
-def test_a_slice_that_is_not_there(config, tmp_path, capsys):
-    devices = chips.topology_devices('v5e:2x4')
-    assert len(devices) == 8 and chips.chip_of(devices[0]).name == 'v5e'
-    with parallel.use(parallel.make_mesh(devices, 4)):
-        plan.plan(Run(config, epath.Path(tmp_path)))
+def test_a_slice_that_is_not_attached(config, tmp_path, capsys):
+    devices = hardware.topology_devices('v5e:2x4')
+    assert len(devices) == 8 and hardware.hardware_of(devices[0]).name == 'v5e'
+    config.parallel.fsdp = 4
+    plan.plan(Run(config, epath.Path(tmp_path), devices))
     text = capsys.readouterr().out
-    assert text.startswith('tiny on 8 x TPU v5 lite, parallel.fsdp=4') and re.search(r'\| sample \| 16 .* ms \|', text)
+    assert text.startswith('plan: tiny on 8 x TPU v5 lite, parallel.fsdp=4')
+    assert re.search(r'\| sample \| 16 .* ms \|', text)
     assert all(re.fullmatch(r'.*B \(\d+%\)', row['peak']) for row in rows(text).values())
-    assert all(row['step'].endswith(' ms') for row in rows(text).values())
-    with parallel.use(parallel.make_mesh(devices)):
-        assert [mesh.size for mesh in parallel.meshes_alone()] == [4]
-    with pytest.raises(JobError, match='--topology=v5e:3x9: .*there are v4:2x2x1'):
-        chips.topology_devices('v5e:3x9')
-    assert len(chips.topology_devices('v4:2x2x1')) == 4  # chips, not cores
+    assert all(row['bound'].endswith(' ms') for row in rows(text).values())
+    with pytest.raises(JobError, match='--topology=v5e:3x9: .*choose one such as v4:2x2x1'):
+        hardware.topology_devices('v5e:3x9')
+    assert len(hardware.topology_devices('v4:2x2x1')) == 4  # chips, not cores
 
 
 @pytest.mark.system
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='libtpu is not installed')
-def test_a_process_draws_on_each_chip_where_the_others_cannot_be_left_out(config, tmp_path):
-    run = Run(config, epath.Path(tmp_path))
-    for slice_, sizes in (('v6e:4x4', [1] * 4), ('v4:2x2x4', [4])):
-        with parallel.use(parallel.make_mesh(chips.topology_devices(slice_))):
-            assert [mesh.size for mesh in parallel.meshes_alone()] == sizes, slice_
-    with parallel.use(parallel.make_mesh(chips.topology_devices('v5e:4x8'))):
-        assert parallel.processes(parallel.mesh()) == 8
-        alone = parallel.meshes_alone()
-    with parallel.use(alone[0]):
-        compiled = plan._compile(plan._sampling(run, 32))
-    assert [mesh.size for mesh in alone] == [1] * 4 and compiled.peak
+@pytest.mark.parametrize('name', ['v5e:4x8', 'v6e:4x4', 'v4:2x2x4'])
+def test_extraction_and_sampling_compile_for_slices_of_many_hosts(config, tmp_path, name):
+    config.codes.batch_size = config.sample.batch_size = 64
+    run = Run(config, epath.Path(tmp_path), hardware.topology_devices(name))
+    assert processes.num_processes(run.mesh) == run.mesh.size // 4
+    for job in ('extract_codes', 'sample'):
+        assert compiled(run, job).peak

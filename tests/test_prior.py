@@ -8,36 +8,41 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import defaults
 from vqvae2_jax.models.causal import CausalAttention
-from vqvae2_jax.models.order import Order
-from vqvae2_jax.models.raster import RasterPrior
-from vqvae2_jax.models.trunk import GatedBlock
-from vqvae2_jax.models.wavefront import WavefrontPrior
-from vqvae2_jax.stages.prior import make_stage
+from vqvae2_jax.models.gated_resnet import GatedBlock
+from vqvae2_jax.models.order import GenerationOrder
+from vqvae2_jax.tasks.prior import make_task
 
 CASES = {
     'convolutions': {'shape': (5, 4)},
-    'attention': {'shape': (4, 5), 'attention_layers': 1, 'heads': 2, 'output_layers': 1},
-    'rest': {'shape': (4, 4), 'layers': 5, 'attention_layers': 3, 'heads': 2},
-    'deep kernel 5': {'shape': (4, 4), 'layers': 3, 'kernel': 5, 'attention_layers': 3, 'heads': 2},
-    'classes': {'shape': (4, 4), 'num_classes': 3},
-    'coarser level': {'shape': (4, 6), 'coarser_codebook_sizes': (5,), 'condition_layers': 1, 'num_classes': 3},
-    'two coarser levels': {'shape': (4, 4), 'coarser_codebook_sizes': (5, 5), 'condition_layers': 1},
-    'wavefront': {'shape': (5, 4), 'slope': 2},
-    'slope 1': {'shape': (4, 5), 'slope': 1, 'kernel': 5},
-    'slope 3, attention': {
-        'shape': (4, 6),
-        'slope': 3,
-        'kernel': 5,
-        'attention_layers': 1,
-        'heads': 2,
-        'output_layers': 1,
+    'attention': {'shape': (4, 5), 'num_attention_layers': 1, 'num_heads': 2, 'num_output_blocks': 1},
+    'rest': {'shape': (4, 4), 'num_residual_blocks': 5, 'num_attention_layers': 3, 'num_heads': 2},
+    'deep kernel 5': {
+        'shape': (4, 4),
+        'num_residual_blocks': 3,
+        'kernel_size': 5,
+        'num_attention_layers': 3,
+        'num_heads': 2,
     },
-    'slope 2, coarser level': {
+    'classes': {'shape': (4, 4), 'num_classes': 3},
+    'coarser level': {'shape': (4, 6), 'coarser_codebook_sizes': (5,), 'num_cond_blocks': 1, 'num_classes': 3},
+    'two coarser levels': {'shape': (4, 4), 'coarser_codebook_sizes': (5, 5), 'num_cond_blocks': 1},
+    'wavefront': {'shape': (5, 4), 'skew': 2},
+    'skew 1': {'shape': (4, 5), 'skew': 1, 'kernel_size': 5},
+    'skew 3, attention': {
+        'shape': (4, 6),
+        'skew': 3,
+        'kernel_size': 5,
+        'num_attention_layers': 1,
+        'num_heads': 2,
+        'num_output_blocks': 1,
+    },
+    'skew 2, coarser level': {
         'shape': (6, 4),
-        'slope': 2,
+        'skew': 2,
         'coarser_codebook_sizes': (5,),
-        'condition_layers': 1,
+        'num_cond_blocks': 1,
         'num_classes': 3,
     },
 }
@@ -45,8 +50,8 @@ CASES = {
 
 def make_prior(case, seed=0, batch=2, **fields):
     """A small prior with every parameter moved off its start, so that no path is closed by a zero."""
-    fields = {'codebook_size': 6, 'hidden': 8, 'residual': 8, 'layers': 2, 'kernel': 3, **CASES[case], **fields}
-    prior = WavefrontPrior(**fields) if 'slope' in fields else RasterPrior(**fields)
+    small = {'codebook_size': 6, 'hidden_channels': 8, 'residual_channels': 8, 'num_residual_blocks': 2}
+    prior = defaults.make_prior(**{**small, 'kernel_size': 3, **CASES[case], **fields})
     keys = jax.random.split(jax.random.key(seed), 3)
     codes = jax.random.randint(keys[0], (batch, *prior.shape), 0, 6)
     labels = jnp.arange(batch) % 3 if prior.num_classes else None
@@ -77,10 +82,10 @@ def test_no_position_sees_its_own_or_a_later_step(case):
         assert all(difference[n] > 0 for n in neighbours), f'{case}: one of {neighbours} does not see {p}'
 
 
-@pytest.mark.parametrize('case, fields', [('convolutions', {}), *(('wavefront', {'slope': n}) for n in (1, 2, 3))])
+@pytest.mark.parametrize('case, fields', [('convolutions', {}), *(('wavefront', {'skew': n}) for n in (1, 2, 3))])
 def test_no_blind_spot(case, fields):
     """Deep enough, a position sees all of the earlier steps: in raster order those to the upper right, too."""
-    prior, params, codes, labels, coarser = make_prior(case, batch=1, layers=6, **fields)
+    prior, params, codes, labels, coarser = make_prior(case, batch=1, num_residual_blocks=6, **fields)
     height, width = prior.shape
     steps = prior.order.step_of()
     for position in ((height - 1, 0), (height // 2, width // 2), (1, width - 1)):
@@ -94,15 +99,14 @@ def test_no_blind_spot(case, fields):
 
 def test_likelihood_sums_to_one_over_all_maps():
     """By enumeration of all 3^4 maps of 2x2 codes with K = 3."""
-    prior = RasterPrior(
-        shape=(2, 2), codebook_size=3, hidden=8, residual=8, layers=2, kernel=3, attention_layers=1, heads=2
-    )
+    fields = {'hidden_channels': 8, 'residual_channels': 8, 'num_residual_blocks': 2, 'kernel_size': 3, 'num_heads': 2}
+    prior = defaults.make_prior(shape=(2, 2), codebook_size=3, num_attention_layers=1, **fields)
     maps = jnp.array(list(itertools.product(range(3), repeat=4))).reshape(-1, 2, 2)
     params = prior.init(jax.random.key(0), maps)['params']
     params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
-    stage = make_stage(prior, level=0, levels=1)
+    stage = make_task(prior, level=0, levels=1)
     batch = {'codes_0': maps, 'label': jnp.zeros(len(maps), jnp.int32)}
-    nll = stage.evaluate(params, {}, batch)['nll']  # mean nats per code
+    nll = stage.eval_step(params, {}, batch)['nll']  # mean nats per code
     np.testing.assert_allclose(np.exp(-4 * np.asarray(nll, np.float64)).sum(), 1.0, rtol=1e-4)
     assert np.ptp(np.asarray(nll)) > 0.01  # and it is not the uniform distribution
 
@@ -152,8 +156,12 @@ def test_dropout_is_inside_of_a_block_or_on_its_output(placement):
         np.testing.assert_allclose(dropped[dropped != 0], 2 * x[dropped != 0], rtol=1e-6)
 
 
+def make_attention(**fields):
+    return CausalAttention(num_heads=1, order=GenerationOrder.raster((2, 3)), dtype=jnp.float32, **fields)
+
+
 def test_dropped_keys_are_unseen_and_never_empty_a_row():
-    attention = CausalAttention(heads=1, order=Order.raster((2, 3)), dropout=0.9)
+    attention = make_attention(dropout=0.9, dropout_kind='keys')
     x = jax.random.normal(jax.random.key(0), (1, 2, 3, 4))
     variables = attention.init(jax.random.key(1), x)
     variables = jax.tree.map(lambda v: v + 0.5, variables)
@@ -166,7 +174,7 @@ def test_dropped_keys_are_unseen_and_never_empty_a_row():
 
 @pytest.mark.parametrize('kind', ['keys', 'logits'])
 def test_weights_under_both_kinds_of_attention_dropout(kind):
-    attention = CausalAttention(heads=1, order=Order.raster((2, 3)), dropout=0.5, dropout_kind=kind)
+    attention = make_attention(dropout=0.5, dropout_kind=kind)
     logits, visible = jax.random.normal(jax.random.key(0), (1, 1, 6, 6)), jnp.tril(jnp.ones((6, 6), bool))
 
     def weights(module):
@@ -196,7 +204,11 @@ def test_bfloat16_is_close_and_gives_float32_logits():
 
 
 def test_even_kernels_and_too_much_attention_are_refused():
-    for fields, message in (({'kernel': 4}, 'kernel must be odd'), ({'attention_layers': 3}, 'exceeds layers=2')):
+    cases = (
+        ({'kernel_size': 4}, 'kernel_size is 4; it must be odd'),
+        ({'num_attention_layers': 3}, 'at most .*blocks=2'),
+    )
+    for fields, message in cases:
         with pytest.raises(ValueError, match=message):
             make_prior('convolutions', **fields)
 
@@ -205,5 +217,5 @@ def test_even_kernels_and_too_much_attention_are_refused():
     'field, wanted', [('dropout_placement', 'inside, after'), ('attention_dropout_kind', 'keys, logits')]
 )
 def test_other_kinds_of_dropout_are_refused(field, wanted):
-    with pytest.raises(ValueError, match=f"{field} must be one of {wanted}; it is 'none'"):
+    with pytest.raises(ValueError, match=f"{field} is 'none'; it must be one of {wanted}"):
         make_prior('convolutions', **{field: 'none'})

@@ -1,5 +1,6 @@
-"""Real processes work as one: the same weights, codes and samples, one stop for all, none that waits for a dead one."""
+"""Processes work as one: the same weights, codes and samples; all stop together, and none waits for a dead one."""
 
+import csv
 import os
 import shutil
 import signal
@@ -14,23 +15,24 @@ import pytest
 from etils import epath
 
 from tests.fake_gcs import serve
+from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.codes import CodeSource
-from vqvae2_jax.io.checkpoint import Weights
-from vqvae2_jax.io.logging import read_metrics
-from vqvae2_jax.jobs import samples
+from vqvae2_jax.io import record
+from vqvae2_jax.io.logging import RUNTIME_FIELDS, read_metrics
+from vqvae2_jax.training.checkpoint import BestCheckpoint
 
 pytestmark = pytest.mark.system
 DEVICES = 4  # of all processes together
-# vqvae2_jax.main, but the dead are missed after 20 seconds, not after JAX's 100.
+# vqvae2_jax.main, but dead processes are noticed after 20 seconds, not after JAX's 100.
 MAIN = """
 import functools, os, runpy, jax, numpy as np
 from jax.experimental import mesh_utils
 jax.distributed.initialize = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=20)
-if 'INTERLEAVED' in os.environ:  # as in slices of TPUs, neighbours in the mesh belong to two processes
+if 'INTERLEAVED' in os.environ:  # as in TPU slices, neighbors in the mesh belong to two processes
     mesh_utils.create_device_mesh = lambda shape, devices, **_: np.array(devices).reshape(2, -1).T.reshape(shape)
 runpy.run_module('vqvae2_jax.main', run_name='__main__', alter_sys=True)
 """
-SHORT = (  # and a last batch of each evaluation that is not full
+SHORT = (  # the last batch of each evaluation is not full
     '--config.data.held_out=(0.9,0.06)',
     '--config.codes.shard_size=3000',
     '--config.evaluate.cas=False',
@@ -96,56 +98,75 @@ def assert_equal(one, two):
 def test_two_processes_do_every_job_as_one(tmp_path):
     one, two = tmp_path / 'one', tmp_path / 'two'
     assert end(start(two, 2, *SHORT)) == [0, 0], output(two) + output(two, 1)
-    assert 'vqvae' not in output(two, 1)  # one process tells what happens
+    assert 'vqvae' not in output(two, 1)  # only the main process prints
+    for name in ('vqvae', 'prior_top', 'prior_bottom'):
+        assert list((two / name / 'pictures').glob('*.png')), name  # made by one process during training
     assert end(start(one, 1, *SHORT, '--job=vqvae')) == [0], output(one)
 
     # Sums over the batch are rounded in another order. (Adam makes steps of gradients that are but rounding: with other
     # seeds or images more differs.)
-    first, second = Weights(epath.Path(one / 'vqvae')).load(), Weights(epath.Path(two / 'vqvae')).load()
+    first, second = BestCheckpoint(epath.Path(one / 'vqvae')).load(), BestCheckpoint(epath.Path(two / 'vqvae')).load()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), first, second)
     logs = [read_metrics(workdir / 'vqvae') for workdir in (one, two)]
     assert [line['step'] for line in logs[0]] == [line['step'] for line in logs[1]]
     for a, b in zip(*logs, strict=True):
-        for name in a.keys() - {'step', 'time'}:
+        for name in a.keys() - {'step', *RUNTIME_FIELDS}:
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
 
-    # By the same weights codes and samples are the same to the bit, also where two were stopped before.
+    # The same weights give bit-identical codes and samples, even after a stop and with another number of processes.
     again = tmp_path / 'again'
-    shutil.copytree(two, again, ignore=shutil.ignore_patterns('codes', 'samples', 'rejection', 'report'))
-    processes = start(again, 2, *SHORT, '--job=codes')
+    shutil.copytree(two, again, ignore=shutil.ignore_patterns('codes', 'samples', 'rejection', 'features', 'report'))
+    processes = start(again, 2, *SHORT, '--job=extract_codes')
     while not list(again.glob('codes/*/shard-*')) and processes[0].poll() is None:
         time.sleep(0.01)
     processes[1].send_signal(signal.SIGTERM)
     assert end(processes, 100) == [128 + signal.SIGTERM] * 2, output(again) + output(again, 1)
-    assert not (again / 'codes' / 'test' / 'meta.json').exists()
-    for job in ('codes', 'sample'):
+    assert record.read(again / 'codes' / 'test') is None
+    for job in ('extract_codes', 'sample'):
         assert end(start(again, 1, *SHORT, f'--job={job}')) == [0], output(again)
     assert len(list((two / 'codes' / 'validation').glob('shard-*'))) == 3
     for split in ('train', 'validation', 'test'):
         assert_equal(codes(again, split), codes(two, split))
     index = np.arange(24)
-    drawn = [samples.take(epath.Path(workdir / 'samples'), index) for workdir in (again, two)]
-    assert_equal(*drawn)
+    assert_equal(*[sample_store.take(epath.Path(workdir / 'samples' / 'default'), index) for workdir in (again, two)])
     assert (two / 'report' / 'report.html').exists()
+    assert_other_jobs_are_equal(again, two)
     failing = start(two, 2, *SHORT, '--job=evaluate', '--config.evaluate.inception=nowhere.npz')
     assert end(failing, 100) == [1, 1] and 'nowhere.npz' in output(two)
+
+
+def assert_other_jobs_are_equal(one, two):
+    image = two / 'samples' / 'default' / 'samples.png'
+    flags = (f'--config.inpaint.path={image}', '--config.inpaint.label=3', '--config.inpaint.count=3')
+    for job in ('inpaint', 'likelihood'):
+        for workdir, count in ((one, 1), (two, 2)):
+            assert end(start(workdir, count, *SHORT, *flags, f'--job={job}')) == [0] * count, output(workdir)
+    assert_equal(
+        *[sample_store.read_npz(epath.Path(workdir / 'inpaint' / '0000-samples.npz')) for workdir in (one, two)]
+    )
+    bits = []
+    for workdir in (one, two):
+        with (workdir / 'likelihood' / 'test' / 'images.csv').open() as file:
+            bits.append({row['image']: float(row['bits']) for row in csv.DictReader(file)})
+    assert len(bits[0]) == 600 and bits[0] == pytest.approx(bits[1], rel=1e-5)
 
 
 @pytest.mark.parametrize('interleaved', [False, True])
 def test_a_batch_is_the_same_wherever_the_rows_of_a_process_are(tmp_path, interleaved, monkeypatch):
     flags = ('--job=vqvae',)
-    if interleaved:  # one step: here further ones make much of what is but rounded otherwise
+    if interleaved:  # one step, because further steps amplify differences of rounding
         monkeypatch.setenv('INTERLEAVED', '1')
         flags += ('--config.vqvae.training.steps=1', '--config.vqvae.training.warmup_steps=0')
-    else:  # six rows do not divide over four devices: the processes share all of them
+    else:  # six rows cannot be sharded over four devices: the processes share all of them
         flags += ('--config.parallel.fsdp=4', '--config.vqvae.training.batch_size=6')
     one, two = tmp_path / 'one', tmp_path / 'two'
     for workdir, count in ((one, 1), (two, 2)):
         assert end(start(workdir, count, *flags)) == [0] * count, output(workdir)
-    assert output(two).splitlines()[0] == f'4 x cpu in 2 processes, parallel.fsdp={1 if interleaved else 4}'
-    first, second = (Weights(epath.Path(workdir / 'vqvae')).load() for workdir in (one, two))
+    mesh = 'data=4 fsdp=1' if interleaved else 'data=1 fsdp=4'
+    assert f'vqvae: 4 x cpu in 2 processes, mesh {mesh}; ' in output(two)
+    first, second = (BestCheckpoint(epath.Path(workdir / 'vqvae')).load() for workdir in (one, two))
     if interleaved:
-        first, second = first['variables'], second['variables']
+        first, second = first['model_state'], second['model_state']
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), first, second)
     logs = [read_metrics(workdir / 'vqvae') for workdir in (one, two)]
     assert logs[0][0]['train/loss'] == pytest.approx(logs[1][0]['train/loss'], rel=1e-4)
@@ -154,20 +175,24 @@ def test_a_batch_is_the_same_wherever_the_rows_of_a_process_are(tmp_path, interl
 def test_two_processes_on_a_bucket(tmp_path):
     pytest.importorskip('gcsfs')
     with serve() as server:
-        for job in ('vqvae', 'codes'):
+        for job in ('vqvae', 'extract_codes'):
             ended = end(start(tmp_path, 2, *SHORT, f'--job={job}', bucket='gs://bucket/two'))
             assert ended == [0, 0], output(tmp_path) + output(tmp_path, 1)
         two = dict(server.objects)
         server.objects.update(
             {name.replace('two/', 'one/', 1): kept for name, kept in two.items() if '/codes/' not in name}
         )
-        assert end(start(tmp_path, 1, *SHORT, '--job=codes', bucket='gs://bucket/one')) == [0], output(tmp_path)
+        assert end(start(tmp_path, 1, *SHORT, '--job=extract_codes', bucket='gs://bucket/one')) == [0], output(tmp_path)
         one = {
             name.replace('one/', 'two/', 1): kept for name, kept in server.objects.items() if name.startswith('one/')
         }
     shards = [name for name in two if '/codes/' in name and 'shard-' in name]
     assert len(shards) > 3 and all(one[name][0] == two[name][0] for name in shards)
-    assert one.keys() == two.keys() and not list(tmp_path.glob('*/'))
+    assert (
+        one.keys() == two.keys()
+        and any(name.endswith('codes/test/record.json') for name in one)
+        and not list(tmp_path.glob('*/'))
+    )
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step_and_others_continue(tmp_path):

@@ -7,13 +7,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vqvae2_jax.models.quantizer import NEVER, Quantizer, Statistics, ema_update, initial_statistics, nearest, reseed
+from vqvae2_jax.models.quantizer import (
+    NEVER,
+    Quantizer,
+    Statistics,
+    ema_update,
+    initial_statistics,
+    nearest,
+    restart_dead_codes,
+)
 
 K, D = 7, 3
 
 
+def make_quantizer(**changes):
+    fields = {'codebook_size': K, 'codebook_dim': D, 'codebook_ema_decay': 0.99, 'dead_code_threshold': 0.03}
+    return Quantizer(**fields | changes)
+
+
 def _start(seed=0, inputs=None, **fields):
-    quantizer = Quantizer(codebook_size=K, codebook_dim=D, **fields)
+    quantizer = make_quantizer(**fields)
     inputs = jax.random.normal(jax.random.key(seed), (4, 3, 2, D)) if inputs is None else inputs
     variables = quantizer.init({'reseed': jax.random.key(seed + 1)}, inputs)
     return quantizer, variables, inputs
@@ -50,7 +63,7 @@ def test_codebook_starts_from_the_first_batch_with_counts_that_match():
 
 def test_one_step_neither_shrinks_nor_inflates_an_unused_code():
     """With counts from zero it is multiplied by 1e5, or becomes exactly zero, in one step."""
-    quantizer, variables, _ = _start(reseed_threshold=0.0)
+    quantizer, variables, _ = _start(dead_code_threshold=0.0)
     only = jnp.broadcast_to(variables['codebook']['embedding'][2], (4, 3, 2, D))
     before = variables['codebook']['embedding']
     _, variables = _step(quantizer, variables, only)
@@ -58,7 +71,7 @@ def test_one_step_neither_shrinks_nor_inflates_an_unused_code():
 
 
 def test_ema_follows_its_closed_form_in_float64():
-    quantizer, variables, _ = _start(reseed_threshold=0.0)
+    quantizer, variables, _ = _start(dead_code_threshold=0.0)
     counts, sums, book = (np.asarray(variables['codebook'][k], np.float64) for k in ('counts', 'sums', 'embedding'))
     for step in range(5):
         inputs = jax.random.normal(jax.random.key(100 + step), (4, 3, 2, D)) * (1 + step)
@@ -77,7 +90,7 @@ def test_ema_follows_its_closed_form_in_float64():
 
 
 def test_averages_forget_fast_at_first_and_then_by_the_decay():
-    quantizer, variables, inputs = _start(reseed_threshold=0.0, decay=0.5)
+    quantizer, variables, inputs = _start(dead_code_threshold=0.0, codebook_ema_decay=0.5)
     for _ in range(12):
         before = variables['codebook']
         _, variables = _step(quantizer, variables, inputs)
@@ -96,22 +109,22 @@ def test_laplace_smoothing_matters_for_rare_codes():
     np.testing.assert_allclose(new.codebook[1, 0], 4.0 / ((4.0 + 0.1) / (4.0 + 0.2) * 4.0), rtol=1e-6)
 
 
-def test_dead_codes_are_reseeded_with_their_statistics_and_stay():
+def test_dead_codes_restart_with_their_statistics_and_stay():
     vectors = 10 + jax.random.normal(jax.random.key(0), (50, D))
     old = Statistics(jnp.zeros((K, D)), jnp.ones(K).at[3].set(1e-4), jnp.zeros((K, D)))
-    new, dead = reseed(old, vectors, 0.03, jax.random.key(1))
+    new, dead = restart_dead_codes(old, vectors, 0.03, jax.random.key(1))
     assert np.flatnonzero(dead).tolist() == [3]
     assert np.abs(np.asarray(vectors) - np.asarray(new.codebook[3])).sum(1).min() == 0
     # One more update without a single hit leaves it where it was put: its statistics moved with it.
     after = ema_update(new, jnp.zeros((5, D)), jnp.zeros(5, jnp.int32), 0.99, 1e-5)
     np.testing.assert_allclose(after.codebook[3], new.codebook[3], rtol=1e-4)
-    again, dead = reseed(after, vectors, 0.03, jax.random.key(2))
+    again, dead = restart_dead_codes(after, vectors, 0.03, jax.random.key(2))
     assert not bool(dead[3])
 
 
-def test_threshold_zero_never_reseeds():
+def test_threshold_zero_never_restarts_a_code():
     old = Statistics(jnp.zeros((K, D)), jnp.zeros(K).at[0].set(1.0), jnp.zeros((K, D)))
-    _, dead = reseed(old, jnp.ones((50, D)), 0.0, jax.random.key(1))
+    _, dead = restart_dead_codes(old, jnp.ones((50, D)), 0.0, jax.random.key(1))
     assert not np.asarray(dead).any()
 
 
@@ -123,9 +136,9 @@ def test_more_codes_than_vectors_start_apart():
 @pytest.mark.parametrize('count', [64, 65, 200])
 def test_enough_vectors_give_distinct_codes_from_all_of_the_batch(count):
     vectors = jnp.arange(count, dtype=jnp.float32)[:, None]
-    drawn = np.stack([initial_statistics(vectors, 64, jax.random.key(seed)).codebook[:, 0] for seed in range(40)])
-    assert all(len(np.unique(row)) == 64 for row in drawn)
-    assert len(np.unique(drawn)) == count  # every vector has its chance
+    sampled = np.stack([initial_statistics(vectors, 64, jax.random.key(seed)).codebook[:, 0] for seed in range(40)])
+    assert all(len(np.unique(row)) == 64 for row in sampled)
+    assert len(np.unique(sampled)) == count  # every vector has its chance
 
 
 def test_gradient_passes_straight_through_and_the_codebook_gets_none():
@@ -149,24 +162,24 @@ def test_commitment_pulls_the_input_towards_its_code():
 
 
 def test_age_counts_steps_since_a_code_was_chosen():
-    quantizer, variables, _ = _start(reseed_threshold=0.0)
+    quantizer, variables, _ = _start(dead_code_threshold=0.0)
     one = jnp.broadcast_to(variables['codebook']['embedding'][1], (1, 1, 1, D))
     for expected in (1, 2):
         output, variables = _step(quantizer, variables, one)
-        age = np.asarray(output.telemetry['age'])
+        age = np.asarray(output.metrics['age'])
         assert age[1] == 0 and (np.delete(age, 1) == NEVER + expected).all()
-    np.testing.assert_allclose(output.telemetry['perplexity'], 1.0, rtol=1e-5)
+    np.testing.assert_allclose(output.metrics['perplexity'], 1.0, rtol=1e-5)
     other = jnp.broadcast_to(variables['codebook']['embedding'][2], (1, 1, 1, D))
-    age = np.asarray(_step(quantizer, variables, other)[0].telemetry['age'])
+    age = np.asarray(_step(quantizer, variables, other)[0].metrics['age'])
     assert age[1] == 1 and age[2] == 0
 
 
 @pytest.mark.parametrize('threshold, alive', [(0.0, False), (0.03, True)])
-def test_over_200_steps_only_reseeding_keeps_a_code_that_nothing_chooses(threshold, alive):
-    """The vectors of all steps lie near one code, so that the others are never chosen but by chance of re-seeding."""
+def test_over_200_steps_only_restarts_keep_a_code_that_nothing_chooses(threshold, alive):
+    """The vectors of all steps lie near one code, so that the others are never chosen but by chance of a restart."""
     near = 3 + 0.01 * jax.random.normal(jax.random.key(0), (200, 4, 3, 2, D))
     far = jnp.zeros((K, D)).at[0].set(3.0).at[1:].set(jnp.linspace(10, 20, K - 1)[:, None])
-    quantizer, variables, _ = _start(reseed_threshold=threshold)
+    quantizer, variables, _ = _start(dead_code_threshold=threshold)
     start = variables['codebook'] | {'embedding': far, 'sums': far * variables['codebook']['counts'][:, None]}
 
     def step(book, inputs):
@@ -190,4 +203,4 @@ def test_evaluation_changes_nothing():
 
 def test_wrong_width_is_refused_with_both_numbers():
     with pytest.raises(ValueError, match='codebook_dim is 3.*4 channels'):
-        Quantizer(K, D).init({'reseed': jax.random.key(0)}, jnp.zeros((1, 2, 2, 4)))
+        make_quantizer().init({'reseed': jax.random.key(0)}, jnp.zeros((1, 2, 2, 4)))

@@ -1,4 +1,4 @@
-"""The cached sampler against its slow definition, and what a sample may depend on."""
+"""The cached sampler against its slow definition, and the inputs that a sample depends on."""
 
 import jax
 import jax.numpy as jnp
@@ -7,20 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import defaults
 from tests.test_prior import CASES, make_prior
-from vqvae2_jax import parallel
-from vqvae2_jax.models.wavefront import WavefrontPrior
-from vqvae2_jax.sampling.ancestral import sample, sample_by_rerunning, sample_keys, sample_levels
-from vqvae2_jax.sampling.control import Control, draw
-from vqvae2_jax.sampling.rejection import keep_best
+from vqvae2_jax.distributed import sharding
+from vqvae2_jax.sampling.ancestral import sample, sample_keys, sample_levels, sample_reference
+from vqvae2_jax.sampling.params import SamplingParams, sample_codes
+from vqvae2_jax.sampling.rejection import select_top_per_class
 
 
 @pytest.mark.parametrize('case', CASES)
 def test_cached_sampling_draws_the_same_codes_as_rerunning_the_network(case):
     prior, params, _, labels, coarser = make_prior(case, batch=3)
     keys = sample_keys(jax.random.key(7), jnp.arange(3))
-    fast = jax.jit(lambda: sample(prior, params, keys, labels, coarser, Control(1.3)))()
-    slow = jax.jit(lambda: sample_by_rerunning(prior, params, keys, labels, coarser, Control(1.3)))()
+    fast = jax.jit(lambda: sample(prior, params, keys, labels, coarser, SamplingParams(1.3)))()
+    slow = jax.jit(lambda: sample_reference(prior, params, keys, labels, coarser, SamplingParams(1.3)))()
     np.testing.assert_array_equal(fast.codes, slow.codes)
     np.testing.assert_allclose(fast.log_probs, slow.log_probs, atol=1e-4)
     assert len(np.unique(fast.codes)) > 2
@@ -33,41 +33,41 @@ def test_any_order_shape_kernel_and_depth_is_exact(data):
     height, width = data.draw(st.integers(1, 5)), data.draw(st.integers(2, 6))
     fields = {
         'shape': (height, width),
-        'kernel': data.draw(st.sampled_from([3, 5, 7])),
-        'layers': data.draw(st.integers(1, 3)),
-        'attention_layers': data.draw(st.integers(0, 1)),
-        'heads': 2,
+        'kernel_size': data.draw(st.sampled_from([3, 5, 7])),
+        'num_residual_blocks': data.draw(st.integers(1, 3)),
+        'num_attention_layers': data.draw(st.integers(0, 1)),
+        'num_heads': 2,
     }
     if data.draw(st.booleans()):
-        fields['slope'] = data.draw(st.integers(1, width))
+        fields['skew'] = data.draw(st.integers(1, width))
     prior, params, _, labels, _ = make_prior('classes', seed=height * 7 + width, batch=2, **fields)
     keys = sample_keys(jax.random.key(1), jnp.arange(2))
     fast = jax.jit(lambda: sample(prior, params, keys, labels))()
-    slow = jax.jit(lambda: sample_by_rerunning(prior, params, keys, labels))()
+    slow = jax.jit(lambda: sample_reference(prior, params, keys, labels))()
     np.testing.assert_array_equal(fast.codes, slow.codes, err_msg=str(fields))
     np.testing.assert_allclose(fast.log_probs, slow.log_probs, atol=1e-4)
 
 
 def test_a_map_of_one_row_is_conditioned_on_a_coarser_one():
-    fields = {'shape': (1, 4), 'slope': 2, 'coarser_codebook_sizes': (5,), 'codebook_size': 6, 'hidden': 8}
-    prior = WavefrontPrior(**fields, residual=8, layers=2, kernel=3)
+    fields = {'shape': (1, 4), 'skew': 2, 'coarser_codebook_sizes': (5,), 'codebook_size': 6, 'hidden_channels': 8}
+    prior = defaults.make_prior(**fields, residual_channels=8, num_residual_blocks=2, kernel_size=3)
     keys, coarser = sample_keys(jax.random.key(1), jnp.arange(2)), (jnp.array([[[0, 3]], [[4, 1]]]),)
     params = prior.init(jax.random.key(0), jnp.zeros((2, 1, 4), jnp.int32), None, coarser)['params']
-    fast, slow = (draws(prior, params, keys, None, coarser).codes for draws in (sample, sample_by_rerunning))
+    fast, slow = (draws(prior, params, keys, None, coarser).codes for draws in (sample, sample_reference))
     np.testing.assert_array_equal(fast, slow)
 
 
-@pytest.mark.parametrize('case', ['coarser level', 'slope 3, attention'])
+@pytest.mark.parametrize('case', ['coarser level', 'skew 3, attention'])
 def test_log_probs_are_those_of_the_whole_network_on_the_finished_map(case):
     prior, params, _, labels, coarser = make_prior(case, batch=2)
     keys = sample_keys(jax.random.key(5), jnp.arange(2))
-    sampled = jax.jit(lambda: sample(prior, params, keys, labels, coarser, Control(0.7, top_k=3)))()
+    sampled = jax.jit(lambda: sample(prior, params, keys, labels, coarser, SamplingParams(0.7, top_k=3)))()
     whole = jax.nn.log_softmax(prior.apply({'params': params}, sampled.codes, labels, coarser))
     expected = jnp.take_along_axis(whole, sampled.codes[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(sampled.log_probs, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize('case', ['attention', 'slope 3, attention'])
+@pytest.mark.parametrize('case', ['attention', 'skew 3, attention'])
 def test_in_bfloat16_log_probs_are_nearly_those_of_the_whole_network(case):
     prior, params, *_ = make_prior(case, batch=4)
     prior = prior.clone(dtype=jnp.bfloat16)
@@ -78,15 +78,15 @@ def test_in_bfloat16_log_probs_are_nearly_those_of_the_whole_network(case):
     np.testing.assert_allclose(sampled.log_probs, expected, atol=0.1)
 
 
-@pytest.mark.parametrize('case', ['attention', 'slope 3, attention'])
+@pytest.mark.parametrize('case', ['attention', 'skew 3, attention'])
 def test_kept_codes_stay_and_the_rest_is_drawn_given_the_earlier_ones(case):
     prior, params, codes, labels, coarser = make_prior(case, batch=2)
     keys = sample_keys(jax.random.key(5), jnp.arange(2))
     keep = jax.random.bernoulli(jax.random.key(6), 0.5, codes.shape)
-    run = jax.jit(lambda given: sample(prior, params, keys, labels, coarser, given=given).codes)
+    run = jax.jit(lambda known: sample(prior, params, keys, labels, coarser, known_codes=known).codes)
     completed = run(jnp.where(keep, codes, -1))
     assert (completed[keep] == codes[keep]).all() and (completed[~keep] != codes[~keep]).any()
-    slow = jax.jit(lambda given: sample_by_rerunning(prior, params, keys, labels, coarser, given=given).codes)
+    slow = jax.jit(lambda known: sample_reference(prior, params, keys, labels, coarser, known_codes=known).codes)
     np.testing.assert_array_equal(completed, slow(jnp.where(keep, codes, -1)))
     np.testing.assert_array_equal(run(jnp.full_like(codes, -1)), sample(prior, params, keys, labels, coarser).codes)
 
@@ -102,7 +102,7 @@ def poisoned(cache, written):
 
 
 def test_what_a_cache_holds_of_later_steps_is_never_read():
-    prior, params, codes, labels, coarser = make_prior('slope 3, attention')
+    prior, params, codes, labels, coarser = make_prior('skew 3, attention')
     order = prior.order
 
     def run(poison):
@@ -111,7 +111,7 @@ def test_what_a_cache_holds_of_later_steps_is_never_read():
         for step in range(order.steps):
             arguments = (previous, jnp.int32(step), None)
             out, cache = prior.apply(
-                {'params': params, **cache}, *arguments, method='diagonal', mutable=['diagonals', 'attention']
+                {'params': params, **cache}, *arguments, method='decode_step', mutable=['diagonals', 'attention']
             )
             rows, columns, inside = order.positions(step, np)
             previous = codes[:, rows, columns]
@@ -133,7 +133,8 @@ def test_eight_devices_draw_what_one_draws(case):
     index = jnp.arange(8)
     run = jax.jit(lambda i: sample(prior, params, sample_keys(jax.random.key(2), i), i % 3).codes)
     alone = run(jax.device_put(index, jax.devices()[0]))
-    spread = run(jax.device_put(index, parallel.split_batch()))
+    with jax.set_mesh(sharding.make_mesh()):
+        spread = run(jax.device_put(index, sharding.batch_sharding()))
     assert len(spread.sharding.device_set) == 8
     np.testing.assert_array_equal(alone, spread)
 
@@ -149,13 +150,13 @@ def test_streamed_logits_equal_the_whole_network(case):
     for i in range(prior.shape[0]):
         part = condition if condition is None or condition.shape[1] == 1 else condition[:, i : i + 1]
         variables = {'params': params, **rows}
-        features, rows = prior.apply(variables, above, jnp.array([i]), part, method='vertical', mutable=['rows'])
+        features, rows = prior.apply(variables, above, jnp.array([i]), part, method='decode_row', mutable=['rows'])
         left, cache = jnp.full((2, 1, 1), prior.codebook_size), attention
         for j in range(prior.shape[1]):
             here = part if part is None or part.shape[2] == 1 else part[:, :, j : j + 1]
             arguments = (left, jnp.array([i]), jnp.array([j]), [f[:, :, j : j + 1] for f in features], here)
             logits, cache = prior.apply(
-                {'params': params, **cache}, *arguments, method='horizontal', mutable=['columns', 'attention']
+                {'params': params, **cache}, *arguments, method='decode_position', mutable=['columns', 'attention']
             )
             np.testing.assert_allclose(logits[:, 0, 0], whole[:, i, j], atol=1e-4)
             left = codes[:, i : i + 1, j : j + 1]
@@ -182,12 +183,12 @@ def test_temperature_is_traced_and_zero_takes_the_likeliest():
     @jax.jit
     def run(keys, temperature):
         traces.append(1)
-        return sample(prior, params, keys, control=Control(temperature)).codes
+        return sample(prior, params, keys, sampling_params=SamplingParams(temperature)).codes
 
-    cold, also_cold = run(keys, 0.0), run(sample_keys(jax.random.key(1), jnp.arange(4)), 0.0)
-    np.testing.assert_array_equal(cold, also_cold)
-    assert (np.asarray(cold) == np.asarray(cold[0])).all()
-    assert (np.asarray(run(keys, 2.0)) != np.asarray(cold)).any()
+    greedy, also_greedy = run(keys, 0.0), run(sample_keys(jax.random.key(1), jnp.arange(4)), 0.0)
+    np.testing.assert_array_equal(greedy, also_greedy)
+    assert (np.asarray(greedy) == np.asarray(greedy[0])).all()
+    assert (np.asarray(run(keys, 2.0)) != np.asarray(greedy)).any()
     assert len(traces) == 1
 
 
@@ -195,15 +196,17 @@ def test_draws_follow_the_distribution():
     logits = jnp.log(jnp.array([0.1, 0.2, 0.7]))
     keys = sample_keys(jax.random.key(0), jnp.arange(20000))
 
-    def drawn_at(position, temperature):
-        return draw(keys, jnp.array([position]), jnp.tile(logits, (20000, 1, 1)), Control(temperature))[:, 0]
+    def sample_at(position, temperature):
+        return sample_codes(keys, jnp.array([position]), jnp.tile(logits, (20000, 1, 1)), SamplingParams(temperature))[
+            :, 0
+        ]
 
-    drawn = drawn_at(5, 1.0)
-    np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 20000, [0.1, 0.2, 0.7], atol=0.015)
-    warm = drawn_at(5, 2.0)  # p^(1/2), normalised
+    sampled = sample_at(5, 1.0)
+    np.testing.assert_allclose(np.bincount(sampled, minlength=3) / 20000, [0.1, 0.2, 0.7], atol=0.015)
+    warm = sample_at(5, 2.0)  # p^(1/2), normalised
     np.testing.assert_allclose(np.bincount(warm, minlength=3) / 20000, [0.198, 0.279, 0.523], atol=0.015)
-    again = drawn_at(6, 1.0)
-    assert 0.4 < np.mean(np.asarray(drawn) == np.asarray(again)) < 0.68  # another position is another draw (0.54)
+    again = sample_at(6, 1.0)
+    assert 0.4 < np.mean(np.asarray(sampled) == np.asarray(again)) < 0.68  # another position is another draw (0.54)
 
 
 def test_samples_follow_the_prior():
@@ -211,17 +214,21 @@ def test_samples_follow_the_prior():
     prior, params, codes, _, _ = make_prior('convolutions', batch=1)
     probability = jax.nn.softmax(prior.apply({'params': params}, codes)[0, 0, 0])
     keys = sample_keys(jax.random.key(0), jnp.arange(4000))
-    drawn = jax.jit(lambda: sample(prior, params, keys))().codes[:, 0, 0]
-    np.testing.assert_allclose(np.bincount(drawn, minlength=6) / 4000, probability, atol=0.03)
+    sampled = jax.jit(lambda: sample(prior, params, keys))().codes[:, 0, 0]
+    np.testing.assert_allclose(np.bincount(sampled, minlength=6) / 4000, probability, atol=0.03)
 
 
 def test_levels_are_drawn_from_the_coarsest_and_condition_the_finer():
     top, top_params, *_ = make_prior('classes', shape=(2, 3), codebook_size=5)
     bottom, bottom_params, *_ = make_prior('coarser level')
     index, labels, key = jnp.arange(4), jnp.arange(4) % 3, jax.random.key(11)
-    codes = sample_levels((bottom, top), (bottom_params, top_params), key, index, labels, (Control(), Control(0.7)))
+    codes = sample_levels(
+        (bottom, top), (bottom_params, top_params), key, index, labels, (SamplingParams(), SamplingParams(0.7))
+    )
     assert [c.shape for c in codes] == [(4, 4, 6), (4, 2, 3)]
-    by_hand = sample(top, top_params, sample_keys(jax.random.fold_in(key, 1), index), labels, (), Control(0.7)).codes
+    by_hand = sample(
+        top, top_params, sample_keys(jax.random.fold_in(key, 1), index), labels, (), SamplingParams(0.7)
+    ).codes
     np.testing.assert_array_equal(codes[1], by_hand)
     keys = sample_keys(jax.random.fold_in(key, 0), index)
     np.testing.assert_array_equal(codes[0], sample(bottom, bottom_params, keys, labels, (by_hand,)).codes)
@@ -230,11 +237,11 @@ def test_levels_are_drawn_from_the_coarsest_and_condition_the_finer():
 def test_rejection_keeps_the_best_of_every_class():
     scores = np.array([0.9, 0.1, 0.5, 0.2, 0.3, 0.95])
     labels = np.array([0, 0, 0, 1, 1, 0])
-    assert keep_best(scores, labels, 0.5).tolist() == [0, 4, 5]
-    assert keep_best(scores, labels, 0.01).tolist() == [4, 5]  # no class is lost
-    assert keep_best(scores, labels, 1.0).tolist() == list(range(6))
-    assert len(keep_best(np.linspace(0, 1, 100), np.zeros(100, int), 0.07)) == 7
+    assert select_top_per_class(scores, labels, 0.5).tolist() == [0, 4, 5]
+    assert select_top_per_class(scores, labels, 0.01).tolist() == [4, 5]  # no class is lost
+    assert select_top_per_class(scores, labels, 1.0).tolist() == list(range(6))
+    assert len(select_top_per_class(np.linspace(0, 1, 100), np.zeros(100, int), 0.07)) == 7
     with pytest.raises(ValueError, match='1 of 6 scores are NaN'):
-        keep_best(np.array([np.nan, *scores[1:]]), labels, 0.5)
+        select_top_per_class(np.array([np.nan, *scores[1:]]), labels, 0.5)
     with pytest.raises(ValueError, match=r'\(0, 1\]; it is 0'):
-        keep_best(scores, labels, 0)
+        select_top_per_class(scores, labels, 0)

@@ -1,4 +1,4 @@
-"""The notebook's first cell: what it installs on Colab, Kaggle and locally, and when it asks for a restart."""
+"""The notebook's first cell: its installations on Colab, Kaggle and locally, and when it asks for a restart."""
 
 import ast
 import os

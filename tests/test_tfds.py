@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from benchmarks.input import write_dataset
+from tests.defaults import image_spec
 from tests.test_decode import encoded
-from vqvae2_jax.data.images import ImageSpec, open_images
+from vqvae2_jax.data.images import open_images
 
 
 @pytest.fixture(scope='module')
@@ -34,14 +35,14 @@ def tfds_dir(tmp_path_factory):
 
 def tfds_spec(path, **fields):
     defaults = {'name': 'tiny', 'path': str(path), 'image_size': (6, 8), 'channels': 3, 'num_classes': 2}
-    return ImageSpec(**(defaults | fields))
+    return image_spec(**(defaults | fields))
 
 
 def test_tfds(tfds_dir):
     source = open_images(tfds_spec(tfds_dir, splits=('train[:50%]', 'train[50%:]', 'test')), 'validation')
     assert len(source) == 5 and source.class_names == ('even', 'odd')
-    assert sorted(source.positions) == list(range(5)) and source.positions.tolist() != list(range(5))
-    last = source.positions.tolist().index(4)
+    assert sorted(source.indices) == list(range(5)) and source.indices.tolist() != list(range(5))
+    last = source.indices.tolist().index(4)
     for copy in (source, pickle.loads(pickle.dumps(source))):
         example = copy[last]
         np.testing.assert_array_equal(example['image'], np.broadcast_to(np.uint8([90, 0, 0]), (6, 8, 3)))
@@ -112,10 +113,11 @@ def test_works_without_tensorflow_datasets():
     program = """
 import sys
 sys.modules["tensorflow_datasets"] = None  # Makes its import fail.
-from vqvae2_jax.data.images import ImageSpec, open_images
-open_images(ImageSpec("fashion"), "train")[0]
+from tests.defaults import image_spec
+from vqvae2_jax.data.images import open_images
+open_images(image_spec(), "train")[0]
 try:
-    open_images(ImageSpec("cifar10"), "train")
+    open_images(image_spec("cifar10"), "train")
 except ImportError as error:
     assert "pip install tensorflow-datasets" in str(error)
 else:

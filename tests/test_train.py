@@ -1,7 +1,8 @@
-"""The training loop: what a step changes, what survives a stop, which weights are kept."""
+"""The training loop: the update, restarts after signals and kills, and the best weights."""
 
 import os
 import signal
+import time
 
 import grain
 import jax
@@ -9,19 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqvae2_jax import optim, parallel, state
+from tests.defaults import make_vqvae, train_config
 from vqvae2_jax.data.loader import eval_batches, train_batches
-from vqvae2_jax.io.checkpoint import CheckpointMismatch, Checkpoints, Weights
-from vqvae2_jax.io.interrupt import Interrupted
-from vqvae2_jax.io.logging import read_metrics
-from vqvae2_jax.jobs import train
-from vqvae2_jax.jobs.train import Data, NonFiniteLoss, fit, make_evaluation
-from vqvae2_jax.models.vqvae import VQVAE
-from vqvae2_jax.stages import vqvae
-from vqvae2_jax.stages.stage import Stage, as_floats
+from vqvae2_jax.distributed import sharding
+from vqvae2_jax.distributed.preemption import Interrupted
+from vqvae2_jax.io.logging import RUNTIME_FIELDS, read_metrics
+from vqvae2_jax.tasks import vqvae
+from vqvae2_jax.tasks.task import Task, as_floats
+from vqvae2_jax.training import loop, optim, state
+from vqvae2_jax.training.checkpoint import BestCheckpoint, CheckpointMismatch, Checkpoints
+from vqvae2_jax.training.loop import Data, NonFiniteLoss, make_eval_fn, train
 
 BATCH = 16
-GO_ON = {train.STOP: np.zeros(BATCH, bool)}
+NO_STOP = {loop.SHOULD_STOP: np.zeros(BATCH, bool)}
 
 
 class Images:
@@ -62,27 +63,28 @@ class Watched(grain.DatasetIterator):
         self.seen = {number: rows for number, rows in self.seen.items() if number < state['next_batch']}
 
 
-def small_stage(layers=1):
-    model = VQVAE(
-        (2, 2), channels=1, hidden=8, residual=4, layers=layers, codebook_size=12, codebook_dim=4, reseed_threshold=0.3
-    )
-    return vqvae.make_stage(model, ('bottom', 'top'), 0.25, steps_per_epoch=3)
+def small_task(num_residual_blocks=1):
+    shape = dict(hidden_channels=8, residual_channels=4, num_residual_blocks=num_residual_blocks)
+    shape |= dict(downsample_factors=(2, 2), channels=1, codebook_size=12, codebook_dim=4)
+    model = make_vqvae(dead_code_threshold=0.3, **shape)
+    return vqvae.make_task(model, ('bottom', 'top'), 0.25, steps_per_epoch=3)
 
 
-# Nothing falls together: a stop between them finds each of log, evaluation and checkpoint at another distance.
-TRAINING = optim.Training(
-    steps=11, batch_size=BATCH, learning_rate=3e-3, warmup_steps=2, decay='cosine', clip_norm=0.5, weight_decay=1e-3,
-    weight_ema=0.9, log_every=3, eval_every=4, save_every=5,
+# Log, evaluation and checkpoint fall on different steps, so a stop finds each of them at another distance.
+CONFIG = train_config(
+    steps=11, batch_size=BATCH, learning_rate=3e-3, warmup_steps=2, lr_schedule='cosine', clip_norm=0.5,
+    weight_decay=1e-3, params_ema_decay=0.9, log_every=3, eval_every=4, save_every=5,
 )  # fmt: skip
 
 
-def train_small(directory, at=None, action=None, training=TRAINING):
-    """fit on the images; returns the iterator. Interrupted and `Killed` end it as they end a process."""
+def train_small(directory, at=None, action=None, config=CONFIG):
+    """Trains on the images; returns the iterator. Interrupted and `Killed` end it as they end a process."""
     images = Images()
-    batches = Watched(train_batches(images, batch_size=BATCH, seed=4, flip=True), at, action)
-    data = Data(batches, lambda: eval_batches(images, batch_size=BATCH))
+    batches = train_batches(images, batch_size=BATCH, seed=4, flip=True)
+    first, batches = batches.peek(), Watched(batches, at, action)
+    data = Data(batches, lambda: eval_batches(images, batch_size=BATCH), first)
     try:
-        fit(small_stage(), training, data, directory, name='test', seed=3)
+        train(small_task(), config, data, directory, mesh=sharding.make_mesh(), name='test', seed=3)
     except (Interrupted, Killed) as error:
         batches.ended = error
     return batches
@@ -96,13 +98,14 @@ def kill():
     raise Killed
 
 
-def saved_state(directory, training=TRAINING, stage=None):
+def saved_state(directory, config=CONFIG, task=None):
     """The newest checkpoint's leaves by path, and its step."""
     iterator, checkpoints = train_batches(Images(), batch_size=BATCH, seed=4, flip=True), Checkpoints(directory)
-    optimizer = optim.make_optimizer(training)
-    _, restored, step, _ = train._first_state(
-        stage or small_stage(), optimizer, iterator, checkpoints, seed=3, batch_size=BATCH
-    )
+    data, optimizer = Data(iterator, None, iterator.peek()), optim.make_optimizer(config)
+    with jax.set_mesh(sharding.make_mesh()):
+        restored, step, _ = loop.restore_or_init(
+            task or small_task(), optimizer, data, checkpoints, seed=3, batch_size=BATCH
+        )
     assert iterator.get_state() == {'next_batch': step}
     iterator.close()
     checkpoints.close()
@@ -114,8 +117,8 @@ def leaves(tree):
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def rows_without_time(directory):
-    return [{k: v for k, v in row.items() if k != 'time'} for row in read_metrics(directory)]
+def reproducible_metrics(directory):
+    return [{k: v for k, v in row.items() if k not in RUNTIME_FIELDS} for row in read_metrics(directory)]
 
 
 @pytest.fixture(scope='module')
@@ -124,52 +127,56 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_a_checkpoint_of_another_network_is_refused(uninterrupted):
-    with pytest.raises(CheckpointMismatch, match=r'(?s)checkpoints/\d+ cannot become the state.*delete'):
-        saved_state(uninterrupted[0], stage=small_stage(layers=2))
+    with pytest.raises(CheckpointMismatch, match=r'(?s)checkpoints/\d+ does not fit the train state.*delete'):
+        saved_state(uninterrupted[0], task=small_task(num_residual_blocks=2))
 
 
-def first_state(stage, training):
+def first_state(task, config):
     images = [Images()[i] for i in range(BATCH)]
     batch = {name: np.stack([image[name] for image in images]) for name in images[0]}
-    params, variables = jax.jit(stage.init)(jax.random.key(0), batch)
-    optimizer = optim.make_optimizer(training)
+    params, variables = jax.jit(task.init)(jax.random.key(0), batch)
+    optimizer = optim.make_optimizer(config)
     return state.create(params, variables, jax.random.key(1), optimizer), batch, optimizer
 
 
 def test_every_part_of_the_state_moves_in_a_step_and_the_key_stays():
-    stage, training = small_stage(), optim.Training(steps=9, batch_size=BATCH, learning_rate=1e-3)
-    before, batch, optimizer = first_state(stage, training)
+    task, config = small_task(), train_config(steps=9, batch_size=BATCH, learning_rate=1e-3)
+    before, batch, optimizer = first_state(task, config)
     old = leaves(before)
-    step = train.make_step(stage, optimizer, training, train.layout_of(before))
-    after, metrics = step(before, parallel.put_batch(batch | GO_ON))
+    with jax.set_mesh(sharding.make_mesh()):
+        step = loop.make_step(task, optimizer, config, loop.state_sharding(before))
+        after, metrics = step(before, sharding.make_global_batch(batch | NO_STOP))
     still = [name for name, value in leaves(after).items() if np.array_equal(value, old[name])]
-    # A code's age stays 0 where it is used in every batch, so ages are looked at one by one.
+    # The age of a code that is used in every batch stays 0.
     assert [name for name in still if 'age' not in name] == ['.key']
     assert float(metrics['loss']) > 0 and int(after.step) == 1
 
 
 def test_eight_devices_train_as_one():
-    training = optim.Training(steps=9, batch_size=BATCH, learning_rate=1e-3, weight_ema=0.9)
-    stage = small_stage()
-    one, batch, optimizer = first_state(stage, training)
-    many = jax.device_put(jax.tree.map(jnp.copy, one), parallel.replicated())
-    step = train.make_step(stage, optimizer, training, train.layout_of(one))
+    config = train_config(steps=9, batch_size=BATCH, learning_rate=1e-3, params_ema_decay=0.9)
+    task, mesh = small_task(), sharding.make_mesh()
+    one, batch, optimizer = first_state(task, config)
+    with jax.set_mesh(mesh):
+        many = jax.device_put(jax.tree.map(jnp.copy, one), sharding.replicated_sharding())
+        step = loop.make_step(task, optimizer, config, loop.state_sharding(one))
 
     @jax.jit
     def plain_step(state_, batch):
         key = jax.random.fold_in(state_.key, state_.step)
-        gradients, (variables, _) = jax.grad(stage.loss, has_aux=True)(state_.params, state_.variables, batch, key)
-        return state.update(state_, gradients, variables, optimizer, training.weight_ema)
+        gradients, (variables, _) = jax.grad(task.loss, has_aux=True)(state_.params, state_.variables, batch, key)
+        return state.update(state_, gradients, variables, optimizer, config.params_ema_decay)
 
     for _ in range(3):
-        one, (many, _) = plain_step(one, batch), step(many, parallel.put_batch(batch | GO_ON))
+        one = plain_step(one, batch)
+        with jax.set_mesh(mesh):
+            many, _ = step(many, sharding.make_global_batch(batch | NO_STOP))
     assert jax.device_count() == 8 and len(many.step.sharding.device_set) == 8
     one, many = leaves(one), leaves(many)
     assert one.keys() == many.keys()
     for name, value in one.items():
         np.testing.assert_allclose(many[name], value, atol=1e-5, rtol=1e-4, err_msg=name)
     counts = [value for name, value in many.items() if name.endswith("['counts']")]
-    # Of the global batch, not of one device's part; a code that is re-seeded adds its share.
+    # Of the global batch, not of one device's shard; a restarted code adds its share.
     np.testing.assert_allclose(sorted(c.sum() for c in counts), [BATCH * 2 * 2, BATCH * 4 * 4], rtol=0.1)
 
 
@@ -192,27 +199,27 @@ def test_killed_and_continued_equals_never_stopped(tmp_path, uninterrupted, at):
     killed = train_small(tmp_path, at, kill)
     assert isinstance(killed.ended, Killed)
     continued = train_small(tmp_path)
-    assert min(continued.seen) == at // 5 * 5  # after the last periodic checkpoint, or anew
+    assert min(continued.seen) == at // 5 * 5  # after the last periodic checkpoint, or from the start
     assert killed.seen | continued.seen == whole.seen
     assert_same_run(tmp_path, directory)
 
 
 def assert_same_run(directory, reference):
     (found, step), (expected, expected_step) = saved_state(directory), saved_state(reference)
-    assert step == expected_step == TRAINING.steps and found.keys() == expected.keys()
+    assert step == expected_step == CONFIG.steps and found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
-    assert rows_without_time(directory) == rows_without_time(reference)
+    assert reproducible_metrics(directory) == reproducible_metrics(reference)
     assert kept(directory) == kept(reference)
-    jax.tree.map(np.testing.assert_array_equal, Weights(directory).load(), Weights(reference).load())
+    jax.tree.map(np.testing.assert_array_equal, BestCheckpoint(directory).load(), BestCheckpoint(reference).load())
 
 
 def kept(directory):
-    return {name: value for name, value in Weights(directory).best().items() if name != 'directory'}
+    return {name: value for name, value in BestCheckpoint(directory).best().items() if name != 'directory'}
 
 
 def test_a_signal_during_the_last_step_is_not_swallowed(tmp_path):
-    last = train_small(tmp_path, TRAINING.steps - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    last = train_small(tmp_path, CONFIG.steps - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert last.ended.code == 143
     assert not train_small(tmp_path).seen  # all was done
 
@@ -223,7 +230,7 @@ def test_data_differ_between_epochs(uninterrupted):
     assert order[:40] != order[40:80]
 
 
-# A stage that can be worked out by hand: Adam moves w by the learning rate in every step.
+# A task that can be computed by hand: Adam moves w by the learning rate in every step.
 
 
 class Numbers(grain.DatasetIterator):
@@ -239,7 +246,7 @@ class Numbers(grain.DatasetIterator):
         self.number += 1
         return {'x': np.full(8, self.number - 1, np.float32)}
 
-    def without_workers(self):
+    def fall_back_to_threads(self):
         self.at = None
 
     def get_state(self):
@@ -249,7 +256,7 @@ class Numbers(grain.DatasetIterator):
         self.number = state['number']
 
 
-def toy_stage(judge=lambda w: jnp.abs(w - 3), bad_batch=-1, bad_gradient=-1):
+def toy_task(distance=lambda w: jnp.abs(w - 3), bad_batch=-1, bad_gradient=-1):
     def loss(params, variables, batch, key):
         number = jnp.mean(batch['x'])
         value = jnp.where(number == bad_batch, jnp.nan, -jnp.sum(params['w']))
@@ -258,79 +265,80 @@ def toy_stage(judge=lambda w: jnp.abs(w - 3), bad_batch=-1, bad_gradient=-1):
         value += jnp.where(bad, jnp.sqrt(jnp.where(bad, nothing, 1.0)), 0.0)  # at 0 the root is 0, its slope infinite
         return value, (variables, {'loss': value})
 
-    def evaluate(params, variables, batch):
-        return {'distance': judge(params['w'][0]) + 0 * batch['x'], 'x': batch['x']}
+    def eval_step(params, variables, batch):
+        return {'distance': distance(params['w'][0]) + 0 * batch['x'], 'x': batch['x']}
 
     def init(key, batch):
         return {'w': jnp.zeros(2)}, {}
 
-    return Stage(init, loss, evaluate, as_floats, show=None, select='distance')
+    return Task(init, loss, eval_step, as_floats, best_metric='distance')
 
 
-def held_out():
+def val():
     yield {'x': np.arange(8, dtype=np.float32), 'mask': np.ones(8, bool)}
 
 
-def train_toy(directory, stage, data=None, held_out=held_out, **training):
-    fields = {'steps': 8, 'learning_rate': 1.0, 'weight_ema': 0.0, 'eval_every': 1, 'save_every': 2, **training}
-    data = Data(data or Numbers(), held_out)
-    return fit(stage, optim.Training(batch_size=8, **fields), data, directory, name='toy', seed=0)
+def train_toy(directory, task, data=None, val=val, **fields):
+    defaults = {'steps': 8, 'learning_rate': 1.0, 'params_ema_decay': 0.0, 'eval_every': 1, 'save_every': 2}
+    config = train_config(batch_size=8, **defaults | fields)
+    data = Data(data or Numbers(), val, {'x': np.zeros(8, np.float32)})
+    return train(task, config, data, directory, mesh=sharding.make_mesh(), name='toy', seed=0)
 
 
 def test_the_best_weights_are_kept_and_not_the_last(tmp_path):
-    result = train_toy(tmp_path, toy_stage())
+    result = train_toy(tmp_path, toy_task())
     assert result['steps'] == 8 and result['parameters'] == 2
-    assert Weights(tmp_path).best()['step'] == 3
-    np.testing.assert_allclose(Weights(tmp_path).load()['params']['w'], [3, 3], atol=1e-4)
+    assert BestCheckpoint(tmp_path).best()['step'] == 3
+    np.testing.assert_allclose(BestCheckpoint(tmp_path).load()['params']['w'], [3, 3], atol=1e-4)
     distances = [row['validation/distance'] for row in read_metrics(tmp_path) if 'validation/distance' in row]
     np.testing.assert_allclose(distances, [2, 1, 0, 1, 2, 3, 4, 5], atol=1e-3)
 
 
 def test_the_weights_kept_are_the_averages(tmp_path):
-    train_toy(tmp_path, toy_stage(), steps=3, weight_ema=0.9)
+    train_toy(tmp_path, toy_task(), steps=3, params_ema_decay=0.9)
     average = 0.0
     for step in range(3):
         decay = (1 + step) / (10 + step)
         average = decay * average + (1 - decay) * (step + 1)
-    np.testing.assert_allclose(Weights(tmp_path).load()['params']['w'], [average] * 2, rtol=1e-4)
+    np.testing.assert_allclose(BestCheckpoint(tmp_path).load()['params']['w'], [average] * 2, rtol=1e-4)
 
 
 @pytest.mark.parametrize('at', [4, 5])
 def test_a_restart_keeps_the_best_weights(tmp_path, at):
-    train_toy(tmp_path / 'whole', toy_stage())
+    train_toy(tmp_path / 'whole', toy_task())
     with pytest.raises(Killed):
-        train_toy(tmp_path / 'run', toy_stage(), Numbers(at, kill))
+        train_toy(tmp_path / 'run', toy_task(), Numbers(at, kill))
     before = kept(tmp_path / 'run')
-    train_toy(tmp_path / 'run', toy_stage())
+    train_toy(tmp_path / 'run', toy_task())
     assert kept(tmp_path / 'run') == before == kept(tmp_path / 'whole')
-    expected = Weights(tmp_path / 'whole').load()['params']['w']
-    np.testing.assert_array_equal(Weights(tmp_path / 'run').load()['params']['w'], expected)
-    directory = Weights(tmp_path / 'run').best()['directory']
+    expected = BestCheckpoint(tmp_path / 'whole').load()['params']['w']
+    np.testing.assert_array_equal(BestCheckpoint(tmp_path / 'run').load()['params']['w'], expected)
+    directory = BestCheckpoint(tmp_path / 'run').best()['directory']
     assert sorted(p.name for p in (tmp_path / 'run' / 'weights').iterdir()) == sorted([directory, 'best.json'])
 
 
 def test_of_equals_the_later_weights_are_kept(tmp_path):
-    train_toy(tmp_path, toy_stage(judge=lambda w: 0 * w))
-    assert Weights(tmp_path).best()['step'] == 8
-    np.testing.assert_allclose(Weights(tmp_path).load()['params']['w'], [8, 8], atol=1e-3)
+    train_toy(tmp_path, toy_task(distance=lambda w: 0 * w))
+    assert BestCheckpoint(tmp_path).best()['step'] == 8
+    np.testing.assert_allclose(BestCheckpoint(tmp_path).load()['params']['w'], [8, 8], atol=1e-3)
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_loses_nothing(tmp_path):
     with pytest.raises(NonFiniteLoss, match='^loss is nan at step 6'):
-        train_toy(tmp_path, toy_stage(bad_batch=5))
+        train_toy(tmp_path, toy_task(bad_batch=5))
     assert Checkpoints(tmp_path).latest_step() == 4
     assert max(row['step'] for row in read_metrics(tmp_path)) == 5
-    train_toy(tmp_path, toy_stage())  # the cause removed, the same command goes on
+    train_toy(tmp_path, toy_task())  # the cause removed, the same command goes on
     assert Checkpoints(tmp_path).latest_step() == 8
-    np.testing.assert_allclose(Weights(tmp_path).load()['params']['w'], [3, 3], atol=1e-4)
+    np.testing.assert_allclose(BestCheckpoint(tmp_path).load()['params']['w'], [3, 3], atol=1e-4)
 
 
 def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path):
     with pytest.raises(NonFiniteLoss, match='gradient_norm is (nan|inf) at step 6'):  # where a checkpoint is due
-        train_toy(tmp_path, toy_stage(bad_gradient=5), eval_every=7)
+        train_toy(tmp_path, toy_task(bad_gradient=5), eval_every=7)
     assert Checkpoints(tmp_path).latest_step() == 4
-    train_toy(tmp_path, toy_stage(), eval_every=7)
-    np.testing.assert_allclose(Weights(tmp_path).load()['params']['w'], [7, 7], atol=1e-3)
+    train_toy(tmp_path, toy_task(), eval_every=7)
+    np.testing.assert_allclose(BestCheckpoint(tmp_path).load()['params']['w'], [7, 7], atol=1e-3)
 
 
 def terminate():
@@ -345,17 +353,17 @@ def raise_own():
 
 def test_workers_that_a_signal_ended_are_done_without_until_the_stop(tmp_path):
     with pytest.raises(Interrupted):
-        train_toy(tmp_path, toy_stage(), Numbers(5, terminate))
+        train_toy(tmp_path, toy_task(), Numbers(5, terminate))
     assert Checkpoints(tmp_path).latest_step() == 6  # other processes need this one's part of the batch
     with pytest.raises(RuntimeError, match='their own'):
-        train_toy(tmp_path, toy_stage(), Numbers(7, raise_own))  # without a signal it is an error
+        train_toy(tmp_path, toy_task(), Numbers(7, raise_own))  # without a signal it is an error
 
 
 class Pass:
-    """Twice the held-out batch; notes its end."""
+    """The validation batch, twice; notes its end."""
 
     def __init__(self, action=lambda: None):
-        self.rows, self.action, self.closed = [*held_out()] * 2, action, False
+        self.rows, self.action, self.closed = [*val()] * 2, action, False
 
     def __iter__(self):
         return self
@@ -366,7 +374,7 @@ class Pass:
             raise StopIteration
         return self.rows.pop()
 
-    def without_workers(self):
+    def fall_back_to_threads(self):
         self.action = lambda: None
 
     def close(self):
@@ -381,30 +389,80 @@ def test_an_evaluation_whose_workers_a_signal_ended_is_finished(tmp_path):
         return passes[-1]
 
     with pytest.raises(Interrupted):
-        train_toy(tmp_path, toy_stage(), held_out=ended_once)
+        train_toy(tmp_path, toy_task(), val=ended_once)
     assert Checkpoints(tmp_path).latest_step() == 4
     assert [row['step'] for row in read_metrics(tmp_path) if 'validation/distance' in row] == [1, 2, 3, 4]
     with pytest.raises(RuntimeError, match='their own'):
-        train_toy(tmp_path, toy_stage(), held_out=lambda: Pass(raise_own))
+        train_toy(tmp_path, toy_task(), val=lambda: Pass(raise_own))
 
 
-def test_passes_over_the_held_out_examples_are_closed(tmp_path):
+def test_passes_over_the_validation_examples_are_closed(tmp_path):
     opened = []
 
     def open_one():
         opened.append(Pass())
         return opened[-1]
 
-    stage = toy_stage()._replace(shown=('x',), show=lambda *_: [jnp.zeros((1, 8, 8, 1))])
-    train_toy(tmp_path, stage, held_out=open_one, show_every=4)
+    task = toy_task()._replace(image_labels=('x',), visualize=lambda *_: [jnp.zeros((1, 8, 8, 1))])
+    train_toy(tmp_path, task, val=open_one, image_every=4)
     assert len(opened) == 8 + 2 and all(one.closed for one in opened)
 
 
 def test_evaluation_is_exact_on_a_ragged_last_batch():
     source = [{'x': np.float32(value), 'index': np.int64(i)} for i, value in enumerate(np.arange(21) ** 2)]
-    mean = make_evaluation(toy_stage())
-    found = mean({'w': jnp.ones(2)}, {}, eval_batches(source, batch_size=8))
-    np.testing.assert_allclose(found['x'], np.mean(np.arange(21) ** 2), rtol=1e-6)
-    assert found['distance'] == 2
-    with pytest.raises(ValueError, match='no readable example'):
-        mean({'w': jnp.ones(2)}, {}, [{'x': np.ones(8, np.float32), 'mask': np.zeros(8, bool)}])
+    with jax.set_mesh(sharding.make_mesh()):
+        mean = make_eval_fn(toy_task())
+        found = mean({'w': jnp.ones(2)}, {}, eval_batches(source, batch_size=8))
+        np.testing.assert_allclose(found['x'], np.mean(np.arange(21) ** 2), rtol=1e-6)
+        assert found['distance'] == 2
+        with pytest.raises(ValueError, match='no readable example'):
+            mean({'w': jnp.ones(2)}, {}, [{'x': np.ones(8, np.float32), 'mask': np.zeros(8, bool)}])
+
+
+def test_weights_of_a_nan_are_never_the_best(tmp_path):
+    train_toy(tmp_path, toy_task(distance=lambda w: jnp.where(w < 1.5, jnp.nan, w)))
+    assert BestCheckpoint(tmp_path).best()['step'] == 2
+    with pytest.raises(NonFiniteLoss, match='validation distance was NaN at every evaluation'):
+        train_toy(tmp_path / 'other', toy_task(distance=lambda w: w * jnp.nan))
+
+
+def test_images_are_made_outside_the_mesh_on_one_device(tmp_path):
+    def visualize(params, variables, batch):
+        assert jax.sharding.get_abstract_mesh().empty
+        return [jnp.zeros((len(batch['x']), 8, 8, 1))]
+
+    train_toy(tmp_path, toy_task()._replace(image_labels=('x',), visualize=visualize), image_every=4)
+    assert sorted(path.name for path in (tmp_path / 'pictures').iterdir()) == ['validation-4.png', 'validation-8.png']
+
+
+def traces(directory):
+    return list((directory / 'profile').rglob('*.xplane.pb'))
+
+
+def test_a_profile_of_some_steps_is_written(tmp_path):
+    train_toy(tmp_path, toy_task(), profile_steps=(3, 5))
+    (trace,) = traces(tmp_path)
+    assert trace.stat().st_size and b'train' in trace.read_bytes()
+
+
+def test_a_stop_within_the_profiled_steps_ends_the_profile_and_the_restart_continues_it(tmp_path):
+    with pytest.raises(Interrupted):
+        train_toy(tmp_path, toy_task(), Numbers(4, lambda: os.kill(os.getpid(), signal.SIGTERM)), profile_steps=(3, 7))
+    assert len(traces(tmp_path)) == 1 and Checkpoints(tmp_path).latest_step() < 7
+    time.sleep(1)  # traces are named by the second
+    assert train_toy(tmp_path, toy_task(), profile_steps=(3, 7))['steps'] == 8
+    assert len(traces(tmp_path)) == 2
+
+
+def test_rates_and_utilization_are_logged(tmp_path, capsys):
+    batch = Numbers()
+    data = Data(batch, val, {'x': np.zeros(8, np.float32)})
+    config = train_config(steps=4, batch_size=8, learning_rate=1.0, log_every=1, eval_every=4, save_every=4)
+    rates = {'flops_per_step': 50.0, 'peak_flops': 1e6}
+    train(toy_task(), config, data, tmp_path, mesh=sharding.make_mesh(), name='toy', seed=0, **rates)
+    lines = [row for row in read_metrics(tmp_path) if 'train/loss' in row]
+    assert 'train/steps_per_second' not in lines[0]  # which has compiled
+    for line in lines[1:]:
+        assert line['train/examples_per_second'] == pytest.approx(8 * line['train/steps_per_second'])
+        assert line['train/utilization'] == pytest.approx(50e-6 * line['train/steps_per_second'])
+    assert '% of peak FLOP/s' in capsys.readouterr().out

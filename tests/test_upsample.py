@@ -11,7 +11,7 @@ from vqvae2_jax.models.upsample import Upsample
 
 @pytest.mark.parametrize('shape', [(2, 6, 4, 3), (1, 1, 3, 1)])
 def test_values_and_gradients_equal_the_transposed_convolution(shape):
-    fast = Upsample(5)
+    fast = Upsample(5, jnp.float32)
     plain = nn.ConvTranspose(5, (4, 4), (2, 2), transpose_kernel=True)  # PyTorch's layout: not mirrored
     x = jax.random.normal(jax.random.key(0), shape)
     params = {**fast.init(jax.random.key(1), x)['params'], 'bias': jnp.arange(5.0)}

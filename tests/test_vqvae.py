@@ -6,15 +6,23 @@ import numpy as np
 import optax
 import pytest
 
-from vqvae2_jax import optim, state
-from vqvae2_jax.models.vqvae import VQVAE, map_shapes
-from vqvae2_jax.stages.vqvae import make_stage
+from tests import defaults
+from vqvae2_jax.models.vqvae import map_shapes
+from vqvae2_jax.tasks.vqvae import make_task
+from vqvae2_jax.training import optim, state
 
-SMALL = {'channels': 3, 'hidden': 8, 'residual': 4, 'layers': 1, 'codebook_size': 16, 'codebook_dim': 6}
+SMALL = {
+    'channels': 3,
+    'hidden_channels': 8,
+    'residual_channels': 4,
+    'num_residual_blocks': 1,
+    'codebook_size': 16,
+    'codebook_dim': 6,
+}
 
 
 def _model(factors=(2, 2), size=(8, 12), batch=2, **fields):
-    model = VQVAE(factors=factors, **{**SMALL, **fields})
+    model = defaults.make_vqvae(downsample_factors=factors, **SMALL | fields)
     image = jax.random.uniform(jax.random.key(1), (batch, *size, 3), minval=-1)
     variables = jax.jit(model.init)({'params': jax.random.key(2), 'reseed': jax.random.key(3)}, image)
     return model, variables, image
@@ -81,9 +89,9 @@ def test_finer_codes_see_the_decoded_coarser_ones():
     assert (before != after).any()
 
 
-def _gradients(level_loss):
-    model, variables, image = _model(level_loss=level_loss)
-    stage = make_stage(model, ('bottom', 'top'), 0.25, 10)
+def _gradients(preview_grad_scale):
+    model, variables, image = _model(preview_grad_scale=preview_grad_scale)
+    stage = make_task(model, ('bottom', 'top'), 0.25, 10)
     batch = {'image': jnp.round((image + 1) * 127.5).astype(jnp.uint8)}
     rest = {'codebook': variables['codebook']}
     return jax.jit(jax.grad(lambda p: stage.loss(p, rest, batch, jax.random.key(0))[0]))(variables['params'])
@@ -95,8 +103,8 @@ def test_straight_through_gradient_reaches_every_parameter():
 
 
 def test_previews_leave_the_paper_model_alone_unless_asked():
-    def main_gradient(level_loss, drop_preview):
-        model, variables, image = _model(level_loss=level_loss)
+    def main_gradient(preview_grad_scale, drop_preview):
+        model, variables, image = _model(preview_grad_scale=preview_grad_scale)
 
         def loss(params):
             output = model.apply({**variables, 'params': params}, image)
@@ -114,7 +122,7 @@ def test_previews_leave_the_paper_model_alone_unless_asked():
 
 def test_stage_counts_only_codes_that_were_chosen_as_used_and_clips_as_evaluation_does():
     model, variables, image = _model()
-    stage = make_stage(model, ('bottom', 'top'), 0.25, steps_per_epoch=10)
+    stage = make_task(model, ('bottom', 'top'), 0.25, steps_per_epoch=10)
     batch, codebook = {'image': jnp.round((image + 1) * 127.5).astype(jnp.uint8)}, {'codebook': variables['codebook']}
     params = jax.tree.map(lambda x: 3 * x, variables['params'])  # images that leave [-1, 1]
     _, (after, metrics) = stage.loss(params, codebook, batch, jax.random.key(0))
@@ -122,14 +130,14 @@ def test_stage_counts_only_codes_that_were_chosen_as_used_and_clips_as_evaluatio
     for name, codes in zip(('bottom', 'top'), output.codes, strict=True):
         assert metrics[f'used_{name}'] == len(np.unique(codes)) / 16 < 1
     assert np.abs(output.image).max() > 1
-    values = stage.evaluate(params, codebook, batch)
+    values = stage.eval_step(params, codebook, batch)
     assert metrics['mse'] == pytest.approx(float(np.mean(values['mse'])), rel=1e-5)
     assert metrics['loss'] > metrics['mse'] + np.mean((output.image - jnp.clip(output.image, -1, 1)) ** 2)
 
 
 def test_bfloat16_computes_close_to_float32_and_quantizes_in_float32():
     model, variables, image = _model()
-    half = VQVAE(factors=(2, 2), dtype=jnp.bfloat16, **SMALL)
+    half = defaults.make_vqvae(downsample_factors=(2, 2), dtype=jnp.bfloat16, **SMALL)
     output = half.apply(variables, image)
     assert output.image.dtype == jnp.float32
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables['params']))
@@ -141,16 +149,16 @@ def test_bfloat16_computes_close_to_float32_and_quantizes_in_float32():
 
 def test_stage_summary_counts_codes_and_psnr():
     model, variables, image = _model()
-    stage = make_stage(model, ('bottom', 'top'), 0.25, 10)
+    stage = make_task(model, ('bottom', 'top'), 0.25, 10)
     batch = {'image': jnp.round((image + 1) * 127.5).astype(jnp.uint8)}
-    values = stage.evaluate(variables['params'], {'codebook': variables['codebook']}, batch)
-    summary = stage.summarize({k: np.asarray(v, np.float64).mean(0) for k, v in values.items()})
+    values = stage.eval_step(variables['params'], {'codebook': variables['codebook']}, batch)
+    summary = stage.reduce_metrics({k: np.asarray(v, np.float64).mean(0) for k, v in values.items()})
     codes = model.apply(variables, batch['image'] / 127.5 - 1, method='encode')
     for name, level_codes in zip(('bottom', 'top'), codes, strict=True):
         assert summary[f'used_{name}'] == len(np.unique(level_codes)) / 16
     assert summary['psnr'] == pytest.approx(10 * np.log10(4 / summary['mse']))
-    assert stage.shown == ('original', 'top only', 'all levels')
-    original, _, both = stage.show(variables['params'], {'codebook': variables['codebook']}, batch)
+    assert stage.image_labels == ('original', 'top only', 'all levels')
+    original, _, both = stage.visualize(variables['params'], {'codebook': variables['codebook']}, batch)
     np.testing.assert_allclose(original, batch['image'] / 127.5 - 1, atol=1e-6)
     error = np.mean((np.clip(both, -1, 1) - original) ** 2)
     assert error == pytest.approx(summary['mse'], rel=1e-5)
@@ -159,10 +167,10 @@ def test_stage_summary_counts_codes_and_psnr():
 @pytest.mark.slow
 def test_overfits_eight_images():
     model, variables, image = _model(
-        (2, 2), (16, 16), batch=8, hidden=32, residual=16, codebook_size=64, codebook_dim=16
+        (2, 2), (16, 16), batch=8, hidden_channels=32, residual_channels=16, codebook_size=64, codebook_dim=16
     )
-    stage = make_stage(model, ('bottom', 'top'), 0.25, 10)
-    training = optim.Training(steps=300, batch_size=8, learning_rate=3e-3)
+    stage = make_task(model, ('bottom', 'top'), 0.25, 10)
+    training = defaults.train_config(steps=300, batch_size=8, learning_rate=3e-3)
     optimizer = optim.make_optimizer(training)
     # Smooth images, as photographs are: noise has no structure to find.
     smooth = jax.image.resize(image[:, ::4, ::4], image.shape, 'linear')

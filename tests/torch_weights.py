@@ -9,7 +9,7 @@ import numpy as np
 def seeded_state(
     params: Mapping, norm_of, classes: int, scale: tuple[float, float], bias: bool = False
 ) -> dict[str, np.ndarray]:
-    """What PyTorch would have called the folded convolutions `params` (shapes), with batch norm unfolded.
+    """PyTorch's names of the folded convolutions `params` (shapes), with batch norm unfolded.
 
     Args:
       params: layer -> {'kernel': shape [h, w, in, out], ...}; a layer `fc` is left to `classes`.
@@ -41,7 +41,7 @@ def inception_state(classes: int = 0) -> dict[str, np.ndarray]:
 
 def resnet50_state(classes: int = 10) -> dict[str, np.ndarray]:
     """For models/imported.py, and for torchvision."""
-    from vqvae2_jax.models.imported import BottleneckResNet, norm_of
+    from vqvae2_jax.models.torchvision_resnet import BottleneckResNet, norm_of
 
     shapes = _shapes(BottleneckResNet(classes, (3, 4, 6, 3)), 224)
     return seeded_state(shapes, lambda layer: (layer, norm_of(layer)), classes, (0.2, 0.6), bias=True)

@@ -1,12 +1,12 @@
-"""Images in .npz files, the format in which this project and the field's evaluators keep samples.
+"""Images in .npz files, the format of sample sets here and in common evaluators.
 
     arr_0         uint8 [N, H, W, C] or [N, H, W], C 1 or 3
     label         int [N], optional
     class_names   str [K], optional
 
-np.savez('images.npz', arr_0=images, label=labels) makes one; its pixels are then read from the disk as they are needed,
-those of a compressed file are held in memory. A pattern such as 'samples/*.npz' takes several files, in the order of
-their names, as one. With data.splits=('train.npz', 'val.npz', 'test.npz') these are files of the folder data.path.
+np.savez('images.npz', arr_0=images, label=labels) makes one. Its pixels are read from disk on access; those of a
+compressed file are held in memory. A pattern such as 'samples/*.npz' joins several files, in the order of their names.
+With data.splits=('train.npz', 'val.npz', 'test.npz') these are files in the folder data.path.
 """
 
 import functools
@@ -24,7 +24,7 @@ _STORED_HEADER = 30  # bytes of a zip member's own header, before its name
 
 @functools.lru_cache(maxsize=4096)
 def _pixels(path: str, *state: int) -> np.ndarray:
-    """arr_0 of a file; mapped, not read, unless it is compressed. `state`: a file that was replaced is another one."""
+    """arr_0 of a file, memory-mapped unless it is compressed. `state` tells apart files that replace each other."""
     with zipfile.ZipFile(path) as archive, archive.open('arr_0.npy') as member:
         info = archive.getinfo('arr_0.npy')
         version = np.lib.format.read_magic(member)
@@ -41,8 +41,8 @@ def _pixels(path: str, *state: int) -> np.ndarray:
     return np.memmap(path, dtype, 'r', begin, shape)
 
 
-class ArraysPool:
-    """The images of .npz files as a pool (see images.Pool). Holds labels, not pixels, so that it pickles cheaply."""
+class ArraysDataset:
+    """The images of .npz files (an `images.Dataset`). It holds labels, not pixels, so it pickles cheaply."""
 
     def __init__(self, pattern: str, num_classes: int, field: str = 'data.path'):
         """Opens the files.
@@ -66,37 +66,40 @@ class ArraysPool:
         self._ends = np.cumsum([file.count for file in files])
         self._checksums = [checksum for file in files for checksum in file.checksums]
         self.class_names = files[0].class_names
-        self.strata = np.concatenate([file.labels for file in files]) if num_classes else None
+        self.stratify_by = np.concatenate([file.labels for file in files]) if num_classes else None
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def _place(self, position):
-        number = int(np.searchsorted(self._ends, position, side='right'))
-        return self._keys[number], position - (int(self._ends[number - 1]) if number else 0)
+    def _locate(self, index):
+        number = int(np.searchsorted(self._ends, index, side='right'))
+        return self._keys[number], index - (int(self._ends[number - 1]) if number else 0)
 
-    def where(self, position: int) -> str:
-        (path, *_), row = self._place(position)
+    def example_name(self, index: int) -> str:
+        """Returns the path or name of an image, for messages."""
+        (path, *_), row = self._locate(index)
         return f'{path}[{row}]'
 
-    def identity(self, positions: np.ndarray) -> bytes:
+    def fingerprint(self, indices: np.ndarray) -> bytes:
+        """Returns bytes that identify these images, their order and their labels, wherever the data are."""
         head = f'{self._checksums}, {len(self.class_names)} classes\n'
-        return head.encode() + np.asarray(positions).astype('<i8').tobytes()
+        return head.encode() + np.asarray(indices).astype('<i8').tobytes()
 
-    def read(self, position: int, channels: int) -> tuple[Image.Image, int]:
-        key, row = self._place(position)
+    def read(self, index: int, channels: int) -> tuple[Image.Image, int]:
+        """Reads an upright image in mode 'L' or 'RGB', and its label; raises UnreadableImage."""
+        key, row = self._locate(index)
         image = _pixels(*key)[row]
-        label = 0 if self.strata is None else int(self.strata[position])
+        label = 0 if self.stratify_by is None else int(self.stratify_by[index])
         return to_channels(Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image), channels), label
 
 
 class _File:
-    """What a pool knows of one file: key (for `_pixels`), count, shape of an image, labels, class_names, checksums."""
+    """One file: its key (for `_pixels`), count, image shape, labels, class_names and checksums."""
 
     def __init__(self, path, num_classes, field):
         try:
             with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as arrays:
-                # Of the arrays: what tells these images from others, with no pixel read.
+                # Checksums of the arrays identify the images without reading pixels.
                 self.checksums = [archive.getinfo(f'{name}.npy').CRC for name in ('arr_0', 'label') if name in arrays]
                 self.labels = arrays['label'] if 'label' in arrays and num_classes else None
                 names = [str(name) for name in arrays['class_names']] if 'class_names' in arrays else None

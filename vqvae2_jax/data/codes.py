@@ -2,11 +2,11 @@
 
 A store is a directory:
 
-    meta.json                              what is in it (CodesMeta); written last, so its presence means complete
+    record.json                            the record of the job (io/record.py); its results are `CodesMeta`
     shard-00000-of-00004.array_record      ArrayRecord files, group_size:1 for random access, checksummed
     ...
 
-Each record is one example, a fixed-length little-endian struct without padding:
+Each ArrayRecord record is one example, a fixed-length little-endian struct without padding:
 
     index    int64          position in the split of images
     label    int32
@@ -14,42 +14,38 @@ Each record is one example, a fixed-length little-endian struct without padding:
     codes_1  likewise, the next coarser level
     ...
 
-Example i is record i of the shards read one after the other in order of their numbers.
+Example i is record i of the concatenation of all shards, in the order of their numbers.
 """
 
 import dataclasses
-import functools
-import json
 import os
 import tempfile
 import uuid
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 from etils import epath
 
-from vqvae2_jax.io import bucket, provenance
+from vqvae2_jax.io import gcs, record
 
-SCHEMA = 1
-_META = 'meta.json'
-_AGAIN = 'Run --job=codes again.'
+JOB = 'extract_codes'
+_RUN_AGAIN = f'Run --job={JOB} again.'
 
 
 @dataclasses.dataclass(frozen=True)
 class CodesMeta:
-    """What a store of codes holds and where it came from.
+    """The contents of a store of codes; the results in its record.
 
     Attributes:
       shapes: (h, w) of each level, finest first.
       codebook_sizes: K of each level, finest first.
-      num_classes: 0 is unlabelled.
-      class_names: by label; () if unlabelled.
+      num_classes: 0 is unlabeled.
+      class_names: by label; () if unlabeled.
       count: number of examples.
       split: of the images.
       shards: number of files.
-      vqvae_digest: of the stage-1 checkpoint that made the codes.
-      version: of the package that wrote the store.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -59,8 +55,6 @@ class CodesMeta:
     count: int
     split: str
     shards: int
-    vqvae_digest: str
-    version: str
 
     def __post_init__(self):
         if not self.shapes or len(self.shapes) != len(self.codebook_sizes):
@@ -68,42 +62,39 @@ class CodesMeta:
         if self.shards < 1 or self.count < 0:
             raise ValueError(f'shards={self.shards} must be >= 1, count={self.count} >= 0.')
 
-    def to_json(self) -> str:
-        return json.dumps({'schema': SCHEMA} | dataclasses.asdict(self), indent=2, ensure_ascii=False) + '\n'
-
     @classmethod
-    def from_json(cls, text: str) -> 'CodesMeta':
-        """Raises ValueError on another schema, or on fields that are missing or unknown."""
-        fields = json.loads(text)
-        schema = fields.pop('schema', None)
-        if schema != SCHEMA:
-            raise ValueError(f'codes of schema {schema!r}; this version of vqvae2_jax reads schema {SCHEMA}. {_AGAIN}')
-        names = {field.name for field in dataclasses.fields(cls)}
-        if names != fields.keys():
-            raise ValueError(f'the fields {sorted(names ^ fields.keys())} are missing or unknown. {_AGAIN}')
-        fields['shapes'] = tuple(tuple(shape) for shape in fields['shapes'])
-        fields['codebook_sizes'] = tuple(fields['codebook_sizes'])
-        fields['class_names'] = tuple(fields['class_names'])
-        return cls(**fields)
+    def from_results(cls, results: dict[str, Any]) -> 'CodesMeta':
+        """Converts the results of a record.
+
+        Raises:
+          ValueError: fields are missing or unknown, or do not agree.
+        """
+        if different := sorted({field.name for field in dataclasses.fields(cls)} ^ results.keys()):
+            raise ValueError(
+                f'the results {different} are missing or unknown. Delete that directory and run --job={JOB} again.'
+            )
+        shapes = tuple(tuple(shape) for shape in results['shapes'])
+        tuples = {name: tuple(results[name]) for name in ('codebook_sizes', 'class_names')}
+        return cls(**{**results, **tuples, 'shapes': shapes})
 
 
 def shard_path(directory: epath.PathLike, shard: int, shards: int) -> str:
-    """Path of one shard, such as DIRECTORY/shard-00003-of-00010.array_record."""
+    """Returns the path of one shard, such as DIRECTORY/shard-00003-of-00010.array_record."""
     return os.fspath(epath.Path(directory) / f'shard-{shard:05d}-of-{shards:05d}.array_record')
 
 
 def finished_shards(directory: epath.PathLike, shards: int) -> list[int]:
-    """Numbers of the shards that are there, whole."""
+    """Returns the numbers of the shards that are completely written, ascending."""
     return [shard for shard in range(shards) if epath.Path(shard_path(directory, shard, shards)).exists()]
 
 
 def write_shard(
     path: epath.PathLike, batches: Iterable[Mapping[str, np.ndarray]], codebook_sizes: tuple[int, ...]
 ) -> int:
-    """Writes one shard, under a temporary name until it is whole.
+    """Writes one shard, under a temporary name until it is complete.
 
     Args:
-      path: see shard_path; the directory is made if need be.
+      path: see `shard_path`; its directory is created if it does not exist.
       batches: dicts of 'codes_0', 'codes_1', ... (integers [B, h, w], finest first), 'label' and 'index' (integers
         [B]), and optionally 'mask' (bool [B]): rows where it is False are left out.
       codebook_sizes: K of each level, finest first.
@@ -116,7 +107,7 @@ def write_shard(
     """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    remote = bucket.is_remote(path)  # where a file is there once it is whole
+    remote = gcs.is_remote(path)  # a file appears there only when it is complete
     name = f'{path.name}.unfinished-{uuid.uuid4().hex[:8]}'
     unfinished = epath.Path(tempfile.gettempdir() if remote else path.parent) / name
     # Fast compression: on codes, stronger settings cost much time and gain little.
@@ -124,12 +115,12 @@ def write_shard(
     count = 0
     try:
         for batch in batches:
-            for record in _pack(batch, codebook_sizes):
-                writer.write(record.tobytes())
+            for row in _pack(batch, codebook_sizes):
+                writer.write(row.tobytes())
                 count += 1
         writer.close()
         if remote:
-            bucket.upload(os.fspath(unfinished), path)
+            gcs.upload(os.fspath(unfinished), path)
         else:
             unfinished.replace(path)
     finally:
@@ -139,54 +130,48 @@ def write_shard(
     return count
 
 
-def write_meta(directory: epath.PathLike, meta: CodesMeta) -> None:
-    """Writes meta.json; call it when all shards are written."""
-    provenance.write_bytes(epath.Path(directory) / _META, meta.to_json().encode())
-
-
-def read_meta(directory: epath.PathLike) -> CodesMeta:
-    """Reads meta.json.
-
-    Raises:
-      FileNotFoundError: there is none.
-      ValueError: it is of another schema.
-    """
-    path = epath.Path(directory) / _META
-    if not path.exists():
-        raise FileNotFoundError(f'no codes in {directory}: {path} is missing. Run --job=codes first.')
-    try:
-        return CodesMeta.from_json(path.read_text())
-    except ValueError as error:
-        raise ValueError(f'{path}: {error}') from error
+def remove_unfinished(directory: epath.PathLike) -> None:
+    """Removes partial files of processes that died while they wrote a shard. Call it when no shard is being written."""
+    for path in epath.Path(directory).glob('*.unfinished-*'):
+        path.unlink(missing_ok=True)
 
 
 class CodeSource:
     """A store of codes as a random-access source; pickles as a list of file names.
 
     source[i] is {'codes_0': int32 [h_0, w_0] (finest), 'codes_1': ..., 'label': int32, 'index': int64}.
+
+    Attributes:
+      meta: the contents.
     """
+
+    meta: CodesMeta
 
     def __init__(self, directory: epath.PathLike):
         """Opens a store.
 
         Raises:
-          FileNotFoundError: meta.json or a shard is missing.
-          ValueError: a damaged file, or another number of records than meta.json says.
+          JobError: the store is missing or not finished.
+          FileNotFoundError: a shard is missing.
+          ValueError: a file is damaged, or the number of examples is not that of the record.
         """
-        self.meta = read_meta(directory)
-        paths = [shard_path(directory, shard, self.meta.shards) for shard in range(self.meta.shards)]
-        missing = sorted(set(range(self.meta.shards)) - set(finished_shards(directory, self.meta.shards)))
-        if missing:
-            raise FileNotFoundError(
-                f'{paths[missing[0]]} is missing ({len(missing)} of the {self.meta.shards} shards are). {_AGAIN}'
-            )
-        if bucket.is_remote(directory):
-            paths = _local(os.fspath(directory), self.meta)
+        found = record.read_done(directory, JOB)
+        try:
+            self.meta = CodesMeta.from_results(found.results)
+        except ValueError as error:
+            raise ValueError(f'{found.directory / record.FILE}: {error}') from error
+        shards = self.meta.shards
+        if missing := sorted(set(range(shards)) - set(finished_shards(directory, shards))):
+            first = shard_path(directory, missing[0], shards)
+            raise FileNotFoundError(f'{first} is missing ({len(missing)} of the {shards} shards are). {_RUN_AGAIN}')
+        # Other codes may replace these on a bucket while this process lives; the digest tells them apart.
+        local = gcs.local_copy(directory, found.digest)
+        paths = [shard_path(local, shard, shards) for shard in range(shards)]
         count = sum(count_records(path) for path in paths)
         if count != self.meta.count:
             raise ValueError(
-                f'{epath.Path(directory) / _META} says {self.meta.count} examples, '
-                f'but its {self.meta.shards} shards hold {count}. {_AGAIN}'
+                f'{found.directory / record.FILE} says {self.meta.count} examples, '
+                f'but its {shards} shards hold {count}. Delete {found.directory} and run --job={JOB} again.'
             )
         self._directory = os.fspath(directory)
         self._records = array_record_data_source.ArrayRecordDataSource(paths)
@@ -194,6 +179,7 @@ class CodeSource:
 
     @property
     def class_names(self) -> tuple[str, ...]:
+        """Names by label; () if unlabeled."""
         return self.meta.class_names
 
     def __len__(self) -> int:
@@ -205,38 +191,40 @@ class CodeSource:
         try:
             data = self._records[index]
         except RuntimeError as error:  # A checksum that does not match.
-            raise ValueError(f'record {index} of {self._directory} is damaged: {error}. {_AGAIN}') from error
+            raise ValueError(
+                f'record {index} of {self._directory} is damaged: {error}. '
+                f'Delete {self._directory} and run --job={JOB} again.'
+            ) from error
         if len(data) != self._dtype.itemsize:
             raise ValueError(
                 f'record {index} of {self._directory} has {len(data)} bytes, '
-                f'but {_META} implies {self._dtype.itemsize}. {_AGAIN}'
+                f'but {record.FILE} implies {self._dtype.itemsize}. Delete {self._directory} and run --job={JOB} again.'
             )
-        record = np.frombuffer(data, self._dtype)[0]
-        levels = {f'codes_{n}': record[f'codes_{n}'].astype(np.int32) for n in range(len(self.meta.shapes))}  # [h, w]
-        return levels | {'label': np.int32(record['label']), 'index': np.int64(record['index'])}
-
-
-@functools.lru_cache(maxsize=4)
-def _local(directory, meta):
-    """Paths of the shards in a copy of a store on a bucket. `meta`: one that was replaced is another store."""
-    copy = bucket.local_copy(directory)
-    return [shard_path(copy, shard, meta.shards) for shard in range(meta.shards)]
+        row = np.frombuffer(data, self._dtype)[0]
+        levels = {f'codes_{n}': row[f'codes_{n}'].astype(np.int32) for n in range(len(self.meta.shapes))}  # [h, w]
+        return levels | {'label': np.int32(row['label']), 'index': np.int64(row['index'])}
 
 
 def count_records(path: str) -> int:
-    """Raises ValueError on a damaged file."""
+    """Returns the number of examples in a shard.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
     try:
-        with bucket.local(path) as file:
+        with gcs.local(path) as file:
             reader = array_record_module.ArrayRecordReader(file)
             count = reader.num_records()
             reader.close()
     except RuntimeError as error:
-        raise ValueError(f'{path} is damaged: {error or "no valid ArrayRecord file"}. Delete it. {_AGAIN}') from error
+        raise ValueError(
+            f'{path} is damaged: {error or "no valid ArrayRecord file"}. Delete it. {_RUN_AGAIN}'
+        ) from error
     return count
 
 
 def _record_dtype(shapes: Iterable[tuple[int, int]], codebook_sizes: Iterable[int]) -> np.dtype:
-    """The struct of one record."""
+    """Returns the struct of one example."""
     levels = [
         (f'codes_{n}', '<u1' if size <= 2**8 else '<u2' if size <= 2**16 else '<i4', tuple(shape))
         for n, (shape, size) in enumerate(zip(shapes, codebook_sizes, strict=True))
@@ -245,7 +233,7 @@ def _record_dtype(shapes: Iterable[tuple[int, int]], codebook_sizes: Iterable[in
 
 
 def _pack(batch: Mapping[str, np.ndarray], codebook_sizes: tuple[int, ...]) -> np.ndarray:
-    """One batch as records, [number of rows in the mask]."""
+    """Converts one batch to structs, [number of rows in the mask]."""
     levels = [np.asarray(batch[f'codes_{n}']) for n in range(len(codebook_sizes))]  # [B, h, w] each
     for n, (codes, size) in enumerate(zip(levels, codebook_sizes, strict=True)):
         if codes.size and not 0 <= codes.min() <= codes.max() < size:

@@ -1,4 +1,4 @@
-"""Image bytes of any common kind -> 8-bit grayscale or RGB of one size.
+"""Decodes image files of common formats to 8-bit grayscale or RGB of one size.
 
 Shapes: H, W are the target height and width, h, w those of the stored image, C the channels.
 """
@@ -30,11 +30,11 @@ FORMAT_OF = {
 }
 SUFFIXES = tuple(FORMAT_OF)
 FORMATS = tuple(sorted(set(FORMAT_OF.values())))
-# Random crops are taken from an image of 1 up to this many times the target size (256 -> 224 is usual), so that images
-# at the scale of evaluation and sampling are among what training sees.
+# Random crops are taken from an image of 1 up to this many times the target size (256 -> 224 is usual), so that
+# training also sees images at the scale of evaluation and sampling.
 CROP_ZOOM = 8 / 7
 
-# What Pillow raises on bytes that are not, or only partly, an image.
+# Pillow's errors for bytes that are not an image, or only a part of one.
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -48,7 +48,7 @@ _DECODE_ERRORS = (
     Image.DecompressionBombError,
 )
 
-_REMEDY = 'convert it to grayscale or RGB of 8 or 16 bits'
+_HINT = 'convert it to grayscale or RGB of 8 or 16 bits'
 _MODES = ('1', 'L', 'LA', 'La', 'P', 'PA', 'RGB', 'RGBA', 'RGBa', 'CMYK', 'YCbCr')
 
 _EXIF_ORIENTATION = 0x0112
@@ -67,18 +67,18 @@ class UnreadableImage(ValueError):
     """An image that cannot be decoded.
 
     Attributes:
-      where: the file's path, or the name of the record.
-      reason: what the decoder said.
+      example_name: the file's path, or the name of the record.
+      reason: the decoder's message.
     """
 
-    def __init__(self, where: str, reason: str):
-        super().__init__(where, reason)  # Both as args, so that the error survives pickling between processes.
-        self.where = where
+    def __init__(self, example_name: str, reason: str):
+        super().__init__(example_name, reason)  # Both as args, so that the error survives pickling between processes.
+        self.example_name = example_name
         self.reason = reason
 
     def __str__(self) -> str:
         return (
-            f'cannot decode the image {self.where}: {self.reason}. '
+            f'cannot decode the image {self.example_name}: {self.reason}. '
             'Repair, convert or remove it, or set --config.data.on_error=skip to go on without such images.'
         )
 
@@ -87,17 +87,17 @@ class _Unsupported(Exception):
     """An intact image whose pixels cannot be converted; the message says why."""
 
 
-def decode_image(data: bytes, channels: int, where: str) -> Image.Image:
+def decode_image(data: bytes, channels: int, example_name: str) -> Image.Image:
     """Decodes an image in one of `FORMATS`, upright as its EXIF orientation says.
 
-    Transparency (alpha channel, transparent palette entry or colour) is composited on white. Samples of more than 8
+    Transparency (alpha channel, transparent palette entry or color) is composited on white. Samples of more than 8
     bits are scaled to 8, so that white stays white. CMYK becomes RGB. Of an animation the first frame is taken, of
     several pages the first.
 
     Args:
       data: the encoded image.
       channels: 1 for grayscale (ITU-R 601 luma), 3 for RGB.
-      where: path or record name, for the error.
+      example_name: path or record name, for the error.
 
     Returns:
       A Pillow image in mode 'L' or 'RGB'.
@@ -114,12 +114,12 @@ def decode_image(data: bytes, channels: int, where: str) -> Image.Image:
             image = to_channels(_to_8_bits(image), channels)
     except UnidentifiedImageError as error:
         unknown = f'not an image in a known format ({", ".join(FORMATS)})'
-        reason = f'{tiff} is not supported; {_REMEDY}' if tiff else unknown
-        raise UnreadableImage(where, reason) from error
+        reason = f'{tiff} is not supported; {_HINT}' if tiff else unknown
+        raise UnreadableImage(example_name, reason) from error
     except _Unsupported as error:
-        raise UnreadableImage(where, str(error)) from error
+        raise UnreadableImage(example_name, str(error)) from error
     except _DECODE_ERRORS as error:
-        raise UnreadableImage(where, f'{type(error).__name__}: {error}') from error
+        raise UnreadableImage(example_name, f'{type(error).__name__}: {error}') from error
     return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
 
 
@@ -150,7 +150,7 @@ def _check_tiff(data: bytes) -> str:
     text = f'TIFF with {channels} channel{"s" * (channels != 1)} of {bits} bits'
     text += f' ({", ".join(filter(None, details))})' if any(details) else ''
     if kind != 1 or bits > 16 or unknown or planes:
-        raise _Unsupported(f'{text} is not supported; {_REMEDY}')
+        raise _Unsupported(f'{text} is not supported; {_HINT}')
     return text
 
 
@@ -160,7 +160,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
         return image
     white = 65535  # PNG has 16 bits; Pillow scales every PGM of more than 8 to 16.
     if not image.mode.startswith('I') or image.mode == 'I' and image.format != 'PPM':
-        raise _Unsupported(f'{image.format} with pixels of mode {image.mode} is not supported; {_REMEDY}')
+        raise _Unsupported(f'{image.format} with pixels of mode {image.mode} is not supported; {_HINT}')
     samples = np.asarray(image).astype(np.int64)  # [h, w]
     if image.format == 'TIFF':
         white = 2 ** image.tag_v2[TiffImagePlugin.BITSPERSAMPLE][0] - 1
@@ -172,7 +172,10 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Converts an image with 8-bit samples, of any Pillow mode, to 'L' (channels=1) or 'RGB' (channels=3)."""
+    """Converts an image with 8-bit samples, of any Pillow mode, to 'L' (channels=1) or 'RGB' (channels=3).
+
+    Transparent parts become white.
+    """
     if image.has_transparency_data:
         image = image.convert('LA') if image.mode == 'La' else image  # Pillow converts La to nothing else.
         image = image.convert('RGBA')
@@ -181,7 +184,7 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
     return image.convert('L' if channels == 1 else 'RGB')
 
 
-def fit(
+def resize_and_crop(
     image: Image.Image, size: tuple[int, int], zoom: float = 1.0, offset: tuple[float, float] = (0.5, 0.5)
 ) -> np.ndarray:
     """Resizes to cover `zoom` times the size, keeping the aspect, then crops; both in one antialiased step.
@@ -189,8 +192,8 @@ def fit(
     Args:
       image: mode 'L' or 'RGB', any size.
       size: (H, W).
-      zoom: >= 1; the room that the crop has to move in, beyond what the aspect leaves.
-      offset: (y, x) of the crop, each from 0 (top, left) to 1 (bottom, right); 0.5 is the centre.
+      zoom: >= 1; a larger zoom leaves the crop more room to move.
+      offset: (y, x) of the crop, each from 0 (top, left) to 1 (bottom, right); 0.5 is the center.
 
     Returns:
       uint8 [H, W, C]. Pixels are untouched if the image has the target size and zoom is 1.
@@ -200,6 +203,6 @@ def fit(
     box_height, box_width = min(height / scale, image.height), min(width / scale, image.width)
     top, left = offset[0] * (image.height - box_height), offset[1] * (image.width - box_width)
     right, bottom = min(left + box_width, image.width), min(top + box_height, image.height)
-    # Pillow widens the bicubic kernel when it shrinks, so fine texture turns grey and does not alias.
+    # Pillow widens the bicubic kernel when it shrinks, which prevents aliasing of fine texture.
     resized = image.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
     return np.array(resized).reshape(height, width, -1)  # [H, W, C]

@@ -1,6 +1,6 @@
-"""Fashion-MNIST's 10 000 test images, embedded in the package: data with nothing to download.
+"""Fashion-MNIST's 10 000 test images, embedded in the package: no download is needed.
 
-The asset is one lossless PNG of 100 x 100 tiles of 28 px; the class of a tile is its row // 10. MIT licence, see
+The asset is one lossless PNG of 100 x 100 tiles of 28 px; the class of a tile is its row // 10. MIT license, see
 assets/fashion_mnist_COPYRIGHT.
 """
 
@@ -36,13 +36,20 @@ def _pixels() -> np.ndarray:
     return tiles.transpose(0, 2, 1, 3).reshape(-1, 28, 28)
 
 
-class FashionPool:
-    """The embedded images as a pool (see images.Pool). Holds no pixels, so that pickling it costs nothing."""
+class FashionDataset:
+    """The embedded images (an `images.Dataset`). It holds no pixels, so it pickles cheaply."""
 
     class_names: tuple[str, ...]
 
     def __init__(self, num_classes: int):
-        """`num_classes` is 10, or 0 for unlabelled use, where every label is 0."""
+        """Creates the data set.
+
+        Args:
+          num_classes: 10, or 0 for unlabeled use: every label is 0.
+
+        Raises:
+          ValueError: another number.
+        """
         if num_classes not in (0, len(CLASS_NAMES)):
             raise ValueError(
                 f"data.num_classes={num_classes}, but data.name='fashion' has {len(CLASS_NAMES)} classes: "
@@ -54,16 +61,19 @@ class FashionPool:
         return len(CLASS_NAMES) * _PER_CLASS
 
     @property
-    def strata(self) -> np.ndarray:
-        """The class of each image, int64 [10000], so that splits hold the same share of every class."""
+    def stratify_by(self) -> np.ndarray:
+        """The class of each image, int64 [10000]: splits get the same share of every class."""
         return np.arange(len(self)) // _PER_CLASS
 
-    def where(self, position: int) -> str:
-        return f'fashion image {position}'
+    def example_name(self, index: int) -> str:
+        """Returns the path or name of an image, for messages."""
+        return f'fashion image {index}'
 
-    def identity(self, positions: np.ndarray) -> bytes:
-        return f'fashion, {len(self.class_names)} classes\n'.encode() + positions.astype('<i8').tobytes()
+    def fingerprint(self, indices: np.ndarray) -> bytes:
+        """Returns bytes that identify these images, their order and their labels, wherever the data are."""
+        return f'fashion, {len(self.class_names)} classes\n'.encode() + indices.astype('<i8').tobytes()
 
-    def read(self, position: int, channels: int) -> tuple[Image.Image, int]:
-        label = position // _PER_CLASS if self.class_names else 0
-        return to_channels(Image.fromarray(_pixels()[position]), channels), label
+    def read(self, index: int, channels: int) -> tuple[Image.Image, int]:
+        """Reads an upright image in mode 'L' or 'RGB', and its label; raises UnreadableImage."""
+        label = index // _PER_CLASS if self.class_names else 0
+        return to_channels(Image.fromarray(_pixels()[index]), channels), label

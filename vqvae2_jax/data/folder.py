@@ -1,8 +1,8 @@
-"""Images in a folder: one subfolder per class, or unlabelled.
+"""Images in a folder: one subfolder per class, or unlabeled.
 
     root/cat/one.jpg             classes: 'cat', 'dog' (sorted names are labels 0, 1)
     root/dog/poodle/two.PNG      any depth below the class folder
-    root/three.webp              flat: no class folders, unlabelled
+    root/three.webp              flat: no class folders, unlabeled
 
 With data.splits=('train', 'val', 'test') each of root/train, root/val and root/test is such a folder.
 """
@@ -39,22 +39,22 @@ def list_images(root: str, ignored: collections.Counter | None = None) -> list[s
             if suffix in SUFFIXES:
                 found.append(os.path.relpath(os.path.join(folder, name), root))
             elif ignored is not None:
-                # Messages are of one line, and can be printed.
+                # Messages have one line and can be printed.
                 is_word = len(suffix) > 1 and suffix.isprintable() and ' ' not in suffix
                 ignored[suffix if is_word else 'without suffix'] += 1
     return sorted(found)
 
 
 def find_images(root: str, field: str, shown: str | None = None) -> list[str]:
-    """`list_images`, at least one; says how many other files there are.
+    """Lists all images below a folder, as `list_images`, and prints how many other files it ignores.
 
     Args:
       root: the folder.
       field: of the config, for the error.
-      shown: the folder's name in messages, where `root` is a copy.
+      shown: the folder's name in messages, if `root` is a local copy.
 
     Raises:
-      ValueError: there are none; the message names the suffixes found instead.
+      ValueError: there are no images; the message names the suffixes found instead.
     """
     ignored = collections.Counter()
     files, shown = list_images(root, ignored), shown or root
@@ -69,7 +69,7 @@ def find_images(root: str, field: str, shown: str | None = None) -> list[str]:
 
 @functools.cache
 def _print_once(line: str) -> None:
-    """Several splits may be cut from one folder."""
+    # several splits may come from one folder
     print(line, flush=True)
 
 
@@ -80,40 +80,43 @@ def _suffixes(counts: collections.Counter, limit: int = 8) -> str:
 
 
 def subfolders(root: str) -> list[str]:
-    """Names of the folders directly in `root`, sorted, hidden ones left out."""
+    """Returns the names of the folders directly in `root`, sorted, without hidden ones."""
     return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.'))
 
 
-class FilesPool:
-    """Image files of one folder as an unlabelled pool (see images.Pool). Holds their names, not pixels."""
+class FilesDataset:
+    """Unlabeled image files of one folder (an `images.Dataset`). It holds their names, not pixels."""
 
-    strata = None
-    subfolder = ''  # of data.path, which `root` is
-    shown = None  # the folder's name for people, where `root` is a copy
+    stratify_by = None
+    subfolder = ''  # the part of data.path that `root` is
+    shown = None  # the folder's name in messages, if `root` is a local copy
 
     def __init__(self, root: str, files: list[str]):
-        """`files` are relative to `root`."""
+        """`files`: paths relative to `root`."""
         self.root, self.files, self.class_names = root, files, ()
         self.labels = np.zeros(len(files), np.int32)
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def where(self, position: int) -> str:
-        return os.path.join(self.shown or self.root, self.files[position])
+    def example_name(self, index: int) -> str:
+        """Returns the path or name of an image, for messages."""
+        return os.path.join(self.shown or self.root, self.files[index])
 
-    def identity(self, positions: np.ndarray) -> bytes:
-        names = '\0'.join([self.subfolder, *(self.files[i] for i in positions), ''])  # no file name holds a NUL
-        return names.encode('utf-8', 'surrogateescape') + self.labels[positions].astype('<i4').tobytes()
+    def fingerprint(self, indices: np.ndarray) -> bytes:
+        """Returns bytes that identify these images, their order and their labels, wherever the data are."""
+        names = '\0'.join([self.subfolder, *(self.files[i] for i in indices), ''])  # no file name holds a NUL
+        return names.encode('utf-8', 'surrogateescape') + self.labels[indices].astype('<i4').tobytes()
 
-    def read(self, position: int, channels: int) -> tuple[Image.Image, int]:
-        with open(os.path.join(self.root, self.files[position]), 'rb') as file:
+    def read(self, index: int, channels: int) -> tuple[Image.Image, int]:
+        """Reads an upright image in mode 'L' or 'RGB', and its label; raises UnreadableImage."""
+        with open(os.path.join(self.root, self.files[index]), 'rb') as file:
             data = file.read()
-        return decode_image(data, channels, self.where(position)), int(self.labels[position])
+        return decode_image(data, channels, self.example_name(index)), int(self.labels[index])
 
 
-class FolderPool(FilesPool):
-    """The images below one folder as a pool, labelled by its class folders where there are any."""
+class FolderDataset(FilesDataset):
+    """The images below one folder, labeled by its class folders if it has any."""
 
     def __init__(
         self,
@@ -131,7 +134,7 @@ class FolderPool(FilesPool):
             fits a flat folder).
           class_names: the classes to use (those of the training split); None takes the folders found.
           subfolder: of data.path, which `root` is.
-          shown: the folder's name in messages, where `root` is a copy.
+          shown: the folder's name in messages, if `root` is a local copy.
 
         Raises:
           FileNotFoundError: no such folder.
@@ -180,7 +183,7 @@ class FolderPool(FilesPool):
         return known
 
     def _check_empty(self, names: list[str], some_allowed: bool) -> None:
-        """Refuses class folders without images: all whose files are ignored, others unless `some_allowed`."""
+        """Refuses class folders without images; empty ones only unless `some_allowed`."""
         ignored = {name: collections.Counter() for name in names}
         for name, counts in ignored.items():
             list_images(os.path.join(self.root, name), counts)
@@ -197,13 +200,22 @@ class FolderPool(FilesPool):
 
 def open_folder(
     path: str, num_classes: int, subfolder: str | None, train_subfolder: str | None, shown: str | None = None
-) -> FolderPool:
+) -> FolderDataset:
     """Opens data.path, or one split's subfolder of it with the classes of the training split.
 
-    `shown` is the name of data.path in messages, where `path` is a copy.
+    Args:
+      path: data.path.
+      num_classes: as in `FolderDataset`.
+      subfolder: of this split; None: the whole of data.path.
+      train_subfolder: of the training split.
+      shown: the name of data.path in messages, if `path` is a local copy.
+
+    Raises:
+      FileNotFoundError: no such folder.
+      ValueError: as `FolderDataset`.
     """
     if subfolder is None:
-        return FolderPool(path, num_classes, shown=shown)
+        return FolderDataset(path, num_classes, shown=shown)
     if not os.path.isdir(path):
         raise FileNotFoundError(f'data.path: there is no folder {path!r}.')
     there = subfolders(path)
@@ -211,10 +223,10 @@ def open_folder(
         if not os.path.isdir(os.path.join(path, name)):
             raise FileNotFoundError(f'data.splits names {name!r}, but {path!r} has {_few(there) or "no subfolders"}.')
     train = os.path.join(path, train_subfolder)
-    # A flat training split has no class folders to hand on.
+    # A flat training split has no class folders.
     class_names = tuple(subfolders(train)) if num_classes and subfolder != train_subfolder else None
     shown = os.path.join(shown, subfolder) if shown else None
-    return FolderPool(os.path.join(path, subfolder), num_classes, class_names or None, subfolder, shown)
+    return FolderDataset(os.path.join(path, subfolder), num_classes, class_names or None, subfolder, shown)
 
 
 def _few(names) -> str:

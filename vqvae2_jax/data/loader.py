@@ -1,11 +1,11 @@
 """Batches from any random-access source of flat dicts of arrays: images, or codes.
 
-Batch number k is a pure function of (source, seed, k). So an iterator's whole state is the number of batches it has
-handed out, and a restored one continues exactly, even with another number of worker processes. Nor does the global
-batch depend on the number of processes (hosts): each says which of its rows it wants.
+Batch number k is a pure function of (source, seed, k). An iterator's whole state is therefore the number of batches
+read, and a restored iterator continues exactly, even with another number of worker processes. The global batch does not
+depend on the number of processes (hosts) either: each asks for its rows.
 
-Unreadable examples (source.on_error == 'skip') do not shift this: each is replaced by the next readable one, which in
-training means that a neighbour is seen once more, and in evaluation is masked out.
+Unreadable examples (source.on_error == 'skip') do not shift this. Each is replaced by the next readable one; training
+sees that example once more, evaluation masks it out.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import resource_tracker
+from typing import Any
 
 import grain
 import numpy as np
@@ -26,7 +27,7 @@ _WORKER_BUFFER = 2  # Batches that each worker process holds ready.
 
 
 def train_batches(
-    source,
+    source: Any,
     *,
     batch_size: int,
     seed: int,
@@ -36,35 +37,34 @@ def train_batches(
     rows: Sequence[int] | None = None,
     skip_log: str | None = None,
 ) -> 'BatchIterator':
-    """Endless batches, reshuffled every epoch; an epoch's end does not end a batch.
+    """Reads endless batches, reshuffled every epoch. A batch may span two epochs.
 
     Args:
       source: has __len__, and __getitem__ that returns a dict of arrays or scalars of fixed shapes and dtypes.
       batch_size: the global one.
       seed: of shuffling and augmentation.
       flip: mirror half of the images.
-      crop: crop each image at a random place (source.read, see decode.CROP_ZOOM).
-      workers: grain worker processes; 0 reads in threads.
-      rows: of the global batch, those that are wanted, ascending; None: all.
+      crop: crop every image at a random place (source.read, see decode.CROP_ZOOM).
+      workers: number of grain worker processes; 0 reads in threads.
+      rows: which rows of the global batch to read, ascending; None: all.
       skip_log: file that the names of unreadable examples are appended to; see read_skipped.
 
     Returns:
-      A grain.DatasetIterator over dicts of arrays [rows, ...]. get_state() is a JSON-able dict to go on from. Close it
-      when done if workers > 0.
+      A grain.DatasetIterator over dicts of arrays [rows, ...]. get_state() is a dict for JSON. Close it when done.
 
     Raises:
-      ValueError: an empty source, rows that the batch has not, or augmentation of a source without images.
+      ValueError: an empty source, rows outside the batch, or augmentation of a source without images.
     """
     rows = _checked_rows(rows, batch_size)
     reader = _Reader(source, skip_log, flip, crop)
     examples = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    # Augmentation is drawn by position in the endless sequence, hence anew in each epoch.
+    # Augmentation depends on the position in the endless sequence, so it differs between epochs.
     examples = examples.random_map(reader.augmented) if flip or crop else examples.map(reader.plain)
     return BatchIterator(grain.MapDataset.source(_TrainBatches(examples, batch_size, rows)), workers)
 
 
 def eval_batches(
-    source,
+    source: Any,
     *,
     batch_size: int,
     start: int = 0,
@@ -73,21 +73,23 @@ def eval_batches(
     rows: Sequence[int] | None = None,
     skip_log: str | None = None,
 ) -> 'BatchIterator':
-    """source[start:stop] once, in order, in batches that are all full.
+    """Reads source[start:stop] once, in order, in full batches.
 
     Args:
       source: as in train_batches.
       batch_size: the global one.
       start: first example.
-      stop: one past the last example; None is the end of the source.
-      workers, rows, skip_log: as in train_batches. The number of batches does not depend on the rows.
+      stop: one past the last example; None: the end of the source.
+      workers: as in train_batches.
+      rows: as in train_batches. The number of batches does not depend on them.
+      skip_log: as in train_batches.
 
     Returns:
       An iterator over dicts of arrays [rows, ...] with 'mask': bool [rows], False where an example was repeated to fill
-      the last batch, or stands in for an unreadable one.
+      the last batch, or replaces an unreadable one.
 
     Raises:
-      ValueError: an empty source, a range outside of it, or rows that the batch has not.
+      ValueError: an empty source, a range outside of it, or rows outside the batch.
     """
     rows = _checked_rows(rows, batch_size)
     reader = _Reader(source, skip_log)
@@ -97,31 +99,38 @@ def eval_batches(
     return BatchIterator(grain.MapDataset.source(_EvalBatches(reader, start, stop, batch_size, rows)), workers)
 
 
-def read_next(batches: 'BatchIterator', stopped: Callable[[], int]) -> dict[str, np.ndarray]:
-    """The next batch, also where a signal to the whole process group has ended the workers that were reading it.
+def read_next(batches: 'BatchIterator', preempted: Callable[[], int]) -> dict[str, np.ndarray]:
+    """Reads the next batch, even if a signal to the whole process group has ended the workers that were reading it.
 
-    Whoever was `stopped` has to finish what is begun: other processes wait for their part of a batch.
+    A preempted process still has to finish its step: other processes wait for its part of the batch.
+
+    Args:
+      batches: the iterator.
+      preempted: returns the signal that this process has received, or 0.
+
+    Raises:
+      StopIteration: there are no more batches.
     """
     try:
         return next(batches)
     except StopIteration:
         raise
     except Exception:
-        if not stopped():
+        if not preempted():
             raise
-    batches.without_workers()
+    batches.fall_back_to_threads()
     return next(batches)
 
 
-def read_all(batches: 'BatchIterator', stopped: Callable[[], int]) -> Iterator[dict[str, np.ndarray]]:
-    """All that are left, each as in `read_next`."""
+def read_all(batches: 'BatchIterator', preempted: Callable[[], int]) -> Iterator[dict[str, np.ndarray]]:
+    """Yields all batches that are left, each as `read_next`."""
     with contextlib.suppress(StopIteration):
         while True:
-            yield read_next(batches, stopped)
+            yield read_next(batches, preempted)
 
 
 def read_skipped(skip_log: str) -> list[str]:
-    """The distinct names in a skip log, sorted; [] if nothing was skipped."""
+    """Returns the distinct names in a skip log, sorted; [] if nothing was skipped."""
     if not os.path.exists(skip_log):
         return []
     with open(skip_log, encoding='utf-8', errors='surrogateescape') as file:
@@ -129,9 +138,9 @@ def read_skipped(skip_log: str) -> list[str]:
 
 
 class BatchIterator(grain.DatasetIterator):
-    """Hands out the batches of a MapDataset in order, read ahead by threads or worker processes.
+    """Reads the batches of a MapDataset in order and ahead, in threads or worker processes.
 
-    Reading starts with the first batch, or start_prefetch().
+    Reading starts with the first batch, or with start_prefetch().
     """
 
     def __init__(self, batches: grain.MapDataset, workers: int = 0):
@@ -146,23 +155,28 @@ class BatchIterator(grain.DatasetIterator):
             self._stop_reading()
             raise StopIteration
         self.start_prefetch()
-        with _without_sigterm() if self._workers else contextlib.nullcontext():  # Grain starts workers when asked, too.
+        with _block_sigterm() if self._workers else contextlib.nullcontext():  # Grain starts workers when asked, too.
             batch = next(self._reading)
         self._next_batch += 1
-        if self._workers:  # Out of the workers' shared memory, which is scarce and must not outlive them.
+        if self._workers:  # Copied from the workers' shared memory, which is scarce and must not outlive them.
             batch = {name: np.array(values) for name, values in batch.items()}
         return batch
 
+    def peek(self) -> dict[str, np.ndarray]:
+        """Reads the next batch in this thread, without workers; the iterator does not advance."""
+        return self._batches[self._next_batch]
+
     def get_state(self) -> dict[str, int]:
-        """{'next_batch': how many batches were handed out}; the same on every process."""
+        """Returns {'next_batch': number of batches read}; the same on every process."""
         return {'next_batch': self._next_batch}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Continues after the batches counted by `state`."""
+        """Continues where an iterator with this state would."""
         self._stop_reading()
         self._next_batch = state['next_batch']
 
     def start_prefetch(self) -> None:
+        """Starts to read ahead."""
         if self._closed:
             raise ValueError('this iterator is closed')
         if self._reading is None:
@@ -173,12 +187,12 @@ class BatchIterator(grain.DatasetIterator):
                 flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, which nobody parses in a notebook or a test.
             dataset = remaining.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_WORKER_BUFFER)
-            with _without_sigterm() if workers else contextlib.nullcontext():
+            with _block_sigterm() if workers else contextlib.nullcontext():
                 self._reading = iter(dataset.mp_prefetch(options, _prepare_worker if workers else None))
                 self._reading.start_prefetch()
 
-    def without_workers(self) -> None:
-        """Goes on reading in threads of this process, for when its worker processes were ended."""
+    def fall_back_to_threads(self) -> None:
+        """Continues in threads of this process, after a signal has ended its worker processes."""
         self._stop_reading()
         self._workers = 0
 
@@ -196,8 +210,8 @@ class BatchIterator(grain.DatasetIterator):
 
 
 @contextlib.contextmanager
-def _without_sigterm():
-    """Spares SIGTERM to threads and processes that start within: who starts a worker waits for ever where it dies."""
+def _block_sigterm():
+    """Blocks SIGTERM for threads and processes that start inside: grain hangs if a worker dies while it starts."""
     resource_tracker.ensure_running()  # workers would start it, and its start unblocks SIGTERM
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
@@ -207,16 +221,16 @@ def _without_sigterm():
 
 
 def _prepare_worker(worker: int, workers: int):
-    """Run in each worker process: a terminal sends Ctrl-C to all, but the parent still has to save and to close them.
+    """Runs in every worker process: a terminal sends Ctrl-C to all, but the parent has to save and to close them first.
 
-    SIGTERM is not ignored, as Python ends daemonic processes by it when it exits, and then waits for them.
+    SIGTERM is not ignored, since Python uses it at its exit to end daemonic processes, and then waits for them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 class _Reader:
-    """Reads examples by index, augmented if asked, standing in for unreadable ones if the source says to skip them."""
+    """Reads examples by index, augmented if asked; replaces unreadable ones if source.on_error is 'skip'."""
 
     def __init__(self, source, skip_log: str | None, flip: bool = False, crop: bool = False):
         if not len(source):
@@ -241,7 +255,7 @@ class _Reader:
         return example
 
     def readable(self, index: int, crop: tuple[float, tuple[float, float]] | None = None) -> tuple[dict, bool]:
-        """The first readable example at or after index (cyclic), and whether that is the one at index.
+        """Returns the first readable example at or after index (cyclic), and whether that is the one at index.
 
         `crop` is the zoom and offset of source.read.
         """
@@ -256,22 +270,25 @@ class _Reader:
                 if not self._skip:
                     raise
                 self._log(error)
-        raise ValueError(f'none of the {count} examples can be read; the last one: {self._source.where(candidate)}.')
+        raise ValueError(
+            f'none of the {count} examples can be read; the last one: {self._source.example_name(candidate)}.'
+        )
 
     def _log(self, error: UnreadableImage):
-        if error.where in self._logged:
+        if error.example_name in self._logged:
             return
-        self._logged.add(error.where)
-        logging.warning('skipping %s: %s', error.where, error.reason)
+        self._logged.add(error.example_name)
+        logging.warning('skipping %s: %s', error.example_name, error.reason)
         if self._skip_log:
-            line = error.where.replace('\n', ' ') + '\n'
+            os.makedirs(os.path.dirname(self._skip_log) or '.', exist_ok=True)  # nothing else may be there yet
+            line = error.example_name.replace('\n', ' ') + '\n'
             # One write to a file opened for appending is atomic, so that worker processes can share the file.
             with open(self._skip_log, 'ab', buffering=0) as file:
                 file.write(line.encode('utf-8', 'surrogateescape'))
 
 
 class _TrainBatches:
-    """An endless sequence of examples as a random-access sequence of batches; of each only the rows wanted."""
+    """Batches of an endless sequence of examples, by number; of each only the given rows."""
 
     def __init__(self, examples: grain.MapDataset, batch_size: int, rows: Sequence[int]):
         self._examples = examples
@@ -286,7 +303,7 @@ class _TrainBatches:
 
 
 class _EvalBatches:
-    """The full batches over examples start..stop as a random-access sequence; of each only the rows wanted."""
+    """Full batches of the examples start..stop, by number; of each only the given rows."""
 
     def __init__(self, reader: _Reader, start: int, stop: int, batch_size: int, rows: Sequence[int]):
         self._reader = reader

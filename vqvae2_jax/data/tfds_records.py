@@ -1,7 +1,7 @@
 """TensorFlow Datasets prepared as ArrayRecord files, read without TensorFlow.
 
-The records are tf.train.Example messages. Only the features 'image' and 'label' are looked at, and the image bytes go
-through the same decoder as image files do.
+The records are tf.train.Example messages. Only the features 'image' and 'label' are read. Image bytes go through
+the same decoder as image files.
 """
 
 import functools
@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from vqvae2_jax.data.decode import UnreadableImage, decode_image
-from vqvae2_jax.io import bucket
+from vqvae2_jax.io import gcs
 
 _DEFAULT_SPLIT = 'train'
-_local = functools.cache(bucket.local_copy)  # once for all splits
+_local = functools.cache(gcs.local_copy)  # once for all splits
 
 
 def _import_tfds():
@@ -28,10 +28,10 @@ def _import_tfds():
     return tfds
 
 
-class TfdsPool:
-    """One split of a TFDS dataset as a pool (see images.Pool). Pickles as a list of file names."""
+class TfdsDataset:
+    """One split of a TFDS dataset (an `images.Dataset`). It pickles as a list of file names."""
 
-    strata = None
+    stratify_by = None
 
     def __init__(self, name: str, data_dir: str, split: str | None, num_classes: int):
         """Opens a prepared dataset.
@@ -44,7 +44,7 @@ class TfdsPool:
 
         Raises:
           ImportError: tensorflow_datasets is not installed.
-          FileNotFoundError: the dataset is not prepared, or not as ArrayRecord; the message says how to.
+          FileNotFoundError: the dataset is not prepared, or not as ArrayRecord; the message says how to prepare it.
           ValueError: no such split, no usable 'image' or 'label' feature, or another number of classes.
         """
         tfds = _import_tfds()
@@ -67,22 +67,25 @@ class TfdsPool:
     def __len__(self) -> int:
         return len(self._records)
 
-    def where(self, position: int) -> str:
-        return f'{self.name}/{self.split} record {position}'
+    def example_name(self, index: int) -> str:
+        """Returns the path or name of an image, for messages."""
+        return f'{self.name}/{self.split} record {index}'
 
-    def identity(self, positions: np.ndarray) -> bytes:
-        what = f'{self._full_name}/{self.split} of {len(self)}, {len(self.class_names)} classes\n'
-        return what.encode() + positions.astype('<i8').tobytes()
+    def fingerprint(self, indices: np.ndarray) -> bytes:
+        """Returns bytes that identify these images, their order and their labels, wherever the data are."""
+        head = f'{self._full_name}/{self.split} of {len(self)}, {len(self.class_names)} classes\n'
+        return head.encode() + indices.astype('<i8').tobytes()
 
-    def read(self, position: int, channels: int) -> tuple[Image.Image, int]:
+    def read(self, index: int, channels: int) -> tuple[Image.Image, int]:
+        """Reads an upright image in mode 'L' or 'RGB', and its label; raises UnreadableImage."""
         from tensorflow_datasets.proto import tf_example_pb2
 
-        features = tf_example_pb2.Example.FromString(self._records[position]).features.feature
+        features = tf_example_pb2.Example.FromString(self._records[index]).features.feature
         image = features['image'].bytes_list.value
         if len(image) != 1:
-            raise UnreadableImage(self.where(position), f'the record holds {len(image)} images')
+            raise UnreadableImage(self.example_name(index), f'the record holds {len(image)} images')
         label = features['label'].int64_list.value[0] if self.class_names else 0
-        return decode_image(image[0], channels, self.where(position)), label
+        return decode_image(image[0], channels, self.example_name(index)), label
 
 
 def _prepared_builder(tfds, name: str, data_dir: str):
@@ -106,7 +109,7 @@ def _prepared_builder(tfds, name: str, data_dir: str):
             f'data.name={name!r} under data.path={place!r} is prepared as {", ".join(sorted(formats))}, which has no '
             f'random access; needed is array_record. For another data_dir, run\n{recipe}'
         )
-    if bucket.is_remote(place):
+    if gcs.is_remote(place):
         return tfds.builder_from_directory(_local(os.fspath(builder.data_path)))
     return builder
 

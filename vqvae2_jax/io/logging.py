@@ -1,38 +1,37 @@
-"""The log of one job: `metrics.jsonl`, a progress line, pictures and, where tensorboardX is installed, TensorBoard.
+"""The log of a training: metrics.jsonl, progress lines, pictures and, if tensorboardX is installed, TensorBoard events.
 
-`metrics.jsonl` holds one JSON object a line, appended at once (on a bucket: after evaluations, before checkpoints, and
-when a minute has passed):
-`{"step": 1200, "train/loss": 0.0123, "time": 97.6}`, with `time` the seconds that the job has run, summed over
-restarts. A NaN is written as `NaN`, which Python reads back: whether to stop on one is the job's decision.
+metrics.jsonl holds one JSON object a line, such as `{"step": 1200, "train/loss": 0.0123, "time": 97.6}`. `time` is the
+seconds of training, summed over restarts. A line is written at once; on a bucket after evaluations, before checkpoints,
+and when a minute has passed. NaN is written as `NaN`, which Python reads.
 """
 
 import collections
 import json
 import time
 
+import jax
 import numpy as np
 from etils import epath
 
-from vqvae2_jax.io import bucket, pictures, provenance
+from vqvae2_jax.io import files, gcs, plots
 
 PREFIXES = ('train', 'validation')
 _FILE = 'metrics.jsonl'
 _UPLOAD_EVERY = 60  # seconds
-# The rate on the progress line is over this many recent intervals between train lines.
+# The rate is over this many recent intervals between train lines.
 _WINDOW = 5
+_RATES = ('steps_per_second', 'examples_per_second', 'utilization')
+_MEMORY = ('device_memory_in_use', 'device_memory_peak')
+# Fields of metrics.jsonl that differ from run to run. All others are reproducible.
+RUNTIME_FIELDS = ('time', *(f'train/{name}' for name in _RATES + _MEMORY))
 
 
-class RunLog:
-    """metrics.jsonl, a progress line and, when tensorboardX is installed, TensorBoard events for one job.
+class MetricsLogger:
+    """Writes the log of a training.
 
-    Args:
-      directory: the job's own folder; made when missing.
-      name: what the progress line starts with, for example "vqvae".
-      total_steps: the step at which the job ends.
-      start_step: the step it resumes from. Lines of later steps, left by a killed run, are dropped; at 0 the file
-        starts anew.
-      examples_per_step: images in one (global) batch, for the rate on the progress line.
-      enabled: False on every process but the first: nothing is read or written.
+    Train lines also have, where known: `steps_per_second`, `examples_per_second`, `utilization` (FLOP/s of the model as
+    a share of the devices' peak), `device_memory_in_use` and `device_memory_peak` (bytes, of the fullest device of the
+    main process). The first line has no rates, since compilation lies before it.
     """
 
     def __init__(
@@ -43,29 +42,45 @@ class RunLog:
         total_steps: int,
         start_step: int = 0,
         examples_per_step: int,
+        flops_per_step: float | None = None,
+        peak_flops: float | None = None,
         enabled: bool = True,
     ):
+        """Opens the log.
+
+        Args:
+          directory: of the training; made if missing.
+          name: first word of the progress lines, for example 'vqvae'.
+          total_steps: the last step.
+          start_step: the step that the training resumes from. Lines of later steps, left by a killed run, are dropped;
+            0 starts a new file.
+          examples_per_step: the global batch size.
+          flops_per_step: FLOPs of the model in one step, of all devices; None: unknown.
+          peak_flops: FLOP/s that all devices can do; None: unknown.
+          enabled: False on all processes but the main one; then nothing is read or written.
+        """
         self._enabled = enabled
         self._begin, self._time_before = time.monotonic(), 0.0
         if not enabled:
             return
         self._directory = epath.Path(directory)
         self._name, self._total, self._examples = name, total_steps, examples_per_step
+        self._utilization = flops_per_step / peak_flops if flops_per_step and peak_flops else None  # at one step/s
         self._directory.mkdir(parents=True, exist_ok=True)
         kept = _keep_lines(self._directory / _FILE, start_step)
         if kept:
             self._time_before = kept[-1]['time']
         self._recent = collections.deque(maxlen=_WINDOW + 1)  # (step, clock) of train lines
         self._first = None  # (step, clock) of the first train line: all compilation of the train step lies before it
-        self._file = (_Uploaded if bucket.is_remote(self._directory) else _Appended)(self._directory / _FILE)
+        self._lines = _Lines(self._directory / _FILE)
         self._events = _event_writer(self._directory, start_step)
 
     def write(self, step: int, prefix: str, metrics: dict) -> None:
-        """Appends one line to metrics.jsonl, prints the progress line, and adds the scalars to TensorBoard.
+        """Appends one line to metrics.jsonl, prints a progress line, and adds the scalars to TensorBoard.
 
         Args:
           step: updates done so far.
-          prefix: "train" or "validation"; it goes before every name in the files.
+          prefix: 'train' or 'validation'; it goes before every name in the files.
           metrics: name -> scalar (Python, NumPy or JAX).
 
         Raises:
@@ -74,117 +89,136 @@ class RunLog:
         if not self._enabled:
             return
         if prefix not in PREFIXES:
-            raise ValueError(f'RunLog.write: prefix is {prefix!r}; it must be one of {", ".join(PREFIXES)}')
+            raise ValueError(f'MetricsLogger.write: prefix is {prefix!r}; it must be one of {", ".join(PREFIXES)}')
         values = {name: _scalar(name, value) for name, value in metrics.items()}
-        now, seconds = time.monotonic(), self.seconds()
-        line = {'step': int(step)} | {f'{prefix}/{name}': value for name, value in values.items()}
-        self._file.write(json.dumps(line | {'time': round(seconds, 3)}) + '\n')
+        step, now, seconds = int(step), time.monotonic(), self.seconds()
+        runtime = self._runtime(step, prefix, now)
+        line = {f'{prefix}/{name}': value for name, value in (values | runtime).items()}
+        self._lines.write(json.dumps({'step': step, **line, 'time': round(seconds, 3)}) + '\n')
         if prefix == 'validation':
-            self._file.flush()
-        for name, value in values.items():
-            if self._events:
-                self._events.add_scalar(f'{prefix}/{name}', value, step)
-        pace = self._pace(int(step), prefix, now, seconds)
+            self._lines.flush()
+        if self._events:
+            for name, value in line.items():
+                self._events.add_scalar(name, value, step)
+        middle = 'validation' if prefix == 'validation' else '  '.join(self._pace(step, now, seconds, runtime))
         numbers = '  '.join(f'{name} {format_number(value)}' for name, value in values.items())
-        percent = 100 * int(step) // max(self._total, 1)
-        print(f'{self._name}  {step}/{self._total} {percent}%  {pace}  {numbers}', flush=True)
+        percent = 100 * step // max(self._total, 1)
+        print(f'{self._name}  {step}/{self._total} {percent}%  {middle}  {numbers}', flush=True)
 
-    def image(self, step: int, name: str, image) -> None:
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes `pictures/<name>-<step>.png`, and to TensorBoard; `image` is uint8 [H, W, C] with C 1 or 3."""
         if not self._enabled:
             return
-        pictures.save_png(self._directory / 'pictures' / f'{name}-{step}.png', image)
+        plots.save_png(self._directory / 'pictures' / f'{name}-{step}.png', image)
         if self._events:
-            self._events.add_image(name, pictures.to_rgb(image), step, dataformats='HWC')
+            self._events.add_image(name, plots.to_rgb(image), step, dataformats='HWC')
 
     def seconds(self) -> float:
-        """Seconds that the job has run, summed over restarts up to the line that each resumed from.
+        """Returns the seconds of training, summed over restarts, each up to the line that the next one resumed from.
 
-        On processes that write no log, where the past is not known: since this start.
+        Processes that write no log do not know the past: there it is since this start.
         """
         return self._time_before + time.monotonic() - self._begin
 
     def flush(self) -> None:
-        """All lines so far are in the file when this returns."""
+        """Brings all lines into the file."""
         if self._enabled:
-            self._file.flush()
+            self._lines.flush()
 
     def close(self) -> None:
-        """Closes the files, with all lines in them."""
+        """Brings all lines into the files and closes them."""
         if not self._enabled:
             return
-        self._file.flush()
+        self._lines.flush()
         if self._events:
             self._events.close()
 
-    def _pace(self, step: int, prefix: str, now: float, seconds: float) -> str:
-        """The middle of the progress line: rate and time left, or why there is none."""
+    def _runtime(self, step, prefix, now) -> dict[str, float]:
+        """Rates and memory at a train line; updates the window of the rates."""
         if prefix == 'validation':
             # Evaluation ends now: the next interval of pure training starts here.
             if self._recent:
                 self._recent.clear()
                 self._recent.append((step, now))
-            return 'validation'
-        parts = []
+            return {}
+        runtime = {}
         if self._recent and step > self._recent[0][0]:
             since_step, since = self._recent[0]
             rate = (step - since_step) / max(now - since, 1e-9)
-            parts = [f'{format_number(rate, 3)} step/s', f'{format_number(rate * self._examples, 3)} img/s']
+            runtime = {'steps_per_second': rate, 'examples_per_second': rate * self._examples}
+            if self._utilization is not None:
+                runtime['utilization'] = rate * self._utilization
         self._recent.append((step, now))
+        return runtime | device_memory()
+
+    def _pace(self, step, now, seconds, runtime) -> list[str]:
+        """The middle of a progress line: rates, memory and time left."""
+        parts = []
+        if 'steps_per_second' in runtime:
+            parts.append(f'{format_number(runtime["steps_per_second"], 3)} steps/s')
+            parts.append(f'{format_number(runtime["examples_per_second"], 3)} examples/s')
+        if 'utilization' in runtime:
+            parts.append(f'{100 * runtime["utilization"]:.0f}% of peak FLOP/s')
+        if _MEMORY[0] in runtime:
+            parts.append('memory {:.1f} GB, peak {:.1f} GB'.format(*(runtime[name] / 1e9 for name in _MEMORY)))
         if self._first is None:
             self._first = (step, now)
         steps_since_first = step - self._first[0]
         if step >= self._total:
             parts.append(f'took {format_duration(seconds)}')
         elif steps_since_first > 0:
-            # The mean over the whole job, so that the time left includes evaluations and checkpoints to come.
+            # The mean over the whole training, so that the time left includes evaluations and checkpoints to come.
             left = (self._total - step) * (now - self._first[1]) / steps_since_first
             parts.append(f'ETA {format_duration(left)}')
         else:
             # Everything so far contains compilation; a rate from it would mislead.
             parts.append(f'elapsed {format_duration(seconds)}')
-        return '  '.join(parts)
+        return parts
 
 
-class _Appended:
-    """A local file that grows by lines."""
-
-    def __init__(self, path):
-        self._path = path
-        path.touch()
-
-    def write(self, line: str) -> None:
-        with self._path.open('a') as file:
-            file.write(line)
-
-    def flush(self) -> None:
-        pass
-
-
-class _Uploaded:
-    """A file on a bucket, where nothing can be appended: written anew, at most once a minute."""
+class _Lines:
+    """A file that grows by lines: at once, or on a bucket, where nothing can be appended, at most once a minute."""
 
     def __init__(self, path):
-        self._path, self._written = path, time.monotonic()
-        self._text = path.read_text() if path.exists() else ''
-        self._behind = False
+        self._path, self._remote = path, gcs.is_remote(path)
+        self._pending, self._flushed = '', time.monotonic()
+        if not self._remote:
+            path.touch()
 
     def write(self, line: str) -> None:
-        self._text, self._behind = self._text + line, True
-        if time.monotonic() - self._written > _UPLOAD_EVERY:
+        self._pending += line
+        if not self._remote or time.monotonic() - self._flushed > _UPLOAD_EVERY:
             self.flush()
 
     def flush(self) -> None:
-        if self._behind:
-            self._path.write_text(self._text)
-            self._written, self._behind = time.monotonic(), False
+        if not self._pending:
+            return
+        if self._remote:
+            self._path.write_text((self._path.read_text() if self._path.exists() else '') + self._pending)
+        else:
+            with self._path.open('a') as file:
+                file.write(self._pending)
+        self._pending, self._flushed = '', time.monotonic()
 
 
-def read_metrics(directory) -> list[dict]:
-    """The lines of `directory`/metrics.jsonl in order; a last line torn by a kill is left out.
+def device_memory() -> dict[str, int]:
+    """Returns the bytes in use now and at the peak on the fullest device of this process.
+
+    Returns:
+      {'device_memory_in_use', 'device_memory_peak'}; {} if the backend does not report them, as on CPU.
+    """
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    keys = ('bytes_in_use', 'peak_bytes_in_use')
+    if not all(key in device for device in stats for key in keys):
+        return {}
+    return {name: max(device[key] for device in stats) for name, key in zip(_MEMORY, keys, strict=True)}
+
+
+def read_metrics(directory: epath.PathLike) -> list[dict]:
+    """Reads the lines of `directory`/metrics.jsonl in order, without a partial last line of a killed run.
 
     Raises:
-      FileNotFoundError: the job has written no metrics.
+      FileNotFoundError: there are no metrics.
       ValueError: a line other than the last is broken; the message names it.
     """
     path = epath.Path(directory) / _FILE
@@ -194,7 +228,7 @@ def read_metrics(directory) -> list[dict]:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as people write them: 45s, 3m48s, 2h05m, 1d03h."""
+    """Formats seconds as 45s, 3m48s, 2h05m or 1d03h."""
     seconds = round(seconds)
     if seconds < 60:
         return f'{seconds}s'
@@ -208,7 +242,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_number(value: float, digits: int = 4) -> str:
-    """A number in few characters, to `digits` significant ones below 1000: 3, 0.0123, 51.2, 12346, 1.5e-07."""
+    """Formats a number with `digits` significant digits below 1000: 3, 0.0123, 51.2, 12346, 1.5e-07."""
     if isinstance(value, int) or 1e3 <= abs(value) < 1e7:
         return f'{value:.0f}'
     return f'{value:.{digits}g}'
@@ -217,14 +251,14 @@ def format_number(value: float, digits: int = 4) -> str:
 def _scalar(name: str, value) -> int | float:
     array = np.asarray(value)
     if array.size != 1:
-        raise ValueError(f'RunLog.write: metric {name!r} has shape {array.shape}; reduce it to one number first')
+        raise ValueError(f'MetricsLogger.write: metric {name!r} has shape {array.shape}; reduce it to one number first')
     is_integer = np.issubdtype(array.dtype, np.integer)
     return int(array.reshape(())) if is_integer else float(array.reshape(()))
 
 
 def _parse(path) -> tuple[list[dict], bool]:
-    """The whole lines of a file, and whether a torn last line was left out."""
-    # As bytes, since a torn line may end in the middle of a character.
+    """Returns the complete lines of a file, and whether a partial last line was left out."""
+    # As bytes, since a partial line may end in the middle of a character.
     raw = path.read_bytes()
     lines = raw.split(b'\n')
     if lines[-1] == b'':
@@ -244,7 +278,7 @@ def _parse(path) -> tuple[list[dict], bool]:
 
 
 def _keep_lines(path, start_step: int) -> list[dict]:
-    """Cuts the file back to what a run that resumes from `start_step` continues; returns the lines kept."""
+    """Drops the lines after `start_step`, where a run resumes, from the file; returns the rest."""
     if not path.exists():
         return []
     if start_step == 0:
@@ -254,16 +288,16 @@ def _keep_lines(path, start_step: int) -> list[dict]:
     kept = [line for line in lines if line['step'] <= start_step]
     if torn or len(kept) < len(lines):
         text = ''.join(json.dumps(line) + '\n' for line in kept)
-        provenance.write_bytes(path, text.encode())
+        files.write_bytes(path, text.encode())
     return kept
 
 
 def _event_writer(directory, start_step: int):
-    """A TensorBoard writer that hides the events of steps that will be written again.
+    """Returns a TensorBoard writer that hides the events of steps that will be repeated.
 
-    None without tensorboardX, and on a bucket, for which it wants a library of its own.
+    None without tensorboardX, and on a bucket, for which it needs another library.
     """
-    if bucket.is_remote(directory):
+    if gcs.is_remote(directory):
         return None
     try:
         import tensorboardX

@@ -11,7 +11,7 @@ import zipfile
 import numpy as np
 from etils import epath
 
-from vqvae2_jax.io import provenance
+from vqvae2_jax.io import files
 
 
 def read(pattern: str) -> dict[str, np.ndarray]:
@@ -52,7 +52,7 @@ def fetch(url: str, sha256: str, path: epath.Path) -> None:
     if found != sha256:
         raise ValueError(f'{path if there else url} has the SHA-256 {found}, not {sha256}. {by_hand}')
     if not there:
-        provenance.write_bytes(path, data)
+        files.write_bytes(path, data)
 
 
 def _download(url):

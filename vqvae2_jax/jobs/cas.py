@@ -1,151 +1,146 @@
-"""--job=cas: Classification Accuracy Score (Ravuri and Vinyals 2019; VQ-VAE-2 section 5.3).
+"""--job=cas: trains the classifiers of the Classification Accuracy Score (Ravuri and Vinyals 2019; VQ-VAE-2, 5.3).
 
-A classifier that has seen generated images alone is tested on real ones: it can only know what the generator knows. One
-is trained on samples, one on reconstructions of the training images, which bounds what the priors can reach; the one
-trained on real images is the run's own classifier. Same network and training. The weights that are kept are the
-best on a tenth of the generated images, held out: real images are for the test alone.
+A classifier trained on generated images alone is tested on real images. One is trained on samples; one on
+reconstructions of the training images, which bounds what the priors can reach; the one trained on real images is the
+run's own classifier. Network and training are the same. The best weights are chosen on a tenth of the generated images,
+so real images serve for the test alone.
 """
 
+import contextlib
+import dataclasses
 import functools
 import glob
 import os
 
 import jax
-import numpy as np
 
-from vqvae2_jax import config as configs
-from vqvae2_jax import parallel
-from vqvae2_jax.data.images import ImageSpec, open_images
-from vqvae2_jax.data.loader import eval_batches
-from vqvae2_jax.io import provenance
-from vqvae2_jax.io.interrupt import stop_signals
-from vqvae2_jax.jobs import codes, features, sample, samples, stages, workdir
-from vqvae2_jax.jobs.workdir import JobError, Run
-from vqvae2_jax.metrics.classification import per_class_accuracy, top_k_accuracy
-from vqvae2_jax.stages.stage import to_uint8
-from vqvae2_jax.stages.vqvae import ALL_LEVELS
+from vqvae2_jax import inference
+from vqvae2_jax.config import build as configs
+from vqvae2_jax.data import sample_store
+from vqvae2_jax.data.images import open_images
+from vqvae2_jax.data.shards import ShardWriter, batch_runs, shard_ranges
+from vqvae2_jax.distributed import processes, sharding
+from vqvae2_jax.distributed.batches import map_batches
+from vqvae2_jax.distributed.preemption import stop_signals
+from vqvae2_jax.io import gcs, record
+from vqvae2_jax.io.progress import start_line
+from vqvae2_jax.jobs import feature_store, train, workdir
+from vqvae2_jax.jobs.workdir import RECONSTRUCTIONS, SAMPLES, JobError, Run
 
-DIRECTORY, RECONSTRUCTIONS = 'cas', 'reconstructions'
-SOURCES = {'reconstructions': RECONSTRUCTIONS, 'samples': sample.DIRECTORY}
-_HELD_OUT = 0.1
+DIRECTORY = 'cas'
+_HELD_OUT = 0.1  # fraction of the generated images that the best weights are chosen on
 
 
 def classification_accuracy_score(run: Run) -> None:
-    """Writes reconstructions/, cas/reconstructions and cas/samples."""
+    """Writes reconstructions/, cas/reconstructions and cas/samples/<sample.name>.
+
+    Raises:
+      JobError: the data have no classes, or samples or codes are missing.
+      StaleInputError, SettingsChangedError: an output was made from other inputs or with other settings.
+      Interrupted: a stop signal came; the same command continues.
+    """
     if not configs.has_classifier(run.config):
         raise JobError(f'data.num_classes={run.config.data.num_classes}: CAS needs classes')
-    parallel.on_writer(lambda: reconstruct(run))
-    for name, directory in SOURCES.items():
-        _train(run, name, run.path(directory))
+    sample_store.shard_paths(run.set_path(SAMPLES))  # refuses before the work begins
+    reconstruct(run)
+    for kind, (directory, images) in sources(run).items():
+        _train(run, kind, directory, images)
+
+
+def sources(run: Run) -> dict:
+    """Returns kind -> (directory of the classifier below the workdir, its training images)."""
+    return {
+        RECONSTRUCTIONS: (f'{DIRECTORY}/{RECONSTRUCTIONS}', run.path(RECONSTRUCTIONS)),
+        SAMPLES: (f'{DIRECTORY}/{SAMPLES}/{run.config.sample.name}', run.set_path(SAMPLES)),
+    }
 
 
 def reconstruct(run: Run) -> None:
-    """Decodes the codes of the training images into reconstructions/, in the layout of samples/."""
-    directory, source = run.path(RECONSTRUCTIONS), run.codes('train')
-    size = run.config.codes.batch_size
-    meta = {
-        'schema': 1,
-        'count': len(source),
-        'batch_size': size,
-        'split': 'train',
-        'upstream': _origin(run),
-        'version': provenance.package_version(),
-    }
-    if (directory / 'meta.json').exists():
-        before, remedy = samples.read_meta(directory), f'Delete {directory} to make them anew.'
-        workdir.check_digests(str(directory), before['upstream'], meta['upstream'], remedy)
-        workdir.check_same(str(directory), {'batch_size': before['batch_size']}, {'batch_size': size}, remedy)
-    model, variables = configs.make_vqvae(run.config), workdir.load_vqvae(run).on_devices()
-    provenance.write_json(directory / 'meta.json', meta)
-    decode = jax.jit(lambda codes: to_uint8(model.apply(variables, codes, method='decode')))
-    keys = [f'codes_{level}' for level in range(len(run.levels))]
-    ranges = samples.shard_ranges(len(source), size)
-    done = 0
-    while done < len(ranges) and samples.shard_path(directory, *ranges[done]).exists():
-        done += 1
-    batches = eval_batches(source, batch_size=size, start=min(done * size, len(source)))
-    with stop_signals() as stopped:
-        for (start, stop), batch in zip(ranges[done:], batches, strict=True):
-            images = np.asarray(decode(tuple(parallel.put_batch({key: batch[key] for key in keys}).values())))
-            arrays = {'arr_0': images, 'label': batch['label'], 'index': batch['index']}
-            arrays = {name: array[: stop - start] for name, array in arrays.items()}
-            samples.write_npz(samples.shard_path(directory, start, stop), arrays)
-            if stopped():
-                break
-    print(f'reconstructions: {len(source)} training images in {directory}', flush=True)
+    """Decodes the codes of the training images into reconstructions/, in the layout of samples/; a restart continues.
 
-
-def _train(run, name, directory):
-    """Trains cas/<name> on the images of a directory."""
-    samples.shard_paths(directory)  # all are there
-    data = run.config.data
-    spec = ImageSpec(
-        name='npz',
-        path=os.path.join(glob.escape(str(directory)), 'samples-*.npz'),
-        image_size=data.image_size,
-        channels=data.channels,
-        num_classes=data.num_classes,
-        held_out=(_HELD_OUT, 0.0),
-    )
-    augment = {'flip': run.config.classifier.flip, 'crop': run.config.classifier.crop}
-
-    def images():
-        try:
-            train, validation = (open_images(spec, split) for split in ('train', 'validation'))
-        except ValueError as error:
-            count, classes = samples.read_meta(directory)['count'], data.num_classes
-            raise JobError(f'CAS: {count} {name} of {classes} classes are too few to train on ({error})') from error
-        return stages.image_data(run, 'classifier', train, validation, **augment)
-
-    make, upstream = functools.partial(stages.classifier_stage, run), {name: samples.digest(directory)}
-    stages.train_stage(run, 'classifier', f'{DIRECTORY}/{name}', make, images, upstream)
-
-
-def _origin(run):
-    return {'vqvae': workdir.vqvae_record(run)['digest'], 'codes': codes.current_codes_digest(run)}
-
-
-def check_upstreams(run: Run) -> None:
-    """Refuses when the classifiers were trained on other images than those there now."""
-    directory = run.path(RECONSTRUCTIONS)
-    remedy = f'Delete {directory} and run --job=cas again.'
-    workdir.check_digests('the reconstructions', samples.read_meta(directory)['upstream'], _origin(run), remedy)
-    for name, source in SOURCES.items():
-        trained = workdir.trained_record(run, f'{DIRECTORY}/{name}', 'cas')
-        current = {name: samples.digest(run.path(source))}
-        remedy = f'Delete {run.path(DIRECTORY, name)} and run --job=cas again.'
-        workdir.check_digests(f'the classifier of {name}', trained['upstream'], current, remedy)
-
-
-def measure(run: Run, reconstruct, split: str) -> dict[str, dict]:
-    """Accuracy on the real images of a split of classifiers trained on real images, reconstructions and samples.
-
-    Args:
-      reconstruct: measure.Seen's; the paper also tests on reconstructions.
-
-    Returns:
-      {'real': {...}, 'reconstructions': {...}, 'samples': {...}}, each with top1, top5 (where there are more classes
-      than five), the same on reconstructed test images, by_class, and how many images it was trained on.
+    Raises:
+      JobError, StaleInputError, SettingsChangedError, Interrupted: as `classification_accuracy_score`.
     """
-    directories = {'real': 'classifier', **{name: f'{DIRECTORY}/{name}' for name in SOURCES}}
-    judges = {
-        name: features.classify(run, workdir.load_trained(run, directory, 'cas'))
-        for name, directory in directories.items()
-    }
-    source, labels, logits = run.images(split), [], {}
-    for batch in eval_batches(source, batch_size=run.config.sample.batch_size, **run.reading()):
-        kept, images = batch['mask'], batch['image']
-        labels.append(batch['label'][kept])
-        for suffix, shown in (('', images), ('_reconstructed', reconstruct(images)[ALL_LEVELS])):
-            for name, judge in judges.items():
-                logits.setdefault((name, suffix), []).append(judge(shown)['logits'][kept])
-    labels, names, found = np.concatenate(labels), source.class_names, {}
-    for name in directories:
-        count = samples.read_meta(run.path(SOURCES[name]))['count'] if name in SOURCES else len(run.images('train'))
-        found[name] = {'count': count}
-        scores = {suffix: np.concatenate(logits[name, suffix]) for suffix in ('', '_reconstructed')}
-        for suffix, rows in scores.items():
-            found[name] |= {f'top{k}{suffix}': top_k_accuracy(rows, labels, k) for k in (1, 5) if k < len(names)}
-        each = per_class_accuracy(scores[''].argmax(axis=-1), labels, len(names))
-        found[name]['by_class'] = dict(zip(names, each, strict=True))
-    return found
+    directory = run.path(RECONSTRUCTIONS)
+    count = record.read_done(run.path('codes', 'train'), 'extract_codes').results['count']
+    before = processes.run_on_main_process(lambda: record.read(directory))
+    # Of all sample sets, whose shards may differ in size: the size of the first one.
+    size = before.settings.get('shard_size') if before else run.config.sample.shard_size
+    output = run.open_output(directory, 'cas', _codes_digests(run), {'split': 'train', 'shard_size': size})
+    ranges = shard_ranges(count, size)
+    missing = processes.run_on_main_process(lambda: sample_store.missing_shards(directory, ranges))
+    if output.state == record.DONE and not missing:
+        print(f'reconstructions: done ({count} images in {directory})', flush=True)
+        return
+    with stop_signals() as stopped:
+        _write_reconstructions(run, output, run.codes('train'), missing, stopped)
+        processes.run_on_main_process(lambda: output.finish({'count': count}))
+    print(f'reconstructions: {count} training images in {directory}', flush=True)
+
+
+def _write_reconstructions(run, output, source, missing, stopped):
+    batch_size = run.batch_size('codes')
+
+    def write(limits, arrays):
+        arrays = {'arr_0': arrays['image'], 'label': arrays['label'], 'index': arrays['index'].astype('int64')}
+        path = sample_store.shard_path(output.directory, *limits)
+        processes.run_on_main_process(lambda: sample_store.write_npz(path, arrays))
+
+    writer = ShardWriter(missing, write)
+    with jax.set_mesh(run.mesh):
+        variables = workdir.load_vqvae(run).variables
+        parameters = sum(x.size for x in jax.tree.leaves(variables['params']))
+        data = f'{len(source)} codes; codes.batch_size {run.config.codes.batch_size}, padded to {batch_size}'
+        line = start_line(RECONSTRUCTIONS, processes.describe_mesh(run.mesh), parameters=parameters, data=data)
+        print(line, flush=True)
+        decode = inference.make_decode_fn(configs.make_vqvae(run.config))
+        decode = functools.partial(decode, sharding.put_sharded(variables))
+        processes.run_on_main_process(output.start)
+        for start, stop in batch_runs(missing, batch_size, len(source)):
+            limits = {'section': 'codes', 'start': start, 'stop': stop}
+            batches = feature_store.read_batches(run, source, RECONSTRUCTIONS, stopped, **limits)
+            with contextlib.closing(batches):
+                for number, arrays in enumerate(map_batches(decode, batches, batch_size)):
+                    writer.add(start + number * batch_size, arrays)
+
+
+def _train(run, kind, directory, images):
+    """Trains a classifier on the images of a directory."""
+    found = sample_store.read_set(images)
+    sample_store.shard_paths(images)  # refuses a set that lacks files
+    folder = str(images) if gcs.is_remote(images) else glob.escape(str(images))
+    changes = {'splits': (), 'split_seed': 0, 'held_out': (_HELD_OUT, 0.0), 'on_error': 'raise'}
+
+    def make_data():
+        path = gcs.local_copy(os.path.join(folder, 'samples-*.npz'), found.digest)
+        spec = dataclasses.replace(configs.image_spec(run.config), name='npz', path=path, **changes)
+        try:
+            train_images, val_images = (open_images(spec, split) for split in ('train', 'validation'))
+        except ValueError as error:
+            count, classes = found.results['count'], run.config.data.num_classes
+            raise JobError(f'CAS: {count} {kind} of {classes} classes are too few to train on ({error})') from error
+        augment = {'flip': run.config.classifier.flip, 'crop': run.config.classifier.crop}
+        return train.image_data(run, 'classifier', train_images, val_images, **augment)
+
+    make_task = functools.partial(train.classifier_task, run)
+    train.train_task(run, 'classifier', directory, 'cas', make_task, make_data, {kind: found.digest})
+
+
+def _codes_digests(run):
+    return {'vqvae': workdir.vqvae_record(run).digest, 'codes': workdir.codes_digest(run)}
+
+
+def check_inputs(run: Run) -> None:
+    """Refuses classifiers that were trained on other images than the current ones.
+
+    Raises:
+      JobError: reconstructions or a classifier are missing.
+      StaleInputError: with both digests.
+    """
+    directory = run.path(RECONSTRUCTIONS)
+    hint = f'delete {directory} and {record.job_command("cas")}'
+    record.check_inputs(directory, sample_store.read_set(directory).inputs, _codes_digests(run), hint)
+    for kind, (place, images) in sources(run).items():
+        trained = workdir.trained_record(run, place, 'cas', 'classifier')
+        hint = f'delete {run.path(place)} and {record.job_command("cas")}'
+        record.check_inputs(run.path(place), trained.inputs, {kind: sample_store.read_set(images).digest}, hint)

@@ -1,67 +1,113 @@
-"""--job=evaluate with evaluate.real and evaluate.generated: FID and its kin of any two sets of images."""
+"""--job=evaluate with evaluate.real and evaluate.generated: FID and related metrics of any two sets of images."""
 
 import datetime
 import hashlib
 
 import jax
+import numpy as np
 
-from vqvae2_jax import config as configs
-from vqvae2_jax.data.images import SPLITS, ImageSource, open_as_they_are
-from vqvae2_jax.data.loader import eval_batches
-from vqvae2_jax.io import page, provenance
-from vqvae2_jax.jobs import features, quality
-from vqvae2_jax.jobs.workdir import JobError, Run
+from vqvae2_jax.data.images import SPLITS, ImageSource, open_native_size
+from vqvae2_jax.distributed import processes
+from vqvae2_jax.distributed.preemption import stop_signals
+from vqvae2_jax.evaluation import features, generative
+from vqvae2_jax.evaluation.report import render_comparison
+from vqvae2_jax.io import files, record
+from vqvae2_jax.io.progress import start_line
+from vqvae2_jax.io.record import JobError, Record
+from vqvae2_jax.jobs import feature_store
+from vqvae2_jax.jobs.workdir import Run
+from vqvae2_jax.version import __version__
 
 DIRECTORY = 'comparison'
+_SETS = ('real', 'generated')
 
 
 def compare_sets(run: Run) -> None:
-    """Writes comparison/report.json and report.html; prints the numbers."""
-    options = configs.options(run.config, 'evaluate')
-    sources = {name: _open(run, options[name], f'evaluate.{name}') for name in ('real', 'generated')}
-    network = features.load_inception(options.inception, options.batch_size)
+    """Writes comparison/report.json and report.html, and prints the metrics.
+
+    An interrupted comparison continues. A finished one starts over, because digests of folders do not cover the pixels:
+    other images may lie under the same names.
+
+    Raises:
+      JobError: a set or the weights of the network cannot be read, or there are no metrics of the two sets.
+      Interrupted: a stop signal came; the same command continues.
+    """
+    options, directory = run.config.evaluate, run.path(DIRECTORY)
+    sources = {name: _open(run, options[name], f'evaluate.{name}') for name in _SETS}
+    network = feature_store.load_inception(run)
+    data = ', '.join(f'{len(source)} {name} images' for name, source in sources.items())
+    data += f'; evaluate.batch_size {options.batch_size}, padded to {run.batch_size("evaluate")}'
+    parameters = sum(x.size for x in jax.tree.leaves(network.params))
+    print(start_line('evaluate', processes.describe_mesh(run.mesh), parameters=parameters, data=data), flush=True)
+    inputs = {'network': network.digest} | {name: source.digest for name, source in sources.items()}
+    settings = {name: options[name] for name in _SETS}
+    output = run.open_output(directory, 'evaluate', inputs, settings, replace=True)
+    if output.state != record.STARTED:
+        processes.run_on_main_process(lambda: _start(output))
     try:
-        seen = {name: _look(run, network, source) for name, source in sources.items()}
-        digests = {name: digest for name, (_, digest) in seen.items()}
-        numbers = quality.compare(network, seen['real'][0], seen['generated'][0])
-    except ValueError as error:
-        raise JobError(f'evaluate: {error}') from error
-    sets = {
-        name: {'images': options[name], 'size': list(source.image_size), 'pixels': digests[name]}
-        for name, source in sources.items()
-    }
-    protocol = {
-        **quality.protocol(network, quality.IMAGES_OF_SETS),
-        **sets,
-        'version': provenance.package_version(),
-        'jax': jax.__version__,
-        'date': datetime.date.today().isoformat(),
-    }
-    directory = run.path(DIRECTORY)
-    provenance.write_json(directory / 'report.json', {'schema': 1, 'protocol': protocol, 'quality': numbers})
-    parts = [page.table(('', ''), list(numbers.items())), page.heading('Protocol')]
-    parts.append(page.table(('', ''), list(protocol.items())))
-    text = page.page(f'{options.generated} beside {options.real}', parts)
-    provenance.write_bytes(directory / 'report.html', text.encode())
-    for name, value in numbers.items():
+        with stop_signals() as stopped:
+            found = {name: _extract(run, network, name, source, stopped) for name, source in sources.items()}
+            report = processes.run_on_main_process(lambda: _write(run, network, sources, found, output))
+    except (ValueError, OSError) as error:
+        if processes.is_main_process():
+            (directory / record.FILE).unlink(missing_ok=True)  # the next call starts over
+        raise error if isinstance(error, JobError) else JobError(f'evaluate: {error}') from error
+    metrics = report['quality']
+    for name, value in metrics.items():
         print(f'{name:<27} {value:.5g}' if isinstance(value, float) else f'{name:<27} {value}')
-    if 'inception_score' not in numbers:
-        print(f'{"inception_score":<27} {protocol["inception_score"]}')
+    if 'inception_score' not in metrics:
+        print(f'{"inception_score":<27} {report["protocol"]["inception_score"]}')
     print(f'report: {directory / "report.html"}', flush=True)
 
 
 def _open(run: Run, which: str, field: str) -> ImageSource:
     try:
-        return run.images(which) if which in SPLITS else open_as_they_are(which, field)
+        return run.images(which) if which in SPLITS else open_native_size(which, field)
     except (ValueError, OSError) as error:
         raise JobError(str(error)) from error
 
 
-def _look(run, network, source):
-    """What the network sees in a set, and the SHA-256 of its pixels in the order in which they are read."""
-    observed, pixels = features.Observed(network), hashlib.sha256()
-    for batch in eval_batches(source, batch_size=network.batch_size, **run.reading()):
-        images = batch['image'][batch['mask']]
-        pixels.update(images.tobytes())
-        observed.add(images)
-    return observed, pixels.hexdigest()
+def _start(output):
+    for name in _SETS:
+        if (output.directory / name).exists():
+            (output.directory / name).rmtree()
+    output.start()
+
+
+def _extract(run, network, name, source, stopped) -> Record:
+    inputs, rows = {'network': network.digest, 'images': source.digest}, [feature_store.IMAGES]
+
+    def make_function():
+        extract = features.make_extract_fn(network)
+        # The images come back for their digests.
+        return lambda batch: {f'{k}_0': v for k, v in extract(batch).items()} | {'image': batch['image']}
+
+    return feature_store.extract(run, run.path(DIRECTORY, name), inputs, {}, source, make_function, rows, stopped)
+
+
+def _write(run, network, sources, found, output) -> dict:
+    options, directory = run.config.evaluate, output.directory
+    stats = [feature_store.load_stats(found[name]) for name in _SETS]
+    metrics = generative.generative_metrics(network.name, *stats)
+    sets = {
+        name: {'images': options[name], 'size': list(source.image_size), 'pixels': _digest(found[name])}
+        for name, source in sources.items()
+    }
+    protocol = {
+        **generative.protocol(network, generative.IMAGES_OF_SETS),
+        **sets,
+        'version': __version__,
+        'jax': jax.__version__,
+        'date': datetime.date.today().isoformat(),
+    }
+    report = {'schema': 2, 'protocol': protocol, 'quality': metrics}
+    files.write_json(directory / 'report.json', report)
+    files.write_bytes(directory / 'report.html', render_comparison(report).encode())
+    output.finish(metrics)
+    return report
+
+
+def _digest(output: Record) -> str:
+    """SHA-256 of the SHA-256 of every image, in the order in which they are read."""
+    pixels = [shard['pixels'][shard['mask']] for shard in feature_store.read_shards(output)]
+    return hashlib.sha256(np.concatenate(pixels).tobytes()).hexdigest()

@@ -1,5 +1,6 @@
 """--job=likelihood: nats of every level and bits of every image, of a split or of a folder; a score for outliers."""
 
+import contextlib
 import csv
 import functools
 import io
@@ -8,59 +9,75 @@ import os
 
 import jax
 import numpy as np
+from etils import epath
 
-from vqvae2_jax import config as configs
-from vqvae2_jax import parallel
+from vqvae2_jax import inference
+from vqvae2_jax.data.images import ImageSource
 from vqvae2_jax.data.loader import eval_batches
-from vqvae2_jax.io import provenance
+from vqvae2_jax.distributed import processes, sharding
+from vqvae2_jax.distributed.batches import map_batches
+from vqvae2_jax.io import files, record
+from vqvae2_jax.io.progress import Progress, start_line
 from vqvae2_jax.jobs import workdir
-from vqvae2_jax.jobs.workdir import SKIPPED, JobError, Run
-from vqvae2_jax.sampling.likelihood import log_likelihood
-from vqvae2_jax.stages.stage import to_float
+from vqvae2_jax.jobs.workdir import SKIPPED, Generator, JobError, Run
 
 DIRECTORY = 'likelihood'
+FILE = 'images.csv'
 
 
 def write_likelihood(run: Run) -> None:
-    """Writes likelihood/<split>.csv or of-<folder>.csv, a line per image, the least likely first."""
-    options = configs.options(run.config, 'likelihood')
+    """Writes likelihood/<split>/images.csv or likelihood/of-<folder>/images.csv: images, least likely first.
+
+    Raises:
+      JobError: networks are missing, or no image can be read.
+    """
+    options = run.config.likelihood
     source = run.folder(options.path, 'likelihood.path') if options.path else run.images(options.split)
-    known = not options.path and bool(run.config.data.num_classes)  # a folder's images may be of any class
-    measure = make_likelihood(run, known)
-    rows = []
-    for batch in eval_batches(source, batch_size=run.config.sample.batch_size, **run.reading()):
-        inputs = parallel.put_batch({name: batch[name] for name in ('image', 'label')})
-        nats = -np.asarray(measure(inputs['image'], inputs['label']), np.float64)  # [L, B]
-        for i in np.flatnonzero(batch['mask']):
-            bits = nats[:, i].sum() / math.log(2)
-            rows.append((source.where(batch['index'][i]), *nats[:, i], bits))
+    of_folder = f'of-{os.path.basename(os.path.abspath(options.path))}'  # no split has such a name
+    directory = run.path(DIRECTORY, of_folder if options.path else options.split)
+    inputs = {'images': source.digest, **workdir.generator_digests(run)}
+    output = run.open_output(directory, 'likelihood', inputs, options.to_dict(), replace=True)
+    if output.state == record.DONE:
+        print(f'likelihood: done (see {directory / FILE})', flush=True)
+        return
+    labeled = not options.path and bool(run.config.data.num_classes)  # images of a folder may be of any class
+    with jax.set_mesh(run.mesh):
+        generator = workdir.load_generator(run)  # it refuses before any file changes
+        processes.run_on_main_process(output.start)
+        rows = _image_rows(run, source, generator, labeled)
     if not rows:
         raise JobError(
             f'likelihood: none of the {len(source)} images could be read; they are listed in {run.path(SKIPPED)}'
         )
-    rows.sort(key=lambda row: -row[-1])
+    bits = np.array([row[-1] for row in rows])
+    results = {'images': len(rows), 'bits_per_image': float(bits.mean())}
+    processes.run_on_main_process(lambda: (_write_csv(directory / FILE, run.levels, rows), output.finish(results)))
+    print(f'likelihood: {len(rows)} images, {bits.mean():.1f} bits each ({bits.min():.1f} to {bits.max():.1f})')
+    print(f'least likely: {rows[0][0]}\nall images: {directory / FILE}', flush=True)
+
+
+def _image_rows(run: Run, source: ImageSource, generator: Generator, labeled: bool) -> list[tuple]:
+    """Returns (name, nats of every level, bits) of every readable image, least likely first."""
+    batch_size, rows = run.batch_size('evaluate'), []
+    data = f'{len(source)} images; evaluate.batch_size {run.config.evaluate.batch_size}, padded to {batch_size}'
+    mesh = processes.describe_mesh(run.mesh)
+    print(start_line('likelihood', mesh, parameters=generator.num_parameters, data=data), flush=True)
+    function = inference.make_log_likelihood_fn(generator.model, generator.priors, labeled=labeled)
+    function = functools.partial(function, generator.variables, generator.params)
+    progress, local_rows = Progress('likelihood', len(source)), sharding.process_local_rows(batch_size)
+    batches = eval_batches(source, batch_size=batch_size, rows=local_rows, **run.loader_kwargs())
+    with contextlib.closing(batches):
+        for number, batch in enumerate(map_batches(function, batches, batch_size), start=1):
+            nats = -batch['log_likelihood'].astype(np.float64)  # [B, L]
+            for i in np.flatnonzero(batch['mask']):
+                rows.append((source.example_name(int(batch['index'][i])), *nats[i], nats[i].sum() / math.log(2)))
+            progress.update(min(number * batch_size, len(source)))
+    return sorted(rows, key=lambda row: -row[-1])
+
+
+def _write_csv(path: epath.Path, levels: tuple[str, ...], rows: list[tuple]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(('image', *(f'nats_{name}' for name in run.levels), 'bits'))
+    writer.writerow(('image', *(f'nats_{name}' for name in levels), 'bits'))
     writer.writerows((name, *(f'{x:.3f}' for x in numbers)) for name, *numbers in rows)
-    own = f'of-{os.path.basename(os.path.abspath(options.path))}'  # no split is called so
-    path = run.path(DIRECTORY, f'{own if options.path else options.split}.csv')
-    provenance.write_bytes(path, text.getvalue().encode())
-    bits = np.array([row[-1] for row in rows])
-    print(f'likelihood: {len(rows)} images, {bits.mean():.1f} bits each ({bits.min():.1f} to {bits.max():.1f})')
-    print(f'the least likely: {rows[0][0]}\nall of them: {path}', flush=True)
-
-
-def make_likelihood(run: Run, labelled: bool):
-    """A jitted (image uint8 [B, H, W, C], label int [B]) -> log-likelihood in nats [L, B], finest level first.
-
-    Not `labelled`: the class is unknown, and the labels are not looked at.
-    """
-    model, encoder, modules, weights = workdir.load_generator(run)
-
-    @jax.jit
-    def measure(encoder, weights, image, label):
-        codes = model.apply(encoder, to_float(image), method='encode')
-        return log_likelihood(modules, weights, codes, label if labelled else None)
-
-    return functools.partial(measure, encoder, weights)
+    files.write_bytes(path, text.getvalue().encode())

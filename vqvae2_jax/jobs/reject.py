@@ -1,99 +1,81 @@
-"""--job=reject: the classifier scores every sample by the log-probability of its intended class; the best are kept."""
+"""--job=reject: scores every sample by the classifier's log-probability of its class, and keeps the best."""
 
+from collections.abc import Callable
+
+import jax
 import numpy as np
 
-from vqvae2_jax.io import pictures, provenance
-from vqvae2_jax.jobs import features, samples, workdir
-from vqvae2_jax.jobs.sample import DIRECTORY as SAMPLES
+from vqvae2_jax.data import sample_store
+from vqvae2_jax.distributed import processes
+from vqvae2_jax.distributed.batches import map_batches
+from vqvae2_jax.distributed.preemption import stop_signals
+from vqvae2_jax.evaluation import features
+from vqvae2_jax.evaluation.features import FeatureExtractor
+from vqvae2_jax.io import plots, record
+from vqvae2_jax.io.progress import start_line
+from vqvae2_jax.jobs import feature_store
 from vqvae2_jax.jobs.sample import grid_positions
-from vqvae2_jax.jobs.workdir import Run
-from vqvae2_jax.sampling.rejection import keep_best
+from vqvae2_jax.jobs.workdir import REJECTION, SAMPLES, JobError, Run
+from vqvae2_jax.sampling.rejection import log_probability, select_top_per_class
 
-DIRECTORY = 'rejection'
-_SCHEMA = 2  # of its files
+SCORES, ACCEPTED, PICTURE = 'scores.npz', 'accepted.npz', 'accepted.png'
 
 
 def reject(run: Run) -> None:
-    """Writes rejection/scores.npz, accepted.npz and accepted.png."""
-    source, directory = run.path(SAMPLES), run.path(DIRECTORY)
-    judge, meta = features.load_judge(run), samples.read_meta(source)
-    keep, threshold = run.config.reject.keep, run.config.reject.get('threshold', 0.0)
-    record = {
-        'schema': _SCHEMA,
-        'keep': keep,
-        'threshold': threshold,
-        'count': meta['count'],
-        'upstream': {'classifier': judge.protocol['weights'], 'samples': samples.digest(source)},
-        'version': provenance.package_version(),
-    }
-    if (directory / 'meta.json').exists() and provenance.read_json(directory / 'meta.json') == record:
-        print(f'reject: done (see {directory})', flush=True)
-        return
-    (directory / 'meta.json').unlink(missing_ok=True)  # until the files below belong together again
-    scored = _score(judge, source)
-    kept = keep_best(scored['log_probability'], scored['label'], keep)
-    kept = kept[scored['score'][kept] >= np.float32(threshold)]  # the stored score, so that one of 1.0 passes 1.0
-    if not len(kept):
-        best = scored['score'].max()
-        raise workdir.JobError(f'reject.threshold={threshold} keeps no sample: the best one scores {best:.4g}')
-    accepted = samples.take(source, kept) | {name: scored[name][kept] for name in ('score', 'log_probability')}
-    samples.write_npz(directory / 'scores.npz', scored)
-    samples.write_npz(directory / 'accepted.npz', accepted)
-    best_first = np.argsort(-accepted['log_probability'], kind='stable')
-    grid = accepted['arr_0'][grid_positions(accepted['label'], best_first)]
-    picture = pictures.image_grid(grid, columns=10, scale=pictures.visible_scale(grid))
-    pictures.save_png(directory / 'accepted.png', picture)
-    provenance.write_json(directory / 'meta.json', record)
-    print(f'reject: kept {len(kept)} of {len(scored["score"])} samples in {directory}', flush=True)
-
-
-def read_meta(run: Run) -> dict:
-    """meta.json of the scores.
+    """Writes scores.npz, accepted.npz and accepted.png into rejection/<sample.name>, again if anything has changed.
 
     Raises:
-      JobError: there are none, or an earlier version of this package wrote them.
+      JobError: samples or the classifier are missing, or no sample reaches the threshold.
+      Interrupted: a stop signal came; nothing was written.
     """
-    path = run.path(DIRECTORY, 'meta.json')
-    if not path.exists():
-        raise workdir.JobError(f'{path.parent} holds no scores; {workdir.job_command("reject")}')
-    meta = provenance.read_json(path)
-    if meta['schema'] != _SCHEMA:
-        raise workdir.JobError(
-            f'{path} has schema {meta["schema"]}, this version reads schema {_SCHEMA}; {workdir.job_command("reject")}'
-        )
-    return meta
+    options, directory = run.config.reject, run.set_path(REJECTION)
+    inputs = {
+        'samples': sample_store.read_set(run.set_path(SAMPLES)).digest,
+        'classifier': feature_store.classifier_digest(run),
+    }
+    settings = {'keep_fraction': options.keep_fraction, 'threshold': options.threshold}
+    output = run.open_output(directory, 'reject', inputs, settings, replace=True)
+    if output.state == record.DONE:
+        print(f'reject: done (see {directory})', flush=True)
+        return
+    with stop_signals() as stopped:
+        scored = _score(run, feature_store.load_classifier(run), stopped)
+        kept = processes.run_on_main_process(lambda: _write(run, output, scored))
+    print(f'reject: kept {kept} of {len(scored["score"])} samples in {directory}', flush=True)
 
 
-def log_probability(logits: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Log-probability of the label under a softmax over the logits.
-
-    In float32 a softmax rounds to exactly 1 where the label's logit is more than about 17 above the others, and a log
-    softmax to exactly 0. This computes -log(1 + sum of exp(logit - logit of the label) over the other classes) in
-    float64, which tells such images apart up to a margin of about 700.
-
-    Args:
-      logits: float [N, S], S at least 2.
-      label: int [N].
-
-    Returns:
-      float64 [N].
-    """
-    logits, rows = np.array(logits, np.float64), np.arange(len(logits))
-    own = logits[rows, label]
-    logits[rows, label] = -np.inf  # leaves the other classes
-    top = logits.max(axis=-1)
-    others = top + np.log(np.exp(logits - top[:, None]).sum(axis=-1))
-    with np.errstate(invalid='ignore'):  # NaN stays NaN; `keep_best` refuses it
-        return -np.logaddexp(0, others - own)
+def _score(run: Run, classifier: FeatureExtractor, stopped: Callable[[], int]) -> dict[str, np.ndarray]:
+    """Returns the arrays of scores.npz, [N] each."""
+    source, batch_size, parts = feature_store.open_samples(run, run.config.sample.name), run.batch_size('evaluate'), []
+    data = f'{len(source)} samples; evaluate.batch_size {run.config.evaluate.batch_size}, padded to {batch_size}'
+    parameters = sum(x.size for x in jax.tree.leaves(classifier.params))
+    print(start_line('reject', processes.describe_mesh(run.mesh), parameters=parameters, data=data), flush=True)
+    with jax.set_mesh(run.mesh):
+        extract = features.make_extract_fn(classifier)
+        batches = feature_store.read_batches(run, source, 'reject', stopped)
+        for batch in map_batches(lambda batch: {'logits': extract(batch)['logits']}, batches, batch_size):
+            logits, label = batch['logits'][batch['mask']], batch['label'][batch['mask']]
+            log_p = log_probability(logits, label)
+            part = {'label': label, 'score': np.exp(log_p).astype(np.float32), 'log_probability': log_p}
+            parts.append(part | {'predicted': logits.argmax(axis=-1)})
+    scored = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return scored | {'index': np.arange(len(source), dtype=np.int64)}
 
 
-def _score(judge, source):
-    """What scores.npz holds of every sample, [N] each."""
-    parts = []
-    for path in samples.shard_paths(source):
-        drawn = samples.read_npz(path)
-        logits = judge.embed(drawn['arr_0'])['logits']  # [N, S]
-        log_p = log_probability(logits, drawn['label'])
-        part = {'label': drawn['label'], 'index': drawn['index'], 'score': np.exp(log_p).astype(np.float32)}
-        parts.append(part | {'log_probability': log_p, 'predicted': logits.argmax(axis=-1)})
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+def _write(run, output, scored) -> int:
+    """Writes all files; returns the number of samples kept."""
+    source, directory, threshold = run.set_path(SAMPLES), output.directory, run.config.reject.threshold
+    kept = select_top_per_class(scored['log_probability'], scored['label'], run.config.reject.keep_fraction)
+    kept = kept[scored['score'][kept] >= np.float32(threshold)]  # the stored score, so that 1.0 reaches 1.0
+    if not len(kept):
+        best = scored['score'].max()
+        raise JobError(f'reject.threshold={threshold} keeps no sample: the best one scores {best:.4g}')
+    accepted = sample_store.take(source, kept) | {name: scored[name][kept] for name in ('score', 'log_probability')}
+    output.start()
+    sample_store.write_npz(directory / SCORES, scored)
+    sample_store.write_npz(directory / ACCEPTED, accepted)
+    best_first = np.argsort(-accepted['log_probability'], kind='stable')
+    grid = accepted['arr_0'][grid_positions(accepted['label'], best_first)]
+    plots.save_png(directory / PICTURE, plots.image_grid(grid, columns=10, scale=plots.visible_scale(grid)))
+    output.finish({'count': len(scored['score']), 'accepted': len(kept)})
+    return len(kept)

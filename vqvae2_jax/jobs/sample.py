@@ -1,185 +1,163 @@
-"""--job=sample: class-conditional samples from all priors, decoded, in resumable shards.
+"""--job=sample: class-conditional samples from all priors, decoded, in shards; a restart continues.
 
-Sample i depends on the seed, i, its label and the settings of `sample`: not on the batch it is drawn in, on the count
-or on the devices.
+Sample i depends on the seed, i, its label and the settings of `sample`, not on its batch, the count or the devices.
 """
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
 
-from vqvae2_jax import config as configs
-from vqvae2_jax import parallel
-from vqvae2_jax.io import pictures, provenance
-from vqvae2_jax.io.interrupt import leave_together, stop_signals
-from vqvae2_jax.io.logging import format_duration
-from vqvae2_jax.jobs import samples, workdir
-from vqvae2_jax.jobs.workdir import Run
-from vqvae2_jax.sampling.ancestral import sample_levels
-from vqvae2_jax.stages.stage import to_uint8
+from vqvae2_jax import inference
+from vqvae2_jax.config import build as configs
+from vqvae2_jax.data import sample_store
+from vqvae2_jax.data.shards import Range, ShardWriter, batch_starts, shard_ranges
+from vqvae2_jax.distributed import processes, sharding
+from vqvae2_jax.distributed.batches import map_batches
+from vqvae2_jax.distributed.preemption import exit_together, stop_signals
+from vqvae2_jax.io import plots, record
+from vqvae2_jax.io.progress import Progress, start_line
+from vqvae2_jax.io.record import JobError, Record
+from vqvae2_jax.jobs import workdir
+from vqvae2_jax.jobs.workdir import SAMPLES, Generator, Run
 
-DIRECTORY = 'samples'
+PICTURE = 'samples.png'
 
 
 def draw_samples(run: Run) -> None:
-    """Draws what is missing of sample.count samples; each process draws its files on its own devices."""
-    sample, directory = run.config.sample, run.path(DIRECTORY)
-    meta = _meta(run)
-    _check_started(directory, meta)
-    ranges = samples.shard_ranges(sample.count, sample.batch_size)
-    missing = [r for r in ranges if not samples.shard_path(directory, *r).exists()]
-    # All see the same before files change, whatever a shared file system may still show to one of them.
-    if not parallel.any_process(bool(missing) or not _is_recorded(directory, meta)):
-        print(f'sample: done ({sample.count} samples in {directory})', flush=True)
+    """Draws the missing ones of sample.count samples into samples/<sample.name>.
+
+    Raises:
+      JobError: networks are missing, or the set already has more samples.
+      StaleInputError: the set was sampled from other networks.
+      SettingsChangedError: the set was sampled with other settings.
+      Interrupted: a stop signal came; the same command continues.
+    """
+    count, directory = run.config.sample.count, run.set_path(SAMPLES)
+    hint = (
+        'Set --config.sample.name=OTHER to keep both, go back to the recorded settings, '
+        f'or delete {directory} to draw the samples again.'
+    )
+    output = run.open_output(directory, 'sample', workdir.generator_digests(run), _settings(run), hint=hint)
+    ranges = shard_ranges(count, run.config.sample.shard_size)
+    missing, complete = processes.run_on_main_process(lambda: _compare_files(directory, count, ranges))
+    if complete and output.state == record.DONE and output.results['count'] == count:
+        print(f'sample: done ({count} samples in {directory})', flush=True)
         return
     with stop_signals() as stopped:
-        samplers = make_samplers(run)  # refuses before anything changes
-        if parallel.is_writer():
-            (directory / 'samples.png').unlink(missing_ok=True)  # written last: where it is, nothing is missing
-            provenance.write_json(directory / 'meta.json', meta)
-        _draw(run, samplers, directory, [r for r in parallel.share(ranges) if r in missing], stopped)
-        leave_together(stopped)
-    if parallel.is_writer():
-        samples.remove_others(directory, ranges)
-        _picture(run, directory)
+        if missing:
+            _draw_shards(run, output, missing, stopped)
+            exit_together(stopped)
+        processes.run_on_main_process(lambda: _finish(run, output, ranges))
+    print(f'sample: {count} samples in {directory}; they are shown in {directory / PICTURE}', flush=True)
 
 
-def _draw(run, samplers, directory, missing, stopped):
+def _settings(run):
     sample = run.config.sample
-    begin, before = time.monotonic(), _seconds(directory)
-    for number, (start, stop, arrays) in enumerate(_shards(run, samplers, missing), start=1):
-        samples.write_npz(samples.shard_path(directory, start, stop), arrays)
-        seconds = time.monotonic() - begin
-        if parallel.is_writer():
-            provenance.write_json(directory / 'time.json', {'seconds': round(before + seconds, 1)})
-        left = format_duration(seconds / number * (len(missing) - number))
-        rate = number * sample.batch_size * jax.process_count() / seconds
-        print(f'sample  {stop}/{sample.count}  {rate:.3g} img/s  ETA {left}', flush=True)
-        if stopped():
-            print(f'{number} of {len(missing)} files written; the same command draws the rest', flush=True)
-            break
+    return {
+        'seed': sample.seed,
+        'labels': list(sample.labels),
+        **configs.sampling_settings(run.config),
+        'dtype': sample.dtype,
+        'num_classes': run.config.data.num_classes,
+        'shard_size': sample.shard_size,
+    }
 
 
-def make_samplers(run: Run) -> list[Callable]:
-    """{index, label: int32 [B]} -> (images uint8 [B, H, W, C], codes per level), for each of `meshes_alone`."""
-    config = run.config
-    with parallel.use(parallel.meshes_alone()[0]):
-        model, decoder, modules, weights = workdir.load_generator(run, config.sample.get('dtype'))
-
-    def make():
-        held = jax.device_put((weights, decoder), parallel.replicated())
-        draw = functools.partial(compiled_draw(config, model, modules), *held, make_controls(config))
-
-        def sampler(batch):
-            batch = parallel.put_batch(batch)
-            return draw(batch['index'], batch['label'])
-
-        return sampler
-
-    return parallel.on_each_alone(make)
+def _compare_files(directory: epath.Path, count: int, ranges: Sequence[Range]) -> tuple[list[Range], bool]:
+    """Returns the ranges without a file, and whether the picture is there and no file is missing."""
+    stored = sample_store.stored_count(directory)
+    if count < stored:  # else samples beyond the new count would stay in the directory
+        raise JobError(
+            f'{directory} is a set of {stored} samples, more than sample.count={count}: '
+            f'set --config.sample.count={stored}, or delete {directory} to draw the samples again'
+        )
+    missing = sample_store.missing_shards(directory, ranges)
+    return missing, not missing and (directory / PICTURE).exists()
 
 
-def compiled_draw(config, model, modules):
-    """A jitted (priors' weights, decoder's collections, controls, index, label) -> as `make_samplers` says."""
-    whole, split = parallel.replicated(), parallel.split_batch(config.sample.batch_size)
-    key = jax.random.key(config.sample.seed)
+def _draw_shards(run: Run, output: Record, missing: Sequence[Range], stopped: Callable[[], int]) -> None:
+    """Writes the missing files, until a stop signal comes."""
+    batch_size, total = run.batch_size('sample'), sum(stop - start for start, stop in missing)
+    begin, before = time.monotonic(), output.seconds
 
-    def draw(weights, decoder, controls, index, label):
-        label = label if config.data.num_classes else None
-        codes = sample_levels(modules, weights, key, index, label, controls)
-        return to_uint8(model.apply(decoder, codes, method='decode')), codes
+    def write(limits, arrays):
+        arrays = {'arr_0': arrays['image']} | {k: v for k, v in arrays.items() if k not in ('image', 'index')}
+        arrays['index'] = np.arange(*limits, dtype=np.int64)
+        sample_store.write_npz(sample_store.shard_path(output.directory, *limits), arrays)
+        output.save_seconds(before + time.monotonic() - begin)
 
-    # All of stage 1 lies on the devices, so it counts in what a plan says of memory.
-    return jax.jit(draw, in_shardings=(whole, whole, whole, split, split), out_shardings=split, keep_unused=True)
+    writer = ShardWriter(missing, lambda *shard: processes.run_on_main_process(lambda: write(*shard)))
+    with jax.set_mesh(run.mesh):
+        generator = workdir.load_generator(run, run.config.sample.dtype)  # it refuses before any file changes
+        print(_start_line(run, generator, total, batch_size), flush=True)
+        processes.run_on_main_process(lambda: _start(output))
+        written, progress = 0, Progress('sample', total)
+        starts = batch_starts(missing, batch_size)
+        rows = sharding.process_local_rows(batch_size)
+        batches = (_batch(run.config, start + rows) for start in starts)
+        results = map_batches(make_sampler(run, generator), batches, batch_size)
+        for number, (start, arrays) in enumerate(zip(starts, results, strict=True), start=1):
+            written += writer.add(start, arrays)
+            progress.update(min(number * batch_size, total))
+            if processes.process_any(bool(stopped())):
+                print(f'sample: {written} of {len(missing)} files written; the same command continues', flush=True)
+                break
 
 
-def make_controls(config):
-    """How the codes of each level are drawn, finest first."""
-    return tuple(configs.make_control(config, name) for name in configs.level_names(config.vqvae.factors))
+def _start_line(run, generator, total, batch_size):
+    data = f'{total} samples; sample.batch_size {run.config.sample.batch_size}, padded to {batch_size}'
+    mesh = processes.describe_mesh(run.mesh)
+    return start_line('sample', mesh, parameters=generator.num_parameters, data=data)
 
 
-def sample_labels(config, index: np.ndarray) -> np.ndarray:
-    """Labels int32 [B] of samples `index`: sample.labels in turn, or all classes in turn."""
+def make_sampler(run: Run, generator: Generator) -> Callable[[inference.Batch], inference.Batch]:
+    """Returns a jitted {'index': int32 [B], 'label': int32 [B]} -> as `inference.make_sample_fn`."""
+    sample = inference.make_sample_fn(generator.model, generator.priors, seed=run.config.sample.seed)
+    return functools.partial(sample, generator.variables, generator.params, workdir.sampling_params(run))
+
+
+def sample_labels(config: ConfigDict, index: np.ndarray) -> np.ndarray:
+    """Returns labels int32 [B] of samples `index`: sample.labels, or else all classes, round-robin."""
     choices = np.asarray(config.sample.labels or range(max(config.data.num_classes, 1)), np.int32)
     return choices[index % len(choices)]
 
 
-def _shards(run, samplers, ranges):
-    """(start, stop, arrays) of every range; while the caller writes one, the devices draw the next."""
-    batches = (_batch(run.config, start) for start, _ in ranges)
-    for (start, stop), (batch, drawn) in zip(ranges, parallel.in_turn(samplers, batches), strict=True):
-        images, codes = jax.device_get(drawn)
-        arrays = {'arr_0': images, 'label': batch['label'], 'index': batch['index'].astype(np.int64)}
-        arrays |= {f'codes_{level}': c for level, c in enumerate(codes)}
-        yield start, stop, {name: a[: stop - start] for name, a in arrays.items()}
+def _batch(config, index):
+    return {'index': index.astype(np.int32), 'label': sample_labels(config, index)}
 
 
-def _batch(config, start):
-    # The last shard may be smaller than a batch; drawing past the end keeps one compiled program.
-    index = np.arange(start, start + config.sample.batch_size, dtype=np.int32)
-    return {'index': index, 'label': sample_labels(config, index)}
+def _start(output):
+    (output.directory / PICTURE).unlink(missing_ok=True)  # it is not that of the larger set
+    output.start()
 
 
-def _meta(run):
-    sample = run.config.sample
-    return {
-        'schema': 1,
-        'count': sample.count,
-        'batch_size': sample.batch_size,
-        'seed': sample.seed,
-        'labels': list(sample.labels),
-        **configs.controls(run.config),
-        'dtype': sample.get('dtype', ''),
-        'num_classes': run.config.data.num_classes,
-        'upstream': workdir.generator_digests(run),
-        'version': provenance.package_version(),
-    }
-
-
-def _check_started(directory, meta):
-    if not (directory / 'meta.json').exists():
-        return
-    before = samples.read_meta(directory)
-    remedy = f'Give another --workdir, go back to those settings, or delete {directory} to draw anew.'
-    workdir.check_digests(f'the samples in {directory}', before['upstream'], meta['upstream'], remedy)
-    if meta['count'] < before['count']:  # else samples beyond the new count would stay in the folder
-        raise workdir.JobError(
-            f'{directory} is a set of {before["count"]} samples, more than sample.count={meta["count"]}: '
-            f'set --config.sample.count={before["count"]}, or delete {directory} to draw anew'
-        )
-    fields = set(meta) - {'schema', 'count', 'upstream', 'version'}  # the count may grow
-    what = f'the set of samples in {directory}'
-    workdir.check_same(what, {k: before.get(k) for k in fields}, {k: meta[k] for k in fields}, remedy)
-
-
-def _is_recorded(directory, meta) -> bool:
-    if not all((directory / name).exists() for name in ('meta.json', 'samples.png')):
-        return False
-    return samples.digest(directory) == samples.digest_meta(meta)
-
-
-def _seconds(directory) -> float:
-    path = directory / 'time.json'
-    return provenance.read_json(path)['seconds'] if path.exists() else 0.0
-
-
-def _picture(run, directory):
-    """samples.png: ten samples of each of the first ten labels, a row each."""
-    count = run.config.sample.count
+def _finish(run: Run, output: Record, ranges: Sequence[Range]) -> None:
+    """Writes samples.png, ten samples of each of the first ten labels, and the record."""
+    count, directory = run.config.sample.count, output.directory
+    sample_store.remove_others(directory, ranges)
+    output.finish({'count': count})
     labels = sample_labels(run.config, np.arange(count))
-    grid = samples.take(directory, grid_positions(labels, np.arange(count)))['arr_0']
-    picture = pictures.image_grid(grid, columns=10, scale=pictures.visible_scale(grid))
-    pictures.save_png(directory / 'samples.png', picture)
-    print(f'sample: {count} samples in {directory}; look at {directory / "samples.png"}', flush=True)
+    grid = sample_store.take(directory, grid_positions(labels, np.arange(count)))['arr_0']
+    plots.save_png(directory / PICTURE, plots.image_grid(grid, columns=10, scale=plots.visible_scale(grid)))
 
 
 def grid_positions(labels: np.ndarray, order: np.ndarray, rows: int = 10, columns: int = 10) -> np.ndarray:
-    """Which samples make a grid: a row of `columns` for each of the first labels [N], in the order given.
+    """Returns which samples a grid of pictures shows: a row of each of the first classes.
 
-    Where a label is the only one, or has too few samples to fill its row, the first of `order` in turn.
+    Args:
+      labels: int [N], of all samples.
+      order: int [M], indices of samples, the first ones are preferred.
+      rows: number of classes.
+      columns: number of samples per class.
+
+    Returns:
+      int [at most rows * columns], indices of samples. If there is only one class, or one has too few samples to fill
+      its row, they are the first of `order`.
     """
     by_label = [order[labels[order] == label][:columns] for label in np.unique(labels)[:rows]]
     if len(by_label) == 1 or min(len(row) for row in by_label) < columns:

@@ -1,283 +1,210 @@
-"""The one training loop: any stage, sharded over all devices, resumable to the bit.
+"""--job=vqvae, prior, classifier: each gives its task and its data to the training loop, and records the result."""
 
-A step is dispatched before the metrics of the one before it are read, so that the device never waits for Python.
-"""
-
-import contextlib
+import dataclasses
 import functools
-import math
-import signal
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
-import grain
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 
-from vqvae2_jax import optim, parallel
-from vqvae2_jax import state as train_state
-from vqvae2_jax.data.loader import read_all, read_next
-from vqvae2_jax.io import pictures
-from vqvae2_jax.io.checkpoint import Checkpoints, Weights
-from vqvae2_jax.io.interrupt import Interrupted, stop_signals
-from vqvae2_jax.io.logging import RunLog
-from vqvae2_jax.stages.stage import Stage, to_uint8
-
-_SHOWN = 10  # images in a row of the pictures
-STOP = 'stop'  # in a batch: for each device, whether its process was told to stop
-
-
-class Data(NamedTuple):
-    """Batches of one stage."""
-
-    train: grain.DatasetIterator  # endless; its state is saved
-    held_out: Callable[[], Iterator[dict]]  # one pass over the validation examples, with 'mask'; has close()
+from vqvae2_jax.config import build as configs
+from vqvae2_jax.data.images import ImageSource
+from vqvae2_jax.data.loader import eval_batches, train_batches
+from vqvae2_jax.distributed import processes, sharding
+from vqvae2_jax.io import files, record
+from vqvae2_jax.io.progress import start_line
+from vqvae2_jax.jobs import workdir
+from vqvae2_jax.jobs.workdir import JobError, Run
+from vqvae2_jax.planning import cost, hardware
+from vqvae2_jax.tasks import classifier, prior, vqvae
+from vqvae2_jax.tasks.task import Task
+from vqvae2_jax.training.checkpoint import BestCheckpoint, CheckpointMismatch
+from vqvae2_jax.training.loop import Data, train
 
 
-class NonFiniteLoss(FloatingPointError):
-    """A loss, a gradient or another metric was NaN or infinite; nothing after the last checkpoint was saved."""
+def vqvae_task(run: Run, examples: int | None = None) -> Task:
+    """Makes stage 1's task; `examples` is the size of an epoch, None: of the training split."""
+    batch_size = run.config.vqvae.training.batch_size
+    steps_per_epoch = -(-(examples or len(run.images('train'))) // batch_size)
+    model = configs.make_vqvae(run.config)
+    return vqvae.make_task(model, run.levels, run.config.vqvae.commitment_weight, steps_per_epoch)
 
 
-def fit(stage: Stage, training: optim.Training, data: Data, directory, *, name: str, seed: int) -> dict:
-    """Trains a stage, or goes on where its last checkpoint stands, and keeps the best weights by `stage.select`.
+def prior_task(run: Run, level: int, visualize: bool = True) -> Task:
+    """Makes the task of one level's prior, counted from the finest; `visualize` loads stage 1 for pictures."""
+    model = configs.make_prior(run.config, level)
+    return prior.make_task(model, level, len(run.levels), _decoder(run, level) if visualize else None)
 
-    Returns:
-      {'steps': updates done, 'seconds': training time over all restarts, 'parameters': how many}.
+
+def classifier_task(run: Run) -> Task:
+    """Makes the classifier's task."""
+    return classifier.make_task(configs.make_classifier(run.config))
+
+
+def train_vqvae(run: Run) -> None:
+    """--job=vqvae
 
     Raises:
-      NonFiniteLoss: naming the steps.
-      Interrupted: SIGINT or SIGTERM came; everything is saved.
+      JobError: images are missing; as `train_task`.
     """
-    optimizer = optim.make_optimizer(training)
-    checkpoints, weights = Checkpoints(directory), Weights(directory)
-    layout, state, start, unlogged = _first_state(stage, optimizer, data.train, checkpoints, seed, training.batch_size)
-    log = RunLog(
-        directory,
-        name=name,
-        total_steps=training.steps,
-        start_step=start,
-        examples_per_step=training.batch_size,
-        enabled=parallel.is_writer(),
-    )
-    if start:
-        print(f'{name}: continuing from step {start}', flush=True)
-    loop = _Loop(stage, training, data, checkpoints, weights, log, make_step(stage, optimizer, training, layout))
-    try:
-        with stop_signals() as stopped:
-            step = loop.run(state, start, unlogged, stopped)
-        if loop.stopping:  # the signal went to another process
-            raise Interrupted(128 + signal.SIGTERM)
-    finally:
-        log.close()
-        checkpoints.close()
-    parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    return {'steps': step, 'seconds': round(log.seconds(), 1), 'parameters': parameters}
+    augment = {'flip': run.config.data.flip, 'crop': run.config.data.crop}
+    make_data = functools.partial(image_data, run, 'vqvae', **augment)
+    inputs = {'images': run.images_digest()}
+    train_task(run, 'vqvae', 'vqvae', 'vqvae', functools.partial(vqvae_task, run), make_data, inputs)
 
 
-class _Loop:
-    """The loop's fixed parts, so that its few steps can be read one by one."""
+def train_prior(run: Run, level_name: str) -> None:
+    """--job=prior --level=...
 
-    def __init__(self, stage, training, data, checkpoints, weights, log, step):
-        self.stage, self.training, self.data = stage, training, data
-        self.checkpoints, self.weights, self.log, self.train_step = checkpoints, weights, log, step
-        self.evaluate = make_evaluation(stage, training.batch_size)
-        self.show = jax.jit(stage.show) if stage.show else None
-        self.best = weights.best()
-        self.stopping = False  # as soon as a signal to stop came to any process; on all of them at the same step
+    Raises:
+      JobError: stage 1 or codes are missing; as `train_task`.
+      StaleInputError: another stage 1 made the codes.
+    """
+    section = f'prior.{level_name}'
 
-    def run(self, state, step, unlogged, stopped):
-        training, window, previous = self.training, _Window(unlogged), None
-        while step < training.steps and not self.stopping:
-            batch = read_next(self.data.train, stopped)
-            batch = parallel.put_batch(batch, training.batch_size) | {STOP: parallel.put_flag(bool(stopped()))}
-            state, metrics = self.train_step(state, batch)
-            step += 1
-            if previous is not None:
-                self.stopping |= window.add(*previous)  # step - 1, while this step runs
-            previous = (step, metrics)
-            last = step == training.steps
-            if last or any(_due(step, n) for n in (training.log_every, training.eval_every, training.save_every)):
-                self.stopping |= window.add(*previous)  # nothing is logged, judged or saved on top of an unseen loss
-                previous = None
-                if last or _due(step, training.log_every):
-                    self.log.write(step, 'train', window.means())
-                self._look(state, step, last, stopped)
-                if last or _due(step, training.save_every):
-                    self._save(step, state, window)
-        self.stopping = parallel.any_process(self.stopping or bool(stopped()))
-        if self.stopping:
-            if previous is not None:
-                window.add(*previous)
-            self._save(step, state, window)
-            self.checkpoints.wait()
-            print(f'saved at step {step}; the same command continues from there', flush=True)
-        return step
+    def make_data():
+        # Codes are read from memory-mapped files: worker processes would only cost.
+        return _make_data(run, section, run.codes('train'), run.codes('validation'), {})
 
-    def _save(self, step, state, window):
-        self.log.flush()  # a resumed run continues the log from here
-        self.checkpoints.save(step, state, self.data.train, window.rows)
-
-    def _look(self, state, step, last, stopped):
-        training = self.training
-        if last or _due(step, training.eval_every):
-            with contextlib.closing(self.data.held_out()) as batches:
-                summary = self.evaluate(state.ema_params, state.variables, read_all(batches, stopped))
-            self.log.write(step, 'validation', summary)
-            # Equal counts as better, so that a run resumed from before its best step keeps the weights it finds again.
-            select = self.stage.select
-            if self.best is None or summary[select] <= self.best['summary'][select]:
-                weights = {'params': state.ema_params, 'variables': state.variables}
-                self.best = self.weights.save(step, summary, weights, self.best)
-        if self.show and training.show_every and (last or _due(step, training.show_every)):
-            weights = parallel.whole((state.ema_params, state.variables))
-            if parallel.is_writer():
-                self._show(weights, step, stopped)
-
-    def _show(self, weights, step, stopped):
-        with contextlib.closing(self.data.held_out()) as batches:
-            batch = {name: jnp.asarray(rows[:_SHOWN]) for name, rows in read_next(batches, stopped).items()}
-        rows = [
-            (name, np.asarray(to_uint8(images)))
-            for name, images in zip(self.stage.shown, self.show(*weights, batch), strict=True)
-        ]
-        self.log.image(step, 'held_out', pictures.labelled_rows(rows, scale=pictures.visible_scale(rows[0][1])))
+    inputs = {'codes': workdir.codes_digest(run), 'vqvae': workdir.vqvae_record(run).digest}
+    visualize = configs.train_config(run.config, section).image_every > 0
+    make_task = functools.partial(prior_task, run, run.levels.index(level_name), visualize)
+    train_task(run, section, workdir.prior_directory(level_name), 'prior', make_task, make_data, inputs)
 
 
-class _Window:
-    """Metrics since the last log line, of which some may date from before a restart."""
+def train_classifier(run: Run) -> None:
+    """--job=classifier
 
-    def __init__(self, rows: list[dict[str, float]]):
-        self.rows = rows
-
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> bool:
-        """Waits for the metrics of a step; returns whether a process was to stop before it."""
-        row = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        # All of them: a loss is taken before its update, so that it alone would let a state of NaNs be saved.
-        if wrong := [f'{name} is {value}' for name, value in row.items() if not math.isfinite(value)]:
-            raise NonFiniteLoss(
-                f'{", ".join(wrong)} at step {step}. Nothing of it was saved: the same command restarts from '
-                'the last checkpoint. Lower training.learning_rate, or set training.clip_norm'
-            )
-        stop = bool(row.pop(STOP))
-        self.rows.append(row)
-        return stop
-
-    def means(self) -> dict[str, float]:
-        rows, self.rows = self.rows, []
-        return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    Raises:
+      JobError: there are no classes; images are missing; as `train_task`.
+    """
+    if not configs.has_classifier(run.config):
+        raise JobError(f'data.num_classes is {run.config.data.num_classes}: a classifier needs at least 2')
+    augment = {'flip': run.config.classifier.flip, 'crop': run.config.classifier.crop}
+    make_data = functools.partial(image_data, run, 'classifier', **augment)
+    inputs = {'images': run.images_digest()}
+    train_task(run, 'classifier', 'classifier', 'classifier', lambda: classifier_task(run), make_data, inputs)
 
 
-def _due(step: int, every: int) -> bool:
-    return step % every == 0
-
-
-def _first_state(stage, optimizer, iterator, checkpoints, seed, batch_size):
-    """Layout, state, step and unlogged metrics of the newest checkpoint, or of the start; the iterator stands there."""
-    before = iterator.get_state()
-    batch = parallel.put_batch(next(iterator), batch_size)
-    iterator.set_state(before)
-    init, key, step = make_init(stage, optimizer), jax.random.key(seed), checkpoints.latest_step()
-    shapes = jax.eval_shape(init, key, batch)
-    layout = layout_of(shapes)
-    if step is None:
-        return layout, jax.jit(init, out_shardings=layout)(key, batch), 0, []
-    state, unlogged = checkpoints.restore(step, parallel.placed(shapes, layout), iterator)
-    return layout, state, step, unlogged
-
-
-def make_init(stage: Stage, optimizer) -> Callable[..., train_state.TrainState]:
-    """(key, batch) -> the state before the first step."""
-
-    def init(key, batch):
-        params, variables = stage.init(jax.random.fold_in(key, 0), batch)
-        return train_state.create(params, variables, jax.random.fold_in(key, 1), optimizer)
-
-    return init
-
-
-def layout_of(state: train_state.TrainState) -> train_state.TrainState:
-    """Where each array of a state (or its shape) lies: codebooks whole on every device, the rest by `parallel.cut`."""
-    whole = jax.tree.map(lambda _: parallel.replicated(), state.variables)
-    return jax.tree.map(parallel.cut, state).replace(variables=whole)
-
-
-def make_step(stage: Stage, optimizer, training: optim.Training, layout: train_state.TrainState):
-    """One donated, jitted update: (state, batch with `STOP`) -> (state, metrics)."""
-    gradient = _accumulated(stage, training.accumulate) if training.accumulate > 1 else _gradient(stage)
-
-    def step(state, batch):
-        stop = jnp.any(batch.pop(STOP))
-        key = jax.random.fold_in(state.key, state.step)
-        # Gathered here and not layer by layer: left to choose, XLA cuts arithmetic along the parameters too.
-        gradients, variables, metrics = gradient(parallel.gathered(state.params), state.variables, batch, key)
-        gradients = parallel.keep_cut(gradients)
-        metrics = {**metrics, 'gradient_norm': optax.tree.norm(gradients), STOP: stop}
-        return train_state.update(state, gradients, variables, optimizer, training.weight_ema), metrics
-
-    return jax.jit(step, donate_argnums=0, in_shardings=(layout, None), out_shardings=(layout, parallel.replicated()))
-
-
-def _gradient(stage):
-    def gradient(params, variables, batch, key):
-        loss = jax.value_and_grad(stage.loss, has_aux=True)
-        (_, (variables, metrics)), gradients = loss(params, variables, batch, key)
-        return gradients, variables, metrics
-
-    return gradient
-
-
-def _accumulated(stage, parts):
-    """As `_gradient`, part of the batch after part: the same mean gradient, in the memory of one part."""
-    of_part = _gradient(stage)
-
-    def take(x):  # [B, ...] -> [parts, B / parts, ...], where each device keeps its rows
-        return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
-
-    def gradient(params, variables, batch, key):
-        if variables:
-            raise ValueError('a stage with a codebook takes its batch at once: its statistics are those of the batch')
-
-        def add(total, numbered):
-            number, part = numbered
-            gradients, _, metrics = of_part(params, variables, part, jax.random.fold_in(key, number))
-            return parallel.keep_cut(jax.tree.map(jnp.add, total, gradients)), metrics
-
-        zeros = parallel.keep_cut(jax.tree.map(jnp.zeros_like, params))
-        total, metrics = jax.lax.scan(add, zeros, (jnp.arange(parts), jax.tree.map(take, batch)))
-        return jax.tree.map(lambda x: x / parts, total), variables, {k: v.mean() for k, v in metrics.items()}
-
-    return gradient
-
-
-def make_evaluation(
-    stage: Stage, batch_size: int | None = None
-) -> Callable[[Any, Any, Iterator[dict]], dict[str, float]]:
-    """(params, variables, batches with 'mask') -> summary, exact on a padded last batch.
+def train_task(
+    run: Run,
+    section: str,
+    directory: str,
+    job: str,
+    make_task: Callable[[], Task],
+    make_data: Callable[[], Data],
+    inputs: dict[str, str],
+) -> None:
+    """Trains a network into a directory, unless that is done, and records it.
 
     Args:
-      batch_size: the global one, when processes work together.
+      run: the run.
+      section: of the config, such as 'prior.top'.
+      directory: below the workdir.
+      job: the value of --job.
+      make_task: called only if there is something to train.
+      make_data: likewise.
+      inputs: digests of the inputs, by name.
 
     Raises:
-      ValueError: no example was left unmasked.
+      StaleInputError, SettingsChangedError: the training was started with other inputs or settings.
+      JobError, NonFiniteLoss, CheckpointMismatch, Interrupted: as `loop.train`.
     """
+    config, path = configs.train_config(run.config, section), run.path(directory)
+    output = run.open_output(path, job, inputs, configs.settings(run.config, section))
+    if output.state == record.DONE and output.results['steps'] >= config.steps:
+        print(f'{directory}: done ({_summary(output.results)})', flush=True)
+        return
+    task, data = make_task(), make_data()  # both may refuse, before anything changes
+    before = dataclasses.replace(output)
+    try:
+        parameters, flops = _count(task, data, config.batch_size, run.mesh)
+        line = start_line(directory, processes.describe_mesh(run.mesh), parameters=parameters, data=data.description)
+        print(line, flush=True)
+        processes.run_on_main_process(output.start)  # even if fewer steps are done: their weights may be replaced
+        result = train(task, config, data, path, mesh=run.mesh, name=directory, seed=run.config.seed, **flops)
+    except CheckpointMismatch:
+        if before.state == record.DONE and processes.is_main_process():
+            output.restore(before)  # its weights are unchanged
+        raise
+    finally:
+        data.train.close()
+    results = processes.run_on_main_process(lambda: _finish(output, result))
+    print(f'{directory}: trained ({_summary(results)})', flush=True)
 
-    @functools.partial(jax.jit, out_shardings=parallel.replicated())
-    def sums(params, variables, batch):
-        mask = batch.pop('mask')  # [B]
-        values = stage.evaluate(params, variables, batch)  # each [B, ...]
-        masked = {k: v * mask.reshape(-1, *(1,) * (v.ndim - 1)) for k, v in values.items()}
-        return {k: jnp.sum(v, axis=0) for k, v in masked.items()}, jnp.sum(mask)
 
-    def evaluate(params, variables, batches):
-        totals, count = {}, 0
-        for batch in batches:
-            batch_sums, batch_count = jax.device_get(sums(params, variables, parallel.put_batch(batch, batch_size)))
-            count += int(batch_count)
-            totals = {k: totals.get(k, 0) + v.astype(np.float64) for k, v in batch_sums.items()}
-        if not count:
-            raise ValueError('the validation split has no readable example; raise data.held_out or repair the files')
-        return stage.summarize({k: v / count for k, v in totals.items()})
+def image_data(
+    run: Run, section: str, train: ImageSource | None = None, val: ImageSource | None = None, **augment: bool
+) -> Data:
+    """Opens the images that a network is trained on.
 
-    return evaluate
+    Args:
+      run: the run.
+      section: of the config, such as 'classifier'.
+      train: the training images; None: the run's.
+      val: the validation images; None: the run's.
+      **augment: flip, crop.
+
+    Raises:
+      JobError: images are missing.
+    """
+    train, val = train or run.images('train'), val or run.images('validation')
+    return _make_data(run, section, train, val, run.loader_kwargs(), **augment)
+
+
+def _make_data(run, section, train, val, loader_kwargs, **augment) -> Data:
+    config = configs.train_config(run.config, section)
+    stop = min(config.eval_examples or len(val), len(val))
+    with jax.set_mesh(run.mesh):
+        rows = sharding.process_local_rows(config.batch_size)
+    kwargs = {'batch_size': config.batch_size, 'rows': rows, **loader_kwargs}
+    batches = train_batches(train, seed=run.config.seed, **augment, **kwargs)
+    return Data(
+        train=batches,
+        val=lambda: eval_batches(val, stop=stop, **kwargs),
+        first_batch=batches.peek(),
+        description=f'{len(train)} training and {stop} validation examples, batch size {config.batch_size}',
+    )
+
+
+def _count(task, data, batch_size, mesh) -> tuple[int, dict[str, float]]:
+    """The number of parameters; FLOPs per step and FLOP/s of all devices, where their peak is known."""
+    batch = {k: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for k, x in data.first_batch.items()}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params, model_state = jax.eval_shape(task.init, key, batch)
+    parameters = sum(x.size for x in jax.tree.leaves(params))
+    device = hardware.hardware_of(mesh.devices.flat[0])
+    if device is None:
+        return parameters, {}
+    forward = cost.count(task.loss, params, model_state, batch, key).flops
+    # The backward pass does about twice the work of the forward pass. Recomputation (remat) is not counted.
+    return parameters, {'flops_per_step': 3 * forward, 'peak_flops': device.flops * mesh.size}
+
+
+def _finish(output, result) -> dict:
+    best = BestCheckpoint(output.directory)
+    results = {
+        'steps': result['steps'],
+        'best_step': best.best()['step'],
+        'val': best.best()['metrics'],
+        'parameters': result['parameters'],
+    }
+    output.finish(results, seconds=result['seconds'], digest=files.digest_arrays(best.load()))
+    return results
+
+
+def _decoder(run: Run, level: int):
+    """Returns a function that decodes codes of `level` and coarser ones to images, by the trained stage 1."""
+    # The weights are host arrays: pictures are made on one device of one process.
+    model, variables = configs.make_vqvae(run.config), workdir.load_vqvae(run).variables
+
+    def decode(codes):
+        if level:
+            return model.apply(variables, codes, level, method='preview')
+        return model.apply(variables, codes, method='decode')
+
+    return decode
+
+
+def _summary(results: dict) -> str:
+    numbers = ', '.join(f'{name} {value:.4g}' for name, value in results['val'].items())
+    return f'best of {results["steps"]} steps is {results["best_step"]}: {numbers}'

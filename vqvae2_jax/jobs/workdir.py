@@ -1,62 +1,92 @@
-"""Where a run keeps its files, and what a job finds there from the jobs before it (docs/files.md).
+"""The directories of a run, and the outputs of earlier jobs that a job reads (docs/files.md).
 
-Every trained stage, store of codes and set of samples records the digests of what it was made from; a job whose
-upstream is not the recorded one refuses, showing both.
+Every output directory has a `record.json` (io/record.py) with the digests of its inputs. A job refuses inputs that are
+not the recorded ones, and shows both digests.
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vqvae2_jax import config as configs
-from vqvae2_jax import parallel
+from vqvae2_jax.config import build as configs
 from vqvae2_jax.data import images, loader
 from vqvae2_jax.data.codes import CodeSource
-from vqvae2_jax.data.images import ImageSource
-from vqvae2_jax.io import bucket, provenance
-from vqvae2_jax.io.checkpoint import Weights, read_record
+from vqvae2_jax.data.images import SPLITS, ImageSource
+from vqvae2_jax.distributed import processes, sharding
+from vqvae2_jax.io import files, gcs, record
+from vqvae2_jax.io.record import JobError, Record
 from vqvae2_jax.models.prior import Prior
+from vqvae2_jax.models.vqvae import VQVAE
+from vqvae2_jax.training.checkpoint import BestCheckpoint
 
 SKIPPED = 'skipped.txt'
-
-
-class JobError(ValueError):
-    """A job cannot run as things stand; the message says what to do. No traceback is needed to understand it."""
+SAMPLES, REJECTION, RECONSTRUCTIONS = 'samples', 'rejection', 'reconstructions'
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A config and its folder; `workdir` may be given as a string."""
+    """A config, its directory and its devices.
+
+    Attributes:
+      config: the complete config.
+      workdir: the directory; may be given as a string.
+      devices: the devices to run on; None: all of all processes.
+    """
 
     config: ConfigDict
     workdir: epath.Path
-    _images: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # opened: listing takes long
+    devices: Sequence | None = None
+    _images: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # listing a folder takes long
+    _vqvae: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # many parts of a report need it
 
     def __post_init__(self):
-        object.__setattr__(self, 'workdir', bucket.absolute(self.workdir))
+        object.__setattr__(self, 'workdir', gcs.absolute(self.workdir))
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The mesh of all SPMD programs; a job enters it with `jax.set_mesh(run.mesh)`.
+
+        Raises:
+          JobError: parallel.fsdp does not divide the number of devices.
+        """
+        try:
+            return sharding.make_mesh(self.devices, self.config.parallel.fsdp)
+        except ValueError as error:
+            raise JobError(str(error)) from error
 
     def path(self, *parts: str) -> epath.Path:
-        """A file or folder below the workdir."""
+        """Returns a file or directory below the workdir."""
         return self.workdir.joinpath(*parts)
+
+    def set_path(self, *parts: str) -> epath.Path:
+        """Returns the directory of the sample set `sample.name` below `parts`, such as samples/default."""
+        return self.path(*parts, self.config.sample.name)
 
     @property
     def levels(self) -> tuple[str, ...]:
         """Names of the levels, finest first."""
-        return configs.level_names(self.config.vqvae.factors)
+        return configs.level_names(self.config.vqvae.downsample_factors)
+
+    def batch_size(self, section: str) -> int:
+        """Returns <section>.batch_size, rounded up to a multiple of the devices."""
+        return sharding.pad_batch_size(self.config[section].batch_size, self.mesh)
 
     def images(self, split: str) -> ImageSource:
-        """The images of 'train', 'validation' or 'test'.
+        """Opens the images of 'train', 'validation' or 'test'.
 
         Raises:
-          JobError: they are not there, or not as config.data says.
+          JobError: they are missing, or not as config.data says.
         """
         try:
-            key = configs.image_spec(self.config), split  # the config may change under way
+            key = configs.image_spec(self.config), split  # a notebook may change the config between two jobs
             if key not in self._images:
                 self._images[key] = images.open_images(*key)
             return self._images[key]
@@ -64,10 +94,10 @@ class Run:
             raise JobError(str(error)) from error
 
     def folder(self, path: str, field: str) -> ImageSource:
-        """All images below a folder that is no part of the config's data, or one file, in the config's size.
+        """Opens all images below a folder that is not part of the config's data, or one file, in the config's size.
 
         Raises:
-          JobError: they are not there; the message names the config's `field`.
+          JobError: there are none; the message names the config's `field`.
         """
         try:
             return images.open_all(path, configs.image_spec(self.config), field)
@@ -75,202 +105,238 @@ class Run:
             raise JobError(str(error)) from error
 
     def images_digest(self) -> str:
-        """Identifies the images that stages are trained and chosen on."""
-        return provenance.digest_json({split: self.images(split).digest for split in ('train', 'validation')})
+        """Returns a digest of the training and validation images."""
+        return files.digest_json({split: self.images(split).digest for split in ('train', 'validation')})
 
     def codes(self, split: str) -> CodeSource:
-        """The extracted codes of a split.
+        """Opens the extracted codes of a split.
 
         Raises:
-          JobError: they are not there, or damaged.
+          JobError: they are missing or damaged.
         """
+        record.read_done(self.path('codes', split), 'extract_codes')
         try:
             return CodeSource(self.path('codes', split))
         except (ValueError, OSError) as error:
             raise JobError(str(error)) from error
 
-    def reading(self) -> dict[str, Any]:
-        """How to read images: the loader's arguments beside source and batch size."""
+    def loader_kwargs(self) -> dict[str, Any]:
+        """Returns the loader's arguments that say how to read images."""
         return {'workers': self.config.data.workers, 'skip_log': str(self.path(SKIPPED))}
 
     def skipped(self) -> list[str]:
-        """Unreadable files met so far under data.on_error='skip'."""
+        """Returns the names of unreadable files met so far under data.on_error='skip'."""
         return loader.read_skipped(str(self.path(SKIPPED)))
+
+    def open_output(
+        self, directory: epath.Path, job: str, inputs: dict[str, str], settings: dict[str, Any], **options: Any
+    ) -> Record:
+        """Calls `record.open_output` on the main process; all processes get the same record."""
+        return processes.run_on_main_process(lambda: record.open_output(directory, job, inputs, settings, **options))
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """The weights of a finished stage."""
+    """The best weights of a finished training, as NumPy arrays.
+
+    Attributes:
+      params: of the network.
+      model_state: mutable collections without gradients, {'codebook': ...} or {}.
+      record: of the directory that they come from.
+    """
 
     params: Any
-    variables: Any
-    record: dict
+    model_state: Any
+    record: Record
 
     @property
     def digest(self) -> str:
-        return self.record['digest']
+        return self.record.digest
 
     @property
-    def collections(self) -> dict[str, Any]:
-        """As `module.apply` takes them."""
-        return {'params': self.params, **self.variables}
+    def variables(self) -> dict[str, Any]:
+        """All collections, as `module.apply` takes them."""
+        return {'params': self.params, **self.model_state}
 
-    def on_devices(self) -> dict[str, Any]:
-        """The collections, whole on every device."""
-        return jax.device_put(self.collections, parallel.replicated())
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """All networks that make samples; the weights are on the mesh, sharded.
+
+    Attributes:
+      model: stage 1.
+      variables: its collections.
+      priors: stage 2's modules, finest level first.
+      params: their parameters.
+    """
+
+    model: VQVAE
+    variables: Any
+    priors: list[Prior]
+    params: list[Any]
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters of all networks."""
+        return sum(x.size for x in jax.tree.leaves((self.variables['params'], self.params)))
 
 
 def prior_directory(level_name: str) -> str:
+    """Returns the name of the directory of a prior."""
     return f'prior_{level_name}'
 
 
-def job_command(job: str) -> str:
-    """How to start a job by hand, for messages; the user knows the rest of the command, overrides and all."""
-    return f'add --job={job} to your command'
+def trained_record(run: Run, directory: str, job: str, section: str) -> Record:
+    """Reads the record of a finished training.
 
-
-def trained_record(run: Run, directory: str, job: str) -> dict:
-    """trained.json of a finished stage.
-
-    Raises:
-      JobError: it is not finished, and the message names the job to run; or its network or its data are not the
-        config's.
-    """
-    record = read_record(run.path(directory))
-    if record is None:
-        raise JobError(f'{run.path(directory)} holds no finished training; to run it, {job_command(job)}')
-    _check_settings(run, run.path(directory), record)
-    return record
-
-
-def load_trained(run: Run, directory: str, job: str) -> Trained:
-    """The best weights of a finished stage.
+    Args:
+      run: the run.
+      directory: of the training, below the workdir.
+      job: that trains it, for messages.
+      section: of the config that it was trained from, such as 'prior.top'.
 
     Raises:
-      JobError: as `trained_record`; or they are those of another version's network.
+      JobError: it is not finished.
+      SettingsChangedError: its network or its data are not the config's. How it was trained may differ.
     """
-    record = trained_record(run, directory, job)
-    weights = Weights(run.path(directory)).load()
-    trained = Trained(weights['params'], weights.get('variables') or {}, record)
-    _check_network(run, run.path(directory), trained)
+    path = run.path(directory)
+    found = record.read_done(path, job)
+    of_training = ('seed', 'data.flip', 'data.crop', f'{section}.training.')
+    current = {k: v for k, v in configs.settings(run.config, section).items() if not k.startswith(of_training)}
+    hint = 'Go back to the recorded settings, or give another --workdir.'
+    recorded = {k: found.settings.get(k) for k in current}
+    record.check_settings_match(path, recorded, files.to_json(current, 'settings'), hint)
+    return found
+
+
+def load_trained(run: Run, directory: str, job: str, section: str) -> Trained:
+    """Loads the best weights of a finished training.
+
+    Raises:
+      JobError: as `trained_record`; or the weights are those of another version's network.
+    """
+    found = trained_record(run, directory, job, section)
+    weights = BestCheckpoint(run.path(directory)).load()
+    trained = Trained(weights['params'], weights.get('model_state') or {}, found)
+    _check_network(run, run.path(directory), trained, section)
     return trained
 
 
-def vqvae_record(run: Run) -> dict:
-    """Stage 1's record; raises as `trained_record`."""
-    return trained_record(run, 'vqvae', 'vqvae')
+def vqvae_record(run: Run) -> Record:
+    """Reads stage 1's record; raises as `trained_record`."""
+    return trained_record(run, 'vqvae', 'vqvae', 'vqvae')
 
 
 def load_vqvae(run: Run) -> Trained:
-    """Stage 1's weights and codebooks."""
-    return load_trained(run, 'vqvae', 'vqvae')
+    """Loads stage 1's weights and codebooks, once for each digest; raises as `load_trained`."""
+    digest = vqvae_record(run).digest
+    if digest not in run._vqvae:
+        run._vqvae[digest] = load_trained(run, 'vqvae', 'vqvae', 'vqvae')
+    return run._vqvae[digest]
 
 
-def prior_records(run: Run) -> list[dict]:
-    """Stage 2's records, finest level first.
+def prior_records(run: Run) -> list[Record]:
+    """Reads stage 2's records, finest level first.
 
     Raises:
-      JobError: as `trained_record`. UpstreamChanged: a prior has learnt the codes of another stage 1.
+      JobError: as `trained_record`.
+      StaleInputError: a prior was trained on codes of another stage 1.
     """
-    current, records = {'stage 1 (vqvae)': vqvae_record(run)['digest']}, []
+    vqvae, records = vqvae_record(run), []
     for name in run.levels:
         path = run.path(prior_directory(name))
-        record = trained_record(run, prior_directory(name), f'prior --level={name}')
-        recorded = {'stage 1 (vqvae)': record['upstream']['vqvae']}
-        check_digests(f'the prior in {path}', recorded, current, f'Delete {path} to train it anew on new codes.')
-        records.append(record)
+        found = trained_record(run, prior_directory(name), f'prior --level={name}', f'prior.{name}')
+        record.check_inputs(
+            path, {'vqvae': found.inputs['vqvae']}, {'vqvae': vqvae.digest}, f'delete {path} to train it again'
+        )
+        records.append(found)
     return records
 
 
 def load_priors(run: Run) -> list[Trained]:
-    """Stage 2's weights, finest level first; raises as `prior_records`."""
+    """Loads stage 2's weights, finest level first; raises as `prior_records`."""
     prior_records(run)
-    return [load_trained(run, prior_directory(name), f'prior --level={name}') for name in run.levels]
+    return [load_trained(run, prior_directory(n), f'prior --level={n}', f'prior.{n}') for n in run.levels]
 
 
 def generator_digests(run: Run) -> dict[str, str]:
-    """What samples are made from, `vqvae` and every `prior_<level>`; raises as `prior_records`."""
-    digests = {'vqvae': vqvae_record(run)['digest']}
-    records = zip(run.levels, prior_records(run), strict=True)
-    return digests | {prior_directory(name): record['digest'] for name, record in records}
+    """Returns the digests of all weights that make samples: `vqvae` and every `prior_<level>`.
+
+    Raises:
+      JobError: as `prior_records`.
+    """
+    digests = {'vqvae': vqvae_record(run).digest}
+    return digests | {prior_directory(n): r.digest for n, r in zip(run.levels, prior_records(run), strict=True)}
 
 
-def load_generator(run: Run, dtype: str | None = None):
-    """What draws and judges images: stage 1's module and collections, all priors' modules and weights, on the devices.
+def load_generator(run: Run, dtype: str = '') -> Generator:
+    """Loads all networks that make samples onto the mesh; call it inside `jax.set_mesh(run.mesh)`.
 
     Args:
-      dtype: of the priors' weights, caches and arithmetic (logits stay float32); None or '': each prior's own.
+      run: the run.
+      dtype: of the priors' weights, caches and arithmetic (logits stay float32); '': each prior's own.
     """
-    weights = optax.tree.cast([prior.params for prior in load_priors(run)], dtype or None)
-    weights = jax.device_put(weights, parallel.replicated())
-    return configs.make_vqvae(run.config), load_vqvae(run).on_devices(), make_priors(run, dtype), weights
+    params = optax.tree.cast([prior.params for prior in load_priors(run)], dtype or None)
+    model, variables = configs.make_vqvae(run.config), load_vqvae(run).variables
+    return Generator(model, sharding.put_sharded(variables), make_priors(run, dtype), sharding.put_sharded(params))
 
 
-def make_priors(run: Run, dtype: str | None = None) -> list[Prior]:
-    """Stage 2's modules, finest level first, as they are drawn from in `dtype` (None or '': each in its own)."""
+def make_priors(run: Run, dtype: str = '') -> list[Prior]:
+    """Makes stage 2's modules, finest level first, which compute in `dtype`; '': each in its own."""
     modules = [configs.make_prior(run.config, level) for level in range(len(run.levels))]
     return [module.clone(dtype=jnp.dtype(dtype)) for module in modules] if dtype else modules
 
 
-def check_images(run: Run, directory: str, record: dict) -> None:
-    """Refuses a stage trained on other images than those there now: among its own might be today's test images.
+def sampling_params(run: Run) -> tuple:
+    """Returns the SamplingParams of every level, finest first."""
+    return tuple(configs.make_sampling_params(run.config, name) for name in run.levels)
+
+
+def check_images(run: Run, directory: str, found: Record) -> None:
+    """Refuses a network trained on other images than the current ones, among which may be today's test images.
 
     Raises:
-      UpstreamChanged: with both digests. JobError: the images are not there.
+      StaleInputError: with both digests.
+      JobError: the images are missing.
     """
     path = run.path(directory)
-    remedy = f'Bring back those images, or delete {path} to train it anew.'
-    recorded, current = {'images': record['upstream'].get('images')}, {'images': run.images_digest()}
-    check_digests(f'the training in {path}', recorded, current, remedy)
+    recorded, current = {'images': found.inputs.get('images')}, {'images': run.images_digest()}
+    record.check_inputs(path, recorded, current, f'delete {path} to train it again')
 
 
-def _check_settings(run: Run, path: epath.Path, record: dict) -> None:
-    """Refuses weights that the config's network or data do not fit; how they were trained may differ."""
-    section = record['stage']
-    of_training = ('seed', 'data.flip', 'data.crop', f'{section}.training.')
-    current = configs.settings(run.config, section)
-    fields = [k for k in current if not k.startswith(of_training)]
-    remedy = 'Go back to those settings, or give another --workdir.'
-    recorded = {k: record['settings'].get(k) for k in fields}
-    check_same(f'the training in {path}', recorded, {k: current[k] for k in fields}, remedy)
+def codes_records(run: Run) -> dict[str, Record]:
+    """Reads the records of the codes of all splits.
+
+    Raises:
+      JobError: codes are missing.
+      StaleInputError: another stage 1 made them.
+    """
+    vqvae, found = vqvae_record(run), {}
+    for split in SPLITS:
+        path = run.path('codes', split)
+        found[split] = record.read_done(path, 'extract_codes')
+        recorded = {'vqvae': found[split].inputs.get('vqvae')}
+        record.check_inputs(path, recorded, {'vqvae': vqvae.digest}, f'delete {path.parent} to extract them again')
+    return found
 
 
-def _check_network(run: Run, path: epath.Path, trained: Trained) -> None:
-    """Refuses weights that the same settings no longer make."""
-    model, inputs = configs.networks(run.config)[trained.record['stage']]
-    there, now = _shapes(trained.collections), _shapes(jax.eval_shape(model.init, *inputs))
-    if different := sorted(name for name in there.keys() | now.keys() if there.get(name) != now.get(name)):
+def codes_digest(run: Run) -> str:
+    """Returns a digest of the codes of all splits and the images they are of; raises as `codes_records`."""
+    return files.digest_json({split: found.digest for split, found in codes_records(run).items()})
+
+
+def _check_network(run, path, trained, section):
+    """Refuses weights that the same settings do not make any more."""
+    model, inputs = configs.networks(run.config)[section]
+    saved, current = _shapes(trained.variables), _shapes(jax.eval_shape(model.init, *inputs))
+    if different := sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name)):
         name = different[0]
         raise JobError(
-            f'{path} was trained by version {trained.record["version"]}, whose network differs from the one now '
-            f'({provenance.package_version()}) in {len(different)} arrays, such as {name}: '
-            f'{there.get(name)} there, {now.get(name)} now. Delete {path} to train it anew, or go back to that version.'
+            f'{path} was trained by version {trained.record.version}, whose network differs from that of version '
+            f'{record.__version__} in {len(different)} arrays, such as {name}: saved {saved.get(name)}, '
+            f'now {current.get(name)}. Delete {path} to train it again, or use that version.'
         )
 
 
 def _shapes(tree):
     return {jax.tree_util.keystr(k, simple=True, separator='/'): x.shape for k, x in jax.tree.leaves_with_path(tree)}
-
-
-def check_same(what: str, recorded: dict, current: dict, remedy: str) -> None:
-    """Refuses when two flat records of settings differ, naming every field with both values.
-
-    Raises:
-      JobError: they differ.
-    """
-    fields = sorted(k for k in recorded.keys() | current.keys() if recorded.get(k) != current.get(k))
-    if fields:
-        lines = '\n'.join(f'  {k}: {recorded.get(k)!r} there, {current.get(k)!r} now' for k in fields)
-        raise JobError(f'{what} was made with other settings:\n{lines}\n{remedy}')
-
-
-def check_digests(what: str, recorded: dict[str, str], current: dict[str, str], remedy: str) -> None:
-    """Refuses when an upstream of `what` is no longer the recorded one; both map names to digests.
-
-    Raises:
-      provenance.UpstreamChanged: with both digests.
-    """
-    for name in sorted(recorded.keys() | current.keys()):
-        provenance.check_upstream(
-            f'the {name} that {what} was made from', str(recorded.get(name)), str(current.get(name)), remedy
-        )

@@ -1,10 +1,11 @@
-"""Classification numbers: accuracy, top-k accuracy and accuracy of each class. NumPy in, Python floats out."""
+"""Accuracy, top-k accuracy and per-class accuracy. NumPy in, Python floats out."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
-def accuracy(predicted, labels) -> float:
-    """Share of predictions that equal the label, in [0, 1].
+def accuracy(predicted: ArrayLike, labels: ArrayLike) -> float:
+    """Returns the fraction of predictions that equal the label, in [0, 1].
 
     Args:
       predicted: integers [N], N at least 1.
@@ -18,16 +19,16 @@ def accuracy(predicted, labels) -> float:
     return float((predicted == labels).mean())
 
 
-def top_k_accuracy(scores, labels, k: int) -> float:
-    """Share of examples whose label is among the k highest scores, in [0, 1]; k = 1 and 5 are the field's.
+def top_k_accuracy(scores: ArrayLike, labels: ArrayLike, k: int) -> float:
+    """Returns the fraction of examples whose label is among the k highest scores, in [0, 1].
 
-    An example counts when fewer than k other classes score at least as high as its label: a tie counts as a miss, so
-    that a constant score earns nothing.
+    An example counts if fewer than k other classes score at least as high as its label. A tie is a miss, so a constant
+    score has accuracy 0.
 
     Args:
       scores: floats [N, classes], logits or probabilities.
       labels: integers [N] in 0..classes-1.
-      k: how many guesses, in 1..classes.
+      k: in 1..classes.
 
     Raises:
       TypeError, ValueError: wrong type or shape, empty, not finite, a label or k out of range.
@@ -41,19 +42,19 @@ def top_k_accuracy(scores, labels, k: int) -> float:
     if not 1 <= k <= classes:
         raise ValueError(f'k is {k}, but there are {classes} classes')
     if not np.isfinite(scores).all():
-        raise ValueError('scores has NaN or infinite entries, which have no order')
+        raise ValueError('scores has NaN or infinite entries, which cannot be ranked')
     own = np.take_along_axis(scores, labels[:, None], axis=1)
     rivals = (scores >= own).sum(axis=1) - 1  # less the label itself
     return float((rivals < k).mean())
 
 
-def per_class_accuracy(predicted, labels, classes: int) -> list[float | None]:
-    """Accuracy over the examples of each class, by class index; None for a class without examples.
+def per_class_accuracy(predicted: ArrayLike, labels: ArrayLike, classes: int) -> list[float | None]:
+    """Returns the accuracy over the examples of each class, by class index; None for a class without examples.
 
     Args:
       predicted: integers [N], N at least 1.
       labels: integers [N] in 0..classes-1.
-      classes: how many classes there are.
+      classes: number of classes.
 
     Raises:
       TypeError, ValueError: not integers, not [N] both, empty, or a label out of range.
@@ -78,7 +79,7 @@ def _integers(name: str, values) -> np.ndarray:
 def _same_length(name: str, values: np.ndarray, labels: np.ndarray) -> None:
     if len(values) != len(labels) or not len(labels):
         raise ValueError(
-            f'{name} has {len(values)} examples and labels has {len(labels)}; they must be as many, and at least one'
+            f'{name} has {len(values)} examples and labels has {len(labels)}; these must be equal, and at least one'
         )
 
 

@@ -1,4 +1,4 @@
-"""Fréchet Inception Distance (Heusel et al. 2017): how far apart two sets of images are, by Gaussians over features.
+"""Fréchet Inception Distance (Heusel et al. 2017): the distance of two Gaussians fitted to features of two image sets.
 
 NumPy in, float64 arithmetic, Python floats out. N images, D features (2048 of the Inception network for FID).
 """
@@ -7,13 +7,14 @@ import dataclasses
 import functools
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 @dataclasses.dataclass
 class Moments:
-    """Count, mean and covariance of features that arrive batch by batch; two of them add up.
+    """Count, mean and covariance of features; the moments of two sets add up.
 
-    Batches are merged by the parallel form of Welford's update, so that no digits are lost to cancellation.
+    Sets are merged by the parallel form of Welford's update, which avoids cancellation.
 
     Attributes:
       count: N.
@@ -26,62 +27,66 @@ class Moments:
     scatter: np.ndarray
 
     @classmethod
-    def of(cls, features) -> 'Moments':
-        """Of one batch [N, D].
+    def of(cls, features: ArrayLike) -> 'Moments':
+        """Computes the moments of features [N, D].
 
         Raises:
           ValueError: not [N, D] with N at least 1, or a feature that is not finite.
         """
-        features = checked_features(features).astype(np.float64)
-        centred = features - features.mean(axis=0)
-        return cls(len(features), features.mean(axis=0), centred.T @ centred)
+        features = check_features(features).astype(np.float64)
+        centered = features - features.mean(axis=0)
+        return cls(len(features), features.mean(axis=0), centered.T @ centered)
 
     def __add__(self, other: 'Moments') -> 'Moments':
-        count, apart = self.count + other.count, other.mean - self.mean
-        mean = self.mean + apart * (other.count / count)
-        between = np.outer(apart, apart) * (self.count * other.count / count)
+        count, difference = self.count + other.count, other.mean - self.mean
+        mean = self.mean + difference * (other.count / count)
+        between = np.outer(difference, difference) * (self.count * other.count / count)
         return Moments(count, mean, self.scatter + other.scatter + between)
 
     def covariance(self) -> np.ndarray:
-        """float64 [D, D], unbiased (over N - 1).
+        """Returns the unbiased covariance (over N - 1), float64 [D, D].
 
         Raises:
-          ValueError: fewer than two images, or all alike.
+          ValueError: fewer than two images, or all have the same features.
         """
         if self.count < 2:
             raise ValueError(f'a set of {self.count} image has no covariance: give at least 2, better 10 000')
         if np.trace(self.scatter) <= 1e-13 * self.count * np.square(self.mean).sum():
             raise ValueError(
-                f'all {self.count} images of a set look alike to the network: are they constant, or copies?'
+                f'all {self.count} images of a set have the same features: are they constant, or copies of one image?'
             )
         return self.scatter / (self.count - 1)
 
     @functools.cached_property
     def root(self) -> np.ndarray:
-        """The symmetric root of the covariance, float64 [D, D]; kept, as one real set is compared with many."""
+        """The symmetric square root of the covariance, float64 [D, D]; cached for comparison with many sets."""
         values, vectors = np.linalg.eigh(self.covariance())
         return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 
 
 def frechet_distance(first: Moments, second: Moments) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), at least 0.
+    """Returns |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), at least 0.
 
-    The trace of the root is taken from the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric: unlike a general
-    matrix root this is real and stable also where there are fewer images than features.
+    The trace of the root is the sum of the roots of the eigenvalues of C1^(1/2) C2 C1^(1/2). That matrix is symmetric,
+    so the result is real and stable also with fewer images than features, unlike with a general matrix root.
 
     Raises:
-      ValueError: other numbers of features, or fewer than two images.
+      ValueError: different numbers of features, or fewer than two images.
     """
     if first.mean.shape != second.mean.shape:
         raise ValueError(f'the sets have {first.mean.shape[0]} and {second.mean.shape[0]} features: of two networks?')
     covariances = first.covariance(), second.covariance()
     mixed = np.linalg.eigvalsh(first.root @ covariances[1] @ first.root).clip(min=0)
-    apart = np.square(first.mean - second.mean).sum()
-    return max(float(apart + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * np.sqrt(mixed).sum()), 0.0)
+    means = np.square(first.mean - second.mean).sum()
+    return max(float(means + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * np.sqrt(mixed).sum()), 0.0)
 
 
-def checked_features(features) -> np.ndarray:
-    """As [N, D]; raises ValueError unless they are finite, of that shape, and at least one."""
+def check_features(features: ArrayLike) -> np.ndarray:
+    """Returns features as an array [N, D].
+
+    Raises:
+      ValueError: another shape, N is 0, or a feature is not finite.
+    """
     features = np.asarray(features)
     if features.ndim != 2 or not len(features):
         raise ValueError(f'features must be [N, D] with N at least 1, got shape {features.shape}')

@@ -1,19 +1,20 @@
-"""Inception Score (Salimans et al. 2016): how sure the Inception network is of each image, and how varied they are."""
+"""Inception Score (Salimans et al. 2016): confidence of the Inception network's predictions, and their diversity."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 SPLITS = 10
 
 
-def inception_score(logits, splits: int = SPLITS) -> tuple[float, float]:
-    """exp of the mean divergence of p(class | image) from p(class).
+def inception_score(logits: ArrayLike, splits: int = SPLITS) -> tuple[float, float]:
+    """Returns exp of the mean KL divergence of p(class | image) from p(class).
 
     Args:
-      logits: [N, classes], in an order that is random with respect to the classes: each split is a stretch of it.
-      splits: the score is computed on each, as the field does; N at least as many.
+      logits: [N, classes], in an order that is random with respect to the classes, because splits are contiguous.
+      splits: number of parts that the score is computed on; at most N.
 
     Returns:
-      Mean over the splits, and standard deviation.
+      Mean and standard deviation over the splits.
 
     Raises:
       ValueError: another shape, too few images, logits that are not finite.

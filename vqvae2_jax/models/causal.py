@@ -1,16 +1,16 @@
-"""Causal layers with one definition and two ways to run: over whole maps, or as a stream with a cache.
+"""Causal layers that run over whole maps, or incrementally with a cache.
 
-A layer sees its past as zeros (whole maps: training) or as what the cache holds (sampling: one row or one position a
-call). Nothing else differs but how sums are rounded, so a streamed network draws what the whole network would.
+On whole maps (training) the past of a convolution is zero padding; with a cache (sampling) it is the inputs of earlier
+calls. Both compute the same sums up to rounding, so cached sampling gives the samples of the full network.
 
-Streaming is on for the collections that the caller makes mutable:
-  `rows`      the last rows that each convolution of a vertical stack has seen
-  `columns`   the last columns that each convolution of a horizontal stack has seen; empty again at every new row
-  `diagonals` the last steps that each convolution in wavefront order has seen, in the rows that are at work
+A layer uses its cache if the caller makes the collection mutable:
+  `rows`      the last input rows of each convolution of a vertical stack
+  `columns`   the last input columns of each convolution of a horizontal stack; reset at every new row
+  `diagonals` the inputs of the last steps of each convolution in wavefront order, in the active rows
   `attention` keys and values of all steps so far
 
-Glossary of shapes: B batch, H W map (the part of it at hand, where streamed), F features, N attention heads, P
-positions of the whole map, T steps of the order, n positions of a step.
+Shapes: B batch, H W map (the decoded part of it, with a cache), F features, N attention heads, d features per head,
+P positions of the whole map, T steps of the order, n positions of a step.
 """
 
 import flax.linen as nn
@@ -18,28 +18,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqvae2_jax.models.order import Order
+from vqvae2_jax.models.order import GenerationOrder
 
 _AXIS_OF = {'rows': 1, 'columns': 2}
 
 
 class CausalConv(nn.Module):
-    """Convolution whose output sees its own place and `kernel - 1` places back along one axis, `stream`.
+    """Convolution that is causal along one axis: an output depends on its own place and the `kernel_size - 1` before.
 
-    Along rows the other axis is padded to keep its size ('SAME').
+    The other axis has 'SAME' padding in a vertical stack and no extent in a horizontal one.
+
+    Attributes:
+      features: output channels.
+      kernel_size: (height, width).
+      stream: the causal axis and the cache's collection, 'rows' or 'columns'.
+      kernel_init: initializer of the kernel.
+      dtype: of the computation.
     """
 
     features: int
-    kernel: tuple[int, int]  # height, width
-    stream: str  # 'rows' or 'columns'
+    kernel_size: tuple[int, int]
+    stream: str
+    dtype: jnp.dtype
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        # [B, H, W, F'] -> [B, H, W, features]
+        """Maps x [B, H, W, F] to [B, H, W, features]."""
         axis = _AXIS_OF[self.stream]
-        reach = self.kernel[axis - 1] - 1
+        reach = self.kernel_size[axis - 1] - 1
         past = jnp.zeros((*x.shape[:axis], reach, *x.shape[axis + 1 :]), x.dtype)
         streaming = self.is_mutable_collection(self.stream) and not self.is_initializing()
         if streaming:
@@ -48,37 +55,48 @@ class CausalConv(nn.Module):
         x = jnp.concatenate([past, x], axis=axis)
         if streaming:
             cache.value = jax.lax.slice_in_dim(x, x.shape[axis] - reach, x.shape[axis], axis=axis)
-        side = self.kernel[1] // 2 if self.stream == 'rows' else 0
+        side = self.kernel_size[1] // 2 if self.stream == 'rows' else 0
         padding = ((0, 0), (side, side))
-        return nn.Conv(self.features, self.kernel, padding=padding, kernel_init=self.kernel_init, dtype=self.dtype)(x)
+        return nn.Conv(
+            self.features, self.kernel_size, padding=padding, kernel_init=self.kernel_init, dtype=self.dtype
+        )(x)
 
 
 class WavefrontConv(nn.Module):
-    """Convolution whose output sees what a window (`Order.taps`) holds of its own and of earlier steps.
+    """Convolution over the positions in its window that belong to the same or earlier steps of an order.
 
-    As a stream it takes the features of one step after the other and gives those of the same step, or, where `strict`,
-    of the next one: then the first features are those of "step -1", which lie outside the map and count for nothing.
+    With a cache each call takes the features of one step and returns those of the same step. If `strict`, the output
+    depends on earlier steps only, so a call returns the features of the next step; the first call then takes those of
+    step -1, which are off the map and count as zero.
+
+    Attributes:
+      features: output channels.
+      kernel_size: rows of the window (`GenerationOrder.visible_offsets`).
+      order: the order.
+      strict: exclude the own step.
+      kernel_init: initializer of the kernel.
+      dtype: of the computation.
     """
 
     features: int
-    kernel: int
-    order: Order
+    kernel_size: int
+    order: GenerationOrder
+    dtype: jnp.dtype
     strict: bool = False
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        # [B, H, W, F'] -> [B, H, W, features], or streamed [B, n, 1, F'] -> [B, n, 1, features]
-        taps = self.order.taps(self.kernel, self.strict)
-        weights = self.param('kernel', self.kernel_init, (len(taps), x.shape[-1], self.features))
+        """Maps x [B, H, W, F] to [B, H, W, features]; with a cache, [B, n, 1, F] to [B, n, 1, features]."""
+        visible_offsets = self.order.visible_offsets(self.kernel_size, self.strict)
+        weights = self.param('kernel', self.kernel_init, (len(visible_offsets), x.shape[-1], self.features))
         bias = self.param('bias', nn.initializers.zeros, (self.features,))
         x, weights, bias = nn.dtypes.promote_dtype(x, weights, bias, dtype=self.dtype)
         if self.is_mutable_collection('diagonals') and not self.is_initializing():
-            # Float32 sums: what accelerators do anyway, and the only products of bfloat16 that are fast on CPUs.
-            seen, weights = self._stream(x, taps), weights.reshape(-1, self.features)
+            # Accelerators accumulate in float32 anyway, and CPUs are fast at bfloat16 products only in this way.
+            seen, weights = self._cached_window(x, visible_offsets), weights.reshape(-1, self.features)
             return jnp.matmul(seen, weights, preferred_element_type=jnp.float32).astype(x.dtype) + bias
-        rows, columns = np.array(taps).T
+        rows, columns = np.array(visible_offsets).T
         above, below, left, right = -rows.min(), rows.max(), -columns.min(), columns.max()
         window = jnp.zeros((above + below + 1, left + right + 1, *weights.shape[1:]), weights.dtype)
         window = window.at[above + rows, left + columns].set(weights)
@@ -86,58 +104,79 @@ class WavefrontConv(nn.Module):
         layout = ('NHWC', 'HWIO', 'NHWC')
         return jax.lax.conv_general_dilated(x, window, (1, 1), padding, dimension_numbers=layout) + bias
 
-    def _stream(self, x, taps):
-        # [B, n, 1, F'] -> [B, n, 1, taps * F'], what each tap sees
-        order, last = self.order, -int(self.strict)  # tap offsets count from the step that comes out
-        above, below = -min(i for i, _ in taps), max(i for i, _ in taps)
-        back = last - min(j + order.slope * i for i, j in taps)  # earlier steps to remember
+    def _cached_window(self, x, visible_offsets):
+        # [B, n, 1, F] -> [B, n, 1, offsets * F], the inputs at every offset
+        order, last = self.order, -int(self.strict)  # offsets count from the step of the output
+        above, below = -min(i for i, _ in visible_offsets), max(i for i, _ in visible_offsets)
+        back = last - min(j + order.skew * i for i, j in visible_offsets)  # number of earlier steps in the cache
         past = self.variable(
             'diagonals', 'past', jnp.zeros, (x.shape[0], above + order.rows, back, x.shape[-1]), x.dtype
         )
         calls = self.variable('diagonals', 'calls', jnp.zeros, (), jnp.int32)
-        step = calls.value + last  # whose features x are
+        step = calls.value + last  # of the features x
         calls.value = calls.value + 1
 
         _, _, inside = order.positions(step)
-        new = jnp.where(inside[:, None, None], x, 0)  # outside of the map there are zeros, as in training
-        kept = self._down(past.value, step)
-        # The rows above those at work are finished: their later columns lie outside.
+        new = jnp.where(inside[:, None, None], x, 0)  # zeros off the map, as in training
+        kept = self._shift_rows(past.value, step)
+        # The rows above the active ones are finished: their later columns are off the map.
         seen = jnp.concatenate([kept, jnp.pad(new, ((0, 0), (above, 0), (0, 0), (0, 0)))], axis=2)
         past.value = seen[:, :, 1:]
         if self.strict:
-            seen = self._down(seen, step + 1)
-        seen = jnp.pad(seen, ((0, 0), (0, below), (0, 0), (0, 0)))  # rows that have not begun
-        tap_rows = [slice(above + i, above + i + order.rows) for i, _ in taps]
-        tap_steps = [back + j + order.slope * i - last for i, j in taps]
-        return jnp.concatenate([seen[:, r, s] for r, s in zip(tap_rows, tap_steps, strict=True)], axis=-1)[:, :, None]
+            seen = self._shift_rows(seen, step + 1)
+        seen = jnp.pad(seen, ((0, 0), (0, below), (0, 0), (0, 0)))  # rows that have not started
+        offset_rows = [slice(above + i, above + i + order.rows) for i, _ in visible_offsets]
+        offset_steps = [back + j + order.skew * i - last for i, j in visible_offsets]
+        return jnp.concatenate([seen[:, r, s] for r, s in zip(offset_rows, offset_steps, strict=True)], axis=-1)[
+            :, :, None
+        ]
 
-    def _down(self, rows, step):
-        """Rows as they lay at work before `step` -> as they lie in it: at most one row further down."""
+    def _shift_rows(self, rows, step):
+        # from the active rows of the step before to those of `step`: by at most one row
         moved = self.order.first_row(step) - self.order.first_row(step - 1)
         longer = jnp.pad(rows, ((0, 0), (0, 1), (0, 0), (0, 0)))
         return jax.lax.dynamic_slice_in_dim(longer, moved, rows.shape[1], axis=1)
 
 
 class CausalAttention(nn.Module):
-    """Multi-head attention in an order: a position attends to the features of its own and of earlier steps.
+    """Multi-head attention in which a position attends to the same and earlier steps of an order.
 
-    The features at a position already describe only codes of earlier steps, so its own may be attended and no row of
+    The features at a position depend on codes of earlier steps only, so a position may attend to itself, and no row of
     the mask is empty.
+
+    Attributes:
+      num_heads: divides the features.
+      order: the order.
+      dropout: rate, on the logits or the keys.
+      dropout_kind: 'keys' or 'logits', see `_drop`.
+      dtype: of the computation.
     """
 
-    heads: int
-    order: Order
-    dropout: float = 0.0
-    dropout_kind: str = 'keys'  # or 'logits', see `_drop`
-    dtype: jnp.dtype = jnp.float32
+    num_heads: int
+    order: GenerationOrder
+    dropout: float
+    dropout_kind: str
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array, step: jax.Array | None = None, *, train: bool = False) -> jax.Array:
-        """x [B, H, W, F] -> the same shape; streamed, the features [B, n, 1, F] of `step`."""
+        """Applies pre-norm attention.
+
+        Args:
+          x: [B, H, W, F]; with a cache, [B, n, 1, F] of one step.
+          step: int32 [], with a cache only.
+          train: with dropout, which needs the rng `dropout`.
+
+        Returns:
+          An array of the shape of x.
+
+        Raises:
+          ValueError: num_heads does not divide F.
+        """
         batch, height, width, features = x.shape
-        if features % self.heads:
-            raise ValueError(f'heads={self.heads} does not divide the hidden width {features}')
-        shape = (batch, height * width, self.heads, features // self.heads)
+        if features % self.num_heads:
+            raise ValueError(f'num_heads is {self.num_heads}; it must divide hidden_channels={features}')
+        shape = (batch, height * width, self.num_heads, features // self.num_heads)
         x = nn.RMSNorm(dtype=self.dtype)(x)
         query, key, value = (
             nn.Dense(features, dtype=self.dtype, name=n)(x).reshape(shape) for n in ('query', 'key', 'value')
@@ -146,7 +185,7 @@ class CausalAttention(nn.Module):
             steps = np.arange(self.order.steps)[:, None]
             _, _, inside = self.order.positions(steps, np)
             visible = (inside & (steps <= step)).reshape(1, -1)  # [1, T n]
-            key, value = self._remember('keys', key, step), self._remember('values', value, step)
+            key, value = self._update_cache('keys', key, step), self._update_cache('values', value, step)
         else:
             steps = self.order.step_of().reshape(-1)
             visible = jnp.asarray(steps[None, :] <= steps[:, None])  # [P, P]
@@ -158,19 +197,19 @@ class CausalAttention(nn.Module):
         return nn.Dense(features, kernel_init=nn.initializers.zeros, dtype=self.dtype, name='out')(attended)
 
     def _drop(self, logits: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Dropout on logits [B, N, P, P] float32 and the mask of visible keys, broadcastable to it.
+        """Applies dropout to logits float32 [B, N, P, P] and the mask of visible keys, which broadcasts to them.
 
-        'logits' is ordinary dropout, the reading of "dropout on the logits" in the paper's section 3.2: a dropped
-        logit is 0 and the others are scaled up, so that every visible key keeps some weight. 'keys' is DropKey (Li et
-        al. 2022): a dropped key gets no weight. A position always keeps itself, so that no row of the mask is empty.
+        'logits' is ordinary dropout, a reading of "dropout on the logits" in section 3.2 of VQ-VAE-2: a dropped logit
+        is 0 and the others are scaled up, so every visible key keeps some weight. 'keys' is DropKey (Li et al. 2022): a
+        dropped key gets no weight. A position never drops itself, so no row of the mask is empty.
         """
         kept = jax.random.bernoulli(self.make_rng('dropout'), 1 - self.dropout, logits.shape)
         if self.dropout_kind == 'logits':
             return jnp.where(kept, logits / (1 - self.dropout), 0), visible
         return logits, visible & (kept | jnp.eye(logits.shape[-1], dtype=bool))
 
-    def _remember(self, name: str, new: jax.Array, step: jax.Array) -> jax.Array:
-        # [B, n, N, d] -> [B, T n, N, d], with the new entries written at their step
+    def _update_cache(self, name: str, new: jax.Array, step: jax.Array) -> jax.Array:
+        # [B, n, N, d] -> [B, T n, N, d], with the new entries at their step
         batch, rows, *rest = new.shape
         cache = self.variable('attention', name, jnp.zeros, (batch, self.order.steps * rows, *rest), new.dtype)
         cache.value = jax.lax.dynamic_update_slice_in_dim(cache.value, new, step * rows, axis=1)

@@ -1,10 +1,10 @@
-"""Inception-v3 as FID and the Inception Score use it: TensorFlow's graph of 2015-12-05 (Heusel et al. 2017).
+"""The Inception-v3 of FID and the Inception Score: TensorFlow's graph of 2015-12-05 (Heusel et al. 2017).
 
 It differs from the published network and from torchvision's in three points: the average pools do not count their
 padding, the last block pools by maximum, and batch norm has an epsilon of 1e-3. Batch norm is folded into the
 convolutions (`from_state_dict`), as the network is never trained here. Layers are named as in pytorch-fid's state dict.
 
-Glossary of shapes: B batch, H W images of any size, h w feature maps.
+Shapes: B batch, H W images of any size, h w feature maps.
 """
 
 import functools
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqvae2_jax.models.folding import fold, mismatches
+from vqvae2_jax.models.batch_norm import fold_batch_norm, mismatches
 
 SIZE = 299
 FEATURES = 2048
@@ -23,13 +23,17 @@ _EPSILON = 1e-3
 
 
 class Inception(nn.Module):
-    """Images to the 2048 features of the last pool, and to logits where `classes` is not 0."""
+    """The network up to the last pool and, if `classes` is not 0, the logits.
 
-    classes: int = 0  # 1008 in the original
+    Attributes:
+      classes: 1008 in the original; 0: no logits.
+    """
+
+    classes: int = 0
 
     @nn.compact
     def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
-        """uint8 [B, H, W, 3] -> {'features': float32 [B, 2048], 'logits': float32 [B, classes]}."""
+        """Maps images uint8 [B, H, W, 3] to {'features': float32 [B, 2048], 'logits': float32 [B, classes]}."""
         x = preprocess(images)  # [B, 299, 299, 3]
         x = self._conv(x, 'Conv2d_1a_3x3', 32, 3, stride=2)
         x = self._conv(x, 'Conv2d_2a_3x3', 32, 3, valid=True)
@@ -46,20 +50,19 @@ class Inception(nn.Module):
         x = self._block_8(x, 'Mixed_7c', functools.partial(nn.max_pool, window_shape=(3, 3), padding='SAME'))
         found = {'features': x.mean(axis=(1, 2))}
         if self.classes:
-            # The score of the paper, and of every implementation that agrees with it, leaves out the bias.
+            # The Inception Score of the paper leaves out the bias.
             found['logits'] = nn.Dense(self.classes, use_bias=False, name='fc')(found['features'])
         return found
 
     def _conv(self, x, name, features, kernel, stride=1, *, valid=False, pool=lambda x: x):
-        # pool comes before relu, with which a maximum commutes, and after a convolution with which a mean does: so that
-        # it has less to do.
+        # A max pool commutes with relu and a mean pool with a 1x1 convolution: pooling between them is cheapest.
         kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
         padding = 'VALID' if stride == 2 else 'SAME'
-        # In full float32 on every device: a rounded FID would be comparable with no other.
+        # Full float32 on every device, since FID is sensitive to rounding.
         full = {'precision': jax.lax.Precision.HIGHEST}
         how = {'conv_general_dilated': _product} if kernel == (1, 1) else {}
         x = nn.Conv(features, kernel, stride, padding=padding, name=name, **full, **how)(x)
-        # XLA's CPU backend computes all of it and cuts the border off in a third of the time of 'VALID'.
+        # On XLA's CPU backend 'SAME' and a crop take a third of the time of 'VALID'.
         x = x[:, 1:-1, 1:-1] if valid else x
         return nn.relu(pool(x))
 
@@ -126,25 +129,26 @@ class Inception(nn.Module):
 
 
 def preprocess(images: jax.Array) -> jax.Array:
-    """uint8 [B, H, W, 3] -> float32 [B, 299, 299, 3] in [-1, 1]: bilinear, half-pixel centres, no antialiasing."""
+    """Resizes uint8 [B, H, W, 3] to float32 [B, 299, 299, 3] in [-1, 1]: bilinear, without antialiasing."""
     shape = (images.shape[0], SIZE, SIZE, images.shape[-1])
     return jax.image.resize(images.astype(jnp.float32) / 127.5 - 1, shape, 'bilinear', antialias=False)
 
 
 def from_state_dict(state: Mapping[str, np.ndarray]) -> tuple[Inception, dict]:
-    """The network and its parameters from the arrays of pytorch-fid's state dict.
+    """Builds the network and its parameters from the arrays of pytorch-fid's state dict.
 
     Args:
       state: `<layer>.conv.weight` [out, in, h, w] and `<layer>.bn.*` [out] of every layer, and, for the Inception
         Score, `fc.weight` [1008, 2048].
 
+    Returns:
+      The module and its parameters.
+
     Raises:
-      ValueError: an array is missing, one has another shape, or they are those of torchvision's Inception-v3.
+      ValueError: an array is missing or has another shape, or the arrays are those of torchvision's Inception-v3.
     """
     if any(name.startswith('AuxLogits.') for name in state):
-        raise ValueError(
-            "these are the weights of torchvision's Inception-v3, which is another network than that of FID"
-        )
+        raise ValueError("these are the weights of torchvision's Inception-v3, which is not the network of FID")
     classes = state['fc.weight'].shape[0] if 'fc.weight' in state else 0
     network = Inception(classes)
     images = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.uint8)
@@ -153,27 +157,27 @@ def from_state_dict(state: Mapping[str, np.ndarray]) -> tuple[Inception, dict]:
     for layer in wanted:
         try:
             convolution = f'{layer}.conv', f'{layer}.bn', _EPSILON
-            params[layer] = {'kernel': state['fc.weight'].T} if layer == 'fc' else fold(state, *convolution)
+            params[layer] = {'kernel': state['fc.weight'].T} if layer == 'fc' else fold_batch_norm(state, *convolution)
         except KeyError as error:
-            raise ValueError(f'the weights lack {error.args[0]!r}: they are not those of the FID Inception') from error
+            raise ValueError(f'the weights lack {error.args[0]!r}: expected are those of the FID Inception') from error
     for array, found, needed in mismatches(params, wanted):
         raise ValueError(f'{array}: shape {found}, where {needed} is expected')
     return network, params
 
 
 def _product(x, kernel, *_, precision, **__):
-    # A 1x1 convolution, which XLA's CPU backend computes twice as fast in this form.
+    # A 1x1 convolution; XLA's CPU backend is twice as fast in this form.
     return jnp.matmul(x, kernel[0, 0], precision=precision)
 
 
 def _shrink(x):
-    # Largest of 3x3, every second. As slices, like the mean below: XLA's CPU backend is ten times slower at windows.
+    # 3x3 max pool with stride 2. As slices, like the mean pool: XLA's CPU backend is ten times slower at windows.
     rows = functools.reduce(jnp.maximum, (x[:, i : i + x.shape[1] - 2 : 2] for i in range(3)))
     return functools.reduce(jnp.maximum, (rows[:, :, i : i + x.shape[2] - 2 : 2] for i in range(3)))
 
 
 def _mean(x):
-    # Of 3x3, without what lies outside of the map.
+    # 3x3 mean pool that does not count padding
     height, width = x.shape[1:3]
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     rows = sum(x[:, i : i + height] for i in range(3))

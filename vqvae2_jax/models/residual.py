@@ -4,30 +4,32 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vqvae2_jax.models.repeat import PLAIN, Repeat
+from vqvae2_jax.models.block_runner import DEFAULT, BlockRunner
 
 
 class ResidualBlock(nn.Module):
-    """ReLU, 3x3 to `residual`, ReLU, 1x1 back to the width of the input, added to it."""
+    """x + conv1x1(relu(conv3x3(relu(x)))), with `residual_channels` in between."""
 
-    residual: int
-    dtype: jnp.dtype = jnp.float32
+    residual_channels: int
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = nn.Conv(self.residual, (3, 3), dtype=self.dtype)(nn.relu(x))
+        """Maps x [B, H, W, C] to the same shape."""
+        y = nn.Conv(self.residual_channels, (3, 3), dtype=self.dtype)(nn.relu(x))
         return x + nn.Conv(x.shape[-1], (1, 1), dtype=self.dtype)(nn.relu(y))
 
 
 class ResidualStack(nn.Module):
-    """`layers` such blocks."""
+    """A stack of `num_blocks` residual blocks."""
 
-    layers: int
-    residual: int
-    dtype: jnp.dtype = jnp.float32
+    num_blocks: int
+    residual_channels: int
+    dtype: jnp.dtype
 
     def setup(self):
-        self.blocks = [ResidualBlock(self.residual, self.dtype) for _ in range(self.layers)]
+        self.blocks = [ResidualBlock(self.residual_channels, self.dtype) for _ in range(self.num_blocks)]
 
-    def __call__(self, x: jax.Array, repeat: Repeat = PLAIN) -> jax.Array:
-        return repeat.run(lambda block, x, _: block(x), self.blocks, x)[0]
+    def __call__(self, x: jax.Array, runner: BlockRunner = DEFAULT) -> jax.Array:
+        """Maps x [B, H, W, C] to the same shape. `runner`: with remat or scan."""
+        return runner.run(lambda block, x, _: block(x), self.blocks, x)[0]

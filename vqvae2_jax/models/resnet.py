@@ -1,7 +1,6 @@
-"""A residual classifier (He et al. 2016, pre-activation) with group normalisation.
+"""A residual classifier (He et al. 2016, pre-activation) with group normalization.
 
-Groups, not batches, are normalised: no running statistics, an image's logits do not depend on its neighbours or on the
-number of devices.
+Unlike batch norm, it has no running statistics, and the logits of an image do not depend on its batch or the devices.
 """
 
 import math
@@ -18,20 +17,31 @@ class ResNet(nn.Module):
     """
 
     num_classes: int
-    widths: tuple[int, ...] = (64, 128, 256, 512)
-    blocks: tuple[int, ...] = (2, 2, 2, 2)
-    stem_stride: int = 1  # 2 for images of 128 pixels and more
-    dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    widths: tuple[int, ...]
+    blocks: tuple[int, ...]
+    stem_stride: int  # 2 for images of 128 pixels and more
+    dropout: float
+    dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, image: jax.Array, *, train: bool = False, with_features: bool = False):
-        """Logits float32 [B, S] of image [B, H, W, C] in [-1, 1]. Training with dropout needs rng `dropout`.
+    def __call__(
+        self, image: jax.Array, *, train: bool = False, with_features: bool = False
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """Computes logits.
 
-        With `with_features` also what the logits are made from, float32 [B, widths[-1]].
+        Args:
+          image: float32 [B, H, W, C] in [-1, 1].
+          train: with dropout, which needs the rng `dropout`.
+          with_features: also return the features before the last layer.
+
+        Returns:
+          Logits, float32 [B, S], and with `with_features` also float32 [B, widths[-1]].
+
+        Raises:
+          ValueError: `widths` and `blocks` differ in length.
         """
         if len(self.widths) != len(self.blocks):
-            raise ValueError(f'classifier.widths has {len(self.widths)} stages, classifier.blocks {len(self.blocks)}')
+            raise ValueError(f'widths is {self.widths}; it must have as many items as blocks={self.blocks}')
         stride = (self.stem_stride, self.stem_stride)
         x = nn.Conv(self.widths[0], (3, 3), stride, use_bias=False, dtype=self.dtype)(image)
         for stage, (width, count) in enumerate(zip(self.widths, self.blocks, strict=True)):

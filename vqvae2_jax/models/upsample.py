@@ -1,9 +1,8 @@
 """The transposed 4x4 convolution that doubles a map, computed as a dense 2x2 convolution.
 
-Each 2x2 block of output pixels depends on a 2x2 neighbourhood of the input: a 2x2 convolution makes the block as
-channels, and the blocks are then laid out as an image. The same numbers and parameters as `nn.ConvTranspose`
-(tests/test_upsample.py) without its dilated gradient, for which XLA's CPU backend has only a slow loop
-(benchmarks/upsample.py).
+Each 2x2 block of output pixels depends on a 2x2 neighborhood of the input: a 2x2 convolution computes the block as
+channels, and a pixel shuffle arranges the blocks. Results and parameters equal those of `nn.ConvTranspose`
+(tests/test_upsample.py), without its dilated gradient, which is slow on XLA's CPU backend (benchmarks/upsample.py).
 """
 
 import flax.linen as nn
@@ -22,18 +21,18 @@ class Upsample(nn.Module):
     """
 
     features: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, H, W, C] -> [B, 2 H, 2 W, F]."""
-        # The fan-in of all 16 taps, of which 4 reach a pixel: starting at half the scale trains better (measured).
+        """Maps x [B, H, W, C] to [B, 2 H, 2 W, F]."""
+        # The fan-in counts 16 taps, of which 4 reach a pixel; this half scale trains better (measured).
         kernel = self.param('kernel', nn.initializers.lecun_normal(), (4, 4, x.shape[-1], self.features))
         bias = self.param('bias', nn.initializers.zeros, (self.features,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         # Rows 2 m - 1 and 2 m of the output both take the inputs m - 1 and m, through kernel rows 2 + i and i.
         kernel = rearrange(kernel, '(s i) (t j) c f -> s t c (i j f)', i=2, j=2)[::-1, ::-1]  # [2, 2, C, 4 F]
-        # Padded beforehand: the same padding inside the convolution costs its kernel's gradient the fast path on CPUs.
+        # Padding inside the convolution would make the gradient of its kernel slow on CPUs.
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         y = jax.lax.conv_general_dilated(x, kernel, (1, 1), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
         blocks = rearrange(y, 'b h w (i j f) -> b (h i) (w j) f', i=2, j=2)  # [B, 2 H + 2, 2 W + 2, F], from row -1 on

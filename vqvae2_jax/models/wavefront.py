@@ -1,12 +1,11 @@
-"""The prior in wavefront order: one stack of residual gated convolutions, all positions of a step at once.
+"""The prior in wavefront order: one stack of gated residual convolutions, all positions of a step at once.
 
-A convolution sees what its window holds of the same and of earlier steps: the rows above as far as `slope` columns
-further right in each, and those below from `slope` columns further left on. The first one, over the codes, sees earlier
-steps only. With depth all earlier positions come into reach. Of the row above, position (i, j) sees the codes up to
-column j + slope - 1, where raster order sees the whole row; in exchange it sees those of the row below up to column
-j - slope - 1.
+A convolution covers the positions in its window that belong to the same or earlier steps. The first one, over the
+codes, covers earlier steps only. With depth the receptive field reaches all earlier positions. In the row above,
+position (i, j) depends on the columns up to j + skew - 1, whereas in raster order it depends on the whole row; in the
+row below it depends on the columns up to j - skew - 1.
 
-Glossary of shapes: B batch, H W this level's map, K codebook size, F hidden, n positions of a step.
+Shapes: B batch, H W this level's map, K codebook size, F hidden channels, n positions of a step.
 """
 
 import functools
@@ -15,39 +14,47 @@ import jax
 import jax.numpy as jnp
 
 from vqvae2_jax.models.causal import WavefrontConv
-from vqvae2_jax.models.order import Order
+from vqvae2_jax.models.order import GenerationOrder
 from vqvae2_jax.models.prior import Prior
 
 
 class WavefrontPrior(Prior):
-    """Fewer steps than positions: W + slope (H - 1) of them, each exact."""
+    """Generates a map in W + skew (H - 1) exact steps, fewer than positions.
 
-    slope: int = 2  # how many columns each row is behind the one above
+    Attributes:
+      skew: columns that a row is behind the row above; other fields as in `Prior`.
+    """
+
+    skew: int
 
     def setup(self):
         super().setup()
-        if self.kernel < 3:
-            raise ValueError(f'kernel must be 3 or more in wavefront order; it is {self.kernel}')
+        if self.kernel_size < 3:
+            raise ValueError(f'kernel_size is {self.kernel_size}; in wavefront order it must be 3 or more')
         self.embed = self._embed(self.codebook_size)
-        conv = functools.partial(WavefrontConv, kernel=self.kernel, order=self.order)
-        self.first = conv(self.hidden, strict=True, dtype=self.dtype)
-        self.trunk = self._trunk(conv)
+        conv = functools.partial(WavefrontConv, kernel_size=self.kernel_size, order=self.order)
+        self.first = conv(self.hidden_channels, strict=True, dtype=self.dtype)
+        self.trunk = self._stack(conv)
 
     @property
-    def order(self) -> Order:
-        return Order(self.shape, self.slope)
+    def order(self) -> GenerationOrder:
+        """Wavefront order with this skew."""
+        return GenerationOrder(self.shape, self.skew)
 
-    def _whole(self, codes, condition, *, train):
+    def _forward_full(self, codes, condition, *, train):
         rows, columns = jnp.arange(self.shape[0])[:, None], jnp.arange(self.shape[1])
         return self._features(codes, rows, columns, condition, train=train)
 
-    def diagonal(self, previous: jax.Array, step: jax.Array, condition: jax.Array | None) -> jax.Array:
-        """Logits float32 [B, n, K] of the positions of `step`, in `Order.positions`; those off the map mean nothing.
+    def decode_step(self, previous: jax.Array, step: jax.Array, condition: jax.Array | None) -> jax.Array:
+        """Computes the logits of one step, with the caches `diagonals` and `attention`.
 
         Args:
-          previous: int32 [B, n], the codes of the step before (any where it has no position).
+          previous: int32 [B, n], the codes of the step before; any value where it has no position.
           step: int32 [].
           condition: [B, H or 1, W or 1, F] of the whole map, or None.
+
+        Returns:
+          float32 [B, n, K] in the order of `GenerationOrder.positions`; undefined for positions off the map.
         """
         rows, columns, _ = self.order.positions(step)
         if condition is not None and condition.shape[1:3] != (1, 1):
@@ -56,6 +63,6 @@ class WavefrontPrior(Prior):
         return self._head(x, condition)[:, :, 0]
 
     def _features(self, codes, rows, columns, condition, step=None, *, train=False):
-        # rows and columns broadcast to the positions [h, w] at hand
+        # rows and columns broadcast to the positions [h, w] of `codes`
         x = self.first(self.embed(codes)) + self.row_embed(rows) + self.column_embed(columns)  # [B, h, w, F]
-        return self.trunk(x, step, None, condition, train, self._repeat(train))
+        return self.trunk(x, step, None, condition, train, self._runner(train))

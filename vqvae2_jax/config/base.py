@@ -1,0 +1,378 @@
+"""The base config: every field once, with its default, its type, its allowed values and its meaning.
+
+All experiments start from it:
+
+    from vqvae2_jax.config import base
+
+
+    def get_config():
+        config = base.get_config()
+        config.name = 'mine'
+        config.vqvae.hidden_channels = 64
+        return config
+
+The config is locked: an unknown field and a value of another type are errors. The tables of docs/configs.md are made
+from this file (`python -m tests.config_tables`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vqvae2_jax.config.fields import Bool, Choice, Field, Float, Int, Name, Text, Tuple
+from vqvae2_jax.data.images import SPLITS
+from vqvae2_jax.models.prior import KINDS, PLACEMENTS
+
+Schema = dict[str, Any]  # nested: field -> Field, section -> Schema
+
+_STEPS = 10**9
+_BATCH = 2**20  # images
+_CHANNELS = 2**16
+_BLOCKS = 256
+_CLASSES = 10**6
+
+
+def _seed(doc: str) -> Int:
+    # JAX would take the low 32 bits of a larger one.
+    return Int(0, 2**32 - 1, default=0, doc=doc)
+
+
+def _share(default: float, doc: str) -> Float:
+    return Float(0, 1, high_open=True, default=default, doc=doc)
+
+
+def _dtype(doc: str) -> Choice:
+    return Choice(('float32', 'bfloat16'), default='float32', doc=doc)
+
+
+_CONFIG = {
+    'name': Name(default='unnamed', doc='of the run: its directory is `runs/<name>` unless `--workdir` is given'),
+    'seed': _seed('of initial weights, shuffling, augmentation and dropout'),
+}
+
+_DATA = {
+    'name': Text(
+        True,
+        default='fashion',
+        doc='`fashion` (in the package), `folder`, `npz`, or the name of a TensorFlow dataset prepared as array_record',
+    ),
+    'path': Text(
+        default='',
+        doc="the folder, the .npz file (`arr_0`, `label`, `class_names`; with `splits`, their folder), or TFDS's "
+        "data_dir; all also on a bucket (gs://), copied by every process; `''`: TFDS's default",
+    ),
+    'image_size': Tuple(Int(1, 2**14), (2,), default=(28, 28), doc='(height, width); images are resized and cropped'),
+    'channels': Choice((1, 3), default=1, doc='1: gray, 3: RGB'),
+    'num_classes': Int(0, _CLASSES, default=0, doc='0: unlabeled, without classifier and rejection'),
+    'splits': Tuple(
+        Text(True),
+        (0, 3),
+        default=(),
+        doc='names of (train, validation, test): subfolders, .npz files or TFDS splits such as `train[:95%]`; '
+        '`()`: all images are one set, split at random',
+    ),
+    'held_out': Tuple(
+        Float(0, 1, high_open=True),
+        (2,),
+        default=(0.1, 0.1),
+        doc='fractions of that set for (validation, test); their sum is below 1',
+    ),
+    'split_seed': _seed('of that split, and of the order of every split'),
+    'flip': Bool(default=False, doc='stage 1 trains on mirrored images too'),
+    'crop': Bool(default=False, doc='stage 1 trains on crops at random places'),
+    'on_error': Choice(
+        ('raise', 'skip'), default='raise', doc='an image that cannot be decoded; `skip` lists it in `skipped.txt`'
+    ),
+    'workers': Int(0, 1024, default=0, doc='processes that read images; 0: threads'),
+}
+
+_TRAINING = {
+    'steps': Int(1, _STEPS, default=10_000, doc='updates'),
+    'batch_size': Int(1, _BATCH, default=32, doc='global; a multiple of the devices times `grad_accum_steps`'),
+    'learning_rate': Float(0, 10, low_open=True, default=3e-4, doc='of Adam, after the warm-up'),
+    'warmup_steps': Int(0, _STEPS, default=0, doc='over which the rate rises from 0; at most `steps`'),
+    'lr_schedule': Choice(('constant', 'cosine'), default='constant', doc='`cosine`: to 0 at `steps`'),
+    'adam_b2': _share(0.999, "decay of Adam's second moment"),
+    'weight_decay': Float(0, 1000, default=0.0, doc='decoupled, as in AdamW'),
+    'clip_norm': Float(0, 1e9, default=0.0, doc='largest norm of the whole gradient; 0: no clipping'),
+    'grad_accum_steps': Int(
+        1,
+        2**16,
+        default=1,
+        doc='microbatches of a batch, one after another, to save memory; the update is that of the whole batch, with '
+        'other dropout masks. 1 for stage 1, whose codebook learns from whole batches',
+    ),
+    'params_ema_decay': _share(
+        0.999, 'of the average of the weights that evaluation and later stages use; 0: the last weights'
+    ),
+    'log_every': Int(1, _STEPS, default=50, doc='steps between lines of the log'),
+    'eval_every': Int(1, _STEPS, default=500, doc='steps between evaluations; the best weights are kept'),
+    'eval_examples': Int(0, _STEPS, default=0, doc='of the validation split, at each evaluation; 0: all'),
+    'image_every': Int(0, _STEPS, default=0, doc='steps between images; 0: never'),
+    'save_every': Int(1, _STEPS, default=500, doc='steps between checkpoints'),
+    'profile_steps': Tuple(
+        Int(1, _STEPS), (0, 2), default=(), doc='(first, last): writes a `jax.profiler` trace of these steps'
+    ),
+}
+
+_VQVAE = {
+    'hidden_channels': Int(2, _CHANNELS, default=128, doc='channels of encoders and decoders'),
+    'residual_channels': Int(1, _CHANNELS, default=64, doc='channels inside their residual blocks'),
+    'num_residual_blocks': Int(1, _BLOCKS, default=2, doc='of each encoder and decoder'),
+    'codebook_size': Int(2, 2**20, default=512, doc='codes of each level'),
+    'codebook_dim': Int(1, _CHANNELS, default=64, doc='length of a code vector'),
+    'commitment_weight': Float(0, 1e6, default=0.25, doc='beta of the paper'),
+    'codebook_ema_decay': _share(0.99, "of the codebook's moving averages; gamma of the paper"),
+    'dead_code_threshold': _share(
+        0.03, 'a code chosen less often than this fraction of an even share restarts from the batch; 0: never'
+    ),
+    'preview_grad_scale': Float(
+        0,
+        1000,
+        default=0.0,
+        doc="scale of the gradient of the coarse levels' previews that trains the model; 0: the paper",
+    ),
+    'dtype': _dtype('of the computation; the quantizer stays in float32'),
+    'training': _TRAINING,
+}
+
+_CODES = {
+    'batch_size': Int(1, _BATCH, default=256, doc='images encoded at once, over all devices'),
+    'shard_size': Int(1, 2**24, default=16_384, doc='images a file; an interrupted extraction loses at most one file'),
+}
+
+_PRIOR = {
+    'order': Choice(
+        ('raster', 'wavefront'),
+        default='raster',
+        doc='of generation: `raster`, one position at a time, by two stacks of blocks (the paper); `wavefront`, many '
+        'positions at a time, by one stack',
+    ),
+    'skew': Int(
+        1, 1024, default=2, doc='wavefront only: columns that each row lags behind the row above; at most the width'
+    ),
+    'hidden_channels': Int(1, _CHANNELS, default=512, doc='channels of the stacks'),
+    'residual_channels': Int(1, _CHANNELS, default=2048, doc='channels inside their blocks'),
+    'num_residual_blocks': Int(1, _BLOCKS, default=20, doc='of each stack'),
+    'kernel_size': Int(1, 63, default=5, doc='of the convolutions; odd, and 3 or more in wavefront order'),
+    'num_attention_layers': Int(
+        0,
+        _BLOCKS,
+        default=0,
+        doc='causal attention layers, one after every `num_residual_blocks // num_attention_layers` blocks; '
+        'at most `num_residual_blocks`',
+    ),
+    'num_heads': Int(1, 1024, default=8, doc='of each attention layer; divides `hidden_channels`'),
+    'num_output_blocks': Int(0, _BLOCKS, default=0, doc='1x1 residual blocks on top'),
+    'num_cond_blocks': Int(0, _BLOCKS, default=0, doc="residual blocks over the coarser levels' codes"),
+    'label_dropout': _share(0.0, 'fraction of training examples without their class, for guidance; needs classes'),
+    'dropout': _share(0.0, 'rate of the dropout of each gated block'),
+    'dropout_placement': Choice(
+        PLACEMENTS,
+        default='inside',
+        doc='`inside`: before the second convolution of the block (PixelSNAIL); `after`: on its output (the paper)',
+    ),
+    'attention_dropout': _share(0.0, 'rate of the dropout in attention'),
+    'attention_dropout_kind': Choice(
+        KINDS,
+        default='keys',
+        doc='`keys`: a dropped key gets no weight (DropKey); `logits`: dropout on the logits (the paper)',
+    ),
+    'remat': Bool(
+        default=False,
+        doc='training recomputes the inside of blocks and attention instead of keeping it: less memory, about a third '
+        'more compute',
+    ),
+    'scan_layers': Bool(
+        default=False,
+        doc='training runs blocks as a loop: compiles one block of each kind, and holds one or two more copies of '
+        'their parameters',
+    ),
+    'dtype': _dtype('of the computation; logits stay in float32'),
+    'training': _TRAINING,
+}
+
+_CLASSIFIER = {
+    'widths': Tuple(
+        Int(4, _CHANNELS),
+        range(1, 9),
+        default=(64, 128, 256, 512),
+        doc='channels of each stage; every stage after the first halves the map',
+    ),
+    'blocks': Tuple(
+        Int(1, 128), range(1, 9), default=(2, 2, 2, 2), doc='residual blocks of each stage; as many items as `widths`'
+    ),
+    'stem_stride': Int(1, 64, default=1, doc='2 for images of 128 pixels and more'),
+    'dropout': _share(0.0, 'before the last layer'),
+    'flip': Bool(default=False, doc='trains on mirrored images too'),
+    'crop': Bool(default=False, doc='trains on crops at random places'),
+    'dtype': _dtype('of the computation'),
+    'training': _TRAINING,
+}
+
+_SAMPLE = {
+    'name': Name(default='default', doc='of the set of samples: its directory is `samples/<name>`'),
+    'count': Int(1, 10**9, default=1000, doc='samples wanted; may grow later'),
+    'batch_size': Int(1, _BATCH, default=64, doc='samples generated at once, over all devices'),
+    'shard_size': Int(1, _BATCH, default=1000, doc='images a file'),
+    'seed': _seed('of the samples; with its index and label it decides a sample'),
+    'labels': Tuple(Int(0, _CLASSES), range(10_001), default=(), doc='cycled through; `()`: all classes'),
+    'dtype': Choice(
+        ('', 'float32', 'bfloat16'), default='', doc="of weights and caches while sampling; `''`: each prior's own"
+    ),
+}
+
+# One value for each level.
+_SAMPLE_LEVELS = {
+    'temperature': Float(0, 1000, default=1.0, doc='divides the logits; 0: always the likeliest code'),
+    'top_k': Int(0, 2**20, default=0, doc='samples among that many likeliest codes; 0: all'),
+    'top_p': Float(
+        0, 1, low_open=True, default=1.0, doc='samples among the likeliest codes with this share of the probability'
+    ),
+    'guidance': Float(
+        -1000,
+        1000,
+        default=1.0,
+        doc='classifier-free: logits without class + `guidance` * (with - without); needs `label_dropout`; 1: off',
+    ),
+}
+
+_REJECT = {
+    'keep_fraction': Float(0, 1, low_open=True, default=1.0, doc='fraction of the samples of each class to keep'),
+    'threshold': Float(
+        0,
+        1,
+        default=0.0,
+        doc='keeps of these only samples whose class has at least this probability; may unbalance the classes',
+    ),
+    'classifier': Text(
+        default='',
+        doc="state dict (`.pth`, `.npz`) of a torchvision ResNet-50, -101 or -152 that replaces the run's classifier; "
+        "same classes in the same order; `''`: the run's own",
+    ),
+}
+
+_EVALUATE = {
+    'split': Choice(SPLITS, default='test', doc='whose images are reconstructed and evaluated'),
+    'reference': Choice(
+        ('', *SPLITS),
+        default='',
+        doc="split that samples and reconstructions are compared with by FID and related metrics; `''`: `split`",
+    ),
+    'inception': Text(
+        default='',
+        doc='weights of the FID Inception network: a `.pth` or `.npz` file, a pattern for several `.npz`, or `fetch`; '
+        "`''`: the run's classifier replaces it, and its numbers are not called FID",
+    ),
+    'batch_size': Int(1, _BATCH, default=16, doc='images evaluated at once, over all devices'),
+    'sweep': Tuple(
+        Float(0, 1, low_open=True),
+        range(1, 101),
+        default=(1.0, 0.9, 0.7, 0.5, 0.3, 0.2, 0.1),
+        doc='fractions of each class for the curves of rejection; all use as many images as the smallest fraction '
+        'keeps, up to 50 000',
+    ),
+    'cas': Bool(
+        default=False,
+        doc='trains two more classifiers, on reconstructions and on samples: Classification Accuracy Score; '
+        'needs classes',
+    ),
+    'real': Text(
+        default='',
+        doc='with `generated`, compares two sets instead of evaluating the run: folders, `.npz` files '
+        '(`samples/*.npz`), or splits of the data; needs `inception`',
+    ),
+    'generated': Text(default='', doc='the other set'),
+}
+
+
+def level_names(downsample_factors: Sequence[int]) -> tuple[str, ...]:
+    """Returns the names of the levels, finest first.
+
+    Up to three levels have the names of the paper: bottom, middle, top. More are bottom, level1, ..., top.
+    """
+    count = len(downsample_factors)
+    if count == 1:
+        return ('top',)
+    middle = ('middle',) if count == 3 else tuple(f'level{i}' for i in range(1, count - 1))
+    return ('bottom', *middle, 'top')
+
+
+def schema(levels: Sequence[str] = ('bottom', 'top')) -> Schema:
+    """Returns the type of every field.
+
+    Args:
+      levels: names of the levels, finest first.
+
+    Returns:
+      A nested dict in the order of docs/configs.md.
+    """
+    factors = Tuple(
+        Int(2, 1024),
+        range(1, 9),
+        default=(2,) * len(levels),
+        doc='how much smaller each level is than the one before, finest first; powers of two. They name the levels: '
+        '`top`; `bottom`, `top`; `bottom`, `middle`, `top`; `bottom`, `level1`, ..., `top`',
+    )
+    inpaint = {
+        'path': Text(default='', doc='the image file, or the folder of images, to inpaint'),
+        'mask': Text(
+            default='',
+            doc="where to sample: `''`, everywhere; `top,left,bottom,right` in fractions of the cropped image, as "
+            '`0.5,0,1,1` for its lower half; or an image file (also on a bucket), white where to sample',
+        ),
+        'levels': Tuple(Choice(tuple(levels)), range(9), default=(), doc='levels to sample; `()`: all'),
+        'label': Int(-1, _CLASSES, default=-1, doc='class of the sampled codes; -1: not given'),
+        'count': Int(1, 10_000, default=4, doc='variants of each image'),
+    }
+    return {
+        **_CONFIG,
+        'data': _DATA,
+        'parallel': {
+            'fsdp': Int(
+                1,
+                2**20,
+                default=1,
+                doc='neighboring devices that share one copy of parameters, their average and the optimizer state; '
+                'divides the number of devices; fewer devices all share one copy',
+            )
+        },
+        'vqvae': {'downsample_factors': factors, **_VQVAE},
+        'codes': _CODES,
+        'prior': dict.fromkeys(levels, _PRIOR),
+        'classifier': _CLASSIFIER,
+        'sample': {**_SAMPLE, **{name: dict.fromkeys(levels, field) for name, field in _SAMPLE_LEVELS.items()}},
+        'reject': _REJECT,
+        'evaluate': _EVALUATE,
+        'inpaint': inpaint,
+        'likelihood': {
+            'split': Choice(SPLITS, default='test', doc='whose images are evaluated'),
+            'path': Text(default='', doc='instead of a split: an image, or a folder of images, of unknown class'),
+        },
+    }
+
+
+def get_config(levels: Sequence[str] = ('bottom', 'top')) -> ConfigDict:
+    """Returns the base config.
+
+    Args:
+      levels: names of the levels, finest first (`level_names`).
+
+    Returns:
+      A new ConfigDict with every field at its default: type-safe and locked.
+    """
+    return ConfigDict(defaults(schema(levels))).lock()
+
+
+def defaults(fields: Schema) -> dict[str, Any]:
+    """Returns the defaults of a section and its subsections, nested."""
+    return {k: field.default if isinstance(field, Field) else defaults(field) for k, field in fields.items()}
+
+
+def find(path: str, levels: Sequence[str] = ('bottom', 'top')) -> Field | Schema | None:
+    """Returns the type of the field, or the section, at a dotted path; None if there is none."""
+    found = schema(tuple(levels))
+    for name in path.split('.'):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found

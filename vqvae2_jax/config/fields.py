@@ -1,0 +1,199 @@
+"""Types of config fields. Each checks a value and returns it in its plain Python type, or names the allowed values.
+
+No type accepts None, NaN or infinity, and only `Bool` accepts a bool. All numbers and lengths have an upper bound.
+"""
+
+import dataclasses
+import numbers
+import re
+import unicodedata
+from collections.abc import Collection
+from typing import Any
+
+_MAX_LENGTH = 4096  # characters of a string
+_MAX_SHOWN = 100  # characters of a value in a message
+
+
+class ConfigError(ValueError):
+    """A config that cannot work. The message names the field, the value and the allowed values, in one line."""
+
+
+def show(value: Any) -> str:
+    """Returns the `repr` of a value on one line of limited length."""
+    try:
+        text = ' '.join(repr(value).split())
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        return f'a {type(value).__name__} that is too large to print'
+    return text if len(text) <= _MAX_SHOWN else f'{text[:_MAX_SHOWN]}...'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Field:
+    """A field of the config.
+
+    Attributes:
+      default: its value in the base config.
+      doc: its meaning, for docs/configs.md.
+    """
+
+    default: Any = None
+    doc: str = ''
+
+    @property
+    def allowed(self) -> str:
+        """The allowed values in words, to follow 'it must be'."""
+        raise NotImplementedError
+
+    def check(self, path: str, value: Any) -> Any:
+        """Checks a value.
+
+        Args:
+          path: the name of the field, such as 'vqvae.training.steps'.
+          value: anything.
+
+        Returns:
+          The value in its plain Python type.
+
+        Raises:
+          ConfigError: the value is not allowed.
+        """
+        raise NotImplementedError
+
+    def _error(self, path: str, value: Any) -> ConfigError:
+        return ConfigError(f'{path} is {show(value)}; it must be {self.allowed}')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bool(Field):
+    """True or False; 0 and 1 are refused."""
+
+    @property
+    def allowed(self) -> str:
+        return 'True or False'
+
+    def check(self, path: str, value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise self._error(path, value)
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Int(Field):
+    """An integer from `low` to `high`, both included."""
+
+    low: int
+    high: int
+
+    @property
+    def allowed(self) -> str:
+        return f'an integer from {self.low} to {self.high}'
+
+    def check(self, path: str, value: Any) -> int:
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not whole or not self.low <= value <= self.high:
+            raise self._error(path, value)
+        return int(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Float(Field):
+    """A number from `low` to `high`, which are included unless the bound is open. An integer counts as a number."""
+
+    low: float
+    high: float
+    low_open: bool = False
+    high_open: bool = False
+
+    @property
+    def allowed(self) -> str:
+        left, right = '(' if self.low_open else '[', ')' if self.high_open else ']'
+        return f'a number in {left}{self.low:g}, {self.high:g}{right}'
+
+    def check(self, path: str, value: Any) -> float:
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        # Comparisons with NaN are false.
+        if not real or not self.low <= value <= self.high:
+            raise self._error(path, value)
+        if (self.low_open and value == self.low) or (self.high_open and value == self.high):
+            raise self._error(path, value)
+        return float(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Text(Field):
+    """A string without control characters and lone surrogates.
+
+    Attributes:
+      required: whether '' is refused.
+    """
+
+    required: bool = False
+
+    @property
+    def allowed(self) -> str:
+        return f'a {"non-empty " * self.required}string of at most {_MAX_LENGTH} characters, none a control character'
+
+    def check(self, path: str, value: Any) -> str:
+        if not isinstance(value, str) or not int(self.required) <= len(value) <= _MAX_LENGTH:
+            raise self._error(path, value)
+        if any(unicodedata.category(character) in ('Cc', 'Cs') for character in value):
+            raise self._error(path, value)
+        return str(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Name(Field):
+    """A string that is safe as the name of a directory."""
+
+    @property
+    def allowed(self) -> str:
+        return "1 to 100 letters, digits, '-', '_' and '.', of which the first is not '.'"
+
+    def check(self, path: str, value: Any) -> str:
+        if not isinstance(value, str) or not re.fullmatch(r'[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}', value):
+            raise self._error(path, value)
+        return str(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice(Field):
+    """One of several strings or integers."""
+
+    options: tuple[str, ...] | tuple[int, ...]
+
+    @property
+    def allowed(self) -> str:
+        *others, last = map(repr, self.options)
+        return f'{", ".join(others)} or {last}' if others else last
+
+    def check(self, path: str, value: Any) -> str | int:
+        kind = type(self.options[0])
+        if not isinstance(value, kind) or isinstance(value, bool) or value not in self.options:
+            raise self._error(path, value)
+        return kind(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuple(Field):
+    """A tuple; a list is accepted and becomes a tuple.
+
+    Attributes:
+      item: the type of every item.
+      lengths: the allowed lengths: a `range`, or a tuple of integers.
+    """
+
+    item: Field
+    lengths: Collection[int]
+
+    @property
+    def allowed(self) -> str:
+        if isinstance(self.lengths, range):
+            count = f'{self.lengths[0]} to {self.lengths[-1]} items'
+        else:
+            count = f'{" or ".join(map(str, self.lengths))} items'
+        return f'a tuple of {count}, each {self.item.allowed}'
+
+    def check(self, path: str, value: Any) -> tuple:
+        if not isinstance(value, tuple | list) or len(value) not in self.lengths:
+            raise self._error(path, value)
+        return tuple(self.item.check(f'{path}[{index}]', item) for index, item in enumerate(value))

@@ -1,0 +1,217 @@
+"""Checks a config before any job starts, so that a mistake costs seconds.
+
+The names and types of all fields come from the base config. Relations between fields of one section are checked by the
+module, `ImageSpec` or `TrainConfig` that the section describes; relations between sections are checked here.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable
+
+import jax
+from ml_collections import ConfigDict
+
+from vqvae2_jax.config import base
+from vqvae2_jax.config import build as configs
+from vqvae2_jax.config.fields import ConfigError, show
+from vqvae2_jax.models.vqvae import map_shapes
+
+
+def validate_config(config: ConfigDict, mesh_shape: tuple[int, int] | None = None) -> None:
+    """Checks all of a config; lists in place of tuples and integers in place of floats are converted in it.
+
+    Args:
+      config: from `base.get_config`, or with the same fields.
+      mesh_shape: the sizes of the mesh axes `data` and `fsdp`; None: batch sizes are not compared with the devices.
+
+    Raises:
+      ConfigError: the first field that cannot work, with its value and the allowed values.
+    """
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f'the config is {show(config)}; it must be an ml_collections.ConfigDict')
+    fields = base.schema()
+    check_names('config', config, fields)
+    for section in ('data', 'vqvae'):  # they decide which levels there are
+        _check_section(section, config[section], fields[section])
+    spec = configs.image_spec(config)
+    try:
+        shapes = map_shapes(spec.image_size, config.vqvae.downsample_factors)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    levels = base.level_names(config.vqvae.downsample_factors)
+    _check_levels(config, levels)
+    for name, field in base.schema(levels).items():
+        _check_field(name, config, name, field)
+    _check_priors(config, dict(zip(levels, shapes, strict=True)))
+    _check_training(config, levels)
+    _check_sampling(config, levels)
+    _check_evaluation(config)
+    _check_networks(config)
+    if mesh_shape is not None:
+        check_batch_sizes(config, mesh_shape)
+
+
+def check_batch_sizes(config: ConfigDict, mesh_shape: tuple[int, int]) -> None:
+    """Checks that every training batch can be sharded evenly over the devices.
+
+    A batch that is only a multiple of the `data` axis is sharded over that axis alone. Batch sizes of other jobs are
+    padded instead.
+
+    Args:
+      config: a config that `validate_config` accepts.
+      mesh_shape: the sizes of the mesh axes `data` and `fsdp`.
+
+    Raises:
+      ConfigError: a batch that cannot be sharded; the message suggests a size.
+    """
+    devices = math.prod(mesh_shape)
+    for section in _trained_sections(config):
+        training = configs.train_config(config, section)
+        parts, field = training.grad_accum_steps, f'{section}.training.batch_size'
+        if training.batch_size % (mesh_shape[0] * parts):
+            unit = devices * parts
+            example = -(-training.batch_size // unit) * unit
+            among = f'{devices} devices' + (f' in {parts} microbatches' if parts > 1 else '')
+            raise ConfigError(
+                f'{field} is {training.batch_size}, which {among} cannot share evenly; it must be a multiple of '
+                f'{unit}, for example --config.{field}={example}'
+            )
+
+
+def check_names(path: str, names: Iterable[str], allowed: Iterable[str], complete: bool = True) -> None:
+    """Checks the names of the fields of a section.
+
+    Args:
+      path: the section, for the message.
+      names: its fields.
+      allowed: the fields of the base config.
+      complete: whether all of them have to be there.
+
+    Raises:
+      ConfigError: a field is unknown (the message suggests a similar one) or missing.
+    """
+    names, allowed = list(map(str, names)), list(allowed)
+    if unknown := sorted(set(names) - set(allowed)):
+        near = _similar(unknown[0], allowed)
+        hint = f'did you mean {near!r}? ' if near else ''
+        raise ConfigError(
+            f'{path} has the unknown field {show(unknown[0])}; {hint}its fields are {", ".join(sorted(allowed))}'
+        )
+    if complete and (missing := sorted(set(allowed) - set(names))):
+        raise ConfigError(
+            f'{path} lacks the field {missing[0]!r}; start the config from vqvae2_jax.config.base.get_config()'
+        )
+
+
+def _similar(name, allowed):
+    """Returns the allowed name that a name is closest to, as a whole or in one of its words; None if none is close."""
+    words = {word: full for full in reversed(allowed) for word in full.split('_')}
+    for choices in ({full: full for full in allowed}, words):
+        if near := difflib.get_close_matches(name, choices, n=1):
+            return choices[near[0]]
+    return None
+
+
+def _check_section(path, section, fields):
+    if not isinstance(section, ConfigDict):
+        names = sorted(fields)
+        raise ConfigError(
+            f'{path} is {show(section)}; it must be a section with the fields {", ".join(names)}: '
+            f'set one, as in --config.{path}.{names[0]}='
+        )
+    check_names(path, section, fields)
+    for name, field in fields.items():
+        _check_field(f'{path}.{name}', section, name, field)
+
+
+def _check_field(path, section, name, field):
+    value = section[name]
+    if isinstance(field, dict):
+        _check_section(path, value, field)
+        return
+    checked = field.check(path, value)
+    if type(checked) is not type(value):
+        with section.unlocked(), section.ignore_type():
+            section[name] = checked
+
+
+def _check_levels(config, levels):
+    if isinstance(config.prior, ConfigDict) and set(config.prior) != set(levels):
+        raise ConfigError(
+            f'prior has the levels {sorted(map(str, config.prior))}, but vqvae.downsample_factors='
+            f'{config.vqvae.downsample_factors} makes {sorted(levels)}: start the config from base.get_config({levels})'
+        )
+
+
+def _check_priors(config, shapes):
+    classes = config.data.num_classes
+    for name, (height, width) in shapes.items():
+        path, prior = f'prior.{name}', config.prior[name]
+        if prior.label_dropout and not classes:
+            raise ConfigError(
+                f'{path}.label_dropout is {prior.label_dropout}, but data.num_classes={classes}; without classes it '
+                'must be 0'
+            )
+        if height * width >= 2**24:
+            raise ConfigError(
+                f'{path} has a {height}x{width} map of {height * width} positions; it must have fewer than 2**24: '
+                'lower data.image_size, or raise vqvae.downsample_factors'
+            )
+
+
+def _check_training(config, levels):
+    for section in ('vqvae', *(f'prior.{name}' for name in levels), 'classifier'):
+        configs.train_config(config, section)
+    if (steps := config.vqvae.training.grad_accum_steps) > 1:
+        raise ConfigError(
+            f'vqvae.training.grad_accum_steps is {steps}; it must be 1, because the codebook learns from the sums over '
+            'a whole batch'
+        )
+
+
+def _trained_sections(config):
+    levels = base.level_names(config.vqvae.downsample_factors)
+    classifier = ['classifier'] if configs.has_classifier(config) else []
+    return ['vqvae', *(f'prior.{name}' for name in levels), *classifier]
+
+
+def _check_sampling(config, levels):
+    sample, classes = config.sample, config.data.num_classes
+    if wrong := [label for label in sample.labels if label >= classes]:
+        there = f'has labels 0 to {classes - 1}' if classes else 'means that there are no labels'
+        raise ConfigError(f'sample.labels holds {show(wrong)}, but data.num_classes={classes} {there}')
+    for name in levels:
+        guidance, prior = sample.guidance[name], f'prior.{name}'
+        if guidance != 1 and not config[prior].label_dropout:
+            raise ConfigError(
+                f'sample.guidance.{name} is {guidance}, but {prior}.label_dropout is 0: guidance compares the prior '
+                f'with itself without class. Train it with {prior}.label_dropout=0.1, for example, or set '
+                'guidance to 1'
+            )
+
+
+def _check_evaluation(config):
+    evaluate, label, classes = config.evaluate, config.inpaint.label, config.data.num_classes
+    if bool(evaluate.real) != bool(evaluate.generated):
+        raise ConfigError(
+            f'evaluate.real is {evaluate.real!r} and evaluate.generated {evaluate.generated!r}: give both sets, or '
+            'neither to evaluate the run'
+        )
+    if evaluate.real and not evaluate.inception:
+        raise ConfigError(
+            "evaluate.inception is '', but two sets are compared by the Inception network; it must be the path of its "
+            "weights, or 'fetch'"
+        )
+    if classes and label >= classes:
+        raise ConfigError(f'inpaint.label is {label}; with data.num_classes={classes} it must be at most {classes - 1}')
+
+
+def _check_networks(config):
+    """Traces every module with shapes alone, so that sizes that do not fit show now and not hours later."""
+    for section, (model, inputs) in configs.networks(config).items():
+        try:
+            jax.eval_shape(model.init, *inputs)
+        except ValueError as error:  # modules raise it for relations between fields, with the field as first word
+            message = ' '.join(str(error).split())
+            joint = '.' if message.partition(' ')[0] in config[section] else ' cannot be built: '
+            raise ConfigError(f'{section}{joint}{message}') from error

@@ -1,0 +1,110 @@
+"""Sets of images in `.npz` shards of a fixed size, in the layout that the field's evaluators read (docs/files.md).
+
+Samples and reconstructions are stored in this way. A set is a directory with a record (io/record.py), whose results
+hold `count` and whose settings hold `shard_size`, and with files samples-START-STOP.npz of `shard_size` images (the
+last one may hold fewer). N is the number of images of a file:
+
+    arr_0    uint8 [N, H, W, C]
+    label    int32 [N]
+    index    int64 [N], the number of the sample; of reconstructions the position in the split of images
+    codes_l  int32 [N, h_l, w_l] of level l, 0 is the finest
+"""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from vqvae2_jax.data.shards import Range, shard_ranges
+from vqvae2_jax.io import files, record
+from vqvae2_jax.io.record import JobError, Record
+
+
+def shard_path(directory: epath.Path, start: int, stop: int) -> epath.Path:
+    """Returns the file of images start .. stop - 1."""
+    return directory / f'samples-{start:08d}-{stop:08d}.npz'
+
+
+def missing_shards(directory: epath.Path, ranges: Sequence[Range]) -> list[Range]:
+    """Returns the ranges whose files do not exist."""
+    return [r for r in ranges if not shard_path(directory, *r).exists()]
+
+
+def stored_count(directory: epath.Path) -> int:
+    """Returns how many images the files of a set reach up to, finished or not; 0 if there is none."""
+    return max((int(path.stem.rpartition('-')[2]) for path in directory.glob('samples-*.npz')), default=0)
+
+
+def remove_others(directory: epath.Path, ranges: Sequence[Range]) -> None:
+    """Removes files of other ranges. A set that has grown leaves its former, shorter last file behind."""
+    own = {shard_path(directory, *r).name for r in ranges}
+    for path in directory.glob('samples-*.npz'):
+        if path.name not in own:
+            path.unlink()
+
+
+def write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes an `.npz` file completely or not at all."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    files.write_bytes(path, buffer.getvalue())
+
+
+def read_npz(path: epath.Path) -> dict[str, np.ndarray]:
+    """Reads all arrays of an `.npz` file."""
+    with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def shard_paths(directory: epath.Path) -> list[epath.Path]:
+    """Returns the files of a finished set, in the order of their images.
+
+    Raises:
+      JobError: the set is not finished, or files are missing.
+    """
+    return _shard_paths(read_set(directory))
+
+
+def take(directory: epath.Path, index: np.ndarray) -> dict[str, np.ndarray]:
+    """Reads some images of a finished set, from the files that hold them.
+
+    Args:
+      directory: the set.
+      index: int [N], in any order.
+
+    Returns:
+      arr_0 uint8 [N, H, W, C], label int32 [N], index int64 [N], codes_l int32 [N, h_l, w_l], in the order of `index`.
+
+    Raises:
+      JobError: as `shard_paths`.
+    """
+    found = read_set(directory)
+    paths, size = _shard_paths(found), found.settings['shard_size']
+    index = np.asarray(index)
+    rows = [None] * len(index)
+    for shard in np.unique(index // size):
+        arrays = read_npz(paths[shard])
+        for position in np.flatnonzero(index // size == shard):
+            # Copies: a view would keep the whole file alive.
+            rows[position] = {name: values[index[position] % size].copy() for name, values in arrays.items()}
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def read_set(directory: epath.Path) -> Record:
+    """Reads the record of a finished set; its `digest` identifies the images.
+
+    Raises:
+      JobError: there is no finished set.
+    """
+    return record.read_done(directory, 'cas' if directory.name == 'reconstructions' else 'sample')
+
+
+def _shard_paths(found):
+    ranges = shard_ranges(found.results['count'], found.settings['shard_size'])
+    if missing := missing_shards(found.directory, ranges):
+        raise JobError(
+            f'{found.directory} lacks {len(missing)} of {len(ranges)} files, first '
+            f'{shard_path(found.directory, *missing[0]).name}: {record.job_command(found.job)}'
+        )
+    return [shard_path(found.directory, *r) for r in ranges]

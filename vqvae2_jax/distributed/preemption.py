@@ -1,0 +1,49 @@
+"""Graceful shutdown: SIGINT and SIGTERM set a flag that long loops poll, so that they save before they exit."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+from vqvae2_jax.distributed import processes
+
+
+class Interrupted(SystemExit):
+    """The work was saved and stops here; the same command continues it. The exit status is 128 plus the signal."""
+
+
+def exit_together(stopped: Callable[[], int]) -> None:
+    """Raises `Interrupted` on all processes if any of them received a signal; all processes call this together."""
+    if received := processes.process_max(stopped()):
+        raise Interrupted(128 + received)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """Within the context, SIGINT and SIGTERM only set a flag.
+
+    The end of the context raises `Interrupted` on all processes if a signal came to any of them, even one that came too
+    late for the loop to see. All processes enter and leave the context together. A second signal of the same kind acts
+    as usual, for users who do not want to wait.
+
+    Yields:
+      A function that returns the signal received, or 0.
+    """
+    received = 0
+    previous = {}
+
+    def remember(number, _):
+        nonlocal received
+        received = number
+        signal.signal(number, previous[number])
+        # Not print: a signal may interrupt a print, which cannot be entered twice.
+        os.write(2, f'{signal.Signals(number).name}: saving before the exit ...\n'.encode())
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, remember)
+    try:
+        yield lambda: received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    exit_together(lambda: received)

@@ -1,0 +1,128 @@
+"""Digests, and files that are written completely or not at all."""
+
+import hashlib
+import json
+import math
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from vqvae2_jax.io import gcs
+
+
+def digest_arrays(tree: Any) -> str:
+    """SHA-256 (64 hex digits) of a pytree of arrays: key paths in sorted order, dtypes, shapes and bytes.
+
+    It depends neither on the order of insertion nor on whether a level is a dict, a FrozenDict or a dataclass with the
+    same names. Arrays must be addressable from this process.
+
+    Raises:
+      TypeError: a leaf is not an array of numbers; the message names its path.
+    """
+    leaves = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        # A list of names, not one joined string: {"a/b": x} and {"a": {"b": x}} are different trees.
+        names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+        leaves.append((names, leaf))
+    sha = hashlib.sha256()
+    for names, leaf in sorted(leaves, key=lambda item: item[0]):
+        array = np.asarray(leaf)
+        if array.dtype.hasobject or array.dtype.kind in 'USmM':
+            raise TypeError(
+                f'digest_arrays: leaf {"/".join(names)!r} is {type(leaf).__name__} of dtype {array.dtype}; '
+                'only arrays of numbers have a digest'
+            )
+        header = json.dumps([names, array.dtype.name, list(array.shape)])
+        sha.update(header.encode() + b'\n')
+        # Through uint8 because bfloat16 and its kin do not offer the buffer protocol.
+        sha.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return sha.hexdigest()
+
+
+def digest_json(obj: Any) -> str:
+    """SHA-256 (64 hex digits) of a JSON value; the order of keys does not matter, and a tuple equals a list.
+
+    Raises:
+      TypeError, ValueError: as `write_json`.
+    """
+    text = json.dumps(to_json(obj, 'obj'), sort_keys=True, separators=(',', ':'))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_json(path: epath.PathLike, obj: Any) -> None:
+    """Writes `obj` as pretty JSON; a reader sees the old file or the new one, never a part. Makes parent folders.
+
+    NumPy scalars are written as numbers. Key order is kept.
+
+    Raises:
+      TypeError: a key is not a string, or a value has no JSON form; the message names its place.
+      ValueError: a float is NaN or infinite (JSON has neither); the message names its place.
+    """
+    text = json.dumps(to_json(obj, epath.Path(path).name), indent=2) + '\n'
+    write_bytes(path, text.encode())
+
+
+def read_json(path: epath.PathLike) -> Any:
+    """Reads what `write_json` wrote.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: the file is not whole JSON; the message says where it breaks.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f'{path} does not exist; run the job that writes it first, or correct the path')
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise ValueError(f'{path} is not whole JSON ({error}); delete it and rerun the job that writes it') from error
+
+
+def write_bytes(path: epath.PathLike, data: bytes) -> None:
+    """Writes a file under a temporary name beside it and renames it, so that a killed job leaves no torn file."""
+    path = epath.Path(path)
+    if gcs.is_remote(path):  # where no file is ever torn
+        path.write_bytes(data)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.parent / f'.{path.name}.{os.getpid()}.part'
+    part.write_bytes(data)
+    part.replace(path)
+
+
+def to_json(value: Any, place: str) -> Any:
+    """Converts a value to JSON's own types: NumPy scalars become numbers, tuples become lists.
+
+    Args:
+      value: the value.
+      place: where it is, for messages.
+
+    Raises:
+      TypeError: a key is not a string, or a value has no JSON form.
+      ValueError: a float is NaN or infinite.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f'{place} is {value}, which JSON cannot hold; find out why, or write null on purpose')
+        return value
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(
+                    f'{place} has the key {key!r} ({type(key).__name__}); JSON keys are strings, '
+                    'so it would not read back the same'
+                )
+        return {key: to_json(item, f'{place}.{key}') for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item, f'{place}[{i}]') for i, item in enumerate(value)]
+    raise TypeError(
+        f'{place} is a {type(value).__name__}, which has no JSON form; convert it to numbers, strings, '
+        'lists or dicts first'
+    )

@@ -1,0 +1,46 @@
+"""Log lines of long phases: one line at the start of a job, then progress and time left."""
+
+import time
+
+from vqvae2_jax.io.logging import format_duration, format_number
+
+_EVERY = 10.0  # seconds between two lines
+
+
+def start_line(job: str, mesh: str, *, parameters: int | None = None, data: str = '') -> str:
+    """Returns the line that every job prints when it starts to work.
+
+    Args:
+      job: the value of --job.
+      mesh: devices and mesh, from `processes.describe_mesh`.
+      parameters: number of parameters of the networks in use; None: none are used.
+      data: the examples and batch sizes, as text.
+    """
+    parts = [mesh, f'{parameters:,} parameters' if parameters is not None else '', data]
+    return f'{job}: ' + '; '.join(part for part in parts if part)
+
+
+class Progress:
+    """Prints the progress of a phase at most every 10 seconds, with its rate and the time left.
+
+    A phase that takes less prints nothing. Only the main process prints, since standard output of the others is closed.
+    """
+
+    def __init__(self, name: str, total: int, unit: str = 'images'):
+        """`total`: how many units the phase has to do."""
+        self._name, self._total, self._unit = name, total, unit
+        self._begin = self._last = time.monotonic()
+
+    def update(self, done: int) -> None:
+        """Prints a line if the last one is 10 seconds old. `done`: units done so far in this phase."""
+        now = time.monotonic()
+        if now - self._last < _EVERY or not done:
+            return
+        self._last, done = now, min(done, self._total)  # the last batch may be padded
+        rate = done / (now - self._begin)
+        left = format_duration((self._total - done) / rate)
+        percent = 100 * done // max(self._total, 1)
+        print(
+            f'{self._name}  {done}/{self._total} {percent}%  {format_number(rate, 3)} {self._unit}/s  ETA {left}',
+            flush=True,
+        )

@@ -1,0 +1,137 @@
+"""--job=extract_codes: encodes every image of every split, in shards; a restart continues (VQ-VAE-2, algorithm 2)."""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from vqvae2_jax import inference
+from vqvae2_jax.config import build as configs
+from vqvae2_jax.data import codes as store
+from vqvae2_jax.data.images import SPLITS, ImageSource
+from vqvae2_jax.data.loader import eval_batches, read_all
+from vqvae2_jax.data.shards import Range, ShardWriter, batch_runs, shard_ranges
+from vqvae2_jax.distributed import processes, sharding
+from vqvae2_jax.distributed.batches import map_batches
+from vqvae2_jax.distributed.preemption import exit_together, stop_signals
+from vqvae2_jax.io import record
+from vqvae2_jax.io.progress import Progress, start_line
+from vqvae2_jax.io.record import Record
+from vqvae2_jax.jobs import workdir
+from vqvae2_jax.jobs.workdir import Run
+from vqvae2_jax.models.vqvae import map_shapes
+
+
+def extract_codes(run: Run) -> None:
+    """Writes codes/<split> for all splits; finished shards are kept.
+
+    Raises:
+      JobError: stage 1 or images are missing.
+      StaleInputError: stage 1 was trained on other images, or existing codes are those of other weights or images.
+      SettingsChangedError: existing codes were extracted with other settings.
+      Interrupted: a stop signal came; the same command continues.
+    """
+    trained = workdir.load_vqvae(run)
+    workdir.check_images(run, 'vqvae', trained.record)
+    outputs = {split: _open_output(run, split, trained.digest) for split in SPLITS}  # any refusal comes before the work
+    counts = ', '.join(f'{split} {len(run.images(split))}' for split in SPLITS)
+    batch_size = run.batch_size('codes')
+    data = f'{counts} images; codes.batch_size {run.config.codes.batch_size}, padded to {batch_size}'
+    parameters = sum(x.size for x in jax.tree.leaves(trained.params))
+    print(start_line(store.JOB, processes.describe_mesh(run.mesh), parameters=parameters, data=data), flush=True)
+    with jax.set_mesh(run.mesh):
+        encode = functools.partial(
+            inference.make_encode_fn(configs.make_vqvae(run.config)), sharding.put_sharded(trained.variables)
+        )
+    with stop_signals() as stopped:
+        for split, output in outputs.items():
+            _extract_split(run, split, output, encode, stopped)
+            exit_together(stopped)
+
+
+def _open_output(run: Run, split: str, vqvae: str) -> Record:
+    inputs = {'vqvae': vqvae, 'images': run.images(split).digest}
+    return run.open_output(run.path('codes', split), store.JOB, inputs, _settings(run, split))
+
+
+def _extract_split(run: Run, split: str, output: Record, encode: Callable, stopped: Callable[[], int]) -> None:
+    source, directory = run.images(split), output.directory
+    ranges = shard_ranges(len(source), output.settings['shard_size'])
+    finished = processes.run_on_main_process(lambda: store.finished_shards(directory, len(ranges)))
+    missing = [r for number, r in enumerate(ranges) if number not in finished]
+    if output.state == record.DONE and not missing:
+        print(f'codes {split}: done ({output.results["count"]} images in {directory})', flush=True)
+        return
+    processes.run_on_main_process(output.start)
+    begin = time.monotonic()
+    complete = _write_shards(run, split, encode, missing, stopped)
+    processes.run_on_main_process(lambda: output.save_seconds(output.seconds + time.monotonic() - begin))
+    if complete:
+        meta = processes.run_on_main_process(lambda: _finish(output, source.class_names, len(ranges)))
+        print(f'codes {split}: {meta.count} images in {directory}', flush=True)
+
+
+def _settings(run, split):
+    config = run.config
+    return {
+        'split': split,
+        'shard_size': config.codes.shard_size,
+        'shapes': map_shapes(config.data.image_size, config.vqvae.downsample_factors),
+        'codebook_sizes': [config.vqvae.codebook_size] * len(run.levels),
+        'num_classes': config.data.num_classes,
+    }
+
+
+def _write_shards(run: Run, split: str, encode: Callable, missing: Sequence[Range], stopped) -> bool:
+    """Writes the missing shards; returns False if a signal stopped it before the last one."""
+    source, batch_size = run.images(split), run.batch_size('codes')
+    size, shards = run.config.codes.shard_size, len(shard_ranges(len(source), run.config.codes.shard_size))
+    sizes = (run.config.vqvae.codebook_size,) * len(run.levels)
+
+    def write(limits, examples):
+        path = store.shard_path(run.path('codes', split), limits[0] // size, shards)
+        processes.run_on_main_process(lambda: store.write_shard(path, [examples], sizes))
+
+    writer, written, done = ShardWriter(missing, write), 0, 0
+    progress = Progress(f'codes {split}', sum(stop - start for start, stop in missing))
+    with jax.set_mesh(run.mesh), contextlib.closing(_encoded(run, source, encode, missing, stopped)) as encoded:
+        for start, arrays in encoded:
+            written += writer.add(start, arrays)
+            done += batch_size
+            progress.update(done)
+            if processes.process_any(bool(stopped())):
+                break
+    if written < len(missing):
+        print(f'codes {split}: {written} of {len(missing)} shards written; the same command continues', flush=True)
+    return written == len(missing)
+
+
+def _encoded(
+    run: Run, source: ImageSource, encode: Callable, missing: Sequence[Range], stopped: Callable[[], int]
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Yields the first example and the arrays [B, ...] of every batch that the missing shards need."""
+    batch_size = run.batch_size('codes')
+    rows = sharding.process_local_rows(batch_size)
+    for start, stop in batch_runs(missing, batch_size, len(source)):
+        batches = eval_batches(source, batch_size=batch_size, rows=rows, start=start, stop=stop, **run.loader_kwargs())
+        try:
+            results = map_batches(encode, read_all(batches, stopped), batch_size)
+            for number, arrays in enumerate(results):
+                yield start + number * batch_size, arrays
+        finally:
+            batches.close()
+
+
+def _finish(output: Record, class_names: tuple[str, ...], shards: int) -> store.CodesMeta:
+    """Records a split whose shards are all written."""
+    store.remove_unfinished(output.directory)
+    paths = [store.shard_path(output.directory, shard, shards) for shard in range(shards)]
+    settings = {name: output.settings[name] for name in ('shapes', 'codebook_sizes', 'num_classes', 'split')}
+    count = sum(store.count_records(path) for path in paths)
+    meta = store.CodesMeta(**settings, class_names=class_names, count=count, shards=shards)
+    output.finish(dataclasses.asdict(meta))
+    return meta

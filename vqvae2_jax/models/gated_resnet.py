@@ -1,0 +1,189 @@
+"""The blocks of the priors' networks: gated residual blocks, with causal attention after every few of them.
+
+Shapes: B batch, h w the whole map or the part that is decoded, F hidden channels, R residual channels.
+"""
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vqvae2_jax.models.block_runner import BlockRunner
+from vqvae2_jax.models.causal import CausalAttention
+
+_SMALL = nn.initializers.variance_scaling(0.01, 'fan_in', 'truncated_normal')  # blocks start near the identity
+
+
+def gate(y: jax.Array) -> jax.Array:
+    """Multiplies the first half of the features by the sigmoid of the second half (PixelSNAIL, Chen et al. 2018).
+
+    Args:
+      y: [..., 2 F].
+
+    Returns:
+      [..., F].
+    """
+    value, weight = jnp.split(y, 2, axis=-1)
+    return value * nn.sigmoid(weight)
+
+
+class GatedBlock(nn.Module):
+    """x + gate(conv(elu(norm(conv(elu(x)))))) with channels F -> R -> 2 F.
+
+    `aux` is added after the first convolution, `condition` before the gate. The norm lets all orders train at the same
+    high learning rate. Without it the activations of the vertical stack in raster order, which has no output layer,
+    grow until gradients explode. (The tanh of Gated PixelCNN bounds them too, but costs likelihood.)
+
+    Attributes:
+      residual_channels: R.
+      layer: (features, kernel_init=, dtype=) -> a causal convolution, or nn.Dense.
+      dropout: rate.
+      dropout_placement: 'inside', before the second convolution (PixelSNAIL), or 'after', on the block's output.
+      dtype: of the computation.
+    """
+
+    residual_channels: int
+    layer: Callable[..., nn.Module]
+    dropout: float
+    dropout_placement: str
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        aux: jax.Array | None = None,
+        condition: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """Applies the block.
+
+        Args:
+          x: [B, h, w, F].
+          aux: [B, h, w, F], such as features of the vertical stack.
+          condition: [B, h or 1, w or 1, F].
+          train: with dropout, which needs the rng `dropout`.
+
+        Returns:
+          [B, h, w, F].
+        """
+        features = x.shape[-1]
+        y = self.layer(self.residual_channels, dtype=self.dtype)(nn.elu(x))
+        if aux is not None:
+            y = y + nn.Dense(self.residual_channels, dtype=self.dtype)(nn.elu(aux))
+        y = nn.elu(nn.RMSNorm(dtype=self.dtype)(y))
+        dropout = nn.Dropout(self.dropout, deterministic=not train)
+        y = dropout(y) if self.dropout_placement == 'inside' else y
+        y = self.layer(2 * features, kernel_init=_SMALL, dtype=self.dtype)(y)
+        if condition is not None:
+            y = y + nn.Dense(2 * features, dtype=self.dtype)(condition)
+        x = x + gate(y)
+        return dropout(x) if self.dropout_placement == 'after' else x
+
+
+def run_blocks(
+    runner: BlockRunner,
+    blocks: Sequence[GatedBlock],
+    x: jax.Array,
+    aux: Sequence[jax.Array] | jax.Array | None = None,
+    condition: jax.Array | None = None,
+    train: bool = False,
+) -> tuple[jax.Array, Sequence[jax.Array] | jax.Array]:
+    """Applies gated blocks one after the other.
+
+    Args:
+      runner: with remat or scan.
+      blocks: bound modules of one shape.
+      x: [B, h, w, F].
+      aux: [B, h, w, F] per block, or None.
+      condition: [B, h or 1, w or 1, F], the same for all blocks, or None.
+      train: with dropout.
+
+    Returns:
+      x after the last block, and after every block, as `BlockRunner.run`.
+    """
+
+    def call(block, x, aux):
+        return block(x, aux=aux, condition=condition, train=train)
+
+    return runner.run(call, blocks, x, aux)
+
+
+class BlocksWithAttention(nn.Module):
+    """Gated blocks, then causal attention."""
+
+    num_residual_blocks: int
+    block: Callable[[], GatedBlock]
+    attention: Callable[[], CausalAttention]
+
+    def setup(self):
+        self.blocks = [self.block() for _ in range(self.num_residual_blocks)]
+        self.attend = self.attention()
+
+    def __call__(
+        self,
+        x: jax.Array,
+        step: jax.Array | None,
+        aux: Sequence[jax.Array] | jax.Array | None,
+        condition: jax.Array | None,
+        train: bool,
+        runner: BlockRunner,
+    ) -> jax.Array:
+        """Returns x [B, h, w, F] after blocks and attention; arguments as in `GatedResNetStack`."""
+
+        def attend(layer, x, _):
+            return x + layer(x, step, train=train)
+
+        x, _ = run_blocks(runner, self.blocks, x, aux, condition, train)
+        return runner.run(attend, [self.attend], x)[0]
+
+
+class GatedResNetStack(nn.Module):
+    """`num_residual_blocks` gated blocks, with `num_attention_layers` attention layers at equal distances."""
+
+    num_residual_blocks: int
+    num_attention_layers: int
+    block: Callable[[], GatedBlock]
+    attention: Callable[[], CausalAttention]
+
+    def setup(self):
+        every = self.num_residual_blocks // max(self.num_attention_layers, 1)
+        self.stacks = [BlocksWithAttention(every, self.block, self.attention) for _ in range(self.num_attention_layers)]
+        self.rest = [self.block() for _ in range(self.num_residual_blocks - every * self.num_attention_layers)]
+
+    def __call__(
+        self,
+        x: jax.Array,
+        step: jax.Array | None,
+        aux: Sequence[jax.Array] | jax.Array | None,
+        condition: jax.Array | None,
+        train: bool,
+        runner: BlockRunner,
+    ) -> jax.Array:
+        """Applies the stack.
+
+        Args:
+          x: [B, h, w, F].
+          step: int32 [], the step that is decoded with caches; unused on whole maps.
+          aux: [B, h, w, F] per block, or None.
+          condition: [B, h or 1, w or 1, F], or None.
+          train: with dropout.
+          runner: with remat or scan.
+
+        Returns:
+          [B, h, w, F].
+        """
+
+        def call(stack, x, aux):
+            return stack(x, step, aux, condition, train, runner)
+
+        parts, rest = None, aux
+        if aux is not None:
+            every = self.num_residual_blocks // max(self.num_attention_layers, 1)
+            parts = [aux[i * every : (i + 1) * every] for i in range(len(self.stacks))]
+            rest = aux[every * len(self.stacks) :]
+        # The blocks inside of a stack are rematerialized one by one.
+        x, _ = runner._replace(remat=False).run(call, self.stacks, x, parts)
+        return run_blocks(runner, self.rest, x, rest, condition, train)[0]

@@ -1,0 +1,201 @@
+"""The SPMD programs of training, extraction and sampling, built from shapes alone and compiled ahead of time.
+
+Call everything inside `jax.set_mesh`. The devices need not be attached: no array is created and nothing runs.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vqvae2_jax import inference
+from vqvae2_jax.distributed import sharding
+from vqvae2_jax.models.prior import Prior
+from vqvae2_jax.models.vqvae import VQVAE
+from vqvae2_jax.planning import cost, hardware
+from vqvae2_jax.planning.hlo import collective_bytes
+from vqvae2_jax.sampling.params import SamplingParams
+from vqvae2_jax.tasks.task import Task
+from vqvae2_jax.training import loop, optim
+
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+
+class Program(NamedTuple):
+    """A jitted function with the shapes of its inputs.
+
+    Attributes:
+      name: section of the config for a training, name of the job for the rest.
+      function: jitted.
+      inputs: its arguments as `jax.ShapeDtypeStruct` with shardings.
+      parameters: number of parameters.
+      weights: bytes per device of parameters, their moving average and codebooks.
+      optimizer: bytes per device of the optimizer's state.
+      cost: of one step on one device.
+      batch_size: the global one.
+      steps: number of steps; None: unknown without the data.
+    """
+
+    name: str
+    function: Callable
+    inputs: tuple
+    parameters: int
+    weights: int
+    optimizer: int
+    cost: cost.Cost
+    batch_size: int
+    steps: int | None
+
+    @property
+    def state(self) -> int:
+        """Bytes per device that stay from step to step."""
+        return self.weights + self.optimizer
+
+
+class Compiled(NamedTuple):
+    """Statistics of a compiled program per device and step; None where the compiler has none.
+
+    Attributes:
+      peak: bytes of memory.
+      flops: XLA's count, in which a loop's body counts once.
+      collective_bytes: bytes that collectives bring to a device.
+      error: the compiler's message if the program does not fit.
+    """
+
+    peak: int | None = None
+    flops: float | None = None
+    collective_bytes: int | None = None
+    error: str = ''
+
+
+def image_shapes(batch_size: int, image_size: tuple[int, int], channels: int) -> Shapes:
+    """Returns the shapes of a batch of images, {'image': uint8 [B, H, W, C], 'label': int32 [B]}."""
+    return {
+        'image': jax.ShapeDtypeStruct((batch_size, *image_size, channels), jnp.uint8),
+        'label': jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+    }
+
+
+def code_shapes(batch_size: int, map_shapes: Sequence[tuple[int, int]]) -> Shapes:
+    """Returns the shapes of a batch of codes, {'codes_l': int32 [B, h_l, w_l], 'label': int32 [B]}."""
+    codes = {f'codes_{level}': (batch_size, *shape) for level, shape in enumerate(map_shapes)}
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in {**codes, 'label': (batch_size,)}.items()}
+
+
+def train_program(name: str, task: Task, config: optim.TrainConfig, batch: Shapes) -> Program:
+    """Builds one training step.
+
+    Args:
+      name: the section of the config, such as 'prior.top'.
+      task: the task.
+      config: the training settings.
+      batch: shapes of a global batch, from `image_shapes` or `code_shapes`.
+    """
+    optimizer, key = optim.make_optimizer(config), jax.eval_shape(jax.random.key, 0)
+    batch = _sharded(batch, config.batch_size)
+    flags = jax.ShapeDtypeStruct((sharding.current_mesh().size,), jnp.bool_, sharding=sharding.batch_sharding())
+    state = jax.eval_shape(loop.make_init(task, optimizer), key, batch)
+    layout = loop.state_sharding(state)
+    inputs = sharding.abstract_state(state, layout)
+    forward = cost.count(task.loss, state.params, state.variables, _local(batch), key)
+    return Program(
+        name,
+        loop.make_step(task, optimizer, config, layout),
+        (inputs, batch | {loop.SHOULD_STOP: flags}),
+        parameters=_size(state.params),
+        weights=_bytes_per_device((inputs.params, inputs.ema_params, inputs.variables)),
+        optimizer=_bytes_per_device(inputs.opt_state),
+        cost=forward.times(3),  # the backward pass does about twice the work of the forward pass
+        batch_size=config.batch_size,
+        steps=config.steps,
+    )
+
+
+def encode_program(model: VQVAE, variables: Any, batch: Shapes) -> Program:
+    """Builds the extraction of the codes of one batch.
+
+    Args:
+      model: stage 1.
+      variables: shapes of its collections.
+      batch: shapes of a global batch, from `image_shapes`.
+    """
+    weights, size = _fsdp(variables), batch['image'].shape[0]
+    batch = _sharded({'image': batch['image']}, size)
+    encode = inference.make_encode_fn(model)
+    work = cost.count(encode, variables, _local(batch))
+    return _inference_program('extract_codes', encode, (weights, batch), variables['params'], weights, work, size, None)
+
+
+def sample_program(
+    model: VQVAE,
+    priors: Sequence[Prior],
+    variables: Any,
+    params: Sequence[Any],
+    sampling_params: Sequence[SamplingParams],
+    *,
+    batch_size: int,
+    count: int,
+) -> Program:
+    """Builds the sampling of one batch.
+
+    Args:
+      model: stage 1.
+      priors: one per level, finest first.
+      variables: shapes of stage 1's collections.
+      params: shapes of the priors' parameters, in the order of `priors`.
+      sampling_params: one per level, finest first.
+      batch_size: the global one.
+      count: number of samples.
+    """
+    weights, params, sampling_params = _fsdp((variables, list(params))), list(params), tuple(sampling_params)
+    batch = {name: jax.ShapeDtypeStruct((batch_size,), jnp.int32) for name in ('index', 'label')}
+    batch = _sharded(batch, batch_size)
+    sample = inference.make_sample_fn(model, priors, seed=0)
+    work = cost.count(sample, variables, params, sampling_params, _local(batch))
+    inputs, steps = (*weights, sampling_params, batch), -(-count // batch_size)
+    return _inference_program('sample', sample, inputs, params, weights, work, batch_size, steps)
+
+
+def _inference_program(name, function, inputs, params, weights, work, batch_size, steps):
+    # Weights are all-gathered in the program; between calls they are sharded.
+    return Program(name, function, inputs, _size(params), _bytes_per_device(weights), 0, work, batch_size, steps)
+
+
+def compile_program(program: Program) -> Compiled:
+    """Compiles a program for the devices of the mesh, which may take minutes; simulated devices give no statistics."""
+    if hardware.is_simulated(sharding.current_mesh().devices.flat[0]):
+        return Compiled()
+    try:
+        compiled = program.function.lower(*program.inputs).compile()
+    except jax.errors.JaxRuntimeError as error:  # raised by compilers for accelerators if a program cannot fit
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        return Compiled(error=str(error).splitlines()[0])
+    memory = compiled.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    flops = (compiled.cost_analysis() or {}).get('flops')
+    return Compiled(peak + memory.temp_size_in_bytes, flops, collective_bytes(compiled.as_text()))
+
+
+def _sharded(batch, size):
+    shard = sharding.batch_sharding(size)
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shard) for name, x in batch.items()}
+
+
+def _local(batch):
+    # the part of a batch on one device
+    return {name: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype) for name, x in batch.items()}
+
+
+def _fsdp(shapes):
+    return sharding.abstract_state(shapes, jax.tree.map(sharding.fsdp_sharding, shapes))
+
+
+def _size(params):
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def _bytes_per_device(tree):
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

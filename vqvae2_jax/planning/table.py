@@ -1,0 +1,124 @@
+"""The table of a plan: one row per program, notes, and advice for programs that do not fit."""
+
+from collections.abc import Iterator
+
+from vqvae2_jax.distributed import sharding
+from vqvae2_jax.io.logging import format_duration
+from vqvae2_jax.planning import hardware
+from vqvae2_jax.planning.hardware import Accelerator
+from vqvae2_jax.planning.programs import Compiled, Program
+from vqvae2_jax.training.optim import TrainConfig
+
+COLUMNS = ('job', 'batch', 'parameters', 'weights', 'optimizer', 'activations', 'peak')
+COLUMNS += ('TFLOP', 'XLA TFLOP', 'collectives', 'bound', 'steps', 'total')
+
+
+def header() -> str:
+    """Returns the first two lines of the table, in Markdown."""
+    return f'| {" | ".join(COLUMNS)} |\n|{"---|" * len(COLUMNS)}'
+
+
+def row(program: Program, compiled: Compiled, accelerator: Accelerator | None) -> str:
+    """Returns the line of a program, in Markdown; call it inside `jax.set_mesh`.
+
+    Args:
+      program: the program.
+      compiled: its statistics.
+      accelerator: the peaks of a device; None: unknown.
+    """
+    bound, devices = roofline_bound(program, accelerator), sharding.current_mesh().size
+    total = None if bound is None or program.steps is None else format_duration(bound * program.steps)
+    cells = [
+        program.name,
+        program.batch_size,
+        f'{program.parameters / 1e6:.3g} M',
+        format_bytes(program.weights),
+        format_bytes(program.optimizer),
+        *_memory(program, compiled, accelerator),
+        f'{sharding.num_batch_shards(program.batch_size) * program.cost.flops / 1e12:.3g}',
+        f'{compiled.flops * devices / 1e12:.3g}' if compiled.flops else None,
+        None if compiled.collective_bytes is None else format_bytes(compiled.collective_bytes),
+        None if bound is None else f'{1e3 * bound:.3g} ms',
+        program.steps,
+        total,
+    ]
+    return f'| {" | ".join("" if cell is None else str(cell) for cell in cells)} |'
+
+
+def roofline_bound(program: Program, accelerator: Accelerator | None) -> float | None:
+    """Returns the seconds of a step at the peaks of a device, below which no program is; None: unknown peaks."""
+    if accelerator is None:
+        return None
+    return max(program.cost.flops / accelerator.flops, program.cost.bytes / accelerator.bandwidth)
+
+
+def notes(accelerator: Accelerator | None) -> Iterator[str]:
+    """Yields the lines that explain the columns; call it inside `jax.set_mesh`."""
+    yield 'Memory and collectives are per device. weights: parameters, their moving average, codebooks. activations:'
+    yield 'the rest of the peak, such as gradients and gathered parameters. collectives: bytes received per step.'
+    yield 'TFLOP: matrix products and convolutions of one step on all devices, without recomputation. XLA TFLOP: also'
+    yield 'elementwise work and recomputation, but a loop (sampling, grad_accum_steps, scan_layers) counts once.'
+    if hardware.is_simulated(sharding.current_mesh().devices.flat[0]):
+        yield 'Nothing was compiled; for peak, XLA TFLOP and collectives run the plan on such a machine.'
+    if accelerator:
+        yield (
+            f'bound: roofline bound of a step on {accelerator.name}, at {accelerator.flops / 1e12:.0f} TFLOP/s in '
+            f'bfloat16 or {accelerator.bandwidth / 1e9:.0f} GB/s, whichever takes longer. Expect about twice that time.'
+        )
+    else:
+        yield 'bound: unknown, since the peaks of these devices are not in vqvae2_jax/planning/hardware.py.'
+
+
+def advice(
+    program: Program,
+    compiled: Compiled,
+    accelerator: Accelerator | None,
+    config: TrainConfig | None = None,
+    remat: bool | None = None,
+) -> Iterator[str]:
+    """Yields what to change if a program does not fit, else nothing; call it inside `jax.set_mesh`.
+
+    Args:
+      program: the program.
+      compiled: its statistics.
+      accelerator: the peaks of a device; None: unknown.
+      config: of a training.
+      remat: whether a network recomputes activations in the backward pass; None: it cannot.
+    """
+    needed = compiled.peak or program.state
+    if not compiled.error and (accelerator is None or needed <= accelerator.memory):
+        return
+    yield compiled.error or (
+        f'needs {format_bytes(needed)}, but a {accelerator.name} has {format_bytes(accelerator.memory)}'
+    )
+    if program.name == 'sample':
+        yield 'lower sample.batch_size, or halve weights and caches: --config.sample.dtype=bfloat16'
+        return
+    if program.name == 'extract_codes':
+        yield 'lower codes.batch_size'
+        return
+    mesh = sharding.current_mesh()
+    fsdp, steps = mesh.shape[sharding.FSDP], 2 * config.grad_accum_steps
+    if accelerator and program.state > accelerator.memory / 4 and fsdp < mesh.size:
+        yield f'shard the state over more devices: --config.parallel.fsdp={min(4 * fsdp, mesh.size)}'
+    elif remat is False:
+        yield f'recompute activations in the backward pass: --config.{program.name}.remat=True'
+    elif program.name != 'vqvae' and program.batch_size % (steps * mesh.size) == 0:
+        yield f'accumulate gradients over microbatches: --config.{program.name}.training.grad_accum_steps={steps}'
+    else:
+        yield 'use more devices, or a smaller batch'
+
+
+def format_bytes(count: float) -> str:
+    """Formats a number of bytes in MB or GB."""
+    return f'{count / 1e9:.2f} GB' if count >= 1e8 else f'{count / 1e6:.2f} MB'
+
+
+def _memory(program, compiled, accelerator):
+    # cells of activations and peak
+    if compiled.error:
+        return None, 'does not fit'
+    if compiled.peak is None:
+        return None, None
+    share = f' ({compiled.peak / accelerator.memory:.0%})' if accelerator else ''
+    return format_bytes(compiled.peak - program.state), format_bytes(compiled.peak) + share

@@ -1,0 +1,384 @@
+"""The training loop of all tasks: sharded over the mesh, resumable to the bit.
+
+A step is dispatched before the metrics of the previous one are read, so the devices never wait for Python.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh
+
+from vqvae2_jax.data.loader import read_all, read_next
+from vqvae2_jax.distributed import processes, sharding
+from vqvae2_jax.distributed.preemption import stop_signals
+from vqvae2_jax.io import plots
+from vqvae2_jax.io.logging import MetricsLogger
+from vqvae2_jax.tasks.task import Task, to_uint8
+from vqvae2_jax.training import optim
+from vqvae2_jax.training import state as train_state
+from vqvae2_jax.training.checkpoint import BestCheckpoint, Checkpoints
+from vqvae2_jax.training.profiler import Profiler
+
+_IMAGES_PER_ROW = 10
+SHOULD_STOP = 'stop'  # of a batch: for every device, whether its process received a signal
+
+EvalFn = Callable[[Any, Any, Iterator[dict]], dict[str, float]]
+
+
+class Data(NamedTuple):
+    """The batches of a training: the process-local rows, as dicts of arrays [n, ...].
+
+    Attributes:
+      train: endless; its state is saved in checkpoints.
+      val: opens one pass over the validation examples, whose batches have 'mask'; it has close().
+      first_batch: of `train`; a new train state starts from it.
+      description: examples and batch size, as text for the log.
+    """
+
+    train: grain.DatasetIterator
+    val: Callable[[], Iterator[dict]]
+    first_batch: dict[str, np.ndarray]
+    description: str = ''
+
+
+class NonFiniteLoss(FloatingPointError):
+    """A loss, a gradient or another metric was NaN or infinite. The last checkpoint is from before that step."""
+
+
+def train(
+    task: Task,
+    config: optim.TrainConfig,
+    data: Data,
+    directory: epath.Path,
+    *,
+    mesh: Mesh,
+    name: str,
+    seed: int,
+    flops_per_step: float | None = None,
+    peak_flops: float | None = None,
+) -> dict[str, Any]:
+    """Trains a network, or continues from the last checkpoint, and keeps the best weights by `task.best_metric`.
+
+    Args:
+      task: the network and its objective.
+      config: how long and how to train.
+      data: its batches.
+      directory: of all files: checkpoints/, weights/, pictures/, profile/, metrics.jsonl.
+      mesh: the devices. All processes call this together, outside any mesh.
+      name: for the log.
+      seed: of the initial weights and of all randomness of the steps.
+      flops_per_step: FLOPs of the model in one step, of all devices; None: the log has no utilization.
+      peak_flops: FLOP/s that all devices can do.
+
+    Returns:
+      {'steps': updates done, 'seconds': training time over all restarts, 'parameters': their number}.
+
+    Raises:
+      NonFiniteLoss: the message names the steps.
+      CheckpointMismatch: the last checkpoint is of another network.
+      Interrupted: SIGINT or SIGTERM came; everything is saved.
+    """
+    optimizer = optim.make_optimizer(config)
+    with contextlib.closing(Checkpoints(directory)) as checkpoints:
+        with jax.set_mesh(mesh):
+            state, start, pending = restore_or_init(task, optimizer, data, checkpoints, seed, config.batch_size)
+            train_step = make_step(task, optimizer, config, state_sharding(state))
+        logger = MetricsLogger(
+            directory,
+            name=name,
+            total_steps=config.steps,
+            start_step=start,
+            examples_per_step=config.batch_size,
+            flops_per_step=flops_per_step,
+            peak_flops=peak_flops,
+            enabled=processes.is_main_process(),
+        )
+        if start:
+            print(f'{name}: continuing from step {start}', flush=True)
+        best, profiler = BestCheckpoint(directory), Profiler(directory, config.profile_steps)
+        loop = TrainLoop(task, config, data, mesh, train_step, checkpoints, best, logger, profiler)
+        with contextlib.closing(logger), contextlib.closing(profiler), stop_signals() as preempted:
+            step = loop.run(state, start, pending, preempted)
+    if not best.best():
+        raise NonFiniteLoss(f'{name}: the validation {task.best_metric} was NaN at every evaluation')
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    return {'steps': step, 'seconds': round(logger.seconds(), 1), 'parameters': parameters}
+
+
+class TrainLoop:
+    """The steps between two starts of a process. SPMD programs run inside the mesh, files and pictures outside."""
+
+    def __init__(self, task, config, data, mesh, train_step, checkpoints, best, logger, profiler):
+        self.task, self.config, self.data, self.mesh, self.train_step = task, config, data, mesh, train_step
+        self.checkpoints, self.best, self.logger, self.profiler = checkpoints, best, logger, profiler
+        with jax.set_mesh(mesh):
+            self.eval_fn = make_eval_fn(task, config.batch_size)
+        self.visualize_fn = jax.jit(task.visualize) if task.visualize else None
+        self.stopping = False  # whether any process received a signal; it changes on all at the same step
+
+    def run(
+        self,
+        state: train_state.TrainState,
+        step: int,
+        pending: list[dict[str, float]],
+        preempted: Callable[[], int],
+    ) -> int:
+        """Trains from `step` to the last step, or until a process is preempted.
+
+        Args:
+          state: after `step` updates; its buffers are donated.
+          step: updates done.
+          pending: metrics of steps that no log line holds yet.
+          preempted: returns the signal that this process received, or 0.
+
+        Returns:
+          The number of updates done.
+        """
+        config, buffer, previous = self.config, MetricsBuffer(pending), None
+        while step < config.steps and not self.stopping:
+            batch = read_next(self.data.train, preempted)
+            self.profiler.before_step(step + 1)
+            with jax.set_mesh(self.mesh), jax.profiler.StepTraceAnnotation('train', step_num=step + 1):
+                flags = {SHOULD_STOP: sharding.process_flags(bool(preempted()))}
+                state, metrics = self.train_step(state, sharding.make_global_batch(batch, config.batch_size) | flags)
+            step += 1
+            self.profiler.after_step(step, metrics)
+            if previous is not None:
+                self.stopping |= buffer.add(*previous)  # of step - 1, while this step runs
+            previous = (step, metrics)
+            last = step == config.steps
+            if last or any(_due(step, n) for n in (config.log_every, config.eval_every, config.save_every)):
+                self.stopping |= buffer.add(*previous)  # nothing is evaluated or saved before its loss is checked
+                previous = None
+                if last or _due(step, config.log_every):
+                    self.logger.write(step, 'train', buffer.means())
+                if last or _due(step, config.eval_every):
+                    self.eval_and_keep_best(state, step, preempted)
+                if self.visualize_fn and config.image_every and (last or _due(step, config.image_every)):
+                    self._visualize(state, step, preempted)
+                if last or _due(step, config.save_every):
+                    self._save(state, step, buffer)
+        self.stopping = processes.process_any(self.stopping or bool(preempted()))
+        if self.stopping:
+            if previous is not None:
+                buffer.add(*previous)
+            self._save(state, step, buffer)
+            self.checkpoints.wait()
+            print(f'saved at step {step}; the same command continues from there', flush=True)
+        return step
+
+    def _save(self, state, step, buffer):
+        self.logger.flush()  # a resumed run continues the log from here
+        self.checkpoints.save(step, state, self.data.train, buffer.rows)
+
+    def eval_and_keep_best(self, state: train_state.TrainState, step: int, preempted: Callable[[], int]) -> None:
+        """Evaluates the averaged weights on the validation split, and keeps them if they are the best so far."""
+        with jax.set_mesh(self.mesh), contextlib.closing(self.data.val()) as batches:
+            metrics = self.eval_fn(state.ema_params, state.variables, read_all(batches, preempted))
+        self.logger.write(step, 'validation', metrics)
+        weights = {'params': state.ema_params, 'model_state': state.variables}
+        self.best.save_if_best(step, metrics, self.task.best_metric, weights)
+
+    def _visualize(self, state, step, preempted):
+        with jax.set_mesh(self.mesh):
+            weights = sharding.replicate_to_host((state.ema_params, state.variables))
+        processes.run_on_main_process(lambda: self._save_image(weights, step, preempted))
+
+    def _save_image(self, weights, step, preempted):
+        with contextlib.closing(self.data.val()) as batches:
+            batch = read_next(batches, preempted)
+        images = self.visualize_fn(*weights, {k: jnp.asarray(rows[:_IMAGES_PER_ROW]) for k, rows in batch.items()})
+        rows = [(label, np.asarray(to_uint8(x))) for label, x in zip(self.task.image_labels, images, strict=True)]
+        self.logger.image(step, 'validation', plots.labeled_rows(rows, scale=plots.visible_scale(rows[0][1])))
+
+
+class MetricsBuffer:
+    """Metrics of the steps since the last log line, some of which may be from before a restart."""
+
+    def __init__(self, rows: list[dict[str, float]]):
+        self.rows = rows
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> bool:
+        """Waits for the metrics of a step.
+
+        Returns:
+          Whether any process had received a signal before the step.
+
+        Raises:
+          NonFiniteLoss: a metric is NaN or infinite.
+        """
+        row = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        # All of them: a loss is computed before its update, so that it alone would let a state of NaNs be saved.
+        if wrong := [f'{name} is {value}' for name, value in row.items() if not math.isfinite(value)]:
+            raise NonFiniteLoss(
+                f'{", ".join(wrong)} at step {step}. Nothing of it was saved: the same command restarts from '
+                'the last checkpoint. To lower training.learning_rate or to set training.clip_norm, delete the '
+                'directory of this training or give another --workdir'
+            )
+        stop = bool(row.pop(SHOULD_STOP))
+        self.rows.append(row)
+        return stop
+
+    def means(self) -> dict[str, float]:
+        """Returns the mean of every metric, and empties the buffer."""
+        rows, self.rows = self.rows, []
+        return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def _due(step: int, every: int) -> bool:
+    return step % every == 0
+
+
+def restore_or_init(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    data: Data,
+    checkpoints: Checkpoints,
+    seed: int,
+    batch_size: int,
+) -> tuple[train_state.TrainState, int, list[dict[str, float]]]:
+    """Restores the newest checkpoint, or makes a new state if there is none. Call it inside `jax.set_mesh`.
+
+    Returns:
+      The sharded state, its step, and the pending metrics; `data.train` continues after this step.
+
+    Raises:
+      CheckpointMismatch: the checkpoint is of another network.
+    """
+    batch = sharding.make_global_batch(data.first_batch, batch_size)
+    init, key, step = make_init(task, optimizer), jax.random.key(seed), checkpoints.latest_step()
+    shapes = jax.eval_shape(init, key, batch)
+    shardings = state_sharding(shapes)
+    if step is None:
+        return jax.jit(init, out_shardings=shardings)(key, batch), 0, []
+    state, pending = checkpoints.restore(step, sharding.abstract_state(shapes, shardings), data.train)
+    return state, step, pending
+
+
+def make_init(
+    task: Task, optimizer: optax.GradientTransformation
+) -> Callable[[jax.Array, dict[str, jax.Array]], train_state.TrainState]:
+    """Returns a function (key, batch) -> the state before the first step."""
+
+    def init(key, batch):
+        params, variables = task.init(jax.random.fold_in(key, 0), batch)
+        return train_state.create(params, variables, jax.random.fold_in(key, 1), optimizer)
+
+    return init
+
+
+def state_sharding(state: train_state.TrainState) -> train_state.TrainState:
+    """Returns the sharding of every array of a state, or of its shapes. Call it inside `jax.set_mesh`.
+
+    Codebooks are replicated. The rest is sharded as `sharding.fsdp_sharding` says.
+    """
+    replicated = jax.tree.map(lambda _: sharding.replicated_sharding(), state.variables)
+    return jax.tree.map(sharding.fsdp_sharding, state).replace(variables=replicated)
+
+
+def make_step(
+    task: Task, optimizer: optax.GradientTransformation, config: optim.TrainConfig, layout: train_state.TrainState
+) -> Callable[[train_state.TrainState, dict], tuple[train_state.TrainState, dict[str, jax.Array]]]:
+    """Makes the update of a train state. Call it and the returned function inside `jax.set_mesh`.
+
+    Args:
+      task: the network and its objective.
+      optimizer: from `optim.make_optimizer`.
+      config: how to train.
+      layout: the state's shardings, from `state_sharding`.
+
+    Returns:
+      A jitted function (state, batch with `SHOULD_STOP`) -> (state, metrics []), which donates the state.
+    """
+    grad_fn = _accumulated_grad_fn(task, config.grad_accum_steps) if config.grad_accum_steps > 1 else _grad_fn(task)
+
+    def step(state, batch):
+        stop = jnp.any(batch.pop(SHOULD_STOP))
+        key = jax.random.fold_in(state.key, state.step)
+        # All-gathered here and not layer by layer: left to choose, XLA also shards arithmetic along the parameters.
+        params = sharding.constrain_replicated(state.params)
+        gradients, variables, metrics = grad_fn(params, state.variables, batch, key)
+        gradients = sharding.constrain_sharded(gradients)
+        metrics = {**metrics, 'gradient_norm': optax.tree.norm(gradients), SHOULD_STOP: stop}
+        return train_state.update(state, gradients, variables, optimizer, config.params_ema_decay), metrics
+
+    return jax.jit(
+        step, donate_argnums=0, in_shardings=(layout, None), out_shardings=(layout, sharding.replicated_sharding())
+    )
+
+
+def _grad_fn(task):
+    def grad_fn(params, variables, batch, key):
+        value_and_grad = jax.value_and_grad(task.loss, has_aux=True)
+        (_, (variables, metrics)), gradients = value_and_grad(params, variables, batch, key)
+        return gradients, variables, metrics
+
+    return grad_fn
+
+
+def _accumulated_grad_fn(task, count):
+    """As `_grad_fn`, in `count` microbatches one after the other: the same mean gradient, in the memory of one."""
+    micro_grad_fn = _grad_fn(task)
+
+    def split(x):  # [B, ...] -> [count, B / count, ...], where every device keeps its rows
+        return jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
+
+    def grad_fn(params, variables, batch, key):
+        if variables:
+            raise ValueError(
+                f'training.grad_accum_steps is {count}, but a network with a codebook needs the whole batch at once, '
+                'whose statistics update the codebook: set it to 1'
+            )
+
+        def add(total, numbered):
+            number, microbatch = numbered
+            gradients, _, metrics = micro_grad_fn(params, variables, microbatch, jax.random.fold_in(key, number))
+            return sharding.constrain_sharded(jax.tree.map(jnp.add, total, gradients)), metrics
+
+        zeros = sharding.constrain_sharded(jax.tree.map(jnp.zeros_like, params))
+        total, metrics = jax.lax.scan(add, zeros, (jnp.arange(count), jax.tree.map(split, batch)))
+        return jax.tree.map(lambda x: x / count, total), variables, {k: v.mean() for k, v in metrics.items()}
+
+    return grad_fn
+
+
+def make_eval_fn(task: Task, batch_size: int | None = None) -> EvalFn:
+    """Makes the evaluation over a validation split. Call it and the returned function inside `jax.set_mesh`.
+
+    Args:
+      task: the network and its metrics.
+      batch_size: the global one; None: a batch has all rows.
+
+    Returns:
+      A function (params, model_state, batches of process-local rows with 'mask') -> the metrics of
+      `task.reduce_metrics`. Masked examples do not count. It raises ValueError if no example is left.
+    """
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated_sharding())
+    def masked_sums(params, variables, batch):
+        mask = batch.pop('mask')  # [B]
+        values = task.eval_step(params, variables, batch)  # each [B, ...]
+        masked = {k: v * mask.reshape(-1, *(1,) * (v.ndim - 1)) for k, v in values.items()}
+        return {k: jnp.sum(v, axis=0) for k, v in masked.items()}, jnp.sum(mask)
+
+    def eval_fn(params, variables, batches):
+        totals, count = {}, 0
+        for batch in batches:
+            sums = masked_sums(params, variables, sharding.make_global_batch(batch, batch_size))
+            batch_sums, batch_count = jax.device_get(sums)
+            count += int(batch_count)
+            totals = {k: totals.get(k, 0) + v.astype(np.float64) for k, v in batch_sums.items()}
+        if not count:
+            raise ValueError('the validation split has no readable example; raise data.held_out or repair the files')
+        return task.reduce_metrics({k: v / count for k, v in totals.items()})
+
+    return eval_fn

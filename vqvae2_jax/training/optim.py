@@ -1,0 +1,83 @@
+"""The optimizer of every stage. The paper states none: its tables 3 to 5 give only batch sizes and step counts."""
+
+import dataclasses
+from typing import Any
+
+import optax
+
+# The fields that decide the learned weights.
+_RESUME_FIELDS = ('batch_size', 'learning_rate', 'warmup_steps', 'lr_schedule', 'adam_b2', 'weight_decay', 'clip_norm')
+_RESUME_FIELDS += ('params_ema_decay',)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long and how to train one network: config.<stage>.training, whose types and defaults are in config/base.py.
+
+    Attributes:
+      steps: updates.
+      batch_size: over all devices.
+      learning_rate: of Adam, after the warm-up.
+      warmup_steps: over which the rate rises from 0; at most `steps`.
+      lr_schedule: 'constant', or 'cosine': to zero at `steps`.
+      adam_b2: decay of Adam's second moment.
+      weight_decay: decoupled, as in AdamW.
+      clip_norm: largest norm of the whole gradient; 0: no clipping.
+      grad_accum_steps: microbatches of a batch, one after another, to save memory.
+      params_ema_decay: of the average of the weights that evaluation and later stages use; 0: the last weights.
+      log_every: steps between lines of the log.
+      eval_every: steps between evaluations.
+      eval_examples: of the validation split, at each evaluation; 0: all.
+      image_every: steps between images; 0: never.
+      save_every: steps between checkpoints.
+      profile_steps: (), or the first and the last step of a trace.
+
+    Raises:
+      ValueError: two fields contradict each other; the message begins with the name of one.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    lr_schedule: str
+    adam_b2: float
+    weight_decay: float
+    clip_norm: float
+    grad_accum_steps: int
+    params_ema_decay: float
+    log_every: int
+    eval_every: int
+    eval_examples: int
+    image_every: int
+    save_every: int
+    profile_steps: tuple[int, ...]
+
+    def __post_init__(self):
+        if self.warmup_steps > self.steps:
+            raise ValueError(f'warmup_steps is {self.warmup_steps}; it must be at most steps={self.steps}')
+        if list(self.profile_steps) != sorted(self.profile_steps):
+            raise ValueError(f'profile_steps is {self.profile_steps}; the first step must not come after the last')
+
+    def resume_settings(self) -> dict[str, Any]:
+        """Returns the fields that decide the learned weights; a training continues only with the same ones."""
+        # A cosine schedule ends at `steps`; a constant rate can always continue.
+        steps = () if self.lr_schedule == 'constant' else ('steps',)
+        return {field: getattr(self, field) for field in (*_RESUME_FIELDS, *steps)}
+
+
+def learning_rate_schedule(training: TrainConfig) -> optax.Schedule:
+    """Returns a linear warm-up, followed by a constant rate or a cosine to zero."""
+    warmup = optax.linear_schedule(0.0, training.learning_rate, max(training.warmup_steps, 1))
+    after = optax.constant_schedule(training.learning_rate)
+    if training.lr_schedule == 'cosine':
+        after = optax.cosine_decay_schedule(training.learning_rate, max(training.steps - training.warmup_steps, 1))
+    return optax.join_schedules([warmup, after], [training.warmup_steps])
+
+
+def make_optimizer(training: TrainConfig) -> optax.GradientTransformation:
+    """Returns Adam or AdamW, with clipping if `clip_norm` is above 0."""
+    adam = optax.adamw(learning_rate_schedule(training), b2=training.adam_b2, weight_decay=training.weight_decay)
+    if not training.clip_norm:
+        return adam
+    return optax.chain(optax.clip_by_global_norm(training.clip_norm), adam)
