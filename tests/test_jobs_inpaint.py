@@ -1,6 +1,8 @@
 """The jobs outside the pipeline: parts of images sampled again, and how likely images are."""
 
 import csv
+import pathlib
+import re
 
 import jax
 import numpy as np
@@ -54,6 +56,16 @@ def test_the_lower_half_is_sampled_again_and_the_rest_stays(run, folder):
             assert len(np.unique(new[:, half].reshape(8, -1), axis=0)) > 1
         picture = np.asarray(Image.open(run.path('inpaint', f'{name}.png')))
         assert picture.shape[1] > 10 * 28  # original, original under the mask, eight variants
+
+
+def test_an_unreadable_image_is_skipped_and_named(run, folder, capsys):
+    path, _ = folder
+    (pathlib.Path(path) / 'a.png').write_bytes(b'not an image')
+    run.config.data.on_error = 'skip'
+    run.config.inpaint.update(path=path, label=3, count=8)
+    run_job(run, 'inpaint')
+    assert re.search(r'inpaint: skipped .*a\.png: .+', capsys.readouterr().out)
+    assert not run.path('inpaint', '0000-a.npz').exists() and read_variants(run, '0001-b')['arr_0'].shape[0] == 8
 
 
 def test_one_level_alone_is_sampled_again(run, folder):

@@ -60,7 +60,7 @@ def inpaint(run: Run) -> None:
         except UnreadableImage as error:
             if source.on_error == 'raise':
                 raise
-            print(f'inpaint: skipped {error.where}: {error.reason}', flush=True)
+            print(f'inpaint: skipped {error.example_name}: {error.reason}', flush=True)
             continue
         with jax.set_mesh(run.mesh):
             variants = make_variants(number, image, mask)
