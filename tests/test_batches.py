@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vqvae2_jax.distributed import sharding
-from vqvae2_jax.distributed.batches import map_batches, map_examples
+from vqvae2_jax.distributed.batches import map_batches, map_examples, map_missing
 
 
 @jax.jit
@@ -47,6 +47,28 @@ def test_the_next_batch_is_dispatched_before_the_last_result_is_handed_out():
         assert len(calls) == 2
         assert len(list(results)) == 2 and len(calls) == 3
         assert list(map_batches(function, [], 8)) == []
+
+
+def test_missing_shards_are_computed_in_aligned_batches_and_readers_are_closed():
+    opened, closed = [], []
+
+    def open_batches(start, stop):
+        opened.append((start, stop))
+        try:
+            for first in range(start, stop, 8):
+                yield {'x': np.arange(first, first + 8, dtype=np.float32)[:, None] * np.ones(3, np.float32)}
+        finally:
+            closed.append((start, stop))
+
+    with jax.set_mesh(sharding.make_mesh()):
+        results = map_missing(double, [(4, 10), (34, 38)], open_batches, 8, 38)
+        found = [(start, rows['twice'][0, 0]) for start, rows in results]
+        assert found == [(0, 0), (8, 16), (32, 64)]
+        assert opened == closed == [(0, 16), (32, 38)]
+        stopped = map_missing(double, [(0, 38)], open_batches, 8, 38)
+        next(stopped)
+        stopped.close()
+    assert closed[-1] == opened[-1] == (0, 38)
 
 
 @pytest.mark.parametrize('count', [1, 8, 21])

@@ -237,6 +237,7 @@ def test_seeds_outside_32_bits_are_refused(config, field, value):
 def test_seeds_of_32_bits_are_accepted(config, value):
     config.seed = config.sample.seed = config.data.split_seed = value
     validate_config(config)
+    assert config.seed == config.sample.seed == config.data.split_seed == value
 
 
 @pytest.mark.parametrize(

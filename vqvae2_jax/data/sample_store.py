@@ -51,10 +51,10 @@ def write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
     files.write_bytes(path, buffer.getvalue())
 
 
-def read_npz(path: epath.Path) -> dict[str, np.ndarray]:
-    """Reads all arrays of an `.npz` file."""
+def read_npz(path: epath.Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """Reads the named arrays of an `.npz` file; None: all."""
     with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+        return {name: arrays[name] for name in names or arrays.files}
 
 
 def shard_paths(directory: epath.Path) -> list[epath.Path]:

@@ -1,10 +1,12 @@
 """Runs a compiled function over a stream of batches, sharded over the mesh, and collects its results on the host."""
 
-from collections.abc import Callable, Iterable, Iterator
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
 
+from vqvae2_jax.data.shards import Range, batch_runs
 from vqvae2_jax.distributed import sharding
 
 _META = ('label', 'index', 'mask')  # of a loader's batch: handed to the caller together with the results
@@ -38,6 +40,31 @@ def map_batches(
         pending = outputs
     if pending is not None:
         yield sharding.gather_rows(pending)
+
+
+def map_missing(
+    function: Callable[[dict[str, jax.Array]], dict[str, jax.Array]],
+    missing: Sequence[Range],
+    open_batches: Callable[[int, int], Generator[dict[str, np.ndarray], None, None]],
+    batch_size: int,
+    count: int,
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Applies a jitted function to the batches that hold missing shards; otherwise as `map_batches`.
+
+    Args:
+      function: as in `map_batches`.
+      missing: ranges of examples to compute.
+      open_batches: (start, stop) -> process-local rows of the batches of these examples; closed after its last batch.
+      batch_size: the global one.
+      count: number of examples there are.
+
+    Yields:
+      The position of the first example of a batch, and the results of the batch, for `ShardWriter.add`.
+    """
+    for start, stop in batch_runs(missing, batch_size, count):
+        with contextlib.closing(open_batches(start, stop)) as batches:
+            for number, results in enumerate(map_batches(function, batches, batch_size)):
+                yield start + number * batch_size, results
 
 
 def map_examples(

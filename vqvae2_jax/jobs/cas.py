@@ -6,7 +6,6 @@ run's own classifier. Network and training are the same. The best weights are ch
 so real images serve for the test alone.
 """
 
-import contextlib
 import dataclasses
 import functools
 import glob
@@ -18,12 +17,11 @@ from vqvae2_jax import inference
 from vqvae2_jax.config import build as configs
 from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.images import open_images
-from vqvae2_jax.data.shards import ShardWriter, batch_runs, shard_ranges
+from vqvae2_jax.data.shards import ShardWriter, shard_ranges
 from vqvae2_jax.distributed import processes, sharding
-from vqvae2_jax.distributed.batches import map_batches
+from vqvae2_jax.distributed.batches import map_missing
 from vqvae2_jax.distributed.preemption import stop_signals
 from vqvae2_jax.io import gcs, record
-from vqvae2_jax.io.progress import start_line
 from vqvae2_jax.jobs import feature_store, train, workdir
 from vqvae2_jax.jobs.workdir import RECONSTRUCTIONS, SAMPLES, JobError, Run
 
@@ -89,19 +87,18 @@ def _write_reconstructions(run, output, source, missing, stopped):
     writer = ShardWriter(missing, write)
     with jax.set_mesh(run.mesh):
         variables = workdir.load_vqvae(run).variables
-        parameters = sum(x.size for x in jax.tree.leaves(variables['params']))
-        data = f'{len(source)} codes; codes.batch_size {run.config.codes.batch_size}, padded to {batch_size}'
-        line = start_line(RECONSTRUCTIONS, processes.describe_mesh(run.mesh), parameters=parameters, data=data)
-        print(line, flush=True)
+        run.print_start(
+            RECONSTRUCTIONS,
+            f'{len(source)} codes',
+            parameters=workdir.num_parameters(variables['params']),
+            batch='codes',
+        )
         decode = inference.make_decode_fn(configs.make_vqvae(run.config))
         decode = functools.partial(decode, sharding.put_sharded(variables))
         processes.run_on_main_process(output.start)
-        for start, stop in batch_runs(missing, batch_size, len(source)):
-            limits = {'section': 'codes', 'start': start, 'stop': stop}
-            batches = feature_store.read_batches(run, source, RECONSTRUCTIONS, stopped, **limits)
-            with contextlib.closing(batches):
-                for number, arrays in enumerate(map_batches(decode, batches, batch_size)):
-                    writer.add(start + number * batch_size, arrays)
+        read = functools.partial(feature_store.read_batches, run, source, RECONSTRUCTIONS, stopped, section='codes')
+        for start, arrays in map_missing(decode, missing, read, batch_size, len(source)):
+            writer.add(start, arrays)
 
 
 def _train(run, kind, directory, images):

@@ -12,9 +12,8 @@ from vqvae2_jax.distributed.preemption import stop_signals
 from vqvae2_jax.evaluation import features, generative
 from vqvae2_jax.evaluation.report import render_comparison
 from vqvae2_jax.io import files, record
-from vqvae2_jax.io.progress import start_line
 from vqvae2_jax.io.record import JobError, Record
-from vqvae2_jax.jobs import feature_store
+from vqvae2_jax.jobs import feature_store, workdir
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.version import __version__
 
@@ -36,9 +35,7 @@ def compare_sets(run: Run) -> None:
     sources = {name: _open(run, options[name], f'evaluate.{name}') for name in _SETS}
     network = feature_store.load_inception(run)
     data = ', '.join(f'{len(source)} {name} images' for name, source in sources.items())
-    data += f'; evaluate.batch_size {options.batch_size}, padded to {run.batch_size("evaluate")}'
-    parameters = sum(x.size for x in jax.tree.leaves(network.params))
-    print(start_line('evaluate', processes.describe_mesh(run.mesh), parameters=parameters, data=data), flush=True)
+    run.print_start('evaluate', data, parameters=workdir.num_parameters(network.params), batch='evaluate')
     inputs = {'network': network.digest} | {name: source.digest for name, source in sources.items()}
     settings = {name: options[name] for name in _SETS}
     output = run.open_output(directory, 'evaluate', inputs, settings, replace=True)

@@ -25,7 +25,7 @@ from vqvae2_jax.evaluation import generative
 from vqvae2_jax.evaluation.prior_likelihood import likelihood_report
 from vqvae2_jax.evaluation.reconstruction import make_reconstruct_fn, reconstruction_report
 from vqvae2_jax.io import record
-from vqvae2_jax.io.progress import Progress, start_line
+from vqvae2_jax.io.progress import Progress
 from vqvae2_jax.io.record import Record
 from vqvae2_jax.jobs import cas, compare, feature_store, train, workdir
 from vqvae2_jax.jobs.evaluate_samples import Evaluation, all_sets, evaluate_part, evaluate_set, reference_features
@@ -55,10 +55,9 @@ def evaluate(run: Run) -> None:
     processes.run_on_main_process(lambda: check_inputs(run))
     classifier = feature_store.load_classifier(run) if configs.has_classifier(run.config) else None
     network = feature_store.load_inception(run) if options.inception else classifier
-    data = f'{len(run.images(options.split))} {options.split} images; evaluate.batch_size {options.batch_size}'
-    data += f', padded to {run.batch_size("evaluate")}'
-    parameters = sum(x.size for x in jax.tree.leaves(network.params)) if network else None
-    print(start_line('evaluate', processes.describe_mesh(run.mesh), parameters=parameters, data=data), flush=True)
+    data = f'{len(run.images(options.split))} {options.split} images'
+    parameters = workdir.num_parameters(network.params) if network else None
+    run.print_start('evaluate', data, parameters=parameters, batch='evaluate')
     try:
         with stop_signals() as stopped:
             parts = evaluate_parts(Evaluation(run, network, classifier, stopped))

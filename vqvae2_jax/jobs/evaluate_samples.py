@@ -177,7 +177,7 @@ def _compare_samples(e, real, made, extracted, indices, points, scores) -> dict[
 def _class_accuracy(run: Run, name: str) -> dict[str, Any]:
     rejection = record.read_done(run.path(REJECTION, name), 'reject')
     scores = sample_store.read_npz(rejection.directory / reject.SCORES)
-    accepted = sample_store.read_npz(rejection.directory / reject.ACCEPTED)
+    accepted = sample_store.read_npz(rejection.directory / reject.ACCEPTED, ('index', 'label'))
     kept = scores['predicted'][np.searchsorted(scores['index'], accepted['index'])]
     each = per_class_accuracy(scores['predicted'], scores['label'], run.config.data.num_classes)
     names = run.images(run.config.evaluate.split).class_names

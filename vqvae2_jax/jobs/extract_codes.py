@@ -7,19 +7,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import numpy as np
 
 from vqvae2_jax import inference
 from vqvae2_jax.config import build as configs
 from vqvae2_jax.data import codes as store
 from vqvae2_jax.data.images import SPLITS, ImageSource
 from vqvae2_jax.data.loader import eval_batches, read_all
-from vqvae2_jax.data.shards import Range, ShardWriter, batch_runs, shard_ranges
+from vqvae2_jax.data.shards import Range, ShardWriter, shard_ranges
 from vqvae2_jax.distributed import processes, sharding
-from vqvae2_jax.distributed.batches import map_batches
+from vqvae2_jax.distributed.batches import map_missing
 from vqvae2_jax.distributed.preemption import exit_together, stop_signals
 from vqvae2_jax.io import record
-from vqvae2_jax.io.progress import Progress, start_line
+from vqvae2_jax.io.progress import Progress
 from vqvae2_jax.io.record import Record
 from vqvae2_jax.jobs import workdir
 from vqvae2_jax.jobs.workdir import Run
@@ -39,10 +38,7 @@ def extract_codes(run: Run) -> None:
     workdir.check_images(run, 'vqvae', trained.record)
     outputs = {split: _open_output(run, split, trained.digest) for split in SPLITS}  # any refusal comes before the work
     counts = ', '.join(f'{split} {len(run.images(split))}' for split in SPLITS)
-    batch_size = run.batch_size('codes')
-    data = f'{counts} images; codes.batch_size {run.config.codes.batch_size}, padded to {batch_size}'
-    parameters = sum(x.size for x in jax.tree.leaves(trained.params))
-    print(start_line(store.JOB, processes.describe_mesh(run.mesh), parameters=parameters, data=data), flush=True)
+    run.print_start(store.JOB, f'{counts} images', parameters=workdir.num_parameters(trained.params), batch='codes')
     with jax.set_mesh(run.mesh):
         encode = functools.partial(
             inference.make_encode_fn(configs.make_vqvae(run.config)), sharding.put_sharded(trained.variables)
@@ -98,7 +94,9 @@ def _write_shards(run: Run, split: str, encode: Callable, missing: Sequence[Rang
 
     writer, written, done = ShardWriter(missing, write), 0, 0
     progress = Progress(f'codes {split}', sum(stop - start for start, stop in missing))
-    with jax.set_mesh(run.mesh), contextlib.closing(_encoded(run, source, encode, missing, stopped)) as encoded:
+    open_batches = functools.partial(_read_batches, run, source, stopped)
+    encoded = map_missing(encode, missing, open_batches, run.batch_size('codes'), len(source))
+    with jax.set_mesh(run.mesh), contextlib.closing(encoded):
         for start, arrays in encoded:
             written += writer.add(start, arrays)
             done += batch_size
@@ -110,20 +108,12 @@ def _write_shards(run: Run, split: str, encode: Callable, missing: Sequence[Rang
     return written == len(missing)
 
 
-def _encoded(
-    run: Run, source: ImageSource, encode: Callable, missing: Sequence[Range], stopped: Callable[[], int]
-) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Yields the first example and the arrays [B, ...] of every batch that the missing shards need."""
+def _read_batches(run: Run, source: ImageSource, stopped: Callable[[], int], start: int, stop: int) -> Iterator[dict]:
     batch_size = run.batch_size('codes')
     rows = sharding.process_local_rows(batch_size)
-    for start, stop in batch_runs(missing, batch_size, len(source)):
-        batches = eval_batches(source, batch_size=batch_size, rows=rows, start=start, stop=stop, **run.loader_kwargs())
-        try:
-            results = map_batches(encode, read_all(batches, stopped), batch_size)
-            for number, arrays in enumerate(results):
-                yield start + number * batch_size, arrays
-        finally:
-            batches.close()
+    batches = eval_batches(source, batch_size=batch_size, rows=rows, start=start, stop=stop, **run.loader_kwargs())
+    with contextlib.closing(batches):
+        yield from read_all(batches, stopped)
 
 
 def _finish(output: Record, class_names: tuple[str, ...], shards: int) -> store.CodesMeta:

@@ -13,6 +13,7 @@ statistics.npz holds `count`, and `mean_r` [D] and `scatter_r` [D, D] of all ima
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import hashlib
 import os
@@ -28,9 +29,9 @@ from vqvae2_jax.data.arrays import ArraysDataset
 from vqvae2_jax.data.codes import CodeSource
 from vqvae2_jax.data.images import ImageSource
 from vqvae2_jax.data.loader import eval_batches, read_all
-from vqvae2_jax.data.shards import Range, ShardWriter, batch_runs, shard_ranges
+from vqvae2_jax.data.shards import Range, ShardWriter, shard_ranges
 from vqvae2_jax.distributed import processes, sharding
-from vqvae2_jax.distributed.batches import map_batches
+from vqvae2_jax.distributed.batches import map_missing
 from vqvae2_jax.distributed.preemption import exit_together
 from vqvae2_jax.evaluation import features
 from vqvae2_jax.evaluation.features import MAX_STORED_FEATURES, FeatureExtractor, FeatureStats
@@ -112,10 +113,10 @@ def read_batches(
     source: ImageSource | CodeSource,
     name: str,
     stopped: Callable[[], int],
-    *,
-    section: str = 'evaluate',
     start: int = 0,
     stop: int | None = None,
+    *,
+    section: str = 'evaluate',
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields the process-local rows of batches of <section>.batch_size, and prints progress.
 
@@ -126,9 +127,9 @@ def read_batches(
       source: images or codes.
       name: of the phase, for the log.
       stopped: of `stop_signals`.
-      section: of the config, for the batch size.
       start: the first example.
       stop: one past the last example; None: all.
+      section: of the config, for the batch size.
 
     Raises:
       Interrupted: a stop signal came.
@@ -256,11 +257,9 @@ def extract(
     with jax.set_mesh(run.mesh):
         function = make_function() if missing else None
         processes.run_on_main_process(output.start)
-        for start, stop in batch_runs(missing, batch_size, len(source)):
-            batches = read_batches(run, source, name, stopped, start=start, stop=stop)
-            with contextlib.closing(batches):
-                for number, arrays in enumerate(map_batches(function, batches, batch_size)):
-                    writer.add(start + number * batch_size, _hash_images(arrays))
+        read = functools.partial(read_batches, run, source, name, stopped)
+        for start, arrays in map_missing(function, missing, read, batch_size, len(source)):
+            writer.add(start, _hash_images(arrays))
     results = processes.run_on_main_process(lambda: _finish(output))
     return dataclasses.replace(output, state=record.DONE, results=results[0], digest=results[1])
 

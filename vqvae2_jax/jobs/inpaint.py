@@ -20,7 +20,7 @@ from vqvae2_jax.data.decode import UnreadableImage, decode_image, resize_and_cro
 from vqvae2_jax.data.images import ImageSource
 from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.io import files, gcs, plots, record
-from vqvae2_jax.io.progress import Progress, start_line
+from vqvae2_jax.io.progress import Progress
 from vqvae2_jax.jobs import workdir
 from vqvae2_jax.jobs.workdir import Generator, JobError, Run
 
@@ -50,8 +50,9 @@ def inpaint(run: Run) -> None:
     with jax.set_mesh(run.mesh):
         generator = workdir.load_generator(run, run.config.sample.dtype)  # it refuses before any file changes
     make_variants = make_inpainter(run, generator, levels)
-    data, mesh = f'{len(source)} images, {options.count} variants each', processes.describe_mesh(run.mesh)
-    print(start_line('inpaint', mesh, parameters=generator.num_parameters, data=data), flush=True)
+    run.print_start(
+        'inpaint', f'{len(source)} images, {options.count} variants each', parameters=generator.num_parameters
+    )
     processes.run_on_main_process(output.start)
     progress, written = Progress('inpaint', len(source)), 0
     for number in range(len(source)):

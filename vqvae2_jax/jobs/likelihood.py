@@ -17,7 +17,7 @@ from vqvae2_jax.data.loader import eval_batches
 from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.distributed.batches import map_batches
 from vqvae2_jax.io import files, record
-from vqvae2_jax.io.progress import Progress, start_line
+from vqvae2_jax.io.progress import Progress
 from vqvae2_jax.jobs import workdir
 from vqvae2_jax.jobs.workdir import SKIPPED, Generator, JobError, Run
 
@@ -59,9 +59,7 @@ def write_likelihood(run: Run) -> None:
 def _image_rows(run: Run, source: ImageSource, generator: Generator, labeled: bool) -> list[tuple]:
     """Returns (name, nats of every level, bits) of every readable image, least likely first."""
     batch_size, rows = run.batch_size('evaluate'), []
-    data = f'{len(source)} images; evaluate.batch_size {run.config.evaluate.batch_size}, padded to {batch_size}'
-    mesh = processes.describe_mesh(run.mesh)
-    print(start_line('likelihood', mesh, parameters=generator.num_parameters, data=data), flush=True)
+    run.print_start('likelihood', f'{len(source)} images', parameters=generator.num_parameters, batch='evaluate')
     function = inference.make_log_likelihood_fn(generator.model, generator.priors, labeled=labeled)
     function = functools.partial(function, generator.variables, generator.params)
     progress, local_rows = Progress('likelihood', len(source)), sharding.process_local_rows(batch_size)

@@ -13,11 +13,10 @@ import jax
 import optax
 
 from vqvae2_jax.config import build as configs
-from vqvae2_jax.jobs import workdir
+from vqvae2_jax.jobs import train, workdir
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.models.vqvae import map_shapes
 from vqvae2_jax.planning import hardware, programs, table
-from vqvae2_jax.tasks import classifier, prior, vqvae
 from vqvae2_jax.tasks.task import Task
 
 
@@ -67,7 +66,7 @@ def make_programs(run: Run) -> Iterator[Callable[[], programs.Program]]:
             batch = programs.code_shapes(training.batch_size, maps)
         else:
             batch = programs.image_shapes(training.batch_size, data.image_size, data.channels)
-        yield functools.partial(programs.train_program, section, make_task(run, section), training, batch)
+        yield functools.partial(programs.train_program, section, _make_task(run, section), training, batch)
     model, stage_1 = networks['vqvae'][0], variables['vqvae']
     batch = programs.image_shapes(run.batch_size('codes'), data.image_size, data.channels)
     yield functools.partial(programs.encode_program, model, stage_1, batch)
@@ -85,12 +84,10 @@ def make_programs(run: Run) -> Iterator[Callable[[], programs.Program]]:
     )
 
 
-def make_task(run: Run, section: str) -> Task:
+def _make_task(run: Run, section: str) -> Task:
     """Makes the task of a section of the config, such as 'prior.top', without data and pictures."""
     if section == 'vqvae':
-        model = configs.make_vqvae(run.config)
-        return vqvae.make_task(model, run.levels, run.config.vqvae.commitment_weight, steps_per_epoch=1)
+        return train.vqvae_task(run, examples=1)
     if section == 'classifier':
-        return classifier.make_task(configs.make_classifier(run.config))
-    level = run.levels.index(section.removeprefix('prior.'))
-    return prior.make_task(configs.make_prior(run.config, level), level, len(run.levels))
+        return train.classifier_task(run)
+    return train.prior_task(run, run.levels.index(section.removeprefix('prior.')), visualize=False)

@@ -12,8 +12,7 @@ from vqvae2_jax.distributed.preemption import stop_signals
 from vqvae2_jax.evaluation import features
 from vqvae2_jax.evaluation.features import FeatureExtractor
 from vqvae2_jax.io import plots, record
-from vqvae2_jax.io.progress import start_line
-from vqvae2_jax.jobs import feature_store
+from vqvae2_jax.jobs import feature_store, workdir
 from vqvae2_jax.jobs.sample import grid_positions
 from vqvae2_jax.jobs.workdir import REJECTION, SAMPLES, JobError, Run
 from vqvae2_jax.sampling.rejection import log_probability, select_top_per_class
@@ -47,9 +46,9 @@ def reject(run: Run) -> None:
 def _score(run: Run, classifier: FeatureExtractor, stopped: Callable[[], int]) -> dict[str, np.ndarray]:
     """Returns the arrays of scores.npz, [N] each."""
     source, batch_size, parts = feature_store.open_samples(run, run.config.sample.name), run.batch_size('evaluate'), []
-    data = f'{len(source)} samples; evaluate.batch_size {run.config.evaluate.batch_size}, padded to {batch_size}'
-    parameters = sum(x.size for x in jax.tree.leaves(classifier.params))
-    print(start_line('reject', processes.describe_mesh(run.mesh), parameters=parameters, data=data), flush=True)
+    run.print_start(
+        'reject', f'{len(source)} samples', parameters=workdir.num_parameters(classifier.params), batch='evaluate'
+    )
     with jax.set_mesh(run.mesh):
         extract = features.make_extract_fn(classifier)
         batches = feature_store.read_batches(run, source, 'reject', stopped)

@@ -20,7 +20,7 @@ from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.distributed.batches import map_batches
 from vqvae2_jax.distributed.preemption import exit_together, stop_signals
 from vqvae2_jax.io import plots, record
-from vqvae2_jax.io.progress import Progress, start_line
+from vqvae2_jax.io.progress import Progress
 from vqvae2_jax.io.record import JobError, Record
 from vqvae2_jax.jobs import workdir
 from vqvae2_jax.jobs.workdir import SAMPLES, Generator, Run
@@ -94,7 +94,7 @@ def _draw_shards(run: Run, output: Record, missing: Sequence[Range], stopped: Ca
     writer = ShardWriter(missing, lambda *shard: processes.run_on_main_process(lambda: write(*shard)))
     with jax.set_mesh(run.mesh):
         generator = workdir.load_generator(run, run.config.sample.dtype)  # it refuses before any file changes
-        print(_start_line(run, generator, total, batch_size), flush=True)
+        run.print_start('sample', f'{total} samples', parameters=generator.num_parameters, batch='sample')
         processes.run_on_main_process(lambda: _start(output))
         written, progress = 0, Progress('sample', total)
         starts = batch_starts(missing, batch_size)
@@ -107,12 +107,6 @@ def _draw_shards(run: Run, output: Record, missing: Sequence[Range], stopped: Ca
             if processes.process_any(bool(stopped())):
                 print(f'sample: {written} of {len(missing)} files written; the same command continues', flush=True)
                 break
-
-
-def _start_line(run, generator, total, batch_size):
-    data = f'{total} samples; sample.batch_size {run.config.sample.batch_size}, padded to {batch_size}'
-    mesh = processes.describe_mesh(run.mesh)
-    return start_line('sample', mesh, parameters=generator.num_parameters, data=data)
 
 
 def make_sampler(run: Run, generator: Generator) -> Callable[[inference.Batch], inference.Batch]:

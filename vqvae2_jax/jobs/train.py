@@ -11,7 +11,6 @@ from vqvae2_jax.data.images import ImageSource
 from vqvae2_jax.data.loader import eval_batches, train_batches
 from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.io import files, record
-from vqvae2_jax.io.progress import start_line
 from vqvae2_jax.jobs import workdir
 from vqvae2_jax.jobs.workdir import JobError, Run
 from vqvae2_jax.planning import cost, hardware
@@ -118,8 +117,7 @@ def train_task(
     before = dataclasses.replace(output)
     try:
         parameters, flops = _count(task, data, config.batch_size, run.mesh)
-        line = start_line(directory, processes.describe_mesh(run.mesh), parameters=parameters, data=data.description)
-        print(line, flush=True)
+        run.print_start(directory, data.description, parameters=parameters)
         processes.run_on_main_process(output.start)  # even if fewer steps are done: their weights may be replaced
         result = train(task, config, data, path, mesh=run.mesh, name=directory, seed=run.config.seed, **flops)
     except CheckpointMismatch:
@@ -171,7 +169,7 @@ def _count(task, data, batch_size, mesh) -> tuple[int, dict[str, float]]:
     batch = {k: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for k, x in data.first_batch.items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
     params, model_state = jax.eval_shape(task.init, key, batch)
-    parameters = sum(x.size for x in jax.tree.leaves(params))
+    parameters = workdir.num_parameters(params)
     device = hardware.hardware_of(mesh.devices.flat[0])
     if device is None:
         return parameters, {}

@@ -22,6 +22,7 @@ from vqvae2_jax.data.codes import CodeSource
 from vqvae2_jax.data.images import SPLITS, ImageSource
 from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.io import files, gcs, record
+from vqvae2_jax.io.progress import start_line
 from vqvae2_jax.io.record import JobError, Record
 from vqvae2_jax.models.prior import Prior
 from vqvae2_jax.models.vqvae import VQVAE
@@ -114,7 +115,6 @@ class Run:
         Raises:
           JobError: they are missing or damaged.
         """
-        record.read_done(self.path('codes', split), 'extract_codes')
         try:
             return CodeSource(self.path('codes', split))
         except (ValueError, OSError) as error:
@@ -127,6 +127,20 @@ class Run:
     def skipped(self) -> list[str]:
         """Returns the names of unreadable files met so far under data.on_error='skip'."""
         return loader.read_skipped(str(self.path(SKIPPED)))
+
+    def print_start(self, job: str, data: str, *, parameters: int | None = None, batch: str = '') -> None:
+        """Prints the start line of a job: devices, mesh, parameters and data.
+
+        Args:
+          job: its name.
+          data: the examples, as text.
+          parameters: number of parameters of the networks in use; None: there are none.
+          batch: section of the config whose batch size is in use, as configured and padded; '': none.
+        """
+        if batch:
+            configured, padded = self.config[batch].batch_size, self.batch_size(batch)
+            data += f'; {batch}.batch_size {configured}, padded to {padded}'
+        print(start_line(job, processes.describe_mesh(self.mesh), parameters=parameters, data=data), flush=True)
 
     def open_output(
         self, directory: epath.Path, job: str, inputs: dict[str, str], settings: dict[str, Any], **options: Any
@@ -178,7 +192,12 @@ class Generator:
     @property
     def num_parameters(self) -> int:
         """Number of parameters of all networks."""
-        return sum(x.size for x in jax.tree.leaves((self.variables['params'], self.params)))
+        return num_parameters((self.variables['params'], self.params))
+
+
+def num_parameters(params: Any) -> int:
+    """Returns the number of parameters in a pytree of arrays or shapes."""
+    return sum(x.size for x in jax.tree.leaves(params))
 
 
 def prior_directory(level_name: str) -> str:
