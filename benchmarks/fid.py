@@ -25,7 +25,7 @@ from benchmarks.timing import machine
 from vqvae2_jax import xla_flags
 from vqvae2_jax.distributed import sharding
 from vqvae2_jax.distributed.batches import map_examples
-from vqvae2_jax.evaluation.features import load_inception, make_extract_fn
+from vqvae2_jax.evaluation.features import load_inception
 from vqvae2_jax.io import state_dict
 from vqvae2_jax.metrics.frechet import Moments, frechet_distance
 
@@ -75,7 +75,7 @@ def main():
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     mesh = sharding.make_mesh(jax.devices()[:1])
     with jax.set_mesh(mesh):
-        extract_fn = make_extract_fn(load_inception(options.weights))
+        extract_fn = load_inception(options.weights).extract
     reference = reference_network(state_dict.read(options.weights)).to(device)
 
     def extract(images):

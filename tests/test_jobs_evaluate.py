@@ -1,5 +1,6 @@
 """The report's comparisons, the Classification Accuracy Score, and the comparison of any two sets of images."""
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -348,15 +349,15 @@ def test_an_interrupted_evaluation_continues(run, report, monkeypatch):
     monkeypatch.setattr(feature_store, 'SHARD_SIZE', 256)
     for directory in ('features', 'evaluation', 'report'):
         run.path(directory).rmtree()
-    directory, hash_images, batches = run.path('features', 'classifier', 'test'), feature_store._hash_images, []
+    directory, add, batches = run.path('features', 'classifier', 'test'), feature_store.ShardWriter.add, []
 
-    def interrupt(arrays):
-        batches.append(arrays)
+    def interrupt(writer, start, arrays):
+        batches.append(start)
         if len(batches) == 20:  # of 16 images: within the second shard of 256
             os.kill(os.getpid(), signal.SIGTERM)
-        return hash_images(arrays)
+        return add(writer, start, arrays)
 
-    monkeypatch.setattr(feature_store, '_hash_images', interrupt)
+    monkeypatch.setattr(feature_store.ShardWriter, 'add', interrupt)
     with pytest.raises(Interrupted):
         run_job(run, 'evaluate')
     assert [path.name for path in directory.glob('*.npz')] == ['features-00000000-00000256.npz']
@@ -371,11 +372,10 @@ def test_an_interrupted_evaluation_continues(run, report, monkeypatch):
 
 def test_features_of_other_weights_are_extracted_again(run):
     network = feature_store.load_classifier(run)
-    first = feature_store.image_features(run, network, 'classifier', 'test', lambda: 0)
-    other = network._replace(
-        protocol=network.protocol | {'weights': 'f' * 64}, params=jax.tree.map(np.zeros_like, network.params)
-    )
-    again = feature_store.image_features(run, other, 'classifier', 'test', lambda: 0)
+    first = feature_store.image_features(run, network, 'test', lambda: 0)
+    protocol, params = network.protocol | {'weights': 'f' * 64}, jax.tree.map(np.zeros_like, network.params)
+    other = dataclasses.replace(network, protocol=protocol, params=params)
+    again = feature_store.image_features(run, other, 'test', lambda: 0)
     assert again.digest != first.digest
     stats = feature_store.load_stats(again)
     assert np.ptp(stats.features) == 0 and len(stats) == 600
@@ -386,7 +386,7 @@ def test_features_do_not_depend_on_the_number_of_devices(finished, tmp_path, cou
     expected = feature_store.load_stats(record.read(finished.path('features', 'classifier', 'test')))
     run = Run(finished.config, epath.Path(tmp_path), jax.devices()[:count])
     network = feature_store.load_classifier(finished)
-    found = feature_store.load_stats(feature_store.image_features(run, network, 'classifier', 'test', lambda: 0))
+    found = feature_store.load_stats(feature_store.image_features(run, network, 'test', lambda: 0))
     np.testing.assert_allclose(found.features, expected.features, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found.logits, expected.logits, rtol=1e-5, atol=1e-6)
 

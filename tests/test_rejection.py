@@ -73,20 +73,18 @@ class ArraySource:
         return {'image': self.images[index], 'label': np.int32(0), 'index': np.int64(index)}
 
 
-def evaluate_set(run, real, monkeypatch):
+def sample_metrics(run, real, monkeypatch):
     """The metrics of the stored samples against `real`, which are their own reconstructions too."""
     monkeypatch.setattr(Run, 'images', lambda run, split: ArraySource(real))
 
-    def reference(run, extractor, name, split, stopped):
-        make_function = lambda: feature_store._one_row(extractor)  # noqa: E731
-        rows = [feature_store.IMAGES]
-        return feature_store.extract(run, run.path('real'), {}, {}, ArraySource(real), make_function, rows, stopped)
+    def reference(run, extractor, split, stopped):
+        return feature_store.extract(run, extractor, ArraySource(real), run.path('real'), {}, stopped)
 
     monkeypatch.setattr(feature_store, 'image_features', reference)
     monkeypatch.setattr(feature_store, 'reconstruction_features', reference)
     monkeypatch.setattr(evaluate_samples, 'ALL_LEVELS', feature_store.IMAGES)
     evaluation = Evaluation(run, CLASSIFIER, CLASSIFIER, lambda: 0)
-    return evaluate_samples._sample_metrics(evaluation, sample_store.read_set(run.set_path('samples')))
+    return evaluate_samples.sample_metrics(evaluation, sample_store.read_set(run.set_path('samples')))
 
 
 @pytest.fixture(autouse=True)
@@ -125,11 +123,11 @@ def images_read(monkeypatch):
 
 def test_random_scores_give_a_flat_sweep(empty_run, monkeypatch):
     """All metrics are biased by the number of images; with the same number at each point only noise is left."""
-    monkeypatch.setattr(generative, 'kernel_distance', lambda *sets: (0.0, None))  # slow, and not in the sweep
+    monkeypatch.setattr(generative, 'kernel_distance', lambda *sets, track: (0.0, None))  # slow, and not in the sweep
     store_samples(empty_run, random_images(2000, seed=0), np.arange(2000) % CLASSES)
     empty_run.config.evaluate.sweep = (1.0, 0.5, 0.1)
     reject.reject(empty_run)
-    found = evaluate_set(empty_run, random_images(2000, seed=1), monkeypatch)
+    found = sample_metrics(empty_run, random_images(2000, seed=1), monkeypatch)
     points = found['sweep']
     distances = [point['frechet_distance'] for point in points]
     assert max(distances) < 1.5 * min(distances)
@@ -152,7 +150,7 @@ def test_the_sweep_uses_the_best_samples_whatever_their_index(empty_run, small_l
     assert sorted(images_read) == list(range(1000))
     images_read.clear()
     real = random_images(150, seed=1)
-    whole, best = evaluate_set(empty_run, real, monkeypatch)['sweep']
+    whole, best = sample_metrics(empty_run, real, monkeypatch)['sweep']
     for point, used in ((whole, images[:100]), (best, images[900:])):
         first, second = (extract(x)['features'] for x in (real[:100], used))
         assert point['count'] == 100
@@ -166,7 +164,7 @@ def test_the_distance_of_samples_is_that_of_the_first_ones(empty_run, small_limi
     images, real = random_images(250, seed=0), random_images(150, seed=1)
     store_samples(empty_run, images, np.arange(250) % CLASSES, shard_size=64)
     reject.reject(empty_run)
-    found = evaluate_set(empty_run, real, monkeypatch)
+    found = sample_metrics(empty_run, real, monkeypatch)
     assert (found['quality']['count_real'], found['quality']['count']) == (150, 100)
     moments = [Moments.of(extract(x)['features']) for x in (real, images[:100])]
     np.testing.assert_allclose(found['quality']['frechet_distance'], frechet_distance(*moments), rtol=1e-6)

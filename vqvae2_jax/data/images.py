@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from vqvae2_jax.data.arrays import ArraysDataset
-from vqvae2_jax.data.decode import resize_and_crop
+from vqvae2_jax.data.decode import UnreadableImage, resize_and_crop
 from vqvae2_jax.data.fashion import FashionDataset
 from vqvae2_jax.data.folder import FilesDataset, find_images, open_folder
 from vqvae2_jax.data.tfds_records import TfdsDataset
@@ -231,7 +231,7 @@ def _open_dataset(path, field):
     return FilesDataset(path, find_images(path, field, shown))
 
 
-def open_native_size(path: str, field: str) -> ImageSource:
+def open_native_size(path: str, field: str, on_error: str = 'raise') -> ImageSource:
     """Opens all images of a folder or of .npz files, in RGB and at their own size, in a fixed random order.
 
     The order is random since some metrics use the first images, or blocks of them, which sorted by name would be of
@@ -240,15 +240,22 @@ def open_native_size(path: str, field: str) -> ImageSource:
     Args:
       path: the folder or file.
       field: of the config, for messages.
+      on_error: as in `ImageSource`.
 
     Raises:
-      ValueError: there are no images.
+      ValueError: there are no images; the first one cannot be read, with 'skip' none.
       FileNotFoundError: there is no such file or folder.
     """
     dataset = _open_dataset(path, field)
-    first, _ = dataset.read(0, 3)
+    for index in range(len(dataset)):
+        try:
+            first, _ = dataset.read(index, 3)
+            break
+        except UnreadableImage:
+            if on_error != 'skip' or index == len(dataset) - 1:
+                raise
     order = np.random.RandomState(0).permutation(len(dataset))
-    return ImageSource(dataset, order, (first.height, first.width), 3, require_equal_size=True)
+    return ImageSource(dataset, order, (first.height, first.width), 3, on_error, require_equal_size=True)
 
 
 @functools.cache

@@ -2,9 +2,8 @@
 
 import dataclasses
 import functools
-import operator
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +24,10 @@ INCEPTION, CLASSIFIER = 'inception', 'classifier'
 _URL = 'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth'
 _SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
 _CACHE = epath.Path('~/.cache/vqvae2_jax').expanduser()
-_CHUNK = 1024  # images whose moments are computed at once
 
 
-class FeatureExtractor(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeatureExtractor:
     """A network that maps images to features and class logits.
 
     Attributes:
@@ -49,6 +48,16 @@ class FeatureExtractor(NamedTuple):
     def digest(self) -> str:
         """Digest of the weights."""
         return self.protocol['weights']
+
+    @functools.cached_property
+    def extract(self) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
+        """A compiled function {'image': uint8 [B, H, W, C]} -> as `apply`, for `map_batches` and `map_examples`.
+
+        Use it inside `jax.set_mesh`. The first use puts the parameters on that mesh, where they stay.
+        """
+        params = sharding.put_replicated(self.params)
+        apply = jax.jit(lambda params, images: sharding.constrain_batch(self.apply(params, images)))
+        return lambda batch: apply(params, batch['image'])
 
 
 def load_inception(path: str) -> FeatureExtractor:
@@ -102,7 +111,7 @@ def classifier_extractor(model: ResNet, params: Any, digest: str) -> FeatureExtr
     Args:
       model: the classifier.
       params: its parameters.
-      digest: of the parameters.
+      digest: digest of the parameters.
     """
 
     def apply(params, images):
@@ -122,22 +131,6 @@ def _apply_rgb(model, params, images):
     return model.apply({'params': params}, images)
 
 
-def make_extract_fn(extractor: FeatureExtractor) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
-    """Puts a feature extractor on the mesh; call it inside `jax.set_mesh`.
-
-    Returns:
-      A function {'image': uint8 [B, H, W, C]} -> as `FeatureExtractor.apply`, for `batches.map_batches` and
-      `batches.map_examples`.
-    """
-    params, extract = sharding.put_replicated(extractor.params), _jitted(extractor.apply)
-    return lambda batch: extract(params, batch['image'])
-
-
-@functools.lru_cache(maxsize=8)  # several sets of images need the same program
-def _jitted(apply):
-    return jax.jit(lambda params, images: sharding.constrain_batch(apply(params, images)))
-
-
 @dataclasses.dataclass(frozen=True)
 class FeatureStats:
     """Features of a set of images.
@@ -152,38 +145,6 @@ class FeatureStats:
     logits: np.ndarray | None = None
     all_moments: Moments | None = None
 
-    @classmethod
-    def collect(cls, batches: Iterable[dict[str, np.ndarray]], max_stored: int = MAX_STORED_FEATURES) -> 'FeatureStats':
-        """Collects the features of batches.
-
-        Args:
-          batches: 'features' [B, D], and where there are any 'logits' [B, S] and 'mask' bool [B], false for examples to
-            leave out.
-          max_stored: number of images whose features and logits are kept; the moments are of all.
-
-        Raises:
-          ValueError: no example, or a feature that is not finite.
-        """
-        stored, pending, moments, count = [], [], [], 0
-        for batch in batches:
-            mask = batch.get('mask', slice(None))
-            rows = {name: batch[name][mask] for name in ('features', 'logits') if name in batch}
-            if count < max_stored:
-                stored.append({name: values[: max_stored - count] for name, values in rows.items()})
-            count += len(rows['features'])
-            pending.append(rows['features'])
-            if sum(map(len, pending)) >= _CHUNK:
-                moments, pending = [functools.reduce(operator.add, [*moments, _moments(np.concatenate(pending))])], []
-        if not count:
-            raise ValueError('a set has no readable image')
-        if sum(map(len, pending)):
-            moments.append(_moments(np.concatenate(pending)))
-        moments = functools.reduce(operator.add, moments)
-        if not stored:
-            return cls(np.zeros((0, len(moments.mean)), np.float32), None, moments)
-        arrays = {name: np.concatenate([part[name] for part in stored]) for name in stored[0]}
-        return cls(arrays['features'], arrays.get('logits'), moments)
-
     @functools.cached_property
     def moments(self) -> Moments:
         """Moments of the features of all images.
@@ -191,7 +152,7 @@ class FeatureStats:
         Raises:
           ValueError: no image, or a feature that is not finite.
         """
-        return self.all_moments or _moments(self.features)
+        return self.all_moments or Moments.of(self.features)
 
     def take(self, rows: slice | np.ndarray) -> 'FeatureStats':
         """Returns the statistics of some of the stored images, a slice or indices int [m]."""
@@ -199,8 +160,3 @@ class FeatureStats:
 
     def __len__(self) -> int:
         return self.all_moments.count if self.all_moments else len(self.features)
-
-
-def _moments(features):
-    starts = range(0, len(features) or 1, _CHUNK)
-    return functools.reduce(operator.add, (Moments.of(features[i : i + _CHUNK]) for i in starts))

@@ -1,11 +1,13 @@
 """Metrics of generated images: FID, KID, Inception Score, precision and recall, before and after rejection."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vqvae2_jax.evaluation.features import INCEPTION, MAX_STORED_FEATURES, FeatureExtractor, FeatureStats
+from vqvae2_jax.io.progress import track
 from vqvae2_jax.metrics.frechet import frechet_distance
 from vqvae2_jax.metrics.inception_score import SPLITS, inception_score
 from vqvae2_jax.metrics.kernel import SUBSET_SIZE, SUBSETS, kernel_distance
@@ -65,13 +67,16 @@ def protocol(extractor: FeatureExtractor, images: str) -> dict[str, str]:
     }
 
 
-def generative_metrics(network: str, real: FeatureStats, generated: FeatureStats) -> dict[str, Any]:
-    """Computes the metrics of a set of generated images against real ones.
+def generative_metrics(
+    network: str, real: FeatureStats, generated: FeatureStats, label: str = 'metrics'
+) -> dict[str, Any]:
+    """Computes the metrics of a set of generated images against real ones, and prints progress.
 
     Args:
       network: 'inception' or 'classifier', which decides the names of the metrics.
       real: features of the real images.
       generated: features of the generated images; with Inception logits the Inception Score is computed too.
+      label: name of the comparison in the lines of progress.
 
     Returns:
       Metrics by name, the number of images, and a warning if they are few.
@@ -80,9 +85,10 @@ def generative_metrics(network: str, real: FeatureStats, generated: FeatureStats
       ValueError: too few images, all the same, or features that are not finite.
     """
     names = _NAMES[network]
-    kernel, deviation = kernel_distance(real.features, generated.features)
+    track_subsets = functools.partial(track, name=f'{label}: kernel distance', unit='subsets')
+    kernel, deviation = kernel_distance(real.features, generated.features, track=track_subsets)
     metrics = {'count_real': len(real), 'count': len(generated)}
-    metrics |= _shared_metrics(network, real, generated)
+    metrics |= _shared_metrics(network, real, generated, label)
     metrics[names['kernel']] = kernel
     if deviation is not None:
         metrics[f'{names["kernel"]}_deviation'] = deviation
@@ -91,10 +97,10 @@ def generative_metrics(network: str, real: FeatureStats, generated: FeatureStats
     return metrics
 
 
-def metrics_or_reason(compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Calls a function; returns {'missing': the reason} if it raises ValueError, which keeps the rest of a report."""
+def metrics_or_reason(network: str, real: FeatureStats, generated: FeatureStats, label: str) -> dict[str, Any]:
+    """Returns `generative_metrics`, or {'missing': the reason} if there are none, which keeps the rest of a report."""
     try:
-        return compute()
+        return generative_metrics(network, real, generated, label)
     except ValueError as error:
         return {'missing': str(error)}
 
@@ -139,9 +145,8 @@ def rejection_sweep(
     sample_indices: np.ndarray,
     points: Sequence[SweepPoint],
     probability: np.ndarray,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[dict[str, Any]], str]:
-    """Computes metrics after keeping the best fraction of every class (VQ-VAE-2 section 5, figure 7).
+    """Computes metrics after keeping the best fraction of every class (VQ-VAE-2 section 5, figure 7); prints progress.
 
     Args:
       network: as in `generative_metrics`.
@@ -151,7 +156,6 @@ def rejection_sweep(
       sample_indices: int64 [M], ascending; includes all indices of the points.
       points: from `choose_samples`.
       probability: float [N], the classifier's probability of the intended class of every sample.
-      progress: called with the number of points done.
 
     Returns:
       The metrics of each point; and a note with the number of images and the points that have no metrics, because they
@@ -159,8 +163,9 @@ def rejection_sweep(
     """
     count = max((len(point.indices) for point in points), default=0)  # n
     references = [stats.take(slice(count)) for stats in (real, reconstructed)] if count else None
+    distance_name = f'{_NAMES[network]["frechet"]}_against_reconstructions'
     results, missing = [], []
-    for number, (fraction, kept_count, indices) in enumerate(points, start=1):
+    for fraction, kept_count, indices in points:
         if not len(indices):
             missing.append(
                 f'{fraction:g} keeps {kept_count} images; more than {NEIGHBORS} kept and real ones are needed'
@@ -170,14 +175,12 @@ def rejection_sweep(
         point = {'keep_fraction': fraction, 'kept_count': kept_count, 'count': count, 'confidence': confidence}
         chosen = generated.take(np.searchsorted(sample_indices, indices))
         try:
-            results.append(point | _sweep_metrics(network, *references, chosen))
+            metrics = _shared_metrics(network, references[0], chosen, f'sweep, {fraction:g} kept')
+            # FID* of the paper's figure 7a
+            metrics[distance_name] = frechet_distance(references[1].moments, chosen.moments)
+            results.append(point | metrics)
         except ValueError as error:
             missing.append(f'{fraction:g}: {error}')
-        progress(number)
-    return results, _sweep_note(results, missing, count)
-
-
-def _sweep_note(results, missing, count):
     notes = []
     if results:
         few = f': {_few_images(results[0])}' if count < MIN_FID_IMAGES else ''
@@ -186,13 +189,7 @@ def _sweep_note(results, missing, count):
         )
     if missing:
         notes.append(f'Left out: {"; ".join(missing)}.')
-    return ' '.join(notes)
-
-
-def _sweep_metrics(network, real, reconstructed, generated):
-    name = f'{_NAMES[network]["frechet"]}_against_reconstructions'  # FID* of the paper's figure 7a
-    distance = frechet_distance(reconstructed.moments, generated.moments)
-    return _shared_metrics(network, real, generated) | {name: distance}
+    return results, ' '.join(notes)
 
 
 def _few_images(metrics):
@@ -204,10 +201,11 @@ def _few_images(metrics):
     )
 
 
-def _shared_metrics(network, real, generated):
+def _shared_metrics(network, real, generated, label):
     # those of `generative_metrics` and of the sweep
     count = min(len(real.features), len(generated.features))  # precision and recall depend on it
-    precision, recall = precision_recall(real.features[:count], generated.features[:count])
+    track_blocks = functools.partial(track, name=f'{label}: precision and recall', unit='blocks')
+    precision, recall = precision_recall(real.features[:count], generated.features[:count], track=track_blocks)
     distance = frechet_distance(real.moments, generated.moments)
     metrics = {_NAMES[network]['frechet']: distance, 'precision': precision, 'recall': recall}
     if network == INCEPTION and generated.logits is not None and len(generated.features) >= SPLITS:

@@ -1,6 +1,8 @@
 """Log lines of long phases: one line at the start of a job, then progress and time left."""
 
 import time
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from vqvae2_jax.io.logging import format_duration, format_number
 
@@ -44,3 +46,11 @@ class Progress:
             f'{self._name}  {done}/{self._total} {percent}%  {format_number(rate, 3)} {self._unit}/s  ETA {left}',
             flush=True,
         )
+
+
+def track(values: Sequence, name: str, unit: str = 'images') -> Iterator[Any]:
+    """Yields the values of a loop and prints its progress; the arguments are as those of `Progress`."""
+    progress = Progress(name, len(values), unit)
+    for done, value in enumerate(values, start=1):
+        yield value
+        progress.update(done)

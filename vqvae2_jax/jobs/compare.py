@@ -1,20 +1,18 @@
 """--job=evaluate with evaluate.real and evaluate.generated: FID and related metrics of any two sets of images."""
 
 import datetime
-import hashlib
 
 import jax
-import numpy as np
 
 from vqvae2_jax.data.images import SPLITS, ImageSource, open_native_size
 from vqvae2_jax.distributed import processes
 from vqvae2_jax.distributed.preemption import stop_signals
-from vqvae2_jax.evaluation import features, generative
+from vqvae2_jax.evaluation import generative
 from vqvae2_jax.evaluation.report import render_comparison
 from vqvae2_jax.io import files, record
-from vqvae2_jax.io.record import JobError, Record
+from vqvae2_jax.io.record import JobError
 from vqvae2_jax.jobs import feature_store, workdir
-from vqvae2_jax.jobs.workdir import Run
+from vqvae2_jax.jobs.workdir import SKIPPED, Run
 from vqvae2_jax.version import __version__
 
 DIRECTORY = 'comparison'
@@ -43,8 +41,13 @@ def compare_sets(run: Run) -> None:
         processes.run_on_main_process(lambda: _start(output))
     try:
         with stop_signals() as stopped:
-            found = {name: _extract(run, network, name, source, stopped) for name, source in sources.items()}
-            report = processes.run_on_main_process(lambda: _write(run, network, sources, found, output))
+            extracted = {}
+            for name, source in sources.items():
+                images = {'images': source.digest}
+                extracted[name] = feature_store.extract(
+                    run, network, source, directory / name, images, stopped, hash_images=True
+                )
+            report = processes.run_on_main_process(lambda: _write(run, network, sources, extracted, output))
     except (ValueError, OSError) as error:
         if processes.is_main_process():
             (directory / record.FILE).unlink(missing_ok=True)  # the next call starts over
@@ -54,12 +57,14 @@ def compare_sets(run: Run) -> None:
         print(f'{name:<27} {value:.5g}' if isinstance(value, float) else f'{name:<27} {value}')
     if 'inception_score' not in metrics:
         print(f'{"inception_score":<27} {report["protocol"]["inception_score"]}')
+    if skipped := sum(len(sources[name]) - output.results['count'] for name, output in extracted.items()):
+        print(f'skipped {skipped} unreadable images, listed in {run.path(SKIPPED)}')
     print(f'report: {directory / "report.html"}', flush=True)
 
 
 def _open(run: Run, which: str, field: str) -> ImageSource:
     try:
-        return run.images(which) if which in SPLITS else open_native_size(which, field)
+        return run.images(which) if which in SPLITS else open_native_size(which, field, run.config.data.on_error)
     except (ValueError, OSError) as error:
         raise JobError(str(error)) from error
 
@@ -71,23 +76,17 @@ def _start(output):
     output.start()
 
 
-def _extract(run, network, name, source, stopped) -> Record:
-    inputs, rows = {'network': network.digest, 'images': source.digest}, [feature_store.IMAGES]
-
-    def make_function():
-        extract = features.make_extract_fn(network)
-        # The images come back for their digests.
-        return lambda batch: {f'{k}_0': v for k, v in extract(batch).items()} | {'image': batch['image']}
-
-    return feature_store.extract(run, run.path(DIRECTORY, name), inputs, {}, source, make_function, rows, stopped)
-
-
-def _write(run, network, sources, found, output) -> dict:
+def _write(run, network, sources, extracted, output) -> dict:
+    """Writes the report; returns its content."""
     options, directory = run.config.evaluate, output.directory
-    stats = [feature_store.load_stats(found[name]) for name in _SETS]
+    stats = [feature_store.load_stats(extracted[name]) for name in _SETS]
     metrics = generative.generative_metrics(network.name, *stats)
     sets = {
-        name: {'images': options[name], 'size': list(source.image_size), 'pixels': _digest(found[name])}
+        name: {
+            'images': options[name],
+            'size': list(source.image_size),
+            'pixels': feature_store.digest_images(extracted[name]),
+        }
         for name, source in sources.items()
     }
     protocol = {
@@ -102,9 +101,3 @@ def _write(run, network, sources, found, output) -> dict:
     files.write_bytes(directory / 'report.html', render_comparison(report).encode())
     output.finish(metrics)
     return report
-
-
-def _digest(output: Record) -> str:
-    """SHA-256 of the SHA-256 of every image, in the order in which they are read."""
-    pixels = [shard['pixels'][shard['mask']] for shard in feature_store.read_shards(output)]
-    return hashlib.sha256(np.concatenate(pixels).tobytes()).hexdigest()

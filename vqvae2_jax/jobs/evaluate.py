@@ -2,14 +2,14 @@
 
 Parts are kept in evaluation/<part>/record.json, and features of images in features/ (see feature_store.py). A part is
 computed again only if its inputs or settings change: a restart continues, and another sample set costs only its own
-images.
+images (see evaluate_samples.py).
 
 With evaluate.real and evaluate.generated the job compares two sets of images instead (see compare.py).
 """
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,10 +25,10 @@ from vqvae2_jax.evaluation import generative
 from vqvae2_jax.evaluation.prior_likelihood import likelihood_report
 from vqvae2_jax.evaluation.reconstruction import make_reconstruct_fn, reconstruction_report
 from vqvae2_jax.io import record
-from vqvae2_jax.io.progress import Progress
+from vqvae2_jax.io.progress import track
 from vqvae2_jax.io.record import Record
-from vqvae2_jax.jobs import cas, compare, feature_store, train, workdir
-from vqvae2_jax.jobs.evaluate_samples import Evaluation, all_sets, evaluate_part, evaluate_set, reference_features
+from vqvae2_jax.jobs import cas, compare, extract_codes, feature_store, reject, train, workdir
+from vqvae2_jax.jobs.evaluate_samples import Evaluation, all_sets, evaluate_part, evaluate_set
 from vqvae2_jax.jobs.report_files import write_report
 from vqvae2_jax.jobs.workdir import RECONSTRUCTIONS, REJECTION, SAMPLES, Run
 from vqvae2_jax.metrics.classification import accuracy, per_class_accuracy, top_k_accuracy
@@ -62,8 +62,8 @@ def evaluate(run: Run) -> None:
         with stop_signals() as stopped:
             parts = evaluate_parts(Evaluation(run, network, classifier, stopped))
             quality = generative.protocol(network, generative.IMAGES_OF_RUN) if network else None
-            rows = _first_reconstructions(run)
-            processes.run_on_main_process(lambda: write_report(run, parts, quality, rows))
+            pictures = _first_reconstructions(run)
+            processes.run_on_main_process(lambda: write_report(run, parts, quality, pictures))
     except Interrupted:
         print('evaluate: stopped; the same command continues', flush=True)
         raise
@@ -76,28 +76,31 @@ def check_inputs(run: Run) -> None:
       JobError: an output is missing; the message names the job that makes it.
       StaleInputError: with both digests.
     """
-    workdir.check_images(run, 'vqvae', workdir.vqvae_record(run))
-    for split, found in workdir.codes_records(run).items():
-        images = {'images': run.images(split).digest}
-        hint = f'delete {found.directory.parent} to extract the codes again'
-        record.check_inputs(found.directory, {'images': found.inputs.get('images')}, images, hint)
-    codes = {'codes': workdir.codes_digest(run)}
-    for found in workdir.prior_records(run):
-        hint = f'delete {found.directory} to train it again'
-        record.check_inputs(found.directory, {'codes': found.inputs.get('codes')}, codes, hint)
-    directory = run.set_path(SAMPLES)
-    hint = f'delete {directory} and {record.job_command("sample")}'
-    record.check_inputs(directory, sample_store.read_set(directory).inputs, workdir.generator_digests(run), hint)
+    for output, inputs, job in _outputs(run):
+        hint = f'delete {output.directory} and {record.job_command(job)}'
+        record.check_inputs(output.directory, output.inputs, inputs, hint)
+
+
+def _outputs(run: Run) -> Iterator[tuple[Record, dict[str, str], str]]:
+    """Yields the record of every output that the report reads, the current digests of its inputs, and its job."""
+    yield workdir.vqvae_record(run), train.inputs(run, 'vqvae'), 'vqvae'
+    for split, codes in workdir.codes_records(run).items():
+        yield codes, extract_codes.inputs(run, split), 'extract_codes'
+    for name, prior in zip(run.levels, workdir.prior_records(run), strict=True):
+        yield prior, train.inputs(run, f'prior.{name}'), f'prior --level={name}'
+    yield sample_store.read_set(run.set_path(SAMPLES)), workdir.generator_digests(run), 'sample'
     if not configs.has_classifier(run.config):
         return
     if configs.trains_classifier(run.config):
         trained = workdir.trained_record(run, 'classifier', 'classifier', 'classifier')
-        workdir.check_images(run, 'classifier', trained)
-    scores = record.read_done(run.set_path(REJECTION), 'reject')
-    current = {'samples': sample_store.read_set(directory).digest, 'classifier': feature_store.classifier_digest(run)}
-    record.check_inputs(scores.directory, scores.inputs, current, record.job_command('reject'))
+        yield trained, train.inputs(run, 'classifier'), 'classifier'
+    yield record.read_done(run.set_path(REJECTION), 'reject'), reject.inputs(run), 'reject'
     if configs.has_cas(run.config):
-        cas.check_inputs(run)
+        yield sample_store.read_set(run.path(RECONSTRUCTIONS)), cas.inputs(run), 'cas'
+        for source in cas.SOURCES:
+            directory = f'{cas.DIRECTORY}/{cas.images_name(run, source)}'
+            trained = workdir.trained_record(run, directory, 'cas', 'classifier')
+            yield trained, cas.classifier_inputs(run, source), 'cas'
 
 
 def evaluate_parts(e: Evaluation) -> dict[str, Any]:
@@ -106,29 +109,19 @@ def evaluate_parts(e: Evaluation) -> dict[str, Any]:
     Returns:
       The entries 'reconstruction', 'originals', 'likelihood', 'classifier', 'cas' and 'sets' of report.json.
     """
-    run = e.run
+    has_cas = configs.has_cas(e.run.config)
     originals, quality = _reference_quality(e)
     reconstruction = _reconstruction(e)
-    for name, metrics in quality.items():
-        target = reconstruction if name == ALL_LEVELS else _level_of(reconstruction, name)
-        target['quality'] = metrics
+    for row, metrics in quality.items():
+        level = reconstruction['levels'].get(row.removesuffix(' only'))  # None: from all levels
+        (level['without_finer_levels'] if level else reconstruction)['quality'] = metrics
     parts = {'reconstruction': reconstruction, 'originals': originals, 'likelihood': _likelihood(e)}
     if e.classifier is not None:
         parts['classifier'] = _classifier_accuracy(e)
-    own = None
-    if configs.has_cas(run.config):
-        parts['cas'] = {'real': _cas(e, 'real')} | {RECONSTRUCTIONS: _cas(e, RECONSTRUCTIONS)}
-        own = _cas(e, SAMPLES)
-    evaluate_set(e, own)
+    if has_cas:
+        parts['cas'] = {source: _cas(e, source) for source in ('real', RECONSTRUCTIONS)}
+    evaluate_set(e, _cas(e, SAMPLES) if has_cas else None)
     return parts | {'sets': processes.run_on_main_process(lambda: all_sets(e))}
-
-
-def _level_of(reconstruction, label):
-    return reconstruction['levels'][label.removesuffix(' only')]['without_finer_levels']
-
-
-def _on_main(compute: Callable[[], dict]) -> Callable[[], dict]:
-    return lambda: processes.run_on_main_process(compute)
 
 
 def _reconstruction(e: Evaluation) -> dict[str, Any]:
@@ -144,14 +137,14 @@ def _reconstruction(e: Evaluation) -> dict[str, Any]:
             def metrics(source, name, stop):
                 return eval_fn(*weights, feature_store.read_batches(run, source, name, e.stopped, stop=stop))
 
-            found = metrics(held_out, 'reconstruction', len(held_out))
+            held_out_metrics = metrics(held_out, 'reconstruction', len(held_out))
             train_metrics = metrics(training, 'reconstruction, training', min(len(training), _TRAIN_EXAMPLES))
         shapes = map_shapes(config.data.image_size, config.vqvae.downsample_factors)
-        image_shape = (*config.data.image_size, config.data.channels)
-        return reconstruction_report(found, train_metrics, run.levels, shapes, image_shape, config.vqvae.codebook_size)
+        image_shape, codebook_size = (*config.data.image_size, config.data.channels), config.vqvae.codebook_size
+        return reconstruction_report(held_out_metrics, train_metrics, run.levels, shapes, image_shape, codebook_size)
 
     inputs = {'vqvae': workdir.vqvae_record(run).digest, 'images': held_out.digest, 'train': training.digest}
-    return evaluate_part(e, 'reconstruction', inputs, {'split': e.split}, compute)
+    return evaluate_part(e, 'reconstruction', inputs, compute)
 
 
 def _first_reconstructions(run: Run) -> dict[str, np.ndarray]:
@@ -167,135 +160,118 @@ def _first_reconstructions(run: Run) -> dict[str, np.ndarray]:
         reconstruct = make_reconstruct_fn(task)
         weights = sharding.put_replicated((trained.params, trained.model_state))
         batch_size = sharding.pad_batch_size(_PICTURE_COLUMNS, run.mesh)
-        rows = map_examples(functools.partial(reconstruct, *weights), {'image': image}, batch_size)
-    return {label: rows[label] for label in task.image_labels}
+        pictures = map_examples(functools.partial(reconstruct, *weights), {'image': image}, batch_size)
+    return {label: pictures[label] for label in task.image_labels}
 
 
 def _reference_quality(e: Evaluation) -> tuple[dict, dict[str, dict]]:
     """Returns the part of the split's originals, and the metrics of the reconstructions of each row."""
-    if e.network is None:
+    run, network = e.run, e.network
+    if network is None:
         return {}, {}
-    real = reference_features(e, feature_store.image_features, e.reference)
-    made = reference_features(e, feature_store.reconstruction_features, e.reference)
-    rows = made.settings['rows']
+    real = feature_store.image_features(run, network, e.reference, e.stopped)
+    reconstructed = feature_store.reconstruction_features(run, network, e.reference, e.stopped)
 
-    def compute():
-        progress, results = Progress('reconstructions: metrics', len(rows), 'comparisons'), {}
-        for number, row in enumerate(rows, start=1):
-            results[row] = _quality(e.network.name, real, made, row=row)
-            progress.update(number)
+    def compute(generated: Record, labels: dict[str, str]):
+        real_stats, results = feature_store.load_stats(real), {}
+        for row, label in labels.items():
+            stats = feature_store.load_stats(generated, row)
+            results[row] = generative.metrics_or_reason(network.name, real_stats, stats, label)
         return results
 
-    inputs = {'real': real.digest, RECONSTRUCTIONS: made.digest}
-    quality = evaluate_part(e, 'reconstruction_quality', inputs, {}, _on_main(compute))
+    rows = {row: f'reconstructions, {row}' for row in reconstructed.settings['rows']}
+    inputs = {'real': real.digest, RECONSTRUCTIONS: reconstructed.digest}
+    quality = evaluate_part(
+        e, 'reconstruction_quality', inputs, lambda: compute(reconstructed, rows), main_process_only=True
+    )
     if e.reference == e.split:
         reason = 'evaluate.reference is evaluate.split: set it to another split'
         return {'quality': {'missing': reason}}, quality
-    originals = reference_features(e, feature_store.image_features, e.split)
+    originals = feature_store.image_features(run, network, e.split, e.stopped)
     inputs = {'real': real.digest, 'originals': originals.digest}
-    compute_originals = _on_main(lambda: _quality(e.network.name, real, originals))
-    return {'quality': evaluate_part(e, 'originals', inputs, {}, compute_originals)}, quality
-
-
-def _quality(network: str, real: Record, generated: Record, row: str = feature_store.IMAGES) -> dict[str, Any]:
-    def compute():
-        return generative.generative_metrics(
-            network, feature_store.load_stats(real), feature_store.load_stats(generated, row)
-        )
-
-    return generative.metrics_or_reason(compute)
+    images = {feature_store.IMAGES: 'originals'}
+    metrics = evaluate_part(
+        e, 'originals', inputs, lambda: compute(originals, images)[feature_store.IMAGES], main_process_only=True
+    )
+    return {'quality': metrics}, quality
 
 
 def _likelihood(e: Evaluation) -> dict[str, Any]:
-    run, data = e.run, e.run.config.data
+    run, config = e.run, e.run.config
     records = workdir.prior_records(run)
 
     def compute():
-        training, held_out = run.codes('train'), run.codes(e.split)
-        counts = min(len(training), _TRAIN_EXAMPLES), len(held_out)
-        nll_train, nll = zip(*_nll(e, training, held_out, counts), strict=True)
+        training, held_out, nll = run.codes('train'), run.codes(e.split), []
+        splits = {', training': (training, min(len(training), _TRAIN_EXAMPLES)), '': (held_out, len(held_out))}
+        for level, (name, prior) in enumerate(zip(run.levels, workdir.load_priors(run), strict=True)):
+            with jax.set_mesh(run.mesh):
+                eval_fn = make_eval_fn(train.prior_task(run, level, visualize=False), run.batch_size('evaluate'))
+                weights = sharding.put_replicated((prior.params, prior.model_state))
+
+                def nats(suffix, name=name, eval_fn=eval_fn, weights=weights):
+                    codes, count = splits[suffix]
+                    label = f'likelihood {name}{suffix}'
+                    return eval_fn(*weights, feature_store.read_batches(run, codes, label, e.stopped, stop=count))[
+                        'nll'
+                    ]
+
+                nll.append([nats(suffix) for suffix in splits])
 
         def report():
-            codes = [list(_read_codes(run, *pair)) for pair in ((training, counts[0]), (held_out, counts[1]))]
-            parameters = [found.results['parameters'] for found in records]
-            image_shape, size = (*data.image_size, data.channels), run.config.vqvae.codebook_size
-            return likelihood_report(run.levels, nll, nll_train, codes[1], codes[0], parameters, size, image_shape)
+            arrays = []
+            for suffix, (codes, count) in splits.items():
+                examples = [codes[i] for i in track(range(count), f'likelihood{suffix}: reading codes')]
+                arrays.append([np.stack([x[f'codes_{level}'] for x in examples]) for level in range(len(run.levels))])
+            parameters = [prior.results['parameters'] for prior in records]
+            image_shape, size = (*config.data.image_size, config.data.channels), config.vqvae.codebook_size
+            nll_train, nll_held_out = zip(*nll, strict=True)
+            return likelihood_report(
+                run.levels, nll_held_out, nll_train, arrays[1], arrays[0], parameters, size, image_shape
+            )
 
         return processes.run_on_main_process(report)
 
-    inputs = {'codes': workdir.codes_digest(run)} | {found.directory.name: found.digest for found in records}
-    return evaluate_part(e, 'likelihood', inputs, {'split': e.split}, compute)
-
-
-def _nll(e: Evaluation, training, held_out, counts) -> Iterator[tuple[float, float]]:
-    """Yields nats per code of training and of held-out codes, for every level."""
-    run, batch_size = e.run, e.run.batch_size('evaluate')
-    for level, (name, prior) in enumerate(zip(run.levels, workdir.load_priors(run), strict=True)):
-        with jax.set_mesh(run.mesh):
-            eval_fn = make_eval_fn(train.prior_task(run, level, visualize=False), batch_size)
-            weights = sharding.put_replicated((prior.params, prior.model_state))
-
-            def nll(source, count, what, eval_fn=eval_fn, weights=weights):
-                batches = feature_store.read_batches(run, source, what, e.stopped, stop=count)
-                return eval_fn(*weights, batches)['nll']
-
-            values = (
-                nll(training, counts[0], f'likelihood {name}, training'),
-                nll(held_out, counts[1], f'likelihood {name}'),
-            )
-        yield values
-
-
-def _read_codes(run: Run, source, count: int) -> Iterator[np.ndarray]:
-    """Yields the codes int [N, h, w] of the first examples, for every level."""
-    progress, examples = Progress('likelihood: reading codes', count), []
-    for i in range(count):
-        examples.append(source[i])
-        progress.update(i + 1)
-    for level in range(len(run.levels)):
-        yield np.stack([example[f'codes_{level}'] for example in examples])
+    inputs = {'codes': workdir.codes_digest(run)} | {prior.directory.name: prior.digest for prior in records}
+    return evaluate_part(e, 'likelihood', inputs, compute)
 
 
 def _classifier_accuracy(e: Evaluation) -> dict[str, Any]:
-    found = feature_store.image_features(e.run, e.classifier, e.classifier.name, e.split, e.stopped)
+    features = feature_store.image_features(e.run, e.classifier, e.split, e.stopped)
 
     def compute():
-        logits, labels = feature_store.load_logits(found)
+        logits, labels = feature_store.load_logits(features)
         return {'accuracy_on_real_images': accuracy(logits.argmax(axis=-1), labels)}
 
-    return evaluate_part(e, 'classifier', {'features': found.digest}, {}, _on_main(compute))
+    return evaluate_part(e, 'classifier', {'features': features.digest}, compute, main_process_only=True)
 
 
-def _cas(e: Evaluation, kind: str) -> dict[str, Any]:
-    """Accuracy on real images of the classifier trained on `kind`: 'real', 'reconstructions' or 'samples'."""
-    run = e.run
-    if kind == 'real':
-        directory, job, count = 'classifier', 'classifier', len(run.images('train'))
-        name = f'{cas.DIRECTORY}/real' if run.config.reject.classifier else 'classifier'
+def _cas(e: Evaluation, source: str) -> dict[str, Any]:
+    """Accuracy on real images of the classifier trained on `source`: 'real', 'reconstructions' or 'samples'."""
+    run, images = e.run, e.run.images(e.split)
+    if source == 'real':
+        directory, job, count, part = 'classifier', 'classifier', len(run.images('train')), f'{cas.DIRECTORY}/real'
+        name = part if run.config.reject.classifier else directory
     else:
-        (directory, images), job = cas.sources(run)[kind], 'cas'
-        name, count = directory, sample_store.read_set(images).results['count']
+        images_name = cas.images_name(run, source)
+        directory = name = part = f'{cas.DIRECTORY}/{images_name}'
+        job, count = 'cas', sample_store.read_set(run.path(images_name)).results['count']
     trained = workdir.trained_record(run, directory, job, 'classifier')
 
     def compute():
         network = feature_store.load_own_classifier(run, directory, job)
-        found = {
-            '': feature_store.image_features(run, network, name, e.split, e.stopped),
-            '_reconstructed': feature_store.reconstruction_features(run, network, name, e.split, e.stopped),
-        }
-        return processes.run_on_main_process(lambda: {'count': count} | _cas_metrics(run.images(e.split), found))
+        of_images = feature_store.image_features(run, network, e.split, e.stopped, name)
+        of_reconstructions = feature_store.reconstruction_features(run, network, e.split, e.stopped, name)
 
-    inputs = {'classifier': trained.digest, 'images': run.images(e.split).digest}
-    inputs['vqvae'] = workdir.vqvae_record(run).digest
-    place = f'{cas.DIRECTORY}/real' if kind == 'real' else directory
-    return evaluate_part(e, place, inputs, {'split': e.split}, compute)
+        def metrics():
+            results, classes = {'count': count}, images.class_names
+            logits, labels = feature_store.load_logits(of_images)
+            each = per_class_accuracy(logits.argmax(axis=-1), labels, len(classes))
+            again = feature_store.load_logits(of_reconstructions, ALL_LEVELS)
+            for suffix, outputs in (('', (logits, labels)), ('_reconstructed', again)):
+                results |= {f'top{k}{suffix}': top_k_accuracy(*outputs, k) for k in (1, 5) if k < len(classes)}
+            return results | {'by_class': dict(zip(classes, each, strict=True))}
 
+        return processes.run_on_main_process(metrics)
 
-def _cas_metrics(source, found: dict[str, Record]) -> dict[str, Any]:
-    names, results = source.class_names, {}
-    for suffix, row in (('', feature_store.IMAGES), ('_reconstructed', ALL_LEVELS)):
-        logits, labels = feature_store.load_logits(found[suffix], row)
-        results |= {f'top{k}{suffix}': top_k_accuracy(logits, labels, k) for k in (1, 5) if k < len(names)}
-        if not suffix:
-            each = per_class_accuracy(logits.argmax(axis=-1), labels, len(names))
-    return results | {'by_class': dict(zip(names, each, strict=True))}
+    inputs = {'classifier': trained.digest, 'images': images.digest, 'vqvae': workdir.vqvae_record(run).digest}
+    return evaluate_part(e, part, inputs, compute)

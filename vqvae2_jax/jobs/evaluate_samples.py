@@ -11,9 +11,8 @@ from vqvae2_jax.data import sample_store
 from vqvae2_jax.distributed import processes
 from vqvae2_jax.distributed.preemption import exit_together
 from vqvae2_jax.evaluation import generative
-from vqvae2_jax.evaluation.features import MAX_STORED_FEATURES, FeatureExtractor, FeatureStats
+from vqvae2_jax.evaluation.features import MAX_STORED_FEATURES, FeatureExtractor
 from vqvae2_jax.io import files, record
-from vqvae2_jax.io.progress import Progress
 from vqvae2_jax.io.record import Record
 from vqvae2_jax.jobs import cas, feature_store, reject, workdir
 from vqvae2_jax.jobs.workdir import REJECTION, SAMPLES, Run
@@ -21,6 +20,9 @@ from vqvae2_jax.metrics.classification import accuracy, per_class_accuracy
 from vqvae2_jax.tasks.vqvae import ALL_LEVELS
 
 DIRECTORY = 'evaluation'
+# Part of the settings of all parts. Raise it when a number of report.json changes for the same inputs and settings: how
+# a metric is computed, on which images, or the names of the results. Features have a version of their own.
+METRICS_VERSION = 1
 _SETS = 'sets'
 _NOTE = 'the classifier that rejects also evaluates: class_accuracy_after_rejection is optimistic'
 
@@ -30,9 +32,9 @@ class Evaluation(NamedTuple):
 
     Attributes:
       run: the run.
-      network: whose features are compared: Inception, or else the classifier; None without both.
-      classifier: that scores samples; None without classes.
-      stopped: of `stop_signals`.
+      network: the network whose features are compared: Inception, or else the classifier; None without both.
+      classifier: the network that scores samples; None without classes.
+      stopped: from `stop_signals`.
     """
 
     run: Run
@@ -48,46 +50,85 @@ class Evaluation(NamedTuple):
     def reference(self) -> str:
         return self.run.config.evaluate.reference or self.split
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of every part."""
+        versions = {'metrics_version': METRICS_VERSION, 'features_version': feature_store.FEATURES_VERSION}
+        return {'evaluate.split': self.split, **versions}
+
 
 def evaluate_part(
-    e: Evaluation, place: str, inputs: dict[str, str], settings: dict[str, Any], compute: Callable[[], dict]
+    e: Evaluation,
+    name: str,
+    inputs: dict[str, str],
+    compute: Callable[[], dict],
+    settings: dict[str, Any] | None = None,
+    *,
+    main_process_only: bool = False,
 ) -> dict[str, Any]:
-    """Returns the results kept in evaluation/<place>; computes them if they are missing or anything has changed."""
-    output = e.run.open_output(e.run.path(DIRECTORY, place), 'evaluate', inputs, settings, replace=True)
+    """Returns the results kept in evaluation/<name>; computes them if they are missing or anything has changed.
+
+    Args:
+      e: the evaluation.
+      name: directory of the part.
+      inputs: digests of its inputs.
+      compute: returns the results. They are kept: an error that may not come again must raise, not become a result.
+      settings: settings of this part besides `e.settings`.
+      main_process_only: call `compute` on the main process alone.
+
+    Raises:
+      Interrupted: a stop signal came; the part is not kept.
+    """
+    settings = e.settings | (settings or {})
+    output = e.run.open_output(e.run.path(DIRECTORY, name), 'evaluate', inputs, settings, replace=True)
     if output.state == record.DONE:
         return output.results
-    results = files.to_json(compute(), place)
+    results = files.to_json(processes.run_on_main_process(compute) if main_process_only else compute(), name)
     exit_together(e.stopped)
     processes.run_on_main_process(lambda: output.finish(results))
     return results
 
 
-def reference_features(e: Evaluation, extract: Callable[..., Record], split: str) -> Record:
-    """Calls one of feature_store's functions with the network of the evaluation."""
-    return extract(e.run, e.network, e.network.name, split, e.stopped)
-
-
-def evaluate_set(e: Evaluation, own_cas: dict | None) -> None:
-    """Evaluates the sample set sample.name into evaluation/sets/<name>."""
+def evaluate_set(e: Evaluation, cas_metrics: dict | None) -> None:
+    """Evaluates the sample set sample.name into evaluation/sets/<name>; `cas_metrics` are those of its classifier."""
     run, name = e.run, e.run.config.sample.name
 
     def compute():
-        found = sample_store.read_set(run.path(SAMPLES, name))
+        samples = sample_store.read_set(run.set_path(SAMPLES))
         fields = ('seed', *configs.sampling_settings(run.config), 'dtype')
-        results = {'count': found.results['count']} | {field: found.settings[field] for field in fields}
-        results |= _sample_metrics(e, found)
-        seconds = {'sample': found.seconds}
-        if own_cas is not None:
-            results['cas'] = own_cas
+        results = {'count': samples.results['count']} | {field: samples.settings[field] for field in fields}
+        results |= sample_metrics(e, samples)
+        seconds = {'sample': samples.seconds}
+        if cas_metrics is not None:
+            results['cas'] = cas_metrics
             seconds['cas'] = record.read(run.path(cas.DIRECTORY, SAMPLES, name)).seconds
         return results | {'seconds': seconds}
 
-    evaluate_part(e, f'{_SETS}/{name}', *_set_inputs(e, name), compute)
+    evaluate_part(e, f'{_SETS}/{name}', _set_inputs(e, name), compute, _set_settings(e))
 
 
-def _set_inputs(e: Evaluation, name: str) -> tuple[dict, dict]:
-    """Returns the inputs and settings that decide the numbers of a sample set."""
-    run, config = e.run, e.run.config
+def all_sets(e: Evaluation) -> dict[str, dict]:
+    """Returns the numbers of all sample sets evaluated so far, with the names of the inputs that changed since."""
+    entries = {}
+    for directory in sorted(e.run.path(DIRECTORY, _SETS).iterdir()):
+        output = record.read(directory)
+        if output is None or output.state != record.DONE:
+            continue
+        stale = []
+        current = _set_inputs(e, directory.name), e.settings | _set_settings(e)
+        for before, now in zip((output.inputs, output.settings), current, strict=True):
+            stale += [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        entries[directory.name] = {'stale': stale} | output.results
+    return entries
+
+
+def _set_settings(e: Evaluation) -> dict[str, Any]:
+    return {'evaluate.reference': e.reference, 'evaluate.sweep': list(e.run.config.evaluate.sweep)}
+
+
+def _set_inputs(e: Evaluation, name: str) -> dict[str, str]:
+    """Returns the inputs that decide the numbers of a sample set."""
+    run = e.run
     inputs = {'images': run.images(e.split).digest, 'reference': run.images(e.reference).digest}
     inputs |= workdir.generator_digests(run)
     outputs = {'samples': (SAMPLES,)}
@@ -95,88 +136,72 @@ def _set_inputs(e: Evaluation, name: str) -> tuple[dict, dict]:
         inputs['network'] = e.network.digest
     if e.classifier is not None:
         outputs['rejection'] = (REJECTION,)
-    if configs.has_cas(config):
+    if configs.has_cas(run.config):
         outputs['cas'] = cas.DIRECTORY, SAMPLES
     for key, parts in outputs.items():
-        found = record.read(run.path(*parts, name))
-        inputs[key] = found.digest if found and found.state == record.DONE else 'missing'
-    settings = {'evaluate.split': e.split, 'evaluate.reference': e.reference}
-    return inputs, settings | {'evaluate.sweep': list(config.evaluate.sweep)}
+        output = record.read(run.path(*parts, name))
+        inputs[key] = output.digest if output and output.state == record.DONE else 'missing'
+    return inputs
 
 
-def all_sets(e: Evaluation) -> dict[str, dict]:
-    """Returns the numbers of all sample sets evaluated so far, with the names of the inputs that changed since."""
-    entries, root = {}, e.run.path(DIRECTORY, _SETS)
-    for directory in sorted(root.iterdir()):
-        found = record.read(directory)
-        if found is None or found.state != record.DONE:
-            continue
-        stale = []
-        for before, now in zip((found.inputs, found.settings), _set_inputs(e, directory.name), strict=True):
-            stale += [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-        entries[directory.name] = {'stale': stale} | found.results
-    return entries
+def sample_metrics(e: Evaluation, samples: Record) -> dict[str, Any]:
+    """Computes the metrics of the sample set sample.name.
 
+    Args:
+      e: the evaluation.
+      samples: the record of the set.
 
-def _sample_metrics(e: Evaluation, found: Record) -> dict[str, Any]:
-    run, name, results = e.run, found.directory.name, {}
-    points, scores = [], None
-    if e.network is not None:
-        real = reference_features(e, feature_store.image_features, e.reference)
-        made = reference_features(e, feature_store.reconstruction_features, e.reference)
-        points, scores, indices = processes.run_on_main_process(lambda: _choose(e, found, real.results['count']))
-        extracted = feature_store.sample_features(run, e.network, e.network.name, name, indices, e.stopped)
-        compute = functools.partial(_compare_samples, e, real, made, extracted, indices, points, scores)
-        results = processes.run_on_main_process(compute)
+    Returns:
+      Entries of the set in report.json: 'quality', 'quality_against_reconstructions', 'sweep', 'class_accuracy', ...
+    """
+    run, network, results = e.run, e.network, {}
+    if network is not None:
+        real = feature_store.image_features(run, network, e.reference, e.stopped)
+        reconstructed = feature_store.reconstruction_features(run, network, e.reference, e.stopped)
+
+        def choose():
+            # The first samples, and those of the sweep, which need not be among the first.
+            indices = np.arange(min(samples.results['count'], MAX_STORED_FEATURES))
+            if e.classifier is None:
+                return indices, [], None
+            scores, fractions = _scores(run), run.config.evaluate.sweep
+            points = generative.choose_samples(
+                scores['log_probability'], scores['label'], fractions, real.results['count'], MAX_STORED_FEATURES
+            )
+            return functools.reduce(np.union1d, [p.indices for p in points], indices), points, scores['score']
+
+        indices, points, probability = processes.run_on_main_process(choose)
+        extracted = feature_store.sample_features(run, network, indices, e.stopped)
+
+        def compare():
+            references = {
+                'quality': feature_store.load_stats(real),
+                'quality_against_reconstructions': feature_store.load_stats(reconstructed, ALL_LEVELS),
+            }
+            generated = feature_store.load_stats(extracted, max_stored=len(indices))
+            first = generated.take(slice(MAX_STORED_FEATURES))
+            quality = {
+                key: generative.metrics_or_reason(network.name, stats, first, f'samples, {key}')
+                for key, stats in references.items()
+            }
+            if e.classifier is None:
+                return quality
+            sets = *references.values(), generated
+            sweep, note = generative.rejection_sweep(network.name, *sets, indices, points, probability)
+            return quality | {'sweep': sweep, 'sweep_note': note}
+
+        results = processes.run_on_main_process(compare)
     if e.classifier is not None:
-        results |= processes.run_on_main_process(lambda: _class_accuracy(run, name))
+        results |= processes.run_on_main_process(lambda: _class_accuracy(run))
     return results
 
 
-def _choose(e: Evaluation, found: Record, real_count: int):
-    """Returns the points of the sweep, all scores, and the ascending indices of all samples that the metrics need."""
-    points, scores = [], None
-    indices = np.arange(min(found.results['count'], MAX_STORED_FEATURES))
-    if e.classifier is not None:
-        scores = sample_store.read_npz(e.run.path(REJECTION, found.directory.name, reject.SCORES))
-        fractions = e.run.config.evaluate.sweep
-        points = generative.choose_samples(
-            scores['log_probability'], scores['label'], fractions, real_count, MAX_STORED_FEATURES
-        )
-        indices = functools.reduce(np.union1d, [point.indices for point in points], indices)
-    return points, scores, indices
+def _scores(run: Run) -> dict[str, np.ndarray]:
+    return sample_store.read_npz(run.set_path(REJECTION) / reject.SCORES)
 
 
-def _compare_samples(e, real, made, extracted, indices, points, scores) -> dict[str, Any]:
-    name = e.network.name
-    progress = Progress('samples: metrics', 2 + len(points), 'comparisons')
-    try:
-        stats = feature_store.load_stats(real, max_stored=MAX_STORED_FEATURES)
-        reconstructed = feature_store.load_stats(made, ALL_LEVELS, max_stored=MAX_STORED_FEATURES)
-        generated = feature_store.load_stats(extracted, max_stored=len(indices))
-    except ValueError as error:
-        results = dict.fromkeys(('quality', 'quality_against_reconstructions'), {'missing': str(error)})
-        return results | ({'sweep': [], 'sweep_note': f'Left out: {error}.'} if points else {})
-
-    def metrics(against: FeatureStats, number: int):
-        first = generated.take(slice(MAX_STORED_FEATURES))
-        found = generative.metrics_or_reason(lambda: generative.generative_metrics(name, against, first))
-        progress.update(number)
-        return found
-
-    results = {'quality': metrics(stats, 1), 'quality_against_reconstructions': metrics(reconstructed, 2)}
-    if e.classifier is not None:
-        sets = stats, reconstructed, generated
-        sweep, note = generative.rejection_sweep(
-            name, *sets, indices, points, scores['score'], progress=lambda done: progress.update(2 + done)
-        )
-        results |= {'sweep': sweep, 'sweep_note': note}
-    return results
-
-
-def _class_accuracy(run: Run, name: str) -> dict[str, Any]:
-    rejection = record.read_done(run.path(REJECTION, name), 'reject')
-    scores = sample_store.read_npz(rejection.directory / reject.SCORES)
+def _class_accuracy(run: Run) -> dict[str, Any]:
+    rejection, scores = record.read_done(run.set_path(REJECTION), 'reject'), _scores(run)
     accepted = sample_store.read_npz(rejection.directory / reject.ACCEPTED, ('index', 'label'))
     kept = scores['predicted'][np.searchsorted(scores['index'], accepted['index'])]
     each = per_class_accuracy(scores['predicted'], scores['label'], run.config.data.num_classes)

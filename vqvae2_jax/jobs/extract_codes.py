@@ -36,7 +36,7 @@ def extract_codes(run: Run) -> None:
     """
     trained = workdir.load_vqvae(run)
     workdir.check_images(run, 'vqvae', trained.record)
-    outputs = {split: _open_output(run, split, trained.digest) for split in SPLITS}  # any refusal comes before the work
+    outputs = {split: _open_output(run, split) for split in SPLITS}  # any refusal comes before the work
     counts = ', '.join(f'{split} {len(run.images(split))}' for split in SPLITS)
     run.print_start(store.JOB, f'{counts} images', parameters=workdir.num_parameters(trained.params), batch='codes')
     with jax.set_mesh(run.mesh):
@@ -49,9 +49,17 @@ def extract_codes(run: Run) -> None:
             exit_together(stopped)
 
 
-def _open_output(run: Run, split: str, vqvae: str) -> Record:
-    inputs = {'vqvae': vqvae, 'images': run.images(split).digest}
-    return run.open_output(run.path('codes', split), store.JOB, inputs, _settings(run, split))
+def inputs(run: Run, split: str) -> dict[str, str]:
+    """Returns the current digests of the inputs of codes/<split>.
+
+    Raises:
+      JobError: stage 1 or images are missing.
+    """
+    return {'vqvae': workdir.vqvae_record(run).digest, 'images': run.images(split).digest}
+
+
+def _open_output(run: Run, split: str) -> Record:
+    return run.open_output(run.path('codes', split), store.JOB, inputs(run, split), _settings(run, split))
 
 
 def _extract_split(run: Run, split: str, output: Record, encode: Callable, stopped: Callable[[], int]) -> None:

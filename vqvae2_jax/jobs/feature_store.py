@@ -7,17 +7,18 @@ themselves, or their reconstructions from some of the levels.
     logits_r    float32 [N, S], if the network has them
     label       int32 [N]
     mask        bool [N], false for images that cannot be read
+    pixels      uint8 [N, 32], SHA-256 of the images, of a comparison of two sets
 
 statistics.npz holds `count`, and `mean_r` [D] and `scatter_r` [D, D] of all images (see metrics/frechet.py).
 """
 
 import contextlib
-import dataclasses
 import functools
 import glob
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,10 +41,13 @@ from vqvae2_jax.io import files, gcs, record
 from vqvae2_jax.io.progress import Progress
 from vqvae2_jax.io.record import JobError, Record
 from vqvae2_jax.jobs import train, workdir
-from vqvae2_jax.jobs.workdir import SAMPLES, Run
+from vqvae2_jax.jobs.workdir import RECONSTRUCTIONS, SAMPLES, Run
 from vqvae2_jax.metrics.frechet import Moments
 
 DIRECTORY = 'features'
+# Part of the settings of all features. Raise it when a network's output for the same weights and images changes, or the
+# arrays of the files: preprocessing, resizing, which layer is read, how statistics are computed.
+FEATURES_VERSION = 1
 SHARD_SIZE = 1024  # images
 IMAGES = 'images'  # the row of images that are not reconstructed
 _STATISTICS = 'statistics.npz'
@@ -88,18 +92,17 @@ def classifier_digest(run: Run) -> str:
     return workdir.trained_record(run, 'classifier', 'classifier', 'classifier').digest
 
 
-def open_samples(run: Run, set_name: str, indices: np.ndarray | None = None) -> ImageSource:
-    """Opens the images and labels of a finished sample set, or some of them.
+def open_samples(run: Run, indices: np.ndarray | None = None) -> ImageSource:
+    """Opens the images and labels of the finished sample set sample.name, or some of them.
 
     Args:
       run: the run.
-      set_name: of the set.
       indices: int [M], ascending; None: all.
 
     Raises:
       JobError: the set is not finished.
     """
-    directory, data = run.path(SAMPLES, set_name), run.config.data
+    directory, data = run.set_path(SAMPLES), run.config.data
     sample_store.shard_paths(directory)  # it refuses a set that lacks files
     folder = str(directory) if gcs.is_remote(directory) else glob.escape(str(directory))
     pattern = gcs.local_copy(os.path.join(folder, 'samples-*.npz'), sample_store.read_set(directory).digest)
@@ -125,11 +128,11 @@ def read_batches(
     Args:
       run: the run.
       source: images or codes.
-      name: of the phase, for the log.
-      stopped: of `stop_signals`.
+      name: name of the phase, for the log.
+      stopped: from `stop_signals`.
       start: the first example.
       stop: one past the last example; None: all.
-      section: of the config, for the batch size.
+      section: section of the config that has the batch size.
 
     Raises:
       Interrupted: a stop signal came.
@@ -146,141 +149,171 @@ def read_batches(
             exit_together(stopped)
 
 
-def image_features(run: Run, extractor: FeatureExtractor, name: str, split: str, stopped: Callable[[], int]) -> Record:
+def image_features(
+    run: Run, extractor: FeatureExtractor, split: str, stopped: Callable[[], int], name: str = ''
+) -> Record:
     """Extracts features of the images of a split into features/<name>/<split>, unless that is done.
 
     Args:
       run: the run.
       extractor: the network.
-      name: its directory.
       split: 'train', 'validation' or 'test'.
-      stopped: of `stop_signals`.
+      stopped: from `stop_signals`.
+      name: directory of the network; '': the extractor's name.
 
     Returns:
       The record, for `load_stats` and `load_logits`; results['count'] is the number of readable images.
 
     Raises:
+      JobError: no image can be read.
       Interrupted: a stop signal came; the same call continues.
     """
-    source = run.images(split)
-    inputs = {'network': extractor.digest, 'images': source.digest}
-    directory = run.path(DIRECTORY, name, split)
-    return extract(run, directory, inputs, {}, source, lambda: _one_row(extractor), [IMAGES], stopped)
+    source, directory = run.images(split), run.path(DIRECTORY, name or extractor.name, split)
+    return extract(run, extractor, source, directory, {'images': source.digest}, stopped)
 
 
-def sample_features(
-    run: Run, extractor: FeatureExtractor, name: str, set_name: str, indices: np.ndarray, stopped: Callable[[], int]
-) -> Record:
-    """Extracts features of the samples `indices` of a set into features/<name>/samples/<set>; see `image_features`."""
-    source = open_samples(run, set_name, indices)
-    inputs = {'network': extractor.digest, 'images': sample_store.read_set(run.path(SAMPLES, set_name)).digest}
+def sample_features(run: Run, extractor: FeatureExtractor, indices: np.ndarray, stopped: Callable[[], int]) -> Record:
+    """Extracts features of the samples `indices` of the set sample.name; see `image_features`."""
+    source, directory = open_samples(run, indices), run.set_path(DIRECTORY, extractor.name, SAMPLES)
+    inputs = {'images': sample_store.read_set(run.set_path(SAMPLES)).digest}
     settings = {'indices': files.digest_arrays({'indices': np.asarray(indices, np.int64)})}
-    directory = run.path(DIRECTORY, name, SAMPLES, set_name)
-    return extract(run, directory, inputs, settings, source, lambda: _one_row(extractor), [IMAGES], stopped)
+    return extract(run, extractor, source, directory, inputs, stopped, settings=settings)
 
 
 def reconstruction_features(
-    run: Run, extractor: FeatureExtractor, name: str, split: str, stopped: Callable[[], int]
+    run: Run, extractor: FeatureExtractor, split: str, stopped: Callable[[], int], name: str = ''
 ) -> Record:
     """Extracts features of reconstructions into features/<name>/reconstructions/<split>; see `image_features`.
 
     The rows are those of stage 1's `image_labels` without the original.
     """
-    source = run.images(split)
-    inputs = {'network': extractor.digest, 'images': source.digest, 'vqvae': workdir.vqvae_record(run).digest}
-    task = train.vqvae_task(run)
-    rows = list(task.image_labels[1:])
+    source, task = run.images(split), train.vqvae_task(run)
+    directory = run.path(DIRECTORY, name or extractor.name, RECONSTRUCTIONS, split)
+    inputs = {'images': source.digest, 'vqvae': workdir.vqvae_record(run).digest}
 
-    def make_function():
+    def make_images():
         trained = workdir.load_vqvae(run)
         weights = sharding.put_replicated((trained.params, trained.model_state))
-        reconstruct, extract_fn = make_reconstruct_fn(task), features.make_extract_fn(extractor)
+        return functools.partial(make_reconstruct_fn(task), *weights)
 
-        def function(batch):
-            images = reconstruct(*weights, batch)
-            outputs = [extract_fn({'image': images[row]}) for row in rows]
-            return {f'{k}_{r}': values for r, output in enumerate(outputs) for k, values in output.items()}
-
-        return function
-
-    directory = run.path(DIRECTORY, name, 'reconstructions', split)
-    return extract(run, directory, inputs, {}, source, make_function, rows, stopped)
-
-
-def _one_row(extractor):
-    extract_fn = features.make_extract_fn(extractor)
-    return lambda batch: {f'{name}_0': values for name, values in extract_fn(batch).items()}
+    rows = task.image_labels[1:]
+    return extract(run, extractor, source, directory, inputs, stopped, rows=rows, make_images=make_images)
 
 
 def extract(
     run: Run,
+    extractor: FeatureExtractor,
+    source: ImageSource,
     directory: epath.Path,
     inputs: dict[str, str],
-    settings: dict,
-    source: ImageSource,
-    make_function: Callable[[], Callable],
-    rows: list[str],
     stopped: Callable[[], int],
     *,
-    job: str = 'evaluate',
+    settings: dict[str, Any] | None = None,
+    rows: Sequence[str] = (IMAGES,),
+    make_images: Callable[[], Callable] | None = None,
+    hash_images: bool = False,
 ) -> Record:
     """Writes the missing shards of features, and then their statistics.
 
     Args:
       run: the run.
-      directory: the output.
-      inputs: digests of the network and the images. Features of other inputs are replaced.
-      settings: further settings that identify the images.
+      extractor: the network.
       source: the images.
-      make_function: called inside the mesh; returns a function batch -> {'features_r', 'logits_r'}. It may also return
-        the 'image' uint8 [B, H, W, C]; their SHA-256 are then stored as 'pixels', uint8 [N, 32].
-      rows: names of the sets of images r.
-      stopped: of `stop_signals`.
-      job: the value of --job, for messages.
+      directory: the output.
+      inputs: digests of the images and of all that makes the rows. Features of other inputs are replaced.
+      stopped: from `stop_signals`.
+      settings: further settings that identify the images.
+      rows: names of the rows, the r-th is row r.
+      make_images: called inside the mesh if shards are missing; returns a function batch -> {row: images uint8
+        [B, H, W, C]}. None: there is one row, the images themselves.
+      hash_images: store the SHA-256 of each image as 'pixels', uint8 [N, 32].
 
     Raises:
+      JobError: no image can be read.
       Interrupted: a stop signal came; the same call continues.
     """
-    settings = {**settings, 'rows': rows, 'count': len(source), 'shard_size': SHARD_SIZE}
-    output = run.open_output(directory, job, inputs, settings, replace=True)
-    ranges = shard_ranges(len(source), SHARD_SIZE)
-    missing = processes.run_on_main_process(lambda: _missing(output, ranges))
+    inputs = {'network': extractor.digest, **inputs}
+    settings = {**(settings or {}), 'rows': list(rows), 'count': len(source), 'shard_size': SHARD_SIZE}
+    settings['features_version'] = FEATURES_VERSION
+    output = run.open_output(directory, 'evaluate', inputs, settings, replace=True)
+    missing = processes.run_on_main_process(lambda: _missing_shards(output))
     if output.state == record.DONE and not missing:
         return output
-    batch_size, name = run.batch_size('evaluate'), '/'.join(directory.relative_to(run.workdir).parts)
+    name = '/'.join(directory.relative_to(run.workdir).parts)
 
-    def write(limits, arrays):
+    def write(shard, arrays):
         arrays = {k: v for k, v in arrays.items() if k != 'index'}
-        processes.run_on_main_process(lambda: sample_store.write_npz(_shard_path(directory, limits), arrays))
+        processes.run_on_main_process(lambda: sample_store.write_npz(_shard_path(directory, shard), arrays))
 
     writer = ShardWriter(missing, write)
     with jax.set_mesh(run.mesh):
-        function = make_function() if missing else None
+        images_of = make_images() if missing and make_images else lambda batch: {IMAGES: batch['image']}
+
+        def function(batch):
+            images, arrays = images_of(batch), {'image': batch['image']} if hash_images else {}
+            for r, row in enumerate(rows):
+                arrays |= {f'{k}_{r}': values for k, values in extractor.extract({'image': images[row]}).items()}
+            return arrays
+
         processes.run_on_main_process(output.start)
         read = functools.partial(read_batches, run, source, name, stopped)
-        for start, arrays in map_missing(function, missing, read, batch_size, len(source)):
-            writer.add(start, _hash_images(arrays))
-    results = processes.run_on_main_process(lambda: _finish(output))
-    return dataclasses.replace(output, state=record.DONE, results=results[0], digest=results[1])
+        for start, arrays in map_missing(function, missing, read, run.batch_size('evaluate'), len(source)):
+            if hash_images:
+                hashes = [hashlib.sha256(image.tobytes()).digest() for image in arrays.pop('image')]
+                arrays['pixels'] = np.frombuffer(b''.join(hashes), np.uint8).reshape(-1, 32)
+            writer.add(start, arrays)
+    return processes.run_on_main_process(lambda: _finish(output, name))
 
 
-def load_stats(output: Record, row: str = IMAGES, max_stored: int = MAX_STORED_FEATURES) -> FeatureStats:
+def _missing_shards(output: Record) -> list[Range]:
+    if output.state in (record.MISSING, record.STALE):  # files may be left of other images
+        for path in output.directory.glob('*.npz'):
+            path.unlink()
+    ranges = shard_ranges(output.settings['count'], output.settings['shard_size'])
+    return [shard for shard in ranges if not _shard_path(output.directory, shard).exists()]
+
+
+def _finish(output: Record, name: str) -> Record:
+    """Writes the statistics of all rows and the record; returns the record.
+
+    Features that are not finite give statistics that are NaN: the metrics refuse them.
+    """
+    totals, progress = [], Progress(f'{name}: statistics', output.settings['count'])
+    row_indices = range(len(output.settings['rows']))
+    for number, shard in enumerate(read_shards(output), start=1):
+        if shard['mask'].any():
+            of_rows = [_readable(shard, f'features_{r}') for r in row_indices]
+            moments = [Moments.of(features, allow_nonfinite=True) for features in of_rows]
+            totals = [before + more for before, more in zip(totals, moments, strict=True)] if totals else moments
+        progress.update(number * output.settings['shard_size'])
+    if not totals:
+        raise JobError(
+            f'{name}: none of the {output.settings["count"]} images could be read. Repair them and delete '
+            f'{output.directory}'
+        )
+    arrays = {f'mean_{r}': totals[r].mean for r in row_indices} | {
+        f'scatter_{r}': totals[r].scatter for r in row_indices
+    }
+    sample_store.write_npz(output.directory / _STATISTICS, {'count': np.array(totals[0].count), **arrays})
+    output.finish({'count': totals[0].count})
+    return output
+
+
+def load_stats(output: Record, row: str = IMAGES, max_stored: int | None = None) -> FeatureStats:
     """Loads the statistics of extracted features, with the features of the first images.
 
     Args:
       output: from one of the functions above.
       row: one of the rows.
-      max_stored: number of first images whose features and logits are loaded; the moments are of all.
-
-    Raises:
-      ValueError: there are none: no image could be read, or features are not finite.
+      max_stored: number of first images whose features and logits are loaded, by default `MAX_STORED_FEATURES`; the
+        moments are those of all images.
     """
-    if 'error' in output.results:
-        raise ValueError(output.results['error'])
-    r, stored = output.settings['rows'].index(row), []
+    r, stored, count = output.settings['rows'].index(row), [], 0
+    max_stored = MAX_STORED_FEATURES if max_stored is None else max_stored
     for shard in read_shards(output):
-        stored.append(_select(shard, r))
-        if sum(len(part['features']) for part in stored) >= max_stored:
+        stored.append({k: _readable(shard, f'{k}_{r}') for k in ('features', 'logits') if f'{k}_{r}' in shard})
+        count += len(stored[-1]['features'])
+        if count >= max_stored:
             break
     arrays = {k: np.concatenate([part[k] for part in stored])[:max_stored] for k in stored[0]}
     values = sample_store.read_npz(output.directory / _STATISTICS)
@@ -291,50 +324,24 @@ def load_stats(output: Record, row: str = IMAGES, max_stored: int = MAX_STORED_F
 def load_logits(output: Record, row: str = IMAGES) -> tuple[np.ndarray, np.ndarray]:
     """Loads the logits float32 [N, S] and the labels int32 [N] of all readable images of a row."""
     r = output.settings['rows'].index(row)
-    parts = [(_select(shard, r)['logits'], shard['label'][shard['mask']]) for shard in read_shards(output)]
+    parts = [(_readable(shard, f'logits_{r}'), _readable(shard, 'label')) for shard in read_shards(output)]
     return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
 
-def _hash_images(arrays):
-    if 'image' not in arrays:
-        return arrays
-    hashes = [np.frombuffer(hashlib.sha256(image.tobytes()).digest(), np.uint8) for image in arrays['image']]
-    return {k: v for k, v in arrays.items() if k != 'image'} | {'pixels': np.stack(hashes)}
-
-
-def _shard_path(directory, limits: Range):
-    return directory / f'features-{limits[0]:08d}-{limits[1]:08d}.npz'
+def digest_images(output: Record) -> str:
+    """Returns the SHA-256 of the SHA-256 of every readable image, of features extracted with `hash_images`."""
+    return hashlib.sha256(b''.join(_readable(shard, 'pixels').tobytes() for shard in read_shards(output))).hexdigest()
 
 
 def read_shards(output: Record) -> Iterator[dict[str, np.ndarray]]:
     """Yields the arrays of every file of extracted features."""
     ranges = shard_ranges(output.settings['count'], output.settings['shard_size'])
-    return (sample_store.read_npz(_shard_path(output.directory, limits)) for limits in ranges)
+    return (sample_store.read_npz(_shard_path(output.directory, shard)) for shard in ranges)
 
 
-def _select(shard, r):
-    # readable images of a row
-    names = [name for name in ('features', 'logits') if f'{name}_{r}' in shard]
-    return {name: shard[f'{name}_{r}'][shard['mask']] for name in names}
+def _readable(shard: dict[str, np.ndarray], name: str) -> np.ndarray:
+    return shard[name][shard['mask']]
 
 
-def _missing(output, ranges):
-    if output.state in (record.MISSING, record.STALE):  # files may be left of other images
-        for path in output.directory.glob('*.npz'):
-            path.unlink()
-    return [limits for limits in ranges if not _shard_path(output.directory, limits).exists()]
-
-
-def _finish(output):
-    """Writes the statistics and the record; returns its results and digest."""
-    try:
-        arrays = {}
-        for r in range(len(output.settings['rows'])):
-            stats = FeatureStats.collect((_select(shard, r) for shard in read_shards(output)), max_stored=0)
-            arrays |= {f'mean_{r}': stats.moments.mean, f'scatter_{r}': stats.moments.scatter}
-        sample_store.write_npz(output.directory / _STATISTICS, {'count': np.array(len(stats)), **arrays})
-        results = {'count': len(stats)}
-    except ValueError as error:
-        results = {'count': sum(int(shard['mask'].sum()) for shard in read_shards(output)), 'error': str(error)}
-    output.finish(results)
-    return results, output.digest
+def _shard_path(directory: epath.Path, shard: Range) -> epath.Path:
+    return directory / f'features-{shard[0]:08d}-{shard[1]:08d}.npz'

@@ -9,7 +9,6 @@ from vqvae2_jax.data import sample_store
 from vqvae2_jax.distributed import processes
 from vqvae2_jax.distributed.batches import map_batches
 from vqvae2_jax.distributed.preemption import stop_signals
-from vqvae2_jax.evaluation import features
 from vqvae2_jax.evaluation.features import FeatureExtractor
 from vqvae2_jax.io import plots, record
 from vqvae2_jax.jobs import feature_store, workdir
@@ -28,12 +27,8 @@ def reject(run: Run) -> None:
       Interrupted: a stop signal came; nothing was written.
     """
     options, directory = run.config.reject, run.set_path(REJECTION)
-    inputs = {
-        'samples': sample_store.read_set(run.set_path(SAMPLES)).digest,
-        'classifier': feature_store.classifier_digest(run),
-    }
     settings = {'keep_fraction': options.keep_fraction, 'threshold': options.threshold}
-    output = run.open_output(directory, 'reject', inputs, settings, replace=True)
+    output = run.open_output(directory, 'reject', inputs(run), settings, replace=True)
     if output.state == record.DONE:
         print(f'reject: done (see {directory})', flush=True)
         return
@@ -43,16 +38,25 @@ def reject(run: Run) -> None:
     print(f'reject: kept {kept} of {len(scored["score"])} samples in {directory}', flush=True)
 
 
+def inputs(run: Run) -> dict[str, str]:
+    """Returns the current digests of the inputs of rejection/<sample.name>.
+
+    Raises:
+      JobError: samples or the classifier are missing.
+    """
+    samples = sample_store.read_set(run.set_path(SAMPLES))
+    return {'samples': samples.digest, 'classifier': feature_store.classifier_digest(run)}
+
+
 def _score(run: Run, classifier: FeatureExtractor, stopped: Callable[[], int]) -> dict[str, np.ndarray]:
     """Returns the arrays of scores.npz, [N] each."""
-    source, batch_size, parts = feature_store.open_samples(run, run.config.sample.name), run.batch_size('evaluate'), []
+    source, batch_size, parts = feature_store.open_samples(run), run.batch_size('evaluate'), []
     run.print_start(
         'reject', f'{len(source)} samples', parameters=workdir.num_parameters(classifier.params), batch='evaluate'
     )
     with jax.set_mesh(run.mesh):
-        extract = features.make_extract_fn(classifier)
         batches = feature_store.read_batches(run, source, 'reject', stopped)
-        for batch in map_batches(lambda batch: {'logits': extract(batch)['logits']}, batches, batch_size):
+        for batch in map_batches(lambda batch: {'logits': classifier.extract(batch)['logits']}, batches, batch_size):
             logits, label = batch['logits'][batch['mask']], batch['label'][batch['mask']]
             log_p = log_probability(logits, label)
             part = {'label': label, 'score': np.exp(log_p).astype(np.float32), 'log_probability': log_p}

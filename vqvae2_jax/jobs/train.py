@@ -39,6 +39,22 @@ def classifier_task(run: Run) -> Task:
     return classifier.make_task(configs.make_classifier(run.config))
 
 
+def inputs(run: Run, section: str) -> dict[str, str]:
+    """Returns the current digests of the inputs of a training.
+
+    Args:
+      run: the run.
+      section: section of the config: 'vqvae', 'prior.<level>' or 'classifier'.
+
+    Raises:
+      JobError: an input is missing.
+      StaleInputError: another stage 1 made the codes.
+    """
+    if section.startswith('prior.'):
+        return {'codes': workdir.codes_digest(run), 'vqvae': workdir.vqvae_record(run).digest}
+    return {'images': run.images_digest()}
+
+
 def train_vqvae(run: Run) -> None:
     """--job=vqvae
 
@@ -47,8 +63,8 @@ def train_vqvae(run: Run) -> None:
     """
     augment = {'flip': run.config.data.flip, 'crop': run.config.data.crop}
     make_data = functools.partial(image_data, run, 'vqvae', **augment)
-    inputs = {'images': run.images_digest()}
-    train_task(run, 'vqvae', 'vqvae', 'vqvae', functools.partial(vqvae_task, run), make_data, inputs)
+    make_task = functools.partial(vqvae_task, run)
+    train_task(run, 'vqvae', 'vqvae', 'vqvae', make_task, make_data, inputs(run, 'vqvae'))
 
 
 def train_prior(run: Run, level_name: str) -> None:
@@ -64,10 +80,10 @@ def train_prior(run: Run, level_name: str) -> None:
         # Codes are read from memory-mapped files: worker processes would only cost.
         return _make_data(run, section, run.codes('train'), run.codes('validation'), {})
 
-    inputs = {'codes': workdir.codes_digest(run), 'vqvae': workdir.vqvae_record(run).digest}
+    digests = inputs(run, section)  # refuses before anything is loaded
     visualize = configs.train_config(run.config, section).image_every > 0
     make_task = functools.partial(prior_task, run, run.levels.index(level_name), visualize)
-    train_task(run, section, workdir.prior_directory(level_name), 'prior', make_task, make_data, inputs)
+    train_task(run, section, workdir.prior_directory(level_name), 'prior', make_task, make_data, digests)
 
 
 def train_classifier(run: Run) -> None:
@@ -80,8 +96,8 @@ def train_classifier(run: Run) -> None:
         raise JobError(f'data.num_classes is {run.config.data.num_classes}: a classifier needs at least 2')
     augment = {'flip': run.config.classifier.flip, 'crop': run.config.classifier.crop}
     make_data = functools.partial(image_data, run, 'classifier', **augment)
-    inputs = {'images': run.images_digest()}
-    train_task(run, 'classifier', 'classifier', 'classifier', lambda: classifier_task(run), make_data, inputs)
+    make_task = functools.partial(classifier_task, run)
+    train_task(run, 'classifier', 'classifier', 'classifier', make_task, make_data, inputs(run, 'classifier'))
 
 
 def train_task(

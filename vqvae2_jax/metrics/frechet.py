@@ -5,9 +5,12 @@ NumPy in, float64 arithmetic, Python floats out. N images, D features (2048 of t
 
 import dataclasses
 import functools
+import operator
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+_CHUNK = 1024  # images that are converted to float64 at once
 
 
 @dataclasses.dataclass
@@ -27,15 +30,25 @@ class Moments:
     scatter: np.ndarray
 
     @classmethod
-    def of(cls, features: ArrayLike) -> 'Moments':
-        """Computes the moments of features [N, D].
+    def of(cls, features: ArrayLike, *, allow_nonfinite: bool = False) -> 'Moments':
+        """Computes the moments of features.
+
+        Args:
+          features: float [N, D], N at least 1.
+          allow_nonfinite: give NaN as the moments of features that are not finite. `covariance` then raises.
 
         Raises:
-          ValueError: not [N, D] with N at least 1, or a feature that is not finite.
+          ValueError: another shape, N is 0, or a feature is not finite.
         """
-        features = check_features(features).astype(np.float64)
-        centered = features - features.mean(axis=0)
-        return cls(len(features), features.mean(axis=0), centered.T @ centered)
+        features = np.asarray(features) if allow_nonfinite else check_features(features)
+        chunks = (features[start : start + _CHUNK].astype(np.float64) for start in range(0, len(features), _CHUNK))
+        return functools.reduce(operator.add, map(cls._of_chunk, chunks))
+
+    @classmethod
+    def _of_chunk(cls, features):
+        mean = features.mean(axis=0)
+        centered = features - mean
+        return cls(len(features), mean, centered.T @ centered)
 
     def __add__(self, other: 'Moments') -> 'Moments':
         count, difference = self.count + other.count, other.mean - self.mean
@@ -47,8 +60,10 @@ class Moments:
         """Returns the unbiased covariance (over N - 1), float64 [D, D].
 
         Raises:
-          ValueError: fewer than two images, or all have the same features.
+          ValueError: fewer than two images, all have the same features, or features are not finite.
         """
+        if not np.isfinite(self.scatter).all():
+            raise ValueError(f'some of {self.count} images have features that are not finite: broken weights or images')
         if self.count < 2:
             raise ValueError(f'a set of {self.count} image has no covariance: give at least 2, better 10 000')
         if np.trace(self.scatter) <= 1e-13 * self.count * np.square(self.mean).sum():
@@ -71,7 +86,7 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     so the result is real and stable also with fewer images than features, unlike with a general matrix root.
 
     Raises:
-      ValueError: different numbers of features, or fewer than two images.
+      ValueError: different numbers of features, or as `Moments.covariance`.
     """
     if first.mean.shape != second.mean.shape:
         raise ValueError(f'the sets have {first.mean.shape[0]} and {second.mean.shape[0]} features: of two networks?')

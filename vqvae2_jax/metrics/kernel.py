@@ -1,5 +1,7 @@
 """Kernel Inception Distance (Binkowski et al. 2018): unlike FID unbiased, also for few images."""
 
+from collections.abc import Callable, Iterable, Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -14,6 +16,7 @@ def kernel_distance(
     subsets: int = SUBSETS,
     subset_size: int = SUBSET_SIZE,
     seed: int = 0,
+    track: Callable[[Sequence], Iterable] = iter,
 ) -> tuple[float, float | None]:
     """Returns the squared maximum mean discrepancy with the kernel (x y / D + 1)^3, over random subsets.
 
@@ -22,7 +25,8 @@ def kernel_distance(
       second: [M, D], M at least 2.
       subsets: number of pairs of subsets.
       subset_size: images of each subset; at most the size of the smaller set.
-      seed: of the random subsets.
+      seed: seed of the random subsets.
+      track: wraps the sequence that the loop over the subsets iterates, to show progress.
 
     Returns:
       Mean and standard deviation over the subsets. The mean may be slightly negative. If both sets are no larger than a
@@ -39,7 +43,7 @@ def kernel_distance(
         raise ValueError(f'sets of {len(first)} and {len(second)} images: KID needs at least 2 of each')
     generator, distances = np.random.default_rng(seed), []
     whole = size == len(first) == len(second)
-    for _ in range(1 if whole else subsets):
+    for _ in track(range(1 if whole else subsets)):
         x, y = (features[generator.choice(len(features), size, replace=False)] for features in (first, second))
         x, y = x.astype(np.float64), y.astype(np.float64)
         within = sum((k.sum() - np.trace(k)) / (size * (size - 1)) for k in (_kernel(x, x), _kernel(y, y)))

@@ -6,6 +6,8 @@ fraction of real images inside the generated one. Distances are computed on the 
 N x M matrix is never held as a whole.
 """
 
+from collections.abc import Callable, Iterable, Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,13 +19,19 @@ NEIGHBORS = 3
 _BLOCK = 1024
 
 
-def precision_recall(real: ArrayLike, generated: ArrayLike, neighbors: int = NEIGHBORS) -> tuple[float, float]:
+def precision_recall(
+    real: ArrayLike,
+    generated: ArrayLike,
+    neighbors: int = NEIGHBORS,
+    track: Callable[[Sequence], Iterable] = iter,
+) -> tuple[float, float]:
     """Returns precision and recall, in [0, 1].
 
     Args:
       real: [N, D].
       generated: [M, D]. N and M exceed `neighbors`. The paper takes 50 000 of both; the values depend on N and M.
       neighbors: k.
+      track: wraps the sequence that each of the four loops over blocks of images iterates, to show progress.
 
     Raises:
       ValueError: shapes that do not match, too few images, features that are not finite.
@@ -36,21 +44,19 @@ def precision_recall(real: ArrayLike, generated: ArrayLike, neighbors: int = NEI
     # Centered, because with a mean far from 0 the squares of float32 distances lose their digits.
     center = real.mean(axis=0)
     real, generated = (jnp.asarray(features - center, jnp.float32) for features in (real, generated))
-    precision = _inside(real, _radii(real, neighbors), generated)
-    recall = _inside(generated, _radii(generated, neighbors), real)
-    return float(precision.mean()), float(recall.mean())
+    precision = _share_inside(real, generated, neighbors, track)
+    return precision, _share_inside(generated, real, neighbors, track)
 
 
-def _radii(points, neighbors):
-    # squared distance of each point [N, D] to its k-th nearest other point: [N]
-    blocks = [_kth_distance(_block(points, start), points, neighbors) for start in range(0, len(points), _BLOCK)]
-    return jnp.concatenate(blocks)[: len(points)]
+def _share_inside(points, queries, neighbors, track):
+    # fraction of the queries [M, D] that lie in a ball around one of the points [N, D]
+    def blocks(of):  # each is computed before the next one starts, so that progress is true
+        return track(range(0, len(of), _BLOCK))
 
-
-def _inside(points, radii, queries):
-    # whether each query [M, D] lies in a ball: bool [M]
-    blocks = [_any_ball(_block(queries, start), points, radii) for start in range(0, len(queries), _BLOCK)]
-    return np.concatenate(blocks)[: len(queries)]
+    radii = [np.asarray(_kth_distance(_block(points, start), points, neighbors)) for start in blocks(points)]
+    radii = jnp.asarray(np.concatenate(radii)[: len(points)])  # squared
+    inside = [np.asarray(_any_ball(_block(queries, start), points, radii)) for start in blocks(queries)]
+    return float(np.concatenate(inside)[: len(queries)].mean())
 
 
 def _block(points, start):
