@@ -148,34 +148,31 @@ def test_a_sweep_leaves_out_the_fractions_of_which_there_are_no_metrics():
     assert '0.25: all 16 images of a set have the same features' in note
 
 
-class TestFeatureStats:
-    features = gaussian(2500, 3, 1).astype(np.float32)
-    logits = gaussian(2500, 0, 1, seed=1).astype(np.float32)
+def test_moments_of_features_that_are_not_finite_have_no_covariance():
+    features = gaussian(1500, 0, 1)
+    features[1200, 3] = np.nan
+    moments = Moments.of(features, allow_nonfinite=True)
+    assert moments.count == 1500
+    with pytest.raises(ValueError, match='some of 1500 images have features that are not finite'):
+        frechet_distance(Moments.of(gaussian(40, 0, 1)), moments)
 
-    def batches(self, size):
-        for start in range(0, 2500, size):
-            yield {'features': self.features[start : start + size], 'logits': self.logits[start : start + size]}
 
-    @pytest.mark.parametrize('size', [7, 1024, 2500])
-    def test_moments_of_all_and_features_of_the_first(self, size):
-        stats = FeatureStats.collect(self.batches(size), max_stored=100)
-        np.testing.assert_array_equal(stats.features, self.features[:100])
-        np.testing.assert_array_equal(stats.logits, self.logits[:100])
-        assert len(stats) == 2500
-        np.testing.assert_allclose(stats.moments.mean, self.features.mean(0, np.float64), rtol=1e-9)
-        np.testing.assert_allclose(stats.moments.covariance(), np.cov(self.features.T.astype(np.float64)), rtol=1e-9)
+def test_loops_report_their_progress():
+    seen = []
 
-    def test_masked_examples_do_not_count(self):
-        mask = np.arange(2500) % 3 > 0
-        broken = np.where(mask[:, None], self.features, np.nan)
-        stats = FeatureStats.collect([{'features': broken, 'mask': mask}])
-        np.testing.assert_array_equal(stats.features, self.features[mask])
-        assert len(stats) == mask.sum() and stats.logits is None
-        with pytest.raises(ValueError, match='no readable image'):
-            FeatureStats.collect([{'features': broken, 'mask': np.zeros(2500, bool)}])
+    def track(values):
+        seen.append(len(values))
+        return values
 
-    def test_a_part_has_its_own_moments(self):
-        part = FeatureStats.collect(self.batches(500)).take(np.array([3, 5, 9]))
-        assert len(part) == 3
-        np.testing.assert_allclose(part.moments.mean, self.features[[3, 5, 9]].mean(0), rtol=1e-6)
-        np.testing.assert_array_equal(part.logits, self.logits[[3, 5, 9]])
+    sets = gaussian(1100, 0, 1), gaussian(2000, 0, 1, seed=1)
+    kernel_distance(*sets, subsets=5, subset_size=100, track=track)
+    precision_recall(*sets, track=track)
+    assert seen == [5, 2, 2, 2, 2]  # subsets; blocks of 1024 images
+
+
+def test_a_part_of_the_features_has_its_own_moments():
+    features, logits = gaussian(2500, 3, 1).astype(np.float32), gaussian(2500, 0, 1, seed=1).astype(np.float32)
+    part = FeatureStats(features, logits, Moments.of(features)).take(np.array([3, 5, 9]))
+    assert len(part) == 3
+    np.testing.assert_allclose(part.moments.mean, features[[3, 5, 9]].mean(0), rtol=1e-6)
+    np.testing.assert_array_equal(part.logits, logits[[3, 5, 9]])

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from vqvae2_jax.data.shards import Range, shard_ranges
-from vqvae2_jax.io import files, record
+from vqvae2_jax.io import files, gcs, record
 from vqvae2_jax.io.record import JobError, Record
 
 
@@ -46,9 +46,13 @@ def remove_others(directory: epath.Path, ranges: Sequence[Range]) -> None:
 
 def write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes an `.npz` file completely or not at all."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    files.write_bytes(path, buffer.getvalue())
+    if gcs.is_remote(path):
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        path.write_bytes(buffer.getvalue())
+        return
+    with files.replace_file(path) as part, part.open('wb') as file:  # the content is never in memory a second time
+        np.savez(file, **arrays)
 
 
 def read_npz(path: epath.Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
@@ -81,14 +85,14 @@ def take(directory: epath.Path, index: np.ndarray) -> dict[str, np.ndarray]:
     """
     found = read_set(directory)
     paths, size = _shard_paths(found), found.settings['shard_size']
-    index = np.asarray(index)
-    rows = [None] * len(index)
+    index, result = np.asarray(index), {}
     for shard in np.unique(index // size):
-        arrays = read_npz(paths[shard])
-        for position in np.flatnonzero(index // size == shard):
-            # Copies: a view would keep the whole file alive.
-            rows[position] = {name: values[index[position] % size].copy() for name, values in arrays.items()}
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        positions = np.flatnonzero(index // size == shard)
+        for name, values in read_npz(paths[shard]).items():
+            if name not in result:  # all images are held once: a set may have many
+                result[name] = np.empty((len(index), *values.shape[1:]), values.dtype)
+            result[name][positions] = values[index[positions] % size]
+    return result
 
 
 def read_set(directory: epath.Path) -> Record:

@@ -1,9 +1,11 @@
 """Digests, and files that are written completely or not at all."""
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -83,13 +85,23 @@ def read_json(path: epath.PathLike) -> Any:
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
     """Writes a file under a temporary name beside it and renames it, so that a killed job leaves no torn file."""
+    with replace_file(path) as part:
+        part.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replace_file(path: epath.PathLike) -> Iterator[epath.Path]:
+    """Yields a temporary path beside `path` for a file to write; it gets its name when the context ends without error.
+
+    On a bucket, where no file is ever torn, it is `path` itself.
+    """
     path = epath.Path(path)
-    if gcs.is_remote(path):  # where no file is ever torn
-        path.write_bytes(data)
+    if gcs.is_remote(path):
+        yield path
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.parent / f'.{path.name}.{os.getpid()}.part'
-    part.write_bytes(data)
+    yield part
     part.replace(path)
 
 

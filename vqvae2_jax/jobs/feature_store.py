@@ -232,14 +232,12 @@ def extract(
       JobError: no image can be read.
       Interrupted: a stop signal came; the same call continues.
     """
-    inputs = {'network': extractor.digest, **inputs}
-    settings = {**(settings or {}), 'rows': list(rows), 'count': len(source), 'shard_size': SHARD_SIZE}
-    settings['features_version'] = FEATURES_VERSION
+    inputs, settings = {'network': extractor.digest, **inputs}, {**(settings or {}), 'rows': list(rows)}
+    settings |= {'count': len(source), 'shard_size': SHARD_SIZE, 'features_version': FEATURES_VERSION}
     output = run.open_output(directory, 'evaluate', inputs, settings, replace=True)
     missing = processes.run_on_main_process(lambda: _missing_shards(output))
     if output.state == record.DONE and not missing:
         return output
-    name = '/'.join(directory.relative_to(run.workdir).parts)
 
     def write(shard, arrays):
         arrays = {k: v for k, v in arrays.items() if k != 'index'}
@@ -256,13 +254,17 @@ def extract(
             return arrays
 
         processes.run_on_main_process(output.start)
-        read = functools.partial(read_batches, run, source, name, stopped)
+        read = functools.partial(read_batches, run, source, str(directory.relative_to(run.workdir)), stopped)
         for start, arrays in map_missing(function, missing, read, run.batch_size('evaluate'), len(source)):
             if hash_images:
-                hashes = [hashlib.sha256(image.tobytes()).digest() for image in arrays.pop('image')]
-                arrays['pixels'] = np.frombuffer(b''.join(hashes), np.uint8).reshape(-1, 32)
+                arrays['pixels'] = _hashes(arrays.pop('image'))
             writer.add(start, arrays)
-    return processes.run_on_main_process(lambda: _finish(output, name))
+    return processes.run_on_main_process(lambda: _finish(run, output))
+
+
+def _hashes(images: np.ndarray) -> np.ndarray:
+    hashes = [hashlib.sha256(image.tobytes()).digest() for image in images]
+    return np.frombuffer(b''.join(hashes), np.uint8).reshape(-1, 32)
 
 
 def _missing_shards(output: Record) -> list[Range]:
@@ -273,12 +275,13 @@ def _missing_shards(output: Record) -> list[Range]:
     return [shard for shard in ranges if not _shard_path(output.directory, shard).exists()]
 
 
-def _finish(output: Record, name: str) -> Record:
+def _finish(run: Run, output: Record) -> Record:
     """Writes the statistics of all rows and the record; returns the record.
 
     Features that are not finite give statistics that are NaN: the metrics refuse them.
     """
-    totals, progress = [], Progress(f'{name}: statistics', output.settings['count'])
+    name, totals = output.directory.relative_to(run.workdir), []
+    progress = Progress(f'{name}: statistics', output.settings['count'])
     row_indices = range(len(output.settings['rows']))
     for number, shard in enumerate(read_shards(output), start=1):
         if shard['mask'].any():
