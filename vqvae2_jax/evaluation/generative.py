@@ -34,7 +34,7 @@ class SweepPoint(NamedTuple):
     """The samples of one point of the rejection sweep.
 
     Attributes:
-      fraction: of every class that is kept, in (0, 1].
+      fraction: fraction of every class that is kept, in (0, 1].
       kept_count: number of samples kept.
       indices: int64 [n], ascending: the first n samples kept. n is 0 for a point that is left out, else the same for
         all points.

@@ -18,9 +18,9 @@ def heading(text: str, level: int = 2) -> str:
     return f'<h{level}>{html.escape(text)}</h{level}>\n'
 
 
-def note(text: str, kind: str = 'note') -> str:
-    """Returns a paragraph of class `kind`, 'note' or 'stale'; '' for no text."""
-    return text and f'<p class="{kind}">{html.escape(text)}</p>\n'
+def note(text: str, css_class: str = 'note') -> str:
+    """Returns a paragraph of class `css_class`, 'note' or 'stale'; '' for no text."""
+    return text and f'<p class="{css_class}">{html.escape(text)}</p>\n'
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
@@ -42,7 +42,7 @@ def image(png: bytes | None, caption: str, plot: bool = False) -> str:
     """
     if png is None:
         return ''
-    kind = ' class="plot"' if plot else ''
+    css_class = ' class="plot"' if plot else ''
     source = f'data:image/png;base64,{base64.b64encode(png).decode()}'
     caption = html.escape(caption)
-    return f'<figure><img{kind} alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>\n'
+    return f'<figure><img{css_class} alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>\n'

@@ -206,10 +206,10 @@ def _sample_set(name, entry, report, pictures) -> list[str]:
             )
         )
     if 'quality' in entry:
-        quality, compared = entry['quality'], {'real images': entry['quality']}
-        compared['reconstructions'] = entry['quality_against_reconstructions']
+        quality = entry['quality']
+        compared = {'real images': quality, 'reconstructions': entry['quality_against_reconstructions']}
         shown = [key for key in _LABELS if key in quality]
-        rows = [(what, *(_number(metrics.get(k, '')) for k in shown)) for what, metrics in compared.items()]
+        rows = [(against, *(_number(metrics.get(k, '')) for k in shown)) for against, metrics in compared.items()]
         parts.append(html.table(('samples against', *(_LABELS[k] for k in shown)), rows))
         parts.append(html.note(_note(quality)))
     caption = f'{entry["count"]} samples, unfiltered, one class per row'

@@ -20,7 +20,7 @@ from vqvae2_jax.distributed.preemption import exit_together, stop_signals
 from vqvae2_jax.io import record
 from vqvae2_jax.io.progress import Progress
 from vqvae2_jax.io.record import Record
-from vqvae2_jax.jobs import workdir
+from vqvae2_jax.jobs import train, workdir
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.models.vqvae import map_shapes
 
@@ -35,7 +35,9 @@ def extract_codes(run: Run) -> None:
       Interrupted: a stop signal came; the same command continues.
     """
     trained = workdir.load_vqvae(run)
-    workdir.check_images(run, 'vqvae', trained.record)
+    stage1 = trained.record
+    hint = f'delete {stage1.directory} to train it again'
+    record.check_inputs(stage1.directory, stage1.inputs, train.inputs(run, 'vqvae'), hint)
     outputs = {split: _open_output(run, split) for split in SPLITS}  # any refusal comes before the work
     counts = ', '.join(f'{split} {len(run.images(split))}' for split in SPLITS)
     run.print_start(store.JOB, f'{counts} images', parameters=workdir.num_parameters(trained.params), batch='codes')

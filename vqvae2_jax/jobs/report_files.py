@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,6 @@ from ml_collections import ConfigDict
 
 from vqvae2_jax.config import build as configs
 from vqvae2_jax.data.images import SPLITS
-from vqvae2_jax.evaluation import report_plots
 from vqvae2_jax.evaluation.report import render_html, summary
 from vqvae2_jax.io import files, plots, record
 from vqvae2_jax.io.logging import read_metrics
@@ -23,16 +23,19 @@ from vqvae2_jax.version import __version__
 
 DIRECTORY = 'report'
 SCHEMA = 4
+_DISTANCES = {'fid': 'FID', 'frechet_distance': 'Fréchet distance'}
 
 
-def write_report(run: Run, parts: dict[str, Any], quality: dict[str, str] | None, rows: dict[str, np.ndarray]) -> None:
+def write_report(
+    run: Run, parts: dict[str, Any], quality: dict[str, str] | None, images: dict[str, np.ndarray]
+) -> None:
     """Writes all files of the report, and prints a summary.
 
     Args:
       run: the run.
       parts: the parts of report.json, from `evaluate_parts`.
       quality: protocol of the metrics of generated images; None: there are none.
-      rows: images uint8 [N, H, W, C] of the split and their reconstructions, by label.
+      images: images uint8 [N, H, W, C] of the split and their reconstructions, by label.
     """
     directory = run.path(DIRECTORY)
     report = {'schema': SCHEMA, 'config': run.config.name, 'protocol': _protocol(run, quality), **parts}
@@ -40,7 +43,7 @@ def write_report(run: Run, parts: dict[str, Any], quality: dict[str, str] | None
     inputs = {name: files.digest_json(part) for name, part in parts.items()}
     output = record.open_output(directory, 'evaluate', inputs, {'config': _config_digest(run)}, replace=True)
     output.start()
-    picture = plots.labeled_rows(list(rows.items()), scale=plots.visible_scale(next(iter(rows.values()))))
+    picture = plots.labeled_rows(list(images.items()), scale=plots.visible_scale(next(iter(images.values()))))
     plots.save_png(directory / 'reconstructions.png', picture)
     plots.plot_panels(directory / 'curves.png', _curve_panels(run, report['likelihood']))
     _write_set_pictures(run, report['sets'][run.config.sample.name])
@@ -61,7 +64,7 @@ def _write_set_pictures(run, entry):
     for name, source in sources.items():
         files.write_bytes(directory / name, source.read_bytes())
     if entry.get('sweep'):
-        plots.plot_panels(directory / 'rejection.png', report_plots.sweep_panels(entry['sweep']))
+        plots.plot_panels(directory / 'rejection.png', _sweep_panels(entry['sweep']))
     else:
         (directory / 'rejection.png').unlink(missing_ok=True)
 
@@ -73,30 +76,59 @@ def _read_pictures(directory, report) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in paths.items() if path.exists()}
 
 
+def _sweep_panels(points: Sequence[dict[str, Any]]) -> list[Panel]:
+    """Returns the plots of a rejection sweep (VQ-VAE-2 figure 7), from `generative.rejection_sweep`."""
+    distance = next(name for name in _DISTANCES if name in points[0])
+    x = 'inception_score' if all('inception_score' in p for p in points) else 'confidence'
+    distances = {'against real images': distance, 'against reconstructions': f'{distance}_against_reconstructions'}
+    curves = {label: ([p[x] for p in points], [p[key] for p in points]) for label, key in distances.items()}
+    kept = f'kept {points[0]["keep_fraction"]:.0%} to {points[-1]["keep_fraction"]:.0%}'
+    trade_off = {kept: ([p['recall'] for p in points], [p['precision'] for p in points])}
+    images = f'n = {points[0]["count"]}'
+    xlabel = {'inception_score': 'Inception Score', 'confidence': 'mean confidence of the classifier'}[x]
+    return [
+        Panel(f'quality, {kept}, {images}', curves, _DISTANCES[distance], xlabel=xlabel),
+        Panel(f'precision and recall, {images}', trade_off, 'precision', xlabel='recall'),
+    ]
+
+
 def _curve_panels(run: Run, likelihood: dict) -> list[Panel]:
+    """Returns the learning curves of all trainings; those of the priors with the unigram entropy of their codes."""
+
     def panel(section, directory, title, metric, ylabel, hlines=None, *, log_y=False):
-        lines, labels = read_metrics(run.path(directory)), curve_labels(run.config, section)
-        return report_plots.curve_panel(title, lines, metric, labels, ylabel, hlines, log_y=log_y)
+        curves, lines = {}, read_metrics(run.path(directory))
+        for prefix, label in zip(('train', 'validation'), curve_labels(run.config, section), strict=True):
+            points = [(line['step'], line[f'{prefix}/{metric}']) for line in lines if f'{prefix}/{metric}' in line]
+            if points:
+                curves[label] = tuple(zip(*points, strict=True))
+        return Panel(title, curves, ylabel, hlines or {}, log_y)
 
     panels = [panel('vqvae', 'vqvae', 'vqvae: reconstruction', 'mse', 'MSE in [-1, 1]', log_y=True)]
     for name in reversed(run.levels):
         lines = {'unigram entropy': likelihood['levels'][name]['unigram_entropy']}
-        place = f'prior.{name}', workdir.prior_directory(name), f'{name} prior'
-        panels.append(panel(*place, 'nll', 'nats per code', lines))
+        directory = workdir.prior_directory(name)
+        panels.append(panel(f'prior.{name}', directory, f'{name} prior', 'nll', 'nats per code', lines))
     if configs.trains_classifier(run.config):
         panels.append(panel('classifier', 'classifier', 'classifier', 'nll', 'cross-entropy, nats'))
     return panels
 
 
 def curve_labels(config: ConfigDict, section: str) -> tuple[str, str]:
-    """Returns labels of the training and the validation curve of a section, such as 'prior.top'."""
+    """Returns labels of the training and the validation curve, with everything in which the two differ.
+
+    Args:
+      config: the complete config.
+      section: the section of the network, such as 'prior.top'.
+    """
     fields = config[section]
-    augmented = {'vqvae': config.data, 'classifier': fields}.get(section)
-    return report_plots.curve_labels(
-        averaged=bool(fields.training.params_ema_decay),
-        dropout=bool(fields.get('dropout') or fields.get('attention_dropout')),
-        augmented=bool(augmented and (augmented.flip or augmented.crop)),
-    )
+    augmentation = {'vqvae': config.data, 'classifier': fields}.get(section)
+    differences = {
+        'last weights': fields.training.params_ema_decay,
+        'dropout': fields.get('dropout') or fields.get('attention_dropout'),
+        'augmented': augmentation and (augmentation.flip or augmentation.crop),
+    }
+    train = ', '.join(['train', *(name for name, differs in differences.items() if differs)])
+    return train, 'held out, averaged weights' if differences['last weights'] else 'held out'
 
 
 def _config_digest(run):

@@ -311,18 +311,6 @@ def sampling_params(run: Run) -> tuple:
     return tuple(configs.make_sampling_params(run.config, name) for name in run.levels)
 
 
-def check_images(run: Run, directory: str, found: Record) -> None:
-    """Refuses a network trained on other images than the current ones, among which may be today's test images.
-
-    Raises:
-      StaleInputError: with both digests.
-      JobError: the images are missing.
-    """
-    path = run.path(directory)
-    recorded, current = {'images': found.inputs.get('images')}, {'images': run.images_digest()}
-    record.check_inputs(path, recorded, current, f'delete {path} to train it again')
-
-
 def codes_records(run: Run) -> dict[str, Record]:
     """Reads the records of the codes of all splits.
 
