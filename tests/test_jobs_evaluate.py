@@ -247,6 +247,19 @@ def test_sets_without_a_number(empty_run, inception, images, tmp_path):
         compare(empty_run, str(tmp_path / 'missing.npz'), good, good)
 
 
+@pytest.mark.system
+def test_unreadable_images_of_a_set_are_skipped_as_the_error_advises(empty_run, inception, images, tmp_path, capsys):
+    good, corrupt = folder_of(tmp_path / 'good', images), folder_of(tmp_path / 'corrupt', images)
+    (corrupt / '000.png').write_bytes(b'no image')  # the one whose size the others must have
+    with pytest.raises(JobError, match=r'(?s)cannot decode the image .*000\.png.*--config\.data\.on_error=skip'):
+        compare(empty_run, inception, good, corrupt)
+    empty_run.config.data.on_error = 'skip'
+    found = compare(empty_run, inception, good, corrupt)
+    assert (found['count_real'], found['count']) == (12, 11)
+    assert 'skipped 1 unreadable images, listed in' in capsys.readouterr().out
+    assert empty_run.skipped() == [str(corrupt / '000.png')]
+
+
 def test_a_number_that_cannot_be_had_does_not_cost_the_report(run):
     run.config.sample.count = 2
     run.config.evaluate.cas = False

@@ -283,9 +283,9 @@ def _finish(run: Run, output: Record) -> Record:
     name, totals = output.directory.relative_to(run.workdir), []
     progress = Progress(f'{name}: statistics', output.settings['count'])
     row_indices = range(len(output.settings['rows']))
-    for number, shard in enumerate(read_shards(output), start=1):
+    for number, shard in enumerate(_read_shards(output), start=1):
         if shard['mask'].any():
-            of_rows = [_readable(shard, f'features_{r}') for r in row_indices]
+            of_rows = [shard[f'features_{r}'][shard['mask']] for r in row_indices]
             moments = [Moments.of(features, allow_nonfinite=True) for features in of_rows]
             totals = [before + more for before, more in zip(totals, moments, strict=True)] if totals else moments
         progress.update(number * output.settings['shard_size'])
@@ -311,39 +311,40 @@ def load_stats(output: Record, row: str = IMAGES, max_stored: int | None = None)
       max_stored: number of first images whose features and logits are loaded, by default `MAX_STORED_FEATURES`; the
         moments are those of all images.
     """
-    r, stored, count = output.settings['rows'].index(row), [], 0
+    r = output.settings['rows'].index(row)
     max_stored = MAX_STORED_FEATURES if max_stored is None else max_stored
-    for shard in read_shards(output):
-        stored.append({k: _readable(shard, f'{k}_{r}') for k in ('features', 'logits') if f'{k}_{r}' in shard})
-        count += len(stored[-1]['features'])
-        if count >= max_stored:
-            break
-    arrays = {k: np.concatenate([part[k] for part in stored])[:max_stored] for k in stored[0]}
+    arrays = _load(output, (f'features_{r}', f'logits_{r}'), max_stored)
     values = sample_store.read_npz(output.directory / _STATISTICS)
     moments = Moments(int(values['count']), values[f'mean_{r}'], values[f'scatter_{r}'])
-    return FeatureStats(arrays['features'], arrays.get('logits'), moments)
+    return FeatureStats(arrays[f'features_{r}'], arrays.get(f'logits_{r}'), moments)
 
 
 def load_logits(output: Record, row: str = IMAGES) -> tuple[np.ndarray, np.ndarray]:
     """Loads the logits float32 [N, S] and the labels int32 [N] of all readable images of a row."""
-    r = output.settings['rows'].index(row)
-    parts = [(_readable(shard, f'logits_{r}'), _readable(shard, 'label')) for shard in read_shards(output)]
-    return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    logits = f'logits_{output.settings["rows"].index(row)}'
+    arrays = _load(output, (logits, 'label'))
+    return arrays[logits], arrays['label']
 
 
 def digest_images(output: Record) -> str:
     """Returns the SHA-256 of the SHA-256 of every readable image, of features extracted with `hash_images`."""
-    return hashlib.sha256(b''.join(_readable(shard, 'pixels').tobytes() for shard in read_shards(output))).hexdigest()
+    return hashlib.sha256(_load(output, ('pixels',))['pixels'].tobytes()).hexdigest()
 
 
-def read_shards(output: Record) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the arrays of every file of extracted features."""
+def _load(output: Record, names: Sequence[str], max_count: int | None = None) -> dict[str, np.ndarray]:
+    """Loads arrays of the first `max_count` readable images; leaves out names that the files lack."""
+    parts, count = [], 0
+    for shard in _read_shards(output):
+        parts.append({name: shard[name][shard['mask']] for name in names if name in shard})
+        count += int(shard['mask'].sum())
+        if max_count is not None and count >= max_count:
+            break
+    return {name: np.concatenate([part[name] for part in parts])[:max_count] for name in parts[0]}
+
+
+def _read_shards(output: Record) -> Iterator[dict[str, np.ndarray]]:
     ranges = shard_ranges(output.settings['count'], output.settings['shard_size'])
     return (sample_store.read_npz(_shard_path(output.directory, shard)) for shard in ranges)
-
-
-def _readable(shard: dict[str, np.ndarray], name: str) -> np.ndarray:
-    return shard[name][shard['mask']]
 
 
 def _shard_path(directory: epath.Path, shard: Range) -> epath.Path:
