@@ -51,6 +51,7 @@ FEATURES_VERSION = 1
 SHARD_SIZE = 1024  # images
 IMAGES = 'images'  # the row of images that are not reconstructed
 _STATISTICS = 'statistics.npz'
+_CHUNK = 1024  # images whose moments are computed at once
 
 
 def load_inception(run: Run) -> FeatureExtractor:
@@ -280,24 +281,25 @@ def _finish(run: Run, output: Record) -> Record:
 
     Features that are not finite give statistics that are NaN: the metrics refuse them.
     """
-    name, totals = output.directory.relative_to(run.workdir), []
-    progress = Progress(f'{name}: statistics', output.settings['count'])
-    row_indices = range(len(output.settings['rows']))
-    for number, shard in enumerate(_read_shards(output), start=1):
-        if shard['mask'].any():
-            of_rows = [shard[f'features_{r}'][shard['mask']] for r in row_indices]
-            moments = [Moments.of(features, allow_nonfinite=True) for features in of_rows]
+    name, row_indices = output.directory.relative_to(run.workdir), range(len(output.settings['rows']))
+    count, size = output.settings['count'], output.settings['shard_size']
+    progress, totals, pending = Progress(f'{name}: statistics', count), [], []
+    for start, shard in zip(range(0, count, size), _read_shards(output), strict=True):
+        pending.append([shard[f'features_{r}'][shard['mask']] for r in row_indices])
+        pending_count = sum(len(rows[0]) for rows in pending)
+        # Parts of the same size whatever the size of the shards, on which rounding would depend.
+        if pending_count >= _CHUNK or (pending_count and start + size >= count):
+            parts = [np.concatenate(arrays) for arrays in zip(*pending, strict=True)]
+            moments = [Moments.of(features, allow_nonfinite=True) for features in parts]
             totals = [before + more for before, more in zip(totals, moments, strict=True)] if totals else moments
-        progress.update(number * output.settings['shard_size'])
+            pending = []
+        progress.update(start + size)
     if not totals:
-        raise JobError(
-            f'{name}: none of the {output.settings["count"]} images could be read. Repair them and delete '
-            f'{output.directory}'
-        )
-    arrays = {f'mean_{r}': totals[r].mean for r in row_indices} | {
-        f'scatter_{r}': totals[r].scatter for r in row_indices
-    }
-    sample_store.write_npz(output.directory / _STATISTICS, {'count': np.array(totals[0].count), **arrays})
+        raise JobError(f'{name}: none of the {count} images could be read. Repair them and delete {output.directory}')
+    arrays = {'count': np.array(totals[0].count)}
+    for r in row_indices:
+        arrays |= {f'mean_{r}': totals[r].mean, f'scatter_{r}': totals[r].scatter}
+    sample_store.write_npz(output.directory / _STATISTICS, arrays)
     output.finish({'count': totals[0].count})
     return output
 
