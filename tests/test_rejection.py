@@ -1,5 +1,7 @@
 """Rejection and its sweep, on stored samples and a classifier that reads its features and logits off the pixels."""
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -274,3 +276,16 @@ def test_scores_do_not_depend_on_the_number_of_devices(empty_run, count):
     expected = log_probability(extract(images)['logits'], np.arange(30) % CLASSES)
     np.testing.assert_allclose(scores['log_probability'], expected, rtol=1e-5)
     np.testing.assert_array_equal(scores['index'], np.arange(30))
+
+
+def test_chosen_images_are_held_in_memory_once(empty_run, tmp_path):
+    images = np.zeros((20_000, 56, 56, 1), np.uint8)  # 63 MB
+    store_samples(empty_run, images, np.arange(len(images)) % CLASSES, shard_size=1000)
+    tracemalloc.start()
+    try:
+        arrays = sample_store.take(empty_run.set_path('samples'), np.arange(0, len(images)))
+        sample_store.write_npz(epath.Path(tmp_path) / 'chosen.npz', arrays)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.6 * images.nbytes  # a shard and a buffer of NumPy on top
