@@ -157,11 +157,8 @@ def test_streamed_logits_equal_the_whole_network(case):
         left, cache = jnp.full((2, 1, 1), prior.codebook_size), attention
         for j in range(prior.shape[1]):
             here = part if part is None or part.shape[2] == 1 else part[:, :, j : j + 1]
-            step, vertical_here = (
-                jnp.int32(i * prior.shape[1] + j),
-                jax.tree.map(lambda f: f[:, :, j : j + 1], vertical),
-            )
-            arguments = (left, step, vertical_here, here)
+            vertical_here = jax.tree.map(lambda f, j=j: f[:, :, j : j + 1], vertical)
+            arguments = (left, jnp.int32(i * prior.shape[1] + j), vertical_here, here)
             logits, cache = prior.apply(
                 {'params': params, **cache}, *arguments, method='decode_position', mutable=['columns', 'attention']
             )

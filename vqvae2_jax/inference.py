@@ -110,8 +110,8 @@ def make_inpaint_fn(
 ) -> Callable[..., Batch]:
     """Makes the function that samples the masked part of an image again, in several variants.
 
-    Variant `index` of image `number` depends on the seed and on these two numbers alone, apart from the image, the mask,
-    the label and the sampling parameters.
+    Variant `index` of image `number` depends on the seed, these two numbers, the image, the mask, the label and the
+    sampling parameters alone.
 
     Args:
       model: the VQ-VAE's module.

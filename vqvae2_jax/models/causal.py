@@ -1,7 +1,8 @@
 """Causal layers. They run over whole maps, or step by step with a cache.
 
-On whole maps (training) the inputs before the first row or column are zeros; with a cache (sampling) they are the inputs
-of earlier calls. Both compute the same sums up to rounding, so cached sampling gives the samples of the full network.
+On whole maps (training) the inputs before the first row or column are zeros; with a cache (sampling) they are the
+inputs of earlier calls. Both compute the same sums up to rounding, so cached sampling gives the samples of the full
+network.
 
 A cache is a Flax collection. A layer uses it if the caller of `apply` makes the collection mutable:
   `rows`      the last input rows of each convolution of a vertical stack
@@ -9,8 +10,8 @@ A cache is a Flax collection. A layer uses it if the caller of `apply` makes the
   `diagonals` the inputs of the last steps of each convolution in wavefront order, for the rows of the current step
   `attention` keys and values of all steps so far
 
-Shapes: B batch, H W map (with a cache, the part that is computed in one call), F features, N attention heads, d features
-per head, P positions of the whole map, T steps of the order, n positions of a step.
+Shapes: B batch, H W map (with a cache, the part that is computed in one call), F features, N attention heads,
+d features per head, P positions of the whole map, T steps of the order, n positions of a step.
 """
 
 import flax.linen as nn

@@ -1,9 +1,9 @@
 """The order in which the codes of a map are generated. Masks, caches and sampling loops all follow from it.
 
-Position (i, j), in row i and column j, is generated in step j + skew * i and depends on positions of earlier steps only.
-Given all earlier steps, the positions of one step are conditionally independent, so sampling them together is exact.
-They form a wavefront in which each row is `skew` columns behind the row above. If the skew is the width of the map, a
-step has one position, and the order is raster order.
+Position (i, j), in row i and column j, is generated in step j + skew * i and depends on positions of earlier steps
+only. Given all earlier steps, the positions of one step are conditionally independent, so sampling them together is
+exact. They form a wavefront in which each row is `skew` columns behind the row above. If the skew is the width of the
+map, a step has one position, and the order is raster order.
 
 Shapes: H W map, T steps, n the largest number of positions in a step (each in a row of its own).
 """

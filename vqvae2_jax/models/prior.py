@@ -7,7 +7,7 @@ The first layer excludes the code of the position itself, so the features at a p
 steps only. All later layers may therefore include the position itself. The same layers run over whole maps and, with
 the caches of `causal.py`, step by step.
 
-Shapes: B batch, H W this level's map, h w all of it or, with a cache, the part that is computed in one call, h_l w_l the
+Shapes: B batch, H W this level's map, h w all of it or, with a cache, the part that is computed in one call, h_l w_l
 map of a coarser level l, K codebook size, F hidden channels, R residual channels.
 """
 

@@ -131,8 +131,8 @@ class VQVAE(nn.Module):
     The decoder of level l takes the codes of level l and of all coarser levels, upsampled by transposed convolutions.
 
     Previews are images decoded without the finer levels. The paper shows such images but does not say how they were
-    made; here each is made by a head (`Preview`) on the decoded features. With `preview_grad_scale` 0 no gradient of a head reaches the
-    rest of the model, which trains as in the paper; above 0, coarse levels carry more of the image.
+    made; here each is made by a head (`Preview`) on the decoded features. With `preview_grad_scale` 0 no gradient of a
+    head reaches the rest of the model, which trains as in the paper; above 0, coarse levels carry more of the image.
 
     Attributes:
       downsample_factors: one factor per level, finest first; powers of two.
