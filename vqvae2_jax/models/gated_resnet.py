@@ -114,7 +114,7 @@ def run_blocks(
 
 
 class BlocksWithAttention(nn.Module):
-    """Gated blocks, then causal attention."""
+    """The layers of one part of a `GatedResNetStack`, which applies them: gated blocks, then causal attention."""
 
     num_residual_blocks: int
     block: Callable[[], GatedBlock]
@@ -123,23 +123,6 @@ class BlocksWithAttention(nn.Module):
     def setup(self):
         self.blocks = [self.block() for _ in range(self.num_residual_blocks)]
         self.attend = self.attention()
-
-    def __call__(
-        self,
-        x: jax.Array,
-        aux: PerBlock,
-        condition: jax.Array | None,
-        step: jax.Array | None,
-        train: bool,
-        runner: BlockRunner,
-    ) -> jax.Array:
-        """Returns x [B, h, w, F] after blocks and attention; the arguments are those of `GatedResNetStack`."""
-
-        def attend(layer, x, _):
-            return x + layer(x, step, train=train)
-
-        x, _ = run_blocks(runner, self.blocks, x, aux, condition, train)
-        return runner.run(attend, [self.attend], x)[0]
 
 
 class GatedResNetStack(nn.Module):
@@ -187,13 +170,17 @@ class GatedResNetStack(nn.Module):
           [B, h, w, F].
         """
 
-        def call(stack, x, aux):
-            return stack(x, aux, condition, step, train, runner)
+        def attend(layer, x, _):
+            return x + layer(x, step, train=train)
 
-        stack_aux, rest_aux = None, None
+        def apply_part(part, x, aux):
+            x, _ = run_blocks(runner, part.blocks, x, aux, condition, train)
+            return runner.run(attend, [part.attend], x)[0]
+
+        part_aux, rest_aux = None, None
         if aux is not None:
-            stack_aux = [aux[i * self.every : (i + 1) * self.every] for i in range(len(self.stacks))]
+            part_aux = [aux[i * self.every : (i + 1) * self.every] for i in range(len(self.stacks))]
             rest_aux = aux[self.every * len(self.stacks) :]
-        # Without remat here: the blocks inside a stack are rematerialized one by one.
-        x, _ = runner._replace(remat=False).run(call, self.stacks, x, stack_aux)
+        # Without remat here: the blocks inside a part are rematerialized one by one.
+        x, _ = runner._replace(remat=False).run(apply_part, self.stacks, x, part_aux)
         return run_blocks(runner, self.rest, x, rest_aux, condition, train)[0]
