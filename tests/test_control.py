@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.reference_sampler import sample_reference
 from tests.test_prior import make_prior
-from vqvae2_jax.sampling.ancestral import sample, sample_keys, sample_reference
-from vqvae2_jax.sampling.params import SamplingParams, apply_cfg, sample_codes, top_k_top_p_filter
+from vqvae2_jax.sampling.ancestral import sample, sample_keys
+from vqvae2_jax.sampling.params import SamplingParams, apply_guidance, sample_codes, top_k_top_p_filter
 
 PROBABILITIES = np.array([0.05, 0.4, 0.15, 0.3, 0.1])
 LOGITS = jnp.log(PROBABILITIES)
@@ -51,10 +52,10 @@ def test_temperature_comes_before_top_p():
 
 
 def test_guidance_extrapolates_from_the_logits_without_class():
-    both = jnp.array([[1.0, 2.0], [0.5, 3.0]])
-    np.testing.assert_allclose(apply_cfg(both, SamplingParams(guidance=1.0)), [[1.0, 2.0]])
-    np.testing.assert_allclose(apply_cfg(both, SamplingParams(guidance=0.0)), [[0.5, 3.0]])
-    np.testing.assert_allclose(apply_cfg(both, SamplingParams(guidance=3.0)), [[2.0, 0.0]])
+    cond, uncond = jnp.array([1.0, 2.0]), jnp.array([0.5, 3.0])
+    np.testing.assert_allclose(apply_guidance(cond, uncond, 1.0), [1.0, 2.0])
+    np.testing.assert_allclose(apply_guidance(cond, uncond, 0.0), [0.5, 3.0])
+    np.testing.assert_allclose(apply_guidance(cond, uncond, 3.0), [2.0, 0.0])
 
 
 @pytest.mark.parametrize('skew', [None, 2])

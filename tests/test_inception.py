@@ -108,7 +108,7 @@ def test_weights_of_another_network_are_refused():
         from_state_dict(missing)
     with pytest.raises(ValueError, match="weights of torchvision's Inception-v3, which is not the network of FID"):
         from_state_dict(state | {'AuxLogits.fc.weight': np.zeros((1000, 768), np.float32)})
-    with pytest.raises(ValueError, match=r'Conv2d_1a_3x3 kernel: shape \(3, 3, 1, 32\), where \(3, 3, 3, 32\)'):
+    with pytest.raises(ValueError, match=r'Conv2d_1a_3x3 kernel has the shape \(3, 3, 1, 32\), not \(3, 3, 3, 32\)'):
         from_state_dict(state | {'Conv2d_1a_3x3.conv.weight': state['Conv2d_1a_3x3.conv.weight'][:, :1]})
 
 

@@ -18,21 +18,21 @@ def orders(draw):
 
 @pytest.mark.parametrize('side, skew, steps', [(32, 3, 125), (64, 3, 253), (32, 2, 94), (64, 2, 190), (32, 32, 1024)])
 def test_steps_of_square_maps(side, skew, steps):
-    assert GenerationOrder((side, side), skew).steps == steps
+    assert GenerationOrder((side, side), skew).num_steps == steps
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(orders())
 def test_every_position_is_sampled_once_and_in_its_step(order):
     sampled = np.full(order.shape, -1)
-    for step in range(order.steps):
-        rows, columns, inside = order.positions(step, np)
-        assert len(rows) == order.rows
+    for step in range(order.num_steps):
+        rows, columns, inside = order.positions(step)
+        assert len(rows) == order.max_positions_per_step
         assert (sampled[rows[inside], columns[inside]] == -1).all()
         sampled[rows[inside], columns[inside]] = step
-    np.testing.assert_array_equal(sampled, order.step_of())
-    for step in (-1, order.steps + order.shape[1]):
-        assert not order.positions(step, np)[2].any()
+    np.testing.assert_array_equal(sampled, order.step_map())
+    for step in (-1, order.num_steps + order.shape[1]):
+        assert not order.positions(step)[2].any()
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -40,7 +40,7 @@ def test_every_position_is_sampled_once_and_in_its_step(order):
 def test_taps_are_the_part_of_the_window_that_is_not_later(order, kernel, strict):
     visible_offsets, half, wide = order.visible_offsets(kernel, strict), kernel // 2, max(kernel // 2, order.skew)
     assert set(visible_offsets) <= set(itertools.product(range(-half, half + 1), range(-wide, wide + 1)))
-    step = order.step_of()
+    step = order.step_map()
     for i in range(-half, half + 1):
         for j in range(-wide, wide + 1):
             if abs(i) < order.shape[0] and abs(j) < order.shape[1]:  # it leads from some position to another
@@ -51,8 +51,8 @@ def test_taps_are_the_part_of_the_window_that_is_not_later(order, kernel, strict
 
 def test_raster_is_the_order_with_one_position_a_step():
     order = GenerationOrder.raster((3, 4))
-    assert order.rows == 1 and order.steps == 12
-    np.testing.assert_array_equal(order.step_of(), np.arange(12).reshape(3, 4))
+    assert order.max_positions_per_step == 1 and order.num_steps == 12
+    np.testing.assert_array_equal(order.step_map(), np.arange(12).reshape(3, 4))
 
 
 @pytest.mark.parametrize('skew', [0, 5])

@@ -72,7 +72,7 @@ def test_no_position_sees_its_own_or_a_later_step(case):
     prior, params, codes, labels, coarser = make_prior(case, batch=1)
     logits = jax.jit(lambda c: prior.apply({'params': params}, c, labels, coarser))
     reference = np.asarray(logits(codes)).reshape(-1, 6)
-    positions, steps = reference.shape[0], prior.order.step_of().reshape(-1)
+    positions, steps = reference.shape[0], prior.order.step_map().reshape(-1)
     for p in range(positions):
         changed = codes.reshape(-1).at[p].set((codes.reshape(-1)[p] + 1) % 6).reshape(codes.shape)
         difference = np.abs(np.asarray(logits(changed)).reshape(-1, 6) - reference).max(axis=-1)
@@ -87,7 +87,7 @@ def test_no_blind_spot(case, fields):
     """Deep enough, a position sees all of the earlier steps: in raster order those to the upper right, too."""
     prior, params, codes, labels, coarser = make_prior(case, batch=1, num_residual_blocks=6, **fields)
     height, width = prior.shape
-    steps = prior.order.step_of()
+    steps = prior.order.step_map()
     for position in ((height - 1, 0), (height // 2, width // 2), (1, width - 1)):
         logits = jax.jit(lambda c, p=position: prior.apply({'params': params}, c, labels, coarser)[0, p[0], p[1]])
         reference, seen = logits(codes), np.zeros(prior.shape, bool)

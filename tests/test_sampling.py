@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import defaults
+from tests.reference_sampler import sample_reference
 from tests.test_prior import CASES, make_prior
 from vqvae2_jax.distributed import sharding
-from vqvae2_jax.sampling.ancestral import sample, sample_keys, sample_levels, sample_reference
+from vqvae2_jax.sampling.ancestral import sample, sample_keys, sample_levels
 from vqvae2_jax.sampling.params import SamplingParams, sample_codes
 from vqvae2_jax.sampling.rejection import select_top_per_class
 
@@ -107,23 +108,23 @@ def test_what_a_cache_holds_of_later_steps_is_never_read():
 
     def run(poison):
         cache, logits = {}, []
-        previous = jnp.zeros((2, order.rows), jnp.int32)
-        for step in range(order.steps):
+        previous = jnp.zeros((2, order.max_positions_per_step), jnp.int32)
+        for step in range(order.num_steps):
             arguments = (previous, jnp.int32(step), None)
             out, cache = prior.apply(
                 {'params': params, **cache}, *arguments, method='decode_step', mutable=['diagonals', 'attention']
             )
-            rows, columns, inside = order.positions(step, np)
+            rows, columns, inside = order.positions(step)
             previous = codes[:, rows, columns]
             logits.append(jnp.where(inside[:, None], out, 0))
             if poison:
-                cache = poisoned(cache, (step + 1) * order.rows)
+                cache = poisoned(cache, (step + 1) * order.max_positions_per_step)
         return np.stack(logits)
 
     clean = run(poison=False)
     np.testing.assert_array_equal(run(poison=True), clean)
     whole = np.asarray(prior.apply({'params': params}, codes, labels, coarser))
-    steps, slots = order.step_of(), order.slot_of()
+    steps, slots = order.step_map(), order.index_in_step_map()
     np.testing.assert_allclose(np.moveaxis(clean[steps, :, slots], 2, 0), whole, atol=1e-4)
 
 
@@ -150,11 +151,14 @@ def test_streamed_logits_equal_the_whole_network(case):
     for i in range(prior.shape[0]):
         part = condition if condition is None or condition.shape[1] == 1 else condition[:, i : i + 1]
         variables = {'params': params, **rows}
-        features, rows = prior.apply(variables, above, jnp.array([i]), part, method='decode_row', mutable=['rows'])
+        vertical, rows = prior.apply(
+            variables, above, jnp.array([i]), part, method='vertical_features', mutable=['rows']
+        )
         left, cache = jnp.full((2, 1, 1), prior.codebook_size), attention
         for j in range(prior.shape[1]):
             here = part if part is None or part.shape[2] == 1 else part[:, :, j : j + 1]
-            arguments = (left, jnp.array([i]), jnp.array([j]), [f[:, :, j : j + 1] for f in features], here)
+            vertical_here = jax.tree.map(lambda f, j=j: f[:, :, j : j + 1], vertical)
+            arguments = (left, jnp.int32(i * prior.shape[1] + j), vertical_here, here)
             logits, cache = prior.apply(
                 {'params': params, **cache}, *arguments, method='decode_position', mutable=['columns', 'attention']
             )

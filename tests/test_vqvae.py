@@ -61,10 +61,10 @@ def test_decoding_the_codes_is_the_reconstruction():
     jax.tree.map(np.testing.assert_array_equal, codes, output.codes)
     np.testing.assert_allclose(model.apply(variables, codes, method='decode'), output.image, atol=1e-5)
     for level in (1, 2):
-        preview = model.apply(variables, codes[level:], level, method='preview')
+        preview = model.apply(variables, codes[level:], level, method='decode')
         np.testing.assert_allclose(preview, output.previews[level - 1], atol=1e-5)
-    with pytest.raises(ValueError, match='levels 1 to 2, not 0'):
-        model.apply(variables, codes, 0, method='preview')
+    with pytest.raises(ValueError, match='level is 1 of 3 levels, but codes has 3'):
+        model.apply(variables, codes, 1, method='decode')
 
 
 def test_the_image_depends_on_every_level_and_a_preview_on_the_coarser_ones_only():
@@ -75,7 +75,7 @@ def test_the_image_depends_on_every_level_and_a_preview_on_the_coarser_ones_only
         changed = list(codes)
         changed[level] = (codes[level] + 1) % 16
         assert not np.allclose(model.apply(variables, tuple(changed), method='decode'), reference)
-        preview, same = (model.apply(variables, tuple(c[1:]), 1, method='preview') for c in (changed, codes))
+        preview, same = (model.apply(variables, tuple(c[1:]), 1, method='decode') for c in (changed, codes))
         assert np.allclose(preview, same) == (level == 0)
 
 

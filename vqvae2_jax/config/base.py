@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from vqvae2_jax.config.fields import Bool, Choice, Field, Float, Int, Name, Text, Tuple
 from vqvae2_jax.data.images import SPLITS
-from vqvae2_jax.models.prior import KINDS, PLACEMENTS
+from vqvae2_jax.models.prior import ATTENTION_DROPOUT_KINDS, DROPOUT_PLACEMENTS
 
 Schema = dict[str, Any]  # nested: field -> Field, section -> Schema
 
@@ -169,13 +169,13 @@ _PRIOR = {
     'label_dropout': _share(0.0, 'fraction of training examples without their class, for guidance; needs classes'),
     'dropout': _share(0.0, 'rate of the dropout of each gated block'),
     'dropout_placement': Choice(
-        PLACEMENTS,
+        DROPOUT_PLACEMENTS,
         default='inside',
         doc='`inside`: before the second convolution of the block (PixelSNAIL); `after`: on its output (the paper)',
     ),
     'attention_dropout': _share(0.0, 'rate of the dropout in attention'),
     'attention_dropout_kind': Choice(
-        KINDS,
+        ATTENTION_DROPOUT_KINDS,
         default='keys',
         doc='`keys`: a dropped key gets no weight (DropKey); `logits`: dropout on the logits (the paper)',
     ),

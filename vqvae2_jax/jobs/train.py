@@ -212,9 +212,7 @@ def _decoder(run: Run, level: int):
     model, variables = configs.make_vqvae(run.config), workdir.load_vqvae(run).variables
 
     def decode(codes):
-        if level:
-            return model.apply(variables, codes, level, method='preview')
-        return model.apply(variables, codes, method='decode')
+        return model.apply(variables, codes, level, method='decode')
 
     return decode
 

@@ -26,13 +26,13 @@ class BlockRunner(NamedTuple):
         x: jax.Array,
         aux: Sequence[Any] | jax.Array | None = None,
     ) -> tuple[jax.Array, Sequence[jax.Array] | jax.Array]:
-        """Applies the blocks one after the other.
+        """Applies the blocks one after the other. Call it inside a method of the module that owns them.
 
         Args:
-          call: (block, x, its entry of `aux`) -> x.
-          blocks: bound modules of one class and shape.
-          x: [B, h, w, F].
-          aux: one entry per block, or None.
+          call: applies one block: (block, x, its entry of `aux` or None) -> x.
+          blocks: bound modules of one class, with parameters of the same shapes.
+          x: input of the first block, [B, h, w, F].
+          aux: one more input for each block, as a sequence or an array [blocks, ...]; None: no such inputs.
 
         Returns:
           x after the last block, and x after every block: a list, or an array [blocks, ...] if they run as a scan.
@@ -63,4 +63,4 @@ class BlockRunner(NamedTuple):
         return jax.lax.scan(body, x, (params, keys, aux))
 
 
-DEFAULT = BlockRunner()
+DEFAULT = BlockRunner()  # one by one, activations stored

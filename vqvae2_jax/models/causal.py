@@ -1,16 +1,17 @@
-"""Causal layers that run over whole maps, or incrementally with a cache.
+"""Causal layers. They run over whole maps, or step by step with a cache.
 
-On whole maps (training) the past of a convolution is zero padding; with a cache (sampling) it is the inputs of earlier
-calls. Both compute the same sums up to rounding, so cached sampling gives the samples of the full network.
+On whole maps (training) the inputs before the first row or column are zeros; with a cache (sampling) they are the
+inputs of earlier calls. Both compute the same sums up to rounding, so cached sampling gives the samples of the full
+network.
 
-A layer uses its cache if the caller makes the collection mutable:
+A cache is a Flax collection. A layer uses it if the caller of `apply` makes the collection mutable:
   `rows`      the last input rows of each convolution of a vertical stack
-  `columns`   the last input columns of each convolution of a horizontal stack; reset at every new row
-  `diagonals` the inputs of the last steps of each convolution in wavefront order, in the active rows
+  `columns`   the last input columns of each convolution of a horizontal stack; the caller empties it at every new row
+  `diagonals` the inputs of the last steps of each convolution in wavefront order, for the rows of the current step
   `attention` keys and values of all steps so far
 
-Shapes: B batch, H W map (the decoded part of it, with a cache), F features, N attention heads, d features per head,
-P positions of the whole map, T steps of the order, n positions of a step.
+Shapes: B batch, H W map (with a cache, the part that is computed in one call), F features, N attention heads,
+d features per head, P positions of the whole map, T steps of the order, n positions of a step.
 """
 
 import flax.linen as nn
@@ -20,42 +21,41 @@ import numpy as np
 
 from vqvae2_jax.models.order import GenerationOrder
 
-_AXIS_OF = {'rows': 1, 'columns': 2}
-
 
 class CausalConv(nn.Module):
-    """Convolution that is causal along one axis: an output depends on its own place and the `kernel_size - 1` before.
+    """Convolution that is causal along one axis: an output depends on inputs up to and including its own position.
 
-    The other axis has 'SAME' padding in a vertical stack and no extent in a horizontal one.
+    The kernel covers a position and the positions before it along the causal axis. Along the other axis a vertical
+    stack has 'SAME' padding, and the kernel of a horizontal stack has size 1.
 
     Attributes:
-      features: output channels.
+      features: number of output channels.
       kernel_size: (height, width).
-      stream: the causal axis and the cache's collection, 'rows' or 'columns'.
+      cache: the collection of the cache, which also selects the causal axis: 'rows' the height, 'columns' the width.
       kernel_init: initializer of the kernel.
-      dtype: of the computation.
+      dtype: dtype of the computation.
     """
 
     features: int
     kernel_size: tuple[int, int]
-    stream: str
+    cache: str
     dtype: jnp.dtype
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, H, W, F] to [B, H, W, features]."""
-        axis = _AXIS_OF[self.stream]
-        reach = self.kernel_size[axis - 1] - 1
-        past = jnp.zeros((*x.shape[:axis], reach, *x.shape[axis + 1 :]), x.dtype)
-        streaming = self.is_mutable_collection(self.stream) and not self.is_initializing()
-        if streaming:
-            cache = self.variable(self.stream, 'past', lambda: past)
+        axis = {'rows': 1, 'columns': 2}[self.cache]
+        length = self.kernel_size[axis - 1] - 1  # of the past that the kernel covers
+        past = jnp.zeros((*x.shape[:axis], length, *x.shape[axis + 1 :]), x.dtype)
+        use_cache = self.is_mutable_collection(self.cache) and not self.is_initializing()
+        if use_cache:
+            cache = self.variable(self.cache, 'past', lambda: past)
             past = cache.value
         x = jnp.concatenate([past, x], axis=axis)
-        if streaming:
-            cache.value = jax.lax.slice_in_dim(x, x.shape[axis] - reach, x.shape[axis], axis=axis)
-        side = self.kernel_size[1] // 2 if self.stream == 'rows' else 0
+        if use_cache:
+            cache.value = jax.lax.slice_in_dim(x, x.shape[axis] - length, x.shape[axis], axis=axis)
+        side = self.kernel_size[1] // 2 if self.cache == 'rows' else 0
         padding = ((0, 0), (side, side))
         return nn.Conv(
             self.features, self.kernel_size, padding=padding, kernel_init=self.kernel_init, dtype=self.dtype
@@ -65,17 +65,17 @@ class CausalConv(nn.Module):
 class WavefrontConv(nn.Module):
     """Convolution over the positions in its window that belong to the same or earlier steps of an order.
 
-    With a cache each call takes the features of one step and returns those of the same step. If `strict`, the output
-    depends on earlier steps only, so a call returns the features of the next step; the first call then takes those of
-    step -1, which are off the map and count as zero.
+    With a cache each call takes the inputs of one step and returns the outputs of the same step. If `strict`, an output
+    depends on earlier steps only, so a call returns the outputs of the next step. The first call then takes inputs of
+    step -1, which has no position on the map; they count as zero.
 
     Attributes:
-      features: output channels.
-      kernel_size: rows of the window (`GenerationOrder.visible_offsets`).
-      order: the order.
-      strict: exclude the own step.
+      features: number of output channels.
+      kernel_size: number of rows of the window, see `GenerationOrder.visible_offsets`.
+      order: the order of the positions.
+      strict: leave out the positions of the same step.
       kernel_init: initializer of the kernel.
-      dtype: of the computation.
+      dtype: dtype of the computation.
     """
 
     features: int
@@ -94,48 +94,46 @@ class WavefrontConv(nn.Module):
         x, weights, bias = nn.dtypes.promote_dtype(x, weights, bias, dtype=self.dtype)
         if self.is_mutable_collection('diagonals') and not self.is_initializing():
             # Accelerators accumulate in float32 anyway, and CPUs are fast at bfloat16 products only in this way.
-            seen, weights = self._cached_window(x, visible_offsets), weights.reshape(-1, self.features)
-            return jnp.matmul(seen, weights, preferred_element_type=jnp.float32).astype(x.dtype) + bias
+            window, weights = self._cached_window(x, visible_offsets), weights.reshape(-1, self.features)
+            return jnp.matmul(window, weights, preferred_element_type=jnp.float32).astype(x.dtype) + bias
         rows, columns = np.array(visible_offsets).T
         above, below, left, right = -rows.min(), rows.max(), -columns.min(), columns.max()
-        window = jnp.zeros((above + below + 1, left + right + 1, *weights.shape[1:]), weights.dtype)
-        window = window.at[above + rows, left + columns].set(weights)
+        kernel = jnp.zeros((above + below + 1, left + right + 1, *weights.shape[1:]), weights.dtype)
+        kernel = kernel.at[above + rows, left + columns].set(weights)
         padding = ((above, below), (left, right))
         layout = ('NHWC', 'HWIO', 'NHWC')
-        return jax.lax.conv_general_dilated(x, window, (1, 1), padding, dimension_numbers=layout) + bias
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=layout) + bias
 
     def _cached_window(self, x, visible_offsets):
         # [B, n, 1, F] -> [B, n, 1, offsets * F], the inputs at every offset
-        order, last = self.order, -int(self.strict)  # offsets count from the step of the output
+        order, last = self.order, -int(self.strict)  # `last` is the step of x, counted from the step of the output
+        n = order.max_positions_per_step
         above, below = -min(i for i, _ in visible_offsets), max(i for i, _ in visible_offsets)
-        back = last - min(j + order.skew * i for i, j in visible_offsets)  # number of earlier steps in the cache
-        past = self.variable(
-            'diagonals', 'past', jnp.zeros, (x.shape[0], above + order.rows, back, x.shape[-1]), x.dtype
-        )
+        length = last - min(j + order.skew * i for i, j in visible_offsets)  # number of earlier steps in the cache
+        past = self.variable('diagonals', 'past', jnp.zeros, (x.shape[0], above + n, length, x.shape[-1]), x.dtype)
         calls = self.variable('diagonals', 'calls', jnp.zeros, (), jnp.int32)
-        step = calls.value + last  # of the features x
+        step = calls.value + last  # the step of x
         calls.value = calls.value + 1
 
-        _, _, inside = order.positions(step)
-        new = jnp.where(inside[:, None, None], x, 0)  # zeros off the map, as in training
+        _, _, on_map = order.positions(step)
+        new = jnp.where(on_map[:, None, None], x, 0)  # zeros off the map, as in training
         kept = self._shift_rows(past.value, step)
-        # The rows above the active ones are finished: their later columns are off the map.
-        seen = jnp.concatenate([kept, jnp.pad(new, ((0, 0), (above, 0), (0, 0), (0, 0)))], axis=2)
-        past.value = seen[:, :, 1:]
+        # The rows above those of this step are finished: their later columns are off the map.
+        inputs = jnp.concatenate([kept, jnp.pad(new, ((0, 0), (above, 0), (0, 0), (0, 0)))], axis=2)
+        past.value = inputs[:, :, 1:]
         if self.strict:
-            seen = self._shift_rows(seen, step + 1)
-        seen = jnp.pad(seen, ((0, 0), (0, below), (0, 0), (0, 0)))  # rows that have not started
-        offset_rows = [slice(above + i, above + i + order.rows) for i, _ in visible_offsets]
-        offset_steps = [back + j + order.skew * i - last for i, j in visible_offsets]
-        return jnp.concatenate([seen[:, r, s] for r, s in zip(offset_rows, offset_steps, strict=True)], axis=-1)[
-            :, :, None
+            inputs = self._shift_rows(inputs, step + 1)
+        inputs = jnp.pad(inputs, ((0, 0), (0, below), (0, 0), (0, 0)))  # rows that have not started
+        at_offsets = [
+            inputs[:, above + i : above + i + n, length + j + order.skew * i - last] for i, j in visible_offsets
         ]
+        return jnp.concatenate(at_offsets, axis=-1)[:, :, None]
 
-    def _shift_rows(self, rows, step):
-        # from the active rows of the step before to those of `step`: by at most one row
-        moved = self.order.first_row(step) - self.order.first_row(step - 1)
-        longer = jnp.pad(rows, ((0, 0), (0, 1), (0, 0), (0, 0)))
-        return jax.lax.dynamic_slice_in_dim(longer, moved, rows.shape[1], axis=1)
+    def _shift_rows(self, inputs, step):
+        # from the rows of the previous step to those of `step`: by at most one row
+        shift = self.order.first_row(step) - self.order.first_row(step - 1)
+        padded = jnp.pad(inputs, ((0, 0), (0, 1), (0, 0), (0, 0)))
+        return jax.lax.dynamic_slice_in_dim(padded, shift, inputs.shape[1], axis=1)
 
 
 class CausalAttention(nn.Module):
@@ -145,11 +143,11 @@ class CausalAttention(nn.Module):
     the mask is empty.
 
     Attributes:
-      num_heads: divides the features.
-      order: the order.
-      dropout: rate, on the logits or the keys.
-      dropout_kind: 'keys' or 'logits', see `_drop`.
-      dtype: of the computation.
+      num_heads: N, a divisor of F.
+      order: the order of the positions.
+      dropout: dropout rate of the attention.
+      dropout_kind: 'keys' drops keys; 'logits' sets logits to 0. `_drop` has the sources.
+      dtype: dtype of the computation.
     """
 
     num_heads: int
@@ -163,12 +161,12 @@ class CausalAttention(nn.Module):
         """Applies pre-norm attention.
 
         Args:
-          x: [B, H, W, F]; with a cache, [B, n, 1, F] of one step.
-          step: int32 [], with a cache only.
-          train: with dropout, which needs the rng `dropout`.
+          x: [B, H, W, F]; with a cache, [B, n, 1, F], the positions of one step.
+          step: int32 [], the number of this step; used with a cache only.
+          train: apply dropout, which needs the rng `dropout`.
 
         Returns:
-          An array of the shape of x.
+          The output of the attention, without the residual connection; an array of the shape of x.
 
         Raises:
           ValueError: num_heads does not divide F.
@@ -182,12 +180,12 @@ class CausalAttention(nn.Module):
             nn.Dense(features, dtype=self.dtype, name=n)(x).reshape(shape) for n in ('query', 'key', 'value')
         )
         if self.is_mutable_collection('attention') and not self.is_initializing():
-            steps = np.arange(self.order.steps)[:, None]
-            _, _, inside = self.order.positions(steps, np)
-            visible = (inside & (steps <= step)).reshape(1, -1)  # [1, T n]
+            steps = np.arange(self.order.num_steps)[:, None]
+            _, _, on_map = self.order.positions(steps)
+            visible = (on_map & (steps <= step)).reshape(1, -1)  # [1, T n]
             key, value = self._update_cache('keys', key, step), self._update_cache('values', value, step)
         else:
-            steps = self.order.step_of().reshape(-1)
+            steps = self.order.step_map().reshape(-1)
             visible = jnp.asarray(steps[None, :] <= steps[:, None])  # [P, P]
         logits = jnp.einsum('bqnd,bknd->bnqk', query, key, preferred_element_type=jnp.float32) * shape[-1] ** -0.5
         if train and self.dropout > 0:
@@ -210,7 +208,7 @@ class CausalAttention(nn.Module):
 
     def _update_cache(self, name: str, new: jax.Array, step: jax.Array) -> jax.Array:
         # [B, n, N, d] -> [B, T n, N, d], with the new entries at their step
-        batch, rows, *rest = new.shape
-        cache = self.variable('attention', name, jnp.zeros, (batch, self.order.steps * rows, *rest), new.dtype)
-        cache.value = jax.lax.dynamic_update_slice_in_dim(cache.value, new, step * rows, axis=1)
+        batch, n, *rest = new.shape
+        cache = self.variable('attention', name, jnp.zeros, (batch, self.order.num_steps * n, *rest), new.dtype)
+        cache.value = jax.lax.dynamic_update_slice_in_dim(cache.value, new, step * n, axis=1)
         return cache.value

@@ -1,6 +1,7 @@
 """The blocks of the priors' networks: gated residual blocks, with causal attention after every few of them.
 
-Shapes: B batch, h w the whole map or the part that is decoded, F hidden channels, R residual channels.
+Shapes: B batch, h w the whole map or, with a cache, the part that is computed in one call, F hidden channels,
+R residual channels.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from vqvae2_jax.models.block_runner import BlockRunner
 from vqvae2_jax.models.causal import CausalAttention
 
+PerBlock = Sequence[jax.Array] | jax.Array | None  # one array for each block: a sequence, or an array [blocks, ...]
 _SMALL = nn.initializers.variance_scaling(0.01, 'fan_in', 'truncated_normal')  # blocks start near the identity
 
 
@@ -37,10 +39,10 @@ class GatedBlock(nn.Module):
 
     Attributes:
       residual_channels: R.
-      layer: (features, kernel_init=, dtype=) -> a causal convolution, or nn.Dense.
-      dropout: rate.
+      layer: makes a convolution: (features, *, kernel_init, dtype) -> a causal layer of `causal.py`, or `nn.Dense`.
+      dropout: dropout rate.
       dropout_placement: 'inside', before the second convolution (PixelSNAIL), or 'after', on the block's output.
-      dtype: of the computation.
+      dtype: dtype of the computation.
     """
 
     residual_channels: int
@@ -62,9 +64,9 @@ class GatedBlock(nn.Module):
 
         Args:
           x: [B, h, w, F].
-          aux: [B, h, w, F], such as features of the vertical stack.
-          condition: [B, h or 1, w or 1, F].
-          train: with dropout, which needs the rng `dropout`.
+          aux: [B, h, w, F], in raster order the features of the vertical stack; None: no such input.
+          condition: [B, h or 1, w or 1, F], from `Prior.condition`; None: unconditional.
+          train: apply dropout, which needs the rng `dropout`.
 
         Returns:
           [B, h, w, F].
@@ -87,22 +89,22 @@ def run_blocks(
     runner: BlockRunner,
     blocks: Sequence[GatedBlock],
     x: jax.Array,
-    aux: Sequence[jax.Array] | jax.Array | None = None,
+    aux: PerBlock = None,
     condition: jax.Array | None = None,
     train: bool = False,
-) -> tuple[jax.Array, Sequence[jax.Array] | jax.Array]:
+) -> tuple[jax.Array, PerBlock]:
     """Applies gated blocks one after the other.
 
     Args:
-      runner: with remat or scan.
-      blocks: bound modules of one shape.
+      runner: runs the blocks with remat or as a scan.
+      blocks: bound modules whose parameters have the same shapes.
       x: [B, h, w, F].
-      aux: [B, h, w, F] per block, or None.
+      aux: [B, h, w, F] for each block, or None.
       condition: [B, h or 1, w or 1, F], the same for all blocks, or None.
-      train: with dropout.
+      train: apply dropout, which needs the rng `dropout`.
 
     Returns:
-      x after the last block, and after every block, as `BlockRunner.run`.
+      x after the last block, and x after every block, see `BlockRunner.run`.
     """
 
     def call(block, x, aux):
@@ -112,7 +114,7 @@ def run_blocks(
 
 
 class BlocksWithAttention(nn.Module):
-    """Gated blocks, then causal attention."""
+    """The layers of one part of a `GatedResNetStack`, which applies them: gated blocks, then causal attention."""
 
     num_residual_blocks: int
     block: Callable[[], GatedBlock]
@@ -122,26 +124,16 @@ class BlocksWithAttention(nn.Module):
         self.blocks = [self.block() for _ in range(self.num_residual_blocks)]
         self.attend = self.attention()
 
-    def __call__(
-        self,
-        x: jax.Array,
-        step: jax.Array | None,
-        aux: Sequence[jax.Array] | jax.Array | None,
-        condition: jax.Array | None,
-        train: bool,
-        runner: BlockRunner,
-    ) -> jax.Array:
-        """Returns x [B, h, w, F] after blocks and attention; arguments as in `GatedResNetStack`."""
-
-        def attend(layer, x, _):
-            return x + layer(x, step, train=train)
-
-        x, _ = run_blocks(runner, self.blocks, x, aux, condition, train)
-        return runner.run(attend, [self.attend], x)[0]
-
 
 class GatedResNetStack(nn.Module):
-    """`num_residual_blocks` gated blocks, with `num_attention_layers` attention layers at equal distances."""
+    """`num_residual_blocks` gated blocks, with `num_attention_layers` attention layers at equal distances.
+
+    Attributes:
+      num_residual_blocks: number of gated blocks.
+      num_attention_layers: number of attention layers, at most the number of blocks.
+      block: makes a gated block.
+      attention: makes an attention layer.
+    """
 
     num_residual_blocks: int
     num_attention_layers: int
@@ -149,16 +141,18 @@ class GatedResNetStack(nn.Module):
     attention: Callable[[], CausalAttention]
 
     def setup(self):
-        every = self.num_residual_blocks // max(self.num_attention_layers, 1)
-        self.stacks = [BlocksWithAttention(every, self.block, self.attention) for _ in range(self.num_attention_layers)]
-        self.rest = [self.block() for _ in range(self.num_residual_blocks - every * self.num_attention_layers)]
+        self.every = self.num_residual_blocks // max(self.num_attention_layers, 1)  # blocks before each attention layer
+        self.stacks = [
+            BlocksWithAttention(self.every, self.block, self.attention) for _ in range(self.num_attention_layers)
+        ]
+        self.rest = [self.block() for _ in range(self.num_residual_blocks - self.every * self.num_attention_layers)]
 
     def __call__(
         self,
         x: jax.Array,
-        step: jax.Array | None,
-        aux: Sequence[jax.Array] | jax.Array | None,
+        aux: PerBlock,
         condition: jax.Array | None,
+        step: jax.Array | None,
         train: bool,
         runner: BlockRunner,
     ) -> jax.Array:
@@ -166,24 +160,27 @@ class GatedResNetStack(nn.Module):
 
         Args:
           x: [B, h, w, F].
-          step: int32 [], the step that is decoded with caches; unused on whole maps.
-          aux: [B, h, w, F] per block, or None.
+          aux: [B, h, w, F] for each block, or None.
           condition: [B, h or 1, w or 1, F], or None.
-          train: with dropout.
-          runner: with remat or scan.
+          step: int32 [], the step of the order that x belongs to; used with caches only.
+          train: apply dropout, which needs the rng `dropout`.
+          runner: runs the blocks with remat or as a scan.
 
         Returns:
           [B, h, w, F].
         """
 
-        def call(stack, x, aux):
-            return stack(x, step, aux, condition, train, runner)
+        def attend(layer, x, _):
+            return x + layer(x, step, train=train)
 
-        parts, rest = None, aux
+        def apply_part(part, x, aux):
+            x, _ = run_blocks(runner, part.blocks, x, aux, condition, train)
+            return runner.run(attend, [part.attend], x)[0]
+
+        part_aux, rest_aux = None, None
         if aux is not None:
-            every = self.num_residual_blocks // max(self.num_attention_layers, 1)
-            parts = [aux[i * every : (i + 1) * every] for i in range(len(self.stacks))]
-            rest = aux[every * len(self.stacks) :]
-        # The blocks inside of a stack are rematerialized one by one.
-        x, _ = runner._replace(remat=False).run(call, self.stacks, x, parts)
-        return run_blocks(runner, self.rest, x, rest, condition, train)[0]
+            part_aux = [aux[i * self.every : (i + 1) * self.every] for i in range(len(self.stacks))]
+            rest_aux = aux[self.every * len(self.stacks) :]
+        # Without remat here: the blocks inside a part are rematerialized one by one.
+        x, _ = runner._replace(remat=False).run(apply_part, self.stacks, x, part_aux)
+        return run_blocks(runner, self.rest, x, rest_aux, condition, train)[0]

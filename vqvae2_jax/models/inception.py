@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqvae2_jax.models.batch_norm import fold_batch_norm, mismatches
+from vqvae2_jax.models.pytorch_weights import convert_state_dict
 
 SIZE = 299
 FEATURES = 2048
@@ -26,7 +26,7 @@ class Inception(nn.Module):
     """The network up to the last pool and, if `classes` is not 0, the logits.
 
     Attributes:
-      classes: 1008 in the original; 0: no logits.
+      classes: number of logits, 1008 in the original; 0: no logits.
     """
 
     classes: int = 0
@@ -48,20 +48,21 @@ class Inception(nn.Module):
         x = self._to_8(x, 'Mixed_7a')
         x = self._block_8(x, 'Mixed_7b', _mean)
         x = self._block_8(x, 'Mixed_7c', functools.partial(nn.max_pool, window_shape=(3, 3), padding='SAME'))
-        found = {'features': x.mean(axis=(1, 2))}
+        outputs = {'features': x.mean(axis=(1, 2))}
         if self.classes:
             # The Inception Score of the paper leaves out the bias.
-            found['logits'] = nn.Dense(self.classes, use_bias=False, name='fc')(found['features'])
-        return found
+            outputs['logits'] = nn.Dense(self.classes, use_bias=False, name='fc')(outputs['features'])
+        return outputs
 
     def _conv(self, x, name, features, kernel, stride=1, *, valid=False, pool=lambda x: x):
         # A max pool commutes with relu and a mean pool with a 1x1 convolution: pooling between them is cheapest.
         kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
         padding = 'VALID' if stride == 2 else 'SAME'
         # Full float32 on every device, since FID is sensitive to rounding.
-        full = {'precision': jax.lax.Precision.HIGHEST}
-        how = {'conv_general_dilated': _product} if kernel == (1, 1) else {}
-        x = nn.Conv(features, kernel, stride, padding=padding, name=name, **full, **how)(x)
+        options = {'precision': jax.lax.Precision.HIGHEST}
+        if kernel == (1, 1):
+            options['conv_general_dilated'] = _matmul
+        x = nn.Conv(features, kernel, stride, padding=padding, name=name, **options)(x)
         # On XLA's CPU backend 'SAME' and a crop take a third of the time of 'VALID'.
         x = x[:, 1:-1, 1:-1] if valid else x
         return nn.relu(pool(x))
@@ -142,30 +143,26 @@ def from_state_dict(state: Mapping[str, np.ndarray]) -> tuple[Inception, dict]:
         Score, `fc.weight` [1008, 2048].
 
     Returns:
-      The module and its parameters.
+      The module, and the collection `params` for it.
 
     Raises:
       ValueError: an array is missing or has another shape, or the arrays are those of torchvision's Inception-v3.
     """
     if any(name.startswith('AuxLogits.') for name in state):
         raise ValueError("these are the weights of torchvision's Inception-v3, which is not the network of FID")
-    classes = state['fc.weight'].shape[0] if 'fc.weight' in state else 0
-    network = Inception(classes)
-    images = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.uint8)
-    wanted = jax.eval_shape(network.init, jax.random.key(0), images)['params']
-    params = {}
-    for layer in wanted:
-        try:
-            convolution = f'{layer}.conv', f'{layer}.bn', _EPSILON
-            params[layer] = {'kernel': state['fc.weight'].T} if layer == 'fc' else fold_batch_norm(state, *convolution)
-        except KeyError as error:
-            raise ValueError(f'the weights lack {error.args[0]!r}: expected are those of the FID Inception') from error
-    for array, found, needed in mismatches(params, wanted):
-        raise ValueError(f'{array}: shape {found}, where {needed} is expected')
+    network = Inception(classes=len(state.get('fc.weight', ())))
+    params = convert_state_dict(
+        network,
+        state,
+        image_size=SIZE,
+        names_of=lambda layer: (f'{layer}.conv', f'{layer}.bn'),
+        epsilon=_EPSILON,
+        expected='the Inception-v3 of FID',
+    )
     return network, params
 
 
-def _product(x, kernel, *_, precision, **__):
+def _matmul(x, kernel, *_, precision, **__):
     # A 1x1 convolution; XLA's CPU backend is twice as fast in this form.
     return jnp.matmul(x, kernel[0, 0], precision=precision)
 

@@ -1,15 +1,14 @@
-"""The order in which a map's codes are generated: the one definition of masks, caches and schedules.
+"""The order in which the codes of a map are generated. Masks, caches and sampling loops all follow from it.
 
-Position (i, j) belongs to step j + skew * i and depends on positions of earlier steps only. The positions of one step
-are conditionally independent given all earlier ones, so sampling them together is exact. They form a wavefront in which
-each row is `skew` columns behind the row above. If the skew is the map's width, a step is one position and the order is
-raster order.
+Position (i, j), in row i and column j, is generated in step j + skew * i and depends on positions of earlier steps
+only. Given all earlier steps, the positions of one step are conditionally independent, so sampling them together is
+exact. They form a wavefront in which each row is `skew` columns behind the row above. If the skew is the width of the
+map, a step has one position, and the order is raster order.
 
-Shapes: H W map, T steps, n the largest number of positions in a step (in different rows).
+Shapes: H W map, T steps, n the largest number of positions in a step (each in a row of its own).
 """
 
 import dataclasses
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +19,14 @@ import numpy as np
 class GenerationOrder:
     """Position (i, j) of a map is generated in step j + skew * i.
 
+    `GenerationOrder((2, 3), skew=2).step_map()` is [[0, 1, 2], [2, 3, 4]]: 5 steps with at most 2 positions.
+
+    The methods that take steps compute with NumPy if they get NumPy arrays or integers, and with JAX if they get JAX
+    arrays.
+
     Attributes:
       shape: (H, W).
-      skew: columns that a row is behind the row above, from 1 to W.
+      skew: number of columns that a row is behind the row above, from 1 to W.
 
     Raises:
       ValueError: the skew is out of range.
@@ -40,52 +44,55 @@ class GenerationOrder:
 
     @classmethod
     def raster(cls, shape: tuple[int, int]) -> 'GenerationOrder':
-        """Returns the order of one position per step, row by row."""
+        """Returns the order of one position per step, row by row, of a map of shape (H, W)."""
         return cls(shape, shape[1])
 
     @property
-    def steps(self) -> int:
+    def num_steps(self) -> int:
         """The number of steps, T = W + skew * (H - 1)."""
         return self.shape[1] + self.skew * (self.shape[0] - 1)
 
     @property
-    def rows(self) -> int:
+    def max_positions_per_step(self) -> int:
         """The largest number of positions in a step, n: a row takes W steps, and the next starts `skew` steps later."""
         return min(-(-self.shape[1] // self.skew), self.shape[0])
 
-    def step_of(self) -> np.ndarray:
+    def step_map(self) -> np.ndarray:
         """Returns the step of every position, int [H, W]."""
         return np.arange(self.shape[1]) + self.skew * np.arange(self.shape[0])[:, None]
 
-    def slot_of(self) -> np.ndarray:
-        """Returns the index of every position among the n of its step, int [H, W]."""
-        return np.arange(self.shape[0])[:, None] - self.first_row(self.step_of(), np)
+    def index_in_step_map(self) -> np.ndarray:
+        """Returns the index of every position in the arrays [n] that `positions` returns for its step, int [H, W]."""
+        return np.arange(self.shape[0])[:, None] - self.first_row(self.step_map())
 
-    def first_row(self, step: jax.Array | np.ndarray | int, xp: ModuleType = jnp) -> jax.Array | np.ndarray:
-        """Returns the first active row of a step, of the same shape: rows first_row to first_row + n - 1 are active.
+    def first_row(self, step: jax.Array | np.ndarray | int) -> jax.Array | np.ndarray:
+        """Returns the row of the first position of a step; its n positions are in this row and the n - 1 rows below.
 
         Args:
-          step: int of any shape.
-          xp: `jnp`, or `np` for static steps.
-        """
-        return xp.maximum((step - self.shape[1]) // self.skew + 1, 0)
+          step: int, of any shape.
 
-    def positions(
-        self, step: jax.Array | np.ndarray | int, xp: ModuleType = jnp
-    ) -> tuple[jax.Array | np.ndarray, jax.Array | np.ndarray, jax.Array | np.ndarray]:
-        """Returns the positions of a step.
+        Returns:
+          int, of the shape of `step`.
+        """
+        return _numpy_for(step).maximum((step - self.shape[1]) // self.skew + 1, 0)
+
+    def positions(self, step: jax.Array | np.ndarray | int) -> tuple[jax.Array | np.ndarray, ...]:
+        """Returns the positions of a step, from top to bottom.
+
+        The first and the last steps have fewer than n positions on the map. Their arrays are filled up with positions
+        off the map, clipped to it.
 
         Args:
           step: int [], or [T, 1] for several steps.
-          xp: `jnp`, or `np` for static steps.
 
         Returns:
-          Rows int [n], columns int [n], both clipped to the map, and bool [n], which of them are on the map; or [T, n].
+          Rows int, columns int, and bool, which positions are on the map; each is [n], or [T, n] for several steps.
         """
-        rows = self.first_row(step, xp) + xp.arange(self.rows)
+        xp = _numpy_for(step)
+        rows = self.first_row(step) + xp.arange(self.max_positions_per_step)
         columns = step - self.skew * rows
-        inside = (rows < self.shape[0]) & (columns >= 0) & (columns < self.shape[1])
-        return xp.minimum(rows, self.shape[0] - 1), xp.clip(columns, 0, self.shape[1] - 1), inside
+        on_map = (rows < self.shape[0]) & (columns >= 0) & (columns < self.shape[1])
+        return xp.minimum(rows, self.shape[0] - 1), xp.clip(columns, 0, self.shape[1] - 1), on_map
 
     def visible_offsets(self, kernel_size: int, strict: bool = False) -> tuple[tuple[int, int], ...]:
         """Returns the offsets within a convolution window that belong to the same or an earlier step.
@@ -94,12 +101,16 @@ class GenerationOrder:
         With the offsets (-1, skew), (1, -skew) and (0, -1), stacked layers reach every earlier position.
 
         Args:
-          kernel_size: odd.
-          strict: include offsets of earlier steps only.
+          kernel_size: number of rows of the window, odd.
+          strict: leave out the offsets of the same step.
 
         Returns:
-          (row, column) pairs, row by row.
+          (row, column) relative to the center of the window, row by row.
         """
         half, wide = kernel_size // 2, max(kernel_size // 2, self.skew)
         rows, columns = range(-half, half + 1), range(-wide, wide + 1)
         return tuple((i, j) for i in rows for j in columns if j + self.skew * i <= -int(strict))
+
+
+def _numpy_for(step):
+    return jnp if isinstance(step, jax.Array) else np

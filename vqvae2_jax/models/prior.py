@@ -3,11 +3,12 @@
 Gated residual convolutions, optional causal attention after every few of them, and a residual stack over the coarser
 levels' codes and the class that conditions every block. `raster.py` and `wavefront.py` have the two networks.
 
-The network is causal through its input: the features at a position depend on codes of earlier steps only, so every
-layer may use its own position. The same methods run over whole maps and, with the caches of `causal.py`, step by step.
+The first layer excludes the code of the position itself, so the features at a position depend on codes of earlier
+steps only. All later layers may therefore include the position itself. The same layers run over whole maps and, with
+the caches of `causal.py`, step by step.
 
-Shapes: B batch, H W this level's map, h w the decoded part of it, h_l w_l the map of a coarser level l, K codebook
-size, F hidden channels, R residual channels.
+Shapes: B batch, H W this level's map, h w all of it or, with a cache, the part that is computed in one call, h_l w_l
+map of a coarser level l, K codebook size, F hidden channels, R residual channels.
 """
 
 import functools
@@ -24,8 +25,9 @@ from vqvae2_jax.models.gated_resnet import GatedBlock, GatedResNetStack, run_blo
 from vqvae2_jax.models.order import GenerationOrder
 from vqvae2_jax.models.residual import ResidualStack
 
-PLACEMENTS, KINDS = ('inside', 'after'), ('keys', 'logits')
-MAX_ATTENDED = 2**14  # positions of a map with attention, whose logits are their square
+DROPOUT_PLACEMENTS = ('inside', 'after')
+ATTENTION_DROPOUT_KINDS = ('keys', 'logits')
+MAX_ATTENDED = 2**14  # positions of a map with attention, which computes a logit for every pair of them
 
 
 class Prior(nn.Module):
@@ -34,24 +36,24 @@ class Prior(nn.Module):
     Attributes:
       shape: (H, W).
       codebook_size: K.
-      coarser_codebook_sizes: finest first.
-      num_classes: 0: unconditional.
-      label_dropout: share of training examples without their class, for classifier-free guidance.
+      coarser_codebook_sizes: codebook size of every coarser level, finest first.
+      num_classes: number of classes; 0: unconditional.
+      label_dropout: share of training examples that get no class, for classifier-free guidance.
       hidden_channels: F.
       residual_channels: R.
-      num_residual_blocks: gated blocks.
-      kernel_size: of the gated blocks' convolutions, odd.
-      num_attention_layers: at equal distances between the blocks.
-      num_heads: of an attention layer.
-      num_output_blocks: 1x1 gated blocks before the logits.
-      num_cond_blocks: residual blocks over the coarser levels.
-      dropout: rate of the gated blocks.
-      dropout_placement: 'inside' of a block, or 'after' it (section 3.2 of the paper).
-      attention_dropout: rate of the attention layers.
-      attention_dropout_kind: 'keys', or 'logits' (section 3.2 of the paper).
+      num_residual_blocks: number of gated blocks.
+      kernel_size: kernel size of the gated blocks' convolutions, odd.
+      num_attention_layers: number of attention layers, which are at equal distances between the blocks.
+      num_heads: number of heads of an attention layer.
+      num_output_blocks: number of 1x1 gated blocks before the logits.
+      num_cond_blocks: number of residual blocks over the coarser levels.
+      dropout: dropout rate of the gated blocks.
+      dropout_placement: 'inside' a block, or 'after' it (section 3.2 of the paper).
+      attention_dropout: dropout rate of the attention layers.
+      attention_dropout_kind: 'keys', or 'logits' (section 3.2 of the paper); see `CausalAttention`.
       remat: recompute activations of blocks and attention in the backward pass instead of storing them.
-      scan_layers: train the blocks as a scan, which compiles one block of each kind.
-      dtype: of the computation; logits are float32.
+      scan_layers: train blocks of the same shape as a scan, which compiles one of them.
+      dtype: dtype of the computation; logits are float32.
 
     Raises:
       ValueError: fields that do not fit together; the message names them.
@@ -91,7 +93,8 @@ class Prior(nn.Module):
                 f'num_attention_layers is {self.num_attention_layers}; on a {self.shape[0]}x{self.shape[1]} map it '
                 f'must be 0, because attention takes at most {MAX_ATTENDED} positions'
             )
-        for field, allowed in (('dropout_placement', PLACEMENTS), ('attention_dropout_kind', KINDS)):
+        choices = {'dropout_placement': DROPOUT_PLACEMENTS, 'attention_dropout_kind': ATTENTION_DROPOUT_KINDS}
+        for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f'{field} is {getattr(self, field)!r}; it must be one of {", ".join(allowed)}')
         self.row_embed, self.column_embed = self._embed(self.shape[0]), self._embed(self.shape[1])
@@ -137,10 +140,10 @@ class Prior(nn.Module):
         """Computes the logits of every code given the earlier ones.
 
         Args:
-          codes: int32 [B, H, W].
-          labels: int32 [B]; None if the prior has no classes.
-          coarser: int32 [B, h_l, w_l] of every coarser level, finest first.
-          train: with dropout, which needs the rng `dropout`.
+          codes: codes of this level, int32 [B, H, W].
+          labels: classes, int32 [B]; None if the prior has no classes.
+          coarser: codes of every coarser level, finest first; each int32 [B, h_l, w_l].
+          train: apply dropout and label dropout, which need the rng `dropout`.
 
         Returns:
           float32 [B, H, W, K].
@@ -148,13 +151,13 @@ class Prior(nn.Module):
         Raises:
           ValueError: labels or coarser codes are missing.
         """
-        return self.apply_with_cond(codes, self.condition(labels, coarser, train=train), train=train)
+        return self.compute_logits(codes, self.condition(labels, coarser, train=train), train=train)
 
-    def apply_with_cond(self, codes: jax.Array, condition: jax.Array | None, *, train: bool = False) -> jax.Array:
+    def compute_logits(self, codes: jax.Array, condition: jax.Array | None, *, train: bool = False) -> jax.Array:
         """Computes the logits float32 [B, H, W, K] of codes int32 [B, H, W], given the result of `condition`."""
-        return self._head(self._forward_full(codes, condition, train=train), condition, train=train)
+        return self._head(self._map_features(codes, condition, train=train), condition, train=train)
 
-    def _forward_full(self, codes, condition, *, train):
+    def _map_features(self, codes, condition, *, train):
         """Returns the features [B, H, W, F] of whole maps; those of a position depend on earlier codes only."""
         raise NotImplementedError
 
@@ -172,17 +175,23 @@ class Prior(nn.Module):
         """Computes the conditioning input of all blocks from the class and the coarser levels.
 
         Args:
-          labels: int32 [B]; None if the prior has no classes.
-          coarser: int32 [B, h_l, w_l] of every coarser level, finest first.
-          train: with label dropout, which needs the rng `dropout`.
+          labels: classes, int32 [B]; None if the prior has no classes. A prior with label dropout takes the label
+            `num_classes` as "no class".
+          coarser: codes of every coarser level, finest first; each int32 [B, h_l, w_l].
+          train: apply dropout and label dropout, which need the rng `dropout`.
 
         Returns:
-          [B, H, W, F]; [B, 1, 1, F] of the class alone; None without class and coarser levels.
+          [B, H, W, F]; [B, 1, 1, F] if there are classes but no coarser levels; None if there is neither.
 
         Raises:
           ValueError: labels or coarser codes are missing.
         """
-        self._check_condition(labels, coarser)
+        if self.num_classes and labels is None:
+            raise ValueError(f'this prior is conditioned on {self.num_classes} classes: give it labels')
+        if len(coarser) != len(self.coarser_codebook_sizes):
+            raise ValueError(
+                f'this prior needs the codes of {len(self.coarser_codebook_sizes)} coarser levels, not {len(coarser)}'
+            )
         condition = None
         if self.coarser_codebook_sizes:
             maps = [embed(codes) for embed, codes in zip(self.coarser_embeds, coarser, strict=True)]
@@ -198,11 +207,3 @@ class Prior(nn.Module):
             label = self.class_embed(labels)[:, None, None]  # [B, 1, 1, F]
             condition = label if condition is None else condition + label
         return condition
-
-    def _check_condition(self, labels, coarser):
-        if self.num_classes and labels is None:
-            raise ValueError(f'this prior is conditioned on {self.num_classes} classes: give it labels')
-        if len(coarser) != len(self.coarser_codebook_sizes):
-            raise ValueError(
-                f'this prior needs the codes of {len(self.coarser_codebook_sizes)} coarser levels, not {len(coarser)}'
-            )

@@ -2,8 +2,8 @@
 
 VQ-VAE-2 section 2.1 and VQ-VAE (2017) appendix A.1, with four common departures:
 - The codebook is initialized with encoder outputs of the first batch.
-- The counts start at values that match those vectors. From zero, one step would set unused codes to zero, or multiply
-  them by 1 / epsilon.
+- The counts start at N / K and the sums at the counts times those vectors. If both started at zero, one step would set
+  unused codes to zero, or multiply them by 1 / epsilon.
 - The averages have a short horizon at first, since the encoder changes fast. After 100 steps their mean age is 10
   steps; that of Sonnet's zero-debiased averages is 41.
 - Dead codes are restarted at vectors of the current batch, together with their statistics (Jukebox, Dhariwal et al.
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.lax import Precision, stop_gradient
 
 NEVER = 2**30  # the age of a code that was never assigned: more than any epoch, and far from overflow
-_EPSILON = 1e-5  # of the smoothing of the counts, as in Sonnet
+_EPSILON = 1e-5  # smooths the counts, as in Sonnet
 
 
 class Quantized(NamedTuple):
@@ -61,12 +61,12 @@ def nearest(vectors: jax.Array, codebook: jax.Array) -> jax.Array:
     """Finds the nearest codebook row in squared Euclidean distance.
 
     Args:
-      vectors: [..., D].
-      codebook: [K, D].
+      vectors: [..., D], any float dtype.
+      codebook: [K, D], any float dtype.
 
     Returns:
-      int32 [...]; the lowest index on ties. Computed in float32 at the highest matmul precision: at the
-      default precision of TPUs and tensor cores one lookup in a hundred differs.
+      Indices of rows, int32 [...]; the lowest index on ties. Computed in float32 at the highest matmul precision: at
+      the default precision of TPUs and tensor cores one lookup in a hundred differs.
     """
     vectors, codebook = vectors.astype(jnp.float32), codebook.astype(jnp.float32)
     products = jnp.einsum('...d,kd->...k', vectors, codebook, precision=Precision.HIGHEST)  # [..., K]
@@ -75,14 +75,28 @@ def nearest(vectors: jax.Array, codebook: jax.Array) -> jax.Array:
 
 
 def initial_statistics(vectors: jax.Array, codebook_size: int, key: jax.Array) -> Statistics:
-    """Makes a codebook of K random vectors of the first batch, float32 [N, D], with equal counts N / K."""
+    """Makes a codebook of random vectors of the first batch, with equal counts N / K.
+
+    Args:
+      vectors: encoder outputs of the first batch, float32 [N, D].
+      codebook_size: K.
+      key: key of the random choice of vectors.
+
+    Returns:
+      The statistics before the first update.
+    """
     codebook = _random_rows(vectors, codebook_size, key)
     counts = jnp.full((codebook_size,), vectors.shape[0] / codebook_size, jnp.float32)
     return Statistics(codebook, counts, counts[:, None] * codebook)
 
 
 def warm_decay(decay: float, updates: jax.Array) -> jax.Array:
-    """Returns the decay after int [] `updates` steps: (1 + updates) / (10 + updates), at most `decay`."""
+    """Returns the decay of the next update: (1 + updates) / (10 + updates), at most `decay`.
+
+    Args:
+      decay: the decay after many updates, in [0, 1).
+      updates: number of updates so far, int [].
+    """
     return jnp.minimum(decay, (1 + updates) / (10 + updates))
 
 
@@ -95,17 +109,16 @@ def ema_update(old: Statistics, vectors: jax.Array, codes: jax.Array, decay: jax
     Args:
       old: statistics before the step.
       vectors: float32 [N, D].
-      codes: int32 [N].
+      codes: the code of each vector, int32 [N].
       decay: gamma, in [0, 1).
-      epsilon: of the smoothing.
+      epsilon: smoothing constant of the counts.
 
     Returns:
       The statistics after the step.
     """
     size = old.counts.shape[0]
-    chosen = jax.nn.one_hot(
-        codes, size, dtype=jnp.float32
-    )  # [N, K]; unlike a scatter, a product is deterministic on GPUs
+    # Unlike a scatter, a product with one-hot vectors is deterministic on GPUs.
+    chosen = jax.nn.one_hot(codes, size, dtype=jnp.float32)  # [N, K]
     counts = decay * old.counts + (1 - decay) * jnp.sum(chosen, axis=0)
     batch_sums = jnp.einsum('nk,nd->kd', chosen, vectors, precision=Precision.HIGHEST)
     sums = decay * old.sums + (1 - decay) * batch_sums
@@ -124,11 +137,11 @@ def restart_dead_codes(
     Args:
       old: statistics after the EMA update.
       vectors: float32 [N, D].
-      threshold: 0: never.
-      key: of the random choice of vectors.
+      threshold: share of the mean count below which a code is replaced; 0: none.
+      key: key of the random choice of vectors.
 
     Returns:
-      The new statistics, and bool [K], the replaced codes.
+      The new statistics, and which codes are replaced, bool [K].
     """
     mean = jnp.sum(old.counts) / old.counts.shape[0]
     dead = old.counts < threshold * mean  # [K]
@@ -163,7 +176,7 @@ class Quantizer(nn.Module):
     Attributes:
       codebook_size: K.
       codebook_dim: D.
-      codebook_ema_decay: of the moving averages.
+      codebook_ema_decay: decay of the moving averages.
       dead_code_threshold: restart codes whose count is below this multiple of the mean count; 0: never (the paper).
     """
 
@@ -178,10 +191,13 @@ class Quantizer(nn.Module):
 
         Args:
           inputs: [B, H, W, D], any float dtype.
-          train: then update the codebook; needs the rng `reseed` and the collection `codebook` mutable.
+          train: update the codebook; needs the rng `reseed` and the collection `codebook` mutable.
+
+        Returns:
+          Code vectors, codes, commitment and metrics.
 
         Raises:
-          ValueError: the inputs have not D channels.
+          ValueError: the number of channels of the inputs is not D.
         """
         if inputs.shape[-1] != self.codebook_dim:
             raise ValueError(f'codebook_dim is {self.codebook_dim}, but the inputs have {inputs.shape[-1]} channels')

@@ -8,7 +8,7 @@ from vqvae2_jax.models.block_runner import DEFAULT, BlockRunner
 
 
 class ResidualBlock(nn.Module):
-    """x + conv1x1(relu(conv3x3(relu(x)))), with `residual_channels` in between."""
+    """x + conv1x1(relu(conv3x3(relu(x)))), with `residual_channels` between the convolutions."""
 
     residual_channels: int
     dtype: jnp.dtype
@@ -21,7 +21,10 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualStack(nn.Module):
-    """A stack of `num_blocks` residual blocks."""
+    """`num_blocks` residual blocks, one after the other.
+
+    Shapes: B batch, H W map, C channels.
+    """
 
     num_blocks: int
     residual_channels: int
@@ -31,5 +34,5 @@ class ResidualStack(nn.Module):
         self.blocks = [ResidualBlock(self.residual_channels, self.dtype) for _ in range(self.num_blocks)]
 
     def __call__(self, x: jax.Array, runner: BlockRunner = DEFAULT) -> jax.Array:
-        """Maps x [B, H, W, C] to the same shape. `runner`: with remat or scan."""
+        """Maps x [B, H, W, C] to the same shape; `runner` runs the blocks with remat or as a scan."""
         return runner.run(lambda block, x, _: block(x), self.blocks, x)[0]

@@ -14,12 +14,20 @@ class ResNet(nn.Module):
     """Stages of two-convolution blocks; each stage after the first halves the map.
 
     Shapes: B batch, H W C image, S classes.
+
+    Attributes:
+      num_classes: S.
+      widths: number of channels of each stage.
+      blocks: number of blocks of each stage.
+      stem_stride: stride of the first convolution, such as 2 for images of 128 pixels and more.
+      dropout: dropout rate before the last layer.
+      dtype: dtype of the computation; logits are float32.
     """
 
     num_classes: int
     widths: tuple[int, ...]
     blocks: tuple[int, ...]
-    stem_stride: int  # 2 for images of 128 pixels and more
+    stem_stride: int
     dropout: float
     dtype: jnp.dtype
 
@@ -31,7 +39,7 @@ class ResNet(nn.Module):
 
         Args:
           image: float32 [B, H, W, C] in [-1, 1].
-          train: with dropout, which needs the rng `dropout`.
+          train: apply dropout, which needs the rng `dropout`.
           with_features: also return the features before the last layer.
 
         Returns:

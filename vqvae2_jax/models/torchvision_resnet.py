@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqvae2_jax.models.batch_norm import fold_batch_norm, mismatches
+from vqvae2_jax.models.pytorch_weights import convert_state_dict
 
 SIZE = 224
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1]
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of ImageNet's pixels in [0, 1]
 _EPSILON = 1e-5
 _WIDTHS = (64, 128, 256, 512)
 
@@ -25,7 +25,7 @@ class BottleneckResNet(nn.Module):
 
     Attributes:
       num_classes: S.
-      blocks: per group; (3, 4, 6, 3) is ResNet-50.
+      blocks: number of blocks of each group; (3, 4, 6, 3) is ResNet-50.
     """
 
     num_classes: int
@@ -70,25 +70,21 @@ def from_state_dict(state: Mapping[str, np.ndarray]) -> tuple[BottleneckResNet, 
       state: torchvision's state dict of a ResNet-50, -101 or -152.
 
     Returns:
-      The module and its parameters.
+      The module, and the collection `params` for it.
 
     Raises:
       ValueError: the arrays belong to another network; the message names one.
     """
-    try:
-        blocks = tuple(len({k.split('.')[1] for k in state if k.startswith(f'layer{group}.')}) for group in range(1, 5))
-        network = BottleneckResNet(state['fc.weight'].shape[0], blocks)
-        shapes = jax.eval_shape(network.init, jax.random.key(0), jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.uint8))
-        params = {
-            layer: fold_batch_norm(state, layer, norm_of(layer), _EPSILON)
-            for layer in shapes['params']
-            if layer != 'fc'
-        }
-        params['fc'] = {'kernel': state['fc.weight'].T, 'bias': state['fc.bias']}
-    except KeyError as error:
-        raise ValueError(f'the weights lack {error.args[0]!r}: a ResNet-50, -101 or -152 is expected') from error
-    for array, found, needed in mismatches(params, shapes['params']):
-        raise ValueError(f'{array} has the shape {found}, not {needed}')
+    blocks = tuple(len({k.split('.')[1] for k in state if k.startswith(f'layer{group}.')}) for group in range(1, 5))
+    network = BottleneckResNet(len(state.get('fc.weight', ())), blocks)
+    params = convert_state_dict(
+        network,
+        state,
+        image_size=SIZE,
+        names_of=lambda layer: (layer, norm_of(layer)),
+        epsilon=_EPSILON,
+        expected='a ResNet-50, -101 or -152',
+    )
     return network, params
 
 

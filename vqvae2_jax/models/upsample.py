@@ -17,7 +17,11 @@ class Upsample(nn.Module):
     The kernel is that of PyTorch's ConvTranspose2d, [4, 4, C, F] in place of [C, F, 4, 4]: pixel i of the input reaches
     the pixels 2 i - 1 + k of the output through kernel row k.
 
-    Shapes: B batch, H W map, C channels in, F `features`.
+    Shapes: B batch, H W map, C input channels, F output channels.
+
+    Attributes:
+      features: F.
+      dtype: dtype of the computation.
     """
 
     features: int

@@ -30,7 +30,7 @@ class VQVAEOutput(NamedTuple):
       previews: float32 [B, H, W, C] for the levels 1 to L - 1, images from that level and coarser ones alone.
       codes: int32 [B, h_l, w_l].
       commitment: float32 [B], mean squared distance of encoder outputs to their code vectors.
-      metrics: of the quantizer, see `Quantized`.
+      metrics: metrics of the quantizer, see `Quantized`.
     """
 
     image: jax.Array
@@ -45,7 +45,7 @@ def map_shapes(image_size: tuple[int, int], downsample_factors: tuple[int, ...])
 
     Args:
       image_size: (height, width) of the images.
-      downsample_factors: one per level, finest first.
+      downsample_factors: one factor per level, finest first.
 
     Raises:
       ValueError: a factor is not a power of two, or does not divide the map before it.
@@ -131,21 +131,21 @@ class VQVAE(nn.Module):
     The decoder of level l takes the codes of level l and of all coarser levels, upsampled by transposed convolutions.
 
     Previews are images decoded without the finer levels. The paper shows such images but does not say how they were
-    made; here they are heads on the decoded features. With `preview_grad_scale` 0 no gradient of a head reaches the
-    rest of the model, which trains as in the paper; above 0, coarse levels carry more of the image.
+    made; here each is made by a head (`Preview`) on the decoded features. With `preview_grad_scale` 0 no gradient of a
+    head reaches the rest of the model, which trains as in the paper; above 0, coarse levels carry more of the image.
 
     Attributes:
-      downsample_factors: one per level, finest first; powers of two.
+      downsample_factors: one factor per level, finest first; powers of two.
       channels: C.
       hidden_channels: F.
-      residual_channels: of the residual blocks.
-      num_residual_blocks: per encoder and decoder.
+      residual_channels: number of channels inside a residual block.
+      num_residual_blocks: number of residual blocks per encoder and decoder.
       codebook_size: K.
       codebook_dim: D.
-      codebook_ema_decay: of the codebook's moving averages.
+      codebook_ema_decay: decay of the codebook's moving averages.
       dead_code_threshold: see `Quantizer`.
       preview_grad_scale: share of the preview heads' gradient that reaches the decoded features.
-      dtype: of the computation; the quantizer and all outputs are float32.
+      dtype: dtype of the computation; the quantizer and all outputs are float32.
     """
 
     downsample_factors: tuple[int, ...]
@@ -192,6 +192,9 @@ class VQVAE(nn.Module):
           image: float32 [B, H, W, C] in [-1, 1].
           train: update the codebooks; needs the rng `reseed` and the collection `codebook` mutable.
 
+        Returns:
+          The reconstruction, with codes, losses and metrics of every level.
+
         Raises:
           ValueError: the image size is not divisible by the downsampling factors.
         """
@@ -200,63 +203,53 @@ class VQVAE(nn.Module):
         for encoder in self.encoders:
             x = encoder(x)
             hidden.append(x)
-        context, decoded, quantized, previews = None, None, {}, {}
-        for level in reversed(
-            range(len(self.downsample_factors))
-        ):  # algorithm 1: the coarsest level is quantized first
+        context, decoded, quantized, previews = None, None, [], []
+        # Algorithm 1: the coarsest level is quantized first.
+        for level in reversed(range(len(self.downsample_factors))):
             x = hidden[level] if decoded is None else jnp.concatenate([decoded, hidden[level]], axis=-1)
-            quantized[level] = self.quantizers[level](self.projections[level](x), train=train)
-            context = self._context(level, quantized[level].vectors, context)
+            quantized.insert(0, self.quantizers[level](self.projections[level](x), train=train))
+            context = self._context(level, quantized[0].vectors, context)
             decoded = self.decoders[level](context)
             if level:
                 features = stop_gradient(decoded) + self.preview_grad_scale * (decoded - stop_gradient(decoded))
-                previews[level] = self.previewers[level - 1](features).astype(jnp.float32)
-        ordered = [quantized[level] for level in range(len(self.downsample_factors))]
+                previews.insert(0, self.previewers[level - 1](features).astype(jnp.float32))
         return VQVAEOutput(
             image=decoded.astype(jnp.float32),
-            previews=tuple(previews[level] for level in range(1, len(self.downsample_factors))),
-            codes=tuple(q.codes for q in ordered),
-            commitment=tuple(q.commitment for q in ordered),
-            metrics=tuple(q.metrics for q in ordered),
+            previews=tuple(previews),
+            codes=tuple(q.codes for q in quantized),
+            commitment=tuple(q.commitment for q in quantized),
+            metrics=tuple(q.metrics for q in quantized),
         )
 
     def encode(self, image: jax.Array) -> tuple[jax.Array, ...]:
         """Encodes images float32 [B, H, W, C] in [-1, 1] to codes int32 [B, h_l, w_l] per level, finest first."""
         return self(image).codes
 
-    def decode(self, codes: tuple[jax.Array, ...]) -> jax.Array:
-        """Decodes codes int32 [B, h_l, w_l] of all levels, finest first, to images float32 [B, H, W, C]."""
-        *_, (_, decoded) = self._decode_from_coarsest(codes)
-        return decoded.astype(jnp.float32)
-
-    def preview(self, codes: tuple[jax.Array, ...], level: int) -> jax.Array:
-        """Decodes the codes of coarse levels alone.
+    def decode(self, codes: tuple[jax.Array, ...], level: int = 0) -> jax.Array:
+        """Decodes codes to images: the codes of all levels to reconstructions, those of coarse levels to previews.
 
         Args:
           codes: int32 [B, h_l, w_l] of the levels `level` to L - 1, finest first.
-          level: from 1 to L - 1.
+          level: the finest level that is decoded; above 0 the image is a preview.
 
         Returns:
           Images, float32 [B, H, W, C].
 
         Raises:
-          ValueError: no such level. Level 0 has no preview, since `decode` gives its image.
+          ValueError: the number of codes is not that of the levels.
         """
-        if not 0 < level < len(self.downsample_factors):
-            raise ValueError(f'previews exist for levels 1 to {len(self.downsample_factors) - 1}, not {level}')
-        padded = (None,) * level + tuple(codes)
-        for current, decoded in self._decode_from_coarsest(padded):
-            if current == level:
-                return self.previewers[level - 1](decoded).astype(jnp.float32)
-
-    def _decode_from_coarsest(self, codes):
+        levels = range(level, len(self.downsample_factors))
+        if not levels or len(codes) != len(levels):
+            raise ValueError(f'level is {level} of {len(self.downsample_factors)} levels, but codes has {len(codes)}')
         context = None
-        for level in reversed(range(len(self.downsample_factors))):
-            context = self._context(level, self.quantizers[level].lookup(codes[level]), context)
-            yield level, self.decoders[level](context)
+        for current, level_codes in zip(reversed(levels), reversed(codes), strict=True):
+            context = self._context(current, self.quantizers[current].lookup(level_codes), context)
+        image = self.decoders[level](context)
+        return (self.previewers[level - 1](image) if level else image).astype(jnp.float32)
 
     def _context(self, level: int, vectors: jax.Array, coarser: jax.Array | None) -> jax.Array:
-        # [B, h_l, w_l, D or 2 D]: this level's vectors, concatenated to the upsampled context of the coarser levels
+        # [B, h_l, w_l, D for the coarsest level, else 2 D]: the upsampled context of the coarser levels,
+        # concatenated with the code vectors of this level
         vectors = vectors.astype(self.dtype)
         if coarser is None:
             return vectors

@@ -19,10 +19,10 @@ from vqvae2_jax.models.prior import Prior
 
 
 class WavefrontPrior(Prior):
-    """Generates a map in W + skew (H - 1) exact steps, fewer than positions.
+    """Generates a map in W + skew (H - 1) exact steps, which are fewer than the positions.
 
     Attributes:
-      skew: columns that a row is behind the row above; other fields as in `Prior`.
+      skew: number of columns that a row is behind the row above. The other fields are those of `Prior`.
     """
 
     skew: int
@@ -41,7 +41,7 @@ class WavefrontPrior(Prior):
         """Wavefront order with this skew."""
         return GenerationOrder(self.shape, self.skew)
 
-    def _forward_full(self, codes, condition, *, train):
+    def _map_features(self, codes, condition, *, train):
         rows, columns = jnp.arange(self.shape[0])[:, None], jnp.arange(self.shape[1])
         return self._features(codes, rows, columns, condition, train=train)
 
@@ -49,12 +49,12 @@ class WavefrontPrior(Prior):
         """Computes the logits of one step, with the caches `diagonals` and `attention`.
 
         Args:
-          previous: int32 [B, n], the codes of the step before; any value where it has no position.
-          step: int32 [].
-          condition: [B, H or 1, W or 1, F] of the whole map, or None.
+          previous: int32 [B, n], the codes of the previous step; any codes at positions off the map and in step 0.
+          step: int32 [], the number of the step.
+          condition: the result of `condition` for the whole map, [B, H or 1, W or 1, F], or None.
 
         Returns:
-          float32 [B, n, K] in the order of `GenerationOrder.positions`; undefined for positions off the map.
+          float32 [B, n, K] at the positions that `self.order.positions(step)` returns; undefined off the map.
         """
         rows, columns, _ = self.order.positions(step)
         if condition is not None and condition.shape[1:3] != (1, 1):
@@ -65,4 +65,4 @@ class WavefrontPrior(Prior):
     def _features(self, codes, rows, columns, condition, step=None, *, train=False):
         # rows and columns broadcast to the positions [h, w] of `codes`
         x = self.first(self.embed(codes)) + self.row_embed(rows) + self.column_embed(columns)  # [B, h, w, F]
-        return self.trunk(x, step, None, condition, train, self._runner(train))
+        return self.trunk(x, None, condition, step, train, self._runner(train))

@@ -1,13 +1,13 @@
 """Exact ancestral sampling: a code is sampled from the prior given all codes sampled before it.
 
-`sample` decodes incrementally, with caches: in raster order a row at a time through the vertical stack and a position
-at a time through the horizontal stack; in wavefront order all positions of a step at once. `sample_reference` is the
-slow definition, which runs the full network for every step. Both give the same codes.
+`sample` decodes incrementally, with caches. In raster order it runs the vertical stack once per row and the horizontal
+stack once per position; in wavefront order it computes all positions of a step at once.
 
-The randomness of a code depends on the sample's key and the position alone, so sample i is the same in any batch and on
-any number of devices.
+The random numbers of a code depend on the sample's key and the position alone, so sample i is the same in any batch and
+on any number of devices.
 
-Shapes: B batch, H W map, h_l w_l map of a coarser level, K codebook size, T steps of an order, n positions of a step.
+Shapes: B batch, H W map, h_l w_l map of level l, K codebook size, F features, T steps of an order, n positions of a
+step. With classifier-free guidance the networks run on 2 B examples: every sample twice, with and without its class.
 """
 
 import functools
@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vqvae2_jax.models.prior import Prior
 from vqvae2_jax.models.wavefront import WavefrontPrior
-from vqvae2_jax.sampling.params import DEFAULT, SamplingParams, apply_cfg, sample_codes
+from vqvae2_jax.sampling.params import DEFAULT, SamplingParams, apply_guidance, sample_codes
 
 
 class Sampled(NamedTuple):
@@ -28,7 +27,7 @@ class Sampled(NamedTuple):
 
     Attributes:
       codes: int32 [B, H, W].
-      log_probs: float32 [B, H, W] in nats, of the prior itself (temperature 1, no guidance, no filter).
+      log_probs: float32 [B, H, W] in nats, under the prior itself (temperature 1, no guidance, no top-k or top-p).
     """
 
     codes: jax.Array
@@ -36,7 +35,15 @@ class Sampled(NamedTuple):
 
 
 def sample_keys(key: jax.Array, index: jax.Array) -> jax.Array:
-    """Returns one key per sample, [B], from a key and the samples' indices int32 [B]."""
+    """Derives one key per sample, which depends on `key` and the index of the sample alone.
+
+    Args:
+      key: a key of `jax.random.key`, shape [].
+      index: the indices of the samples in their set, int32 [B].
+
+    Returns:
+      Keys [B].
+    """
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
 
 
@@ -51,54 +58,41 @@ def sample(
 ) -> Sampled:
     """Samples the codes of one level in the prior's order, with caches.
 
+    For example, to sample 16 maps of a prior without classes and coarser levels:
+
+      params = prior.init(jax.random.key(0), jnp.zeros((1, *prior.shape), jnp.int32))['params']
+      keys = sample_keys(jax.random.key(1), jnp.arange(16))
+      codes = jax.jit(lambda params, keys: sample(prior, params, keys).codes)(params, keys)
+
     Args:
       prior: the module.
-      params: its parameters.
-      keys: [B], one per sample, from `sample_keys`.
-      labels: int32 [B]; None if the prior has no classes.
-      coarser: int32 [B, h_l, w_l] of every coarser level, finest first.
-      sampling_params: may be traced, except for whether there is guidance.
-      known_codes: int32 [B, H, W], codes to keep, and -1 where one is sampled. A sampled code depends on the kept codes
-        of earlier steps, not of later ones.
+      params: the collection `params` of `prior.init` or of a trained prior.
+      keys: one key per sample, [B], from `sample_keys`.
+      labels: classes, int32 [B]; None if the prior has no classes.
+      coarser: codes of every coarser level, finest first; each int32 [B, h_l, w_l].
+      sampling_params: temperature, top-k, top-p and guidance. The numbers may be traced; whether `guidance` is None may
+        not.
+      known_codes: int32 [B, H, W]: codes to keep, and -1 at positions to sample; None: sample all. A sampled code
+        depends on the kept codes of earlier steps, not of later ones.
 
     Returns:
-      Codes and their log-probabilities.
+      The codes, kept ones included, and their log-probabilities.
 
     Raises:
       ValueError: guidance without labels, or with a prior trained without label dropout.
     """
+    guided = sampling_params.guidance is not None
+    if guided:
+        if not prior.label_dropout or labels is None:
+            raise ValueError('guidance needs labels, and a prior that was trained with label_dropout above 0')
+        # With and without class are neighbors: if they were two halves of the batch, devices would have to exchange
+        # them in every step.
+        labels = jnp.stack([labels, jnp.full_like(labels, prior.num_classes)], axis=1).reshape(-1)
+    duplicate = functools.partial(jnp.repeat, repeats=2, axis=0) if guided else lambda x: x
+    condition = prior.apply({'params': params}, labels, tuple(map(duplicate, coarser)), method='condition')
     choose = functools.partial(_choose, prior, keys, sampling_params, known_codes)
-    labels, coarser = _cfg_inputs(prior, labels, coarser, sampling_params)
-    condition = prior.apply({'params': params}, labels, coarser, method='condition')
-    decode = _wavefront if isinstance(prior, WavefrontPrior) else _raster
-    return decode(prior, params, condition, choose, functools.partial(_tile_for_cfg, sampling_params), keys.shape[0])
-
-
-def sample_reference(
-    prior: Prior,
-    params: Any,
-    keys: jax.Array,
-    labels: jax.Array | None = None,
-    coarser: tuple[jax.Array, ...] = (),
-    sampling_params: SamplingParams = DEFAULT,
-    known_codes: jax.Array | None = None,
-) -> Sampled:
-    """The slow definition of `sample`, with the same arguments and result: runs the full network for every step."""
-    height, width = prior.shape
-    choose = functools.partial(_choose, prior, keys, sampling_params, known_codes)
-    labels, coarser = _cfg_inputs(prior, labels, coarser, sampling_params)
-    rows, columns = (jnp.asarray(axis.reshape(-1)) for axis in np.mgrid[:height, :width])
-    steps = prior.order.step_of().reshape(-1)
-
-    def one_step(sampled, step):
-        maps = _tile_for_cfg(sampling_params, sampled.codes.reshape(-1, height, width))
-        logits = prior.apply({'params': params}, maps, labels, coarser)  # [B, H, W, K]
-        new = choose(rows, columns, logits.reshape(logits.shape[0], height * width, -1))
-        return jax.tree.map(lambda new, old: jnp.where(steps == step, new, old), new, sampled), None
-
-    start = Sampled(jnp.zeros((len(keys), height * width), jnp.int32), jnp.zeros((len(keys), height * width)))
-    sampled, _ = jax.lax.scan(one_step, start, jnp.arange(prior.order.steps))
-    return jax.tree.map(lambda x: x.reshape(-1, height, width), sampled)
+    decode = _decode_wavefront if isinstance(prior, WavefrontPrior) else _decode_raster
+    return decode(prior, params, condition, choose, duplicate, keys.shape[0])
 
 
 def sample_levels(
@@ -113,19 +107,19 @@ def sample_levels(
     """Samples the codes of all levels, the coarsest first.
 
     Args:
-      priors: one per level, finest first.
-      params: their parameters, in the same order.
-      key: of the whole set of samples.
-      index: int32 [B], the samples' indices.
-      labels: int32 [B]; None if the priors have no classes.
-      sampling_params: one per level; None: the defaults.
-      known_codes: per level None or codes to keep, as in `sample`.
+      priors: one module per level, finest first.
+      params: the collection `params` of each prior, in the same order.
+      key: key of the whole set of samples, shape [].
+      index: the indices of the samples in their set, int32 [B].
+      labels: classes, int32 [B]; None if the priors have no classes.
+      sampling_params: one per level, finest first; None: the priors' own distributions.
+      known_codes: for each level codes to keep, or None, as in `sample`; None: sample all codes of all levels.
 
     Returns:
       int32 [B, h_l, w_l] per level, finest first.
 
     Raises:
-      ValueError: as `sample`.
+      ValueError: guidance without labels, or with a prior trained without label dropout.
     """
     sampling_params = sampling_params or (DEFAULT,) * len(priors)
     known_codes = known_codes or (None,) * len(priors)
@@ -137,39 +131,26 @@ def sample_levels(
     return codes
 
 
-def _cfg_inputs(prior, labels, coarser, sampling_params):
-    # With guidance every row comes twice, with and without its class. The two are neighbors, as a batch that is sharded
-    # over devices would have to be exchanged between them in every step if they were two halves.
-    if sampling_params.guidance is None:
-        return labels, coarser
-    if not prior.label_dropout or labels is None:
-        raise ValueError('guidance needs labels, and a prior that was trained with label_dropout above 0')
-    labels = jnp.stack([labels, jnp.full_like(labels, prior.num_classes)], axis=1).reshape(-1)
-    return labels, tuple(_tile_for_cfg(sampling_params, c) for c in coarser)
-
-
-def _tile_for_cfg(sampling_params, x):
-    # [B, ...] -> [2 B, ...] with guidance; else unchanged
-    return x if sampling_params.guidance is None else jnp.repeat(x, 2, axis=0)
-
-
 def _choose(prior, keys, sampling_params, known_codes, rows, columns, logits) -> Sampled:
     # logits [B or 2 B, n, K] at the positions rows, columns [n] -> codes and log-probabilities [B, n]
-    positions = rows * prior.shape[1] + columns
-    codes = sample_codes(keys, positions, apply_cfg(logits, sampling_params), sampling_params)
+    guided = logits
+    if sampling_params.guidance is not None:
+        pairs = logits.reshape(-1, 2, *logits.shape[1:])  # keeps the sharding of the batch
+        logits, without_class = pairs[:, 0], pairs[:, 1]
+        guided = apply_guidance(logits, without_class, sampling_params.guidance)
+    codes = sample_codes(keys, rows * prior.shape[1] + columns, guided, sampling_params)
     if known_codes is not None:
         known = known_codes[:, rows, columns]
         codes = jnp.where(known >= 0, known, codes)
-    cond = logits if sampling_params.guidance is None else logits.reshape(-1, 2, *logits.shape[1:])[:, 0]
-    log_probs = jax.nn.log_softmax(cond)
+    log_probs = jax.nn.log_softmax(logits)
     return Sampled(codes, jnp.take_along_axis(log_probs, codes[..., None], axis=-1)[..., 0])
 
 
-def _wavefront(prior, params, condition, choose, tile, batch) -> Sampled:
+def _decode_wavefront(prior, params, condition, choose, duplicate, batch_size) -> Sampled:
     order = prior.order
 
     def network(cache, previous, step):
-        variables, arguments = {'params': params, **cache}, (tile(previous), step, condition)
+        variables, arguments = {'params': params, **cache}, (duplicate(previous), step, condition)
         return prior.apply(variables, *arguments, method='decode_step', mutable=['diagonals', 'attention'])
 
     def one_step(carry, step):
@@ -179,64 +160,54 @@ def _wavefront(prior, params, condition, choose, tile, batch) -> Sampled:
         sampled = choose(rows, columns, logits)
         return (sampled.codes, cache), sampled
 
-    start = jnp.zeros((batch, order.rows), jnp.int32)
-    _, empty = jax.eval_shape(lambda: network({}, start, jnp.int32(0)))
-    _, sampled = jax.lax.scan(one_step, (start, _zeros(empty)), jnp.arange(order.steps))
-    steps, slots = order.step_of(), order.slot_of()  # [H, W]
-    return jax.tree.map(
-        lambda x: jnp.moveaxis(x[steps, :, slots], 2, 0), sampled
-    )  # [T, B, n] -> [H, W, B] -> [B, H, W]
+    start = jnp.zeros((batch_size, order.max_positions_per_step), jnp.int32)
+    _, empty_cache = _zeros_like_result(network, {}, start, jnp.int32(0))
+    _, sampled = jax.lax.scan(one_step, (start, empty_cache), jnp.arange(order.num_steps))
+    steps, indices = order.step_map(), order.index_in_step_map()
+    # [T, B, n] -> [H, W, B] -> [B, H, W]
+    return jax.tree.map(lambda x: jnp.moveaxis(x[steps, :, indices], 2, 0), sampled)
 
 
-def _raster(prior, params, condition, choose, tile, batch) -> Sampled:
-    width, outside = prior.shape[1], prior.codebook_size
+def _decode_raster(prior, params, condition, choose, duplicate, batch_size) -> Sampled:
+    (height, width), off_map = prior.shape, prior.codebook_size
     variables = {'params': params}
 
     def decode_row(cache, above, row):
-        arguments = (tile(above)[:, None], row[None], _rows(condition, row))
-        return prior.apply(variables | cache, *arguments, method='decode_row', mutable=['rows'])
+        arguments = duplicate(above)[:, None], row[None], _slice(condition, row, axis=1)
+        return prior.apply(variables | cache, *arguments, method='vertical_features', mutable=['rows'])
 
-    def decode_position(cache, left, row, column, features):
-        part = _columns(_rows(condition, row), column)
-        arguments = (tile(left)[:, None], row[None], column[None], [_columns(f, column) for f in features], part)
+    def decode_position(cache, left, row, column, vertical):
+        vertical = jax.tree.map(lambda x: _slice(x, column, axis=2), vertical)
+        here = _slice(_slice(condition, row, axis=1), column, axis=2)
+        arguments = duplicate(left)[:, None], row * width + column, vertical, here
         return prior.apply(variables | cache, *arguments, method='decode_position', mutable=['columns', 'attention'])
 
     def one_row(carry, row):
-        above, rows, attention = carry
-        features, rows = decode_row(rows, above, row)
+        above, row_cache, cache = carry
+        vertical, row_cache = decode_row(row_cache, above, row)
 
         def one_column(carry, column):
             left, cache = carry
-            logits, cache = decode_position(cache, left, row, column, features)
+            logits, cache = decode_position(cache, left, row, column, vertical)
             sampled = choose(row[None], column[None], logits[:, 0])
             return (sampled.codes, cache), jax.tree.map(lambda x: x[:, 0], sampled)
 
-        start = (jnp.full((batch, 1), outside, jnp.int32), {**empty_columns, **attention})
+        start = jnp.full((batch_size, 1), off_map, jnp.int32), cache | {'columns': empty_cache['columns']}
         (_, cache), sampled = jax.lax.scan(one_column, start, jnp.arange(width))
         sampled = jax.tree.map(jnp.transpose, sampled)  # [W, B] -> [B, W]
-        return (sampled.codes, rows, {k: v for k, v in cache.items() if k == 'attention'}), sampled
+        return (sampled.codes, row_cache, cache), sampled
 
-    above = jnp.full((batch, width), outside, jnp.int32)
-    zero = jnp.zeros((), jnp.int32)
-    features, empty_rows = jax.eval_shape(lambda: decode_row({}, above, zero))
-    features, empty_rows = _zeros(features), _zeros(empty_rows)
-    _, empty = jax.eval_shape(lambda: decode_position({}, above[:, :1], zero, zero, features))
-    empty = _zeros(empty)
-    empty_columns = {k: v for k, v in empty.items() if k == 'columns'}
-    empty_attention = {k: v for k, v in empty.items() if k == 'attention'}
-    _, sampled = jax.lax.scan(one_row, (above, empty_rows, empty_attention), jnp.arange(prior.shape[0]))
+    above, zero = jnp.full((batch_size, width), off_map, jnp.int32), jnp.int32(0)
+    vertical, empty_row_cache = _zeros_like_result(decode_row, {}, above, zero)
+    _, empty_cache = _zeros_like_result(decode_position, {}, above[:, :1], zero, zero, vertical)
+    _, sampled = jax.lax.scan(one_row, (above, empty_row_cache, empty_cache), jnp.arange(height))
     return jax.tree.map(lambda x: x.swapaxes(0, 1), sampled)  # [H, B, W] -> [B, H, W]
 
 
-def _rows(x, row):
-    # [B, H or 1, W, F] -> [B, 1, W, F]
-    return x if x is None or x.shape[1] == 1 else jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1)
+def _slice(x, index, axis):
+    # the part of x [B, H or 1, W or 1, F], or None, at this row (axis 1) or column (axis 2)
+    return x if x is None or x.shape[axis] == 1 else jax.lax.dynamic_slice_in_dim(x, index, 1, axis)
 
 
-def _columns(x, column):
-    # [B, 1, W or 1, F] -> [B, 1, 1, F]
-    return x if x is None or x.shape[2] == 1 else jax.lax.dynamic_slice_in_dim(x, column, 1, axis=2)
-
-
-def _zeros(shapes):
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+def _zeros_like_result(function, *arguments):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *arguments))

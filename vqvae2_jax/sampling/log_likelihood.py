@@ -19,11 +19,12 @@ def log_likelihood(
     """Computes log p(codes of a level | codes of the coarser levels, class) of every level.
 
     Args:
-      priors: one per level, finest first.
-      params: their parameters, in the same order.
+      priors: one module per level, finest first.
+      params: the collection `params` of each prior, in the same order.
       codes: int32 [B, h_l, w_l] per level, finest first.
-      labels: int32 [B]. None if the priors have no classes, or to marginalize over uniform classes. The sum over the
-        levels is then the log of the mean over the classes, and a level's value is its increment over the coarser ones.
+      labels: classes, int32 [B]; None if the priors have no classes, or to marginalize over uniform classes. The sum
+        over the levels is then the log of the mean probability over the classes, and the value of a level is the
+        difference that this level makes to the sum over the coarser ones.
 
     Returns:
       float32 [L, B], in nats, finest level first.
@@ -33,7 +34,7 @@ def log_likelihood(
     batch = codes[0].shape[0]
     classes = jnp.arange(priors[0].num_classes)
     by_class = jax.lax.map(lambda y: _conditional(priors, params, codes, jnp.full((batch,), y)), classes)  # [Y, L, B]
-    joint = jnp.cumsum(by_class[:, ::-1], axis=1)[:, ::-1]  # of a level and all coarser ones
+    joint = jnp.cumsum(by_class[:, ::-1], axis=1)[:, ::-1]  # log-likelihood of a level and all coarser ones
     marginal = jax.nn.logsumexp(joint, axis=0) - jnp.log(len(classes))  # [L, B]
     return marginal - jnp.concatenate([marginal[1:], jnp.zeros((1, batch))])
 

@@ -1,6 +1,7 @@
 """How a code is sampled from a prior's logits: classifier-free guidance, temperature, top-k, top-p.
 
-All values may be traced, so a change of one does not compile a new program. Only whether there is guidance is static.
+The numbers may be traced, so a program that takes them as an argument is compiled once for all values. Only whether
+`guidance` is None is static.
 
 Shapes: B batch, n positions sampled together, K codebook size.
 """
@@ -14,11 +15,14 @@ import jax.numpy as jnp
 class SamplingParams(NamedTuple):
     """Changes to the logits, applied in the order guidance, temperature, top-k, top-p.
 
+    All are numbers or arrays of shape []. The defaults sample from the prior's own distribution.
+
     Attributes:
       temperature: divides the logits; 0 takes the most likely code (greedy).
       top_k: sample among the k most likely codes; 0: among all.
-      top_p: sample among the most likely codes that hold this share of the probability (nucleus sampling).
-      guidance: w in uncond + w (cond - uncond); None: the conditional logits, without the second forward pass.
+      top_p: sample among the smallest set of most likely codes with at least this probability (nucleus sampling).
+      guidance: the weight of classifier-free guidance, see `apply_guidance`; None: no guidance, which saves the second
+        forward pass.
     """
 
     temperature: jax.Array | float = 1.0
@@ -33,16 +37,18 @@ DEFAULT = SamplingParams()  # the prior's own distribution
 def sample_codes(
     keys: jax.Array, positions: jax.Array, logits: jax.Array, sampling_params: SamplingParams = DEFAULT
 ) -> jax.Array:
-    """Samples codes. The result depends on the sample's key, the position and the logits alone, not on the batch.
+    """Samples codes from logits.
+
+    A code depends on its sample's key, its position and its logits alone, not on the batch.
 
     Args:
-      keys: [B], one per sample.
-      positions: int32 [n], raster indices on the map.
+      keys: one key per sample, [B], from `ancestral.sample_keys`.
+      positions: positions on the map as row * W + column, int32 [n].
       logits: float32 [B, n, K], after guidance.
-      sampling_params: temperature, top-k and top-p.
+      sampling_params: temperature, top-k and top-p; its guidance is not applied.
 
     Returns:
-      int32 [B, n].
+      The codes, int32 [B, n].
     """
     greedy = jnp.asarray(sampling_params.temperature) <= 0
     scaled = logits / jnp.where(greedy, 1.0, sampling_params.temperature)
@@ -60,7 +66,7 @@ def top_k_top_p_filter(logits: jax.Array, sampling_params: SamplingParams) -> ja
 
     Args:
       logits: float32 [..., K].
-      sampling_params: of which top_k and top_p are used.
+      sampling_params: top_k and top_p; its other values are not used.
 
     Returns:
       float32 [..., K].
@@ -72,7 +78,7 @@ def top_k_top_p_filter(logits: jax.Array, sampling_params: SamplingParams) -> ja
         limit = jnp.where(jnp.asarray(sampling_params.top_k) > 0, jnp.clip(sampling_params.top_k, 1, size), size)
         ordered = jnp.where(jnp.arange(size) < limit, ordered, -jnp.inf)
         probability = jax.nn.softmax(ordered)
-        before = jnp.cumsum(probability, axis=-1) - probability  # of all more likely codes
+        before = jnp.cumsum(probability, axis=-1) - probability  # the probability of all more likely codes
         inside = (before < sampling_params.top_p).at[..., 0].set(True) & (ordered > -jnp.inf)
         lowest = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
         return jnp.where(logits >= lowest, logits, -jnp.inf)
@@ -81,19 +87,15 @@ def top_k_top_p_filter(logits: jax.Array, sampling_params: SamplingParams) -> ja
     return jax.lax.cond(active, keep_most_likely, lambda logits: logits, logits)  # sorts only if needed
 
 
-def apply_cfg(logits: jax.Array, sampling_params: SamplingParams) -> jax.Array:
-    """Applies classifier-free guidance (Ho and Salimans 2022).
+def apply_guidance(cond: jax.Array, uncond: jax.Array, guidance: jax.Array | float) -> jax.Array:
+    """Applies classifier-free guidance (Ho and Salimans 2022): uncond + guidance * (cond - uncond).
 
     Args:
-      logits: float32 [2 B, ...], of every sample the conditional and then the unconditional ones; [B, ...] without
-        guidance.
-      sampling_params: of which guidance is used.
+      cond: logits given the class, float32 of any shape.
+      uncond: logits without the class, float32 of the same shape.
+      guidance: the guidance weight, []; 1 gives `cond`, 0 gives `uncond`, above 1 strengthens the class.
 
     Returns:
-      float32 [B, ...].
+      float32 of the same shape.
     """
-    if sampling_params.guidance is None:
-        return logits
-    pairs = logits.reshape(-1, 2, *logits.shape[1:])  # keeps the sharding of the batch
-    cond, uncond = pairs[:, 0], pairs[:, 1]
-    return uncond + sampling_params.guidance * (cond - uncond)
+    return uncond + guidance * (cond - uncond)

@@ -14,10 +14,10 @@ def select_top_per_class(scores: np.ndarray, labels: np.ndarray, fraction: float
     Args:
       scores: float [N], higher is better, such as the log-probability of the intended class.
       labels: int [N], the intended class.
-      fraction: of each class, in (0, 1]; rounded up, so that no class is lost.
+      fraction: share of every class to keep, in (0, 1]; the number of samples is rounded up, so that no class is lost.
 
     Returns:
-      Ascending indices of the selected samples, int64.
+      Indices of the selected samples, int64 [number of selected samples], ascending.
 
     Raises:
       ValueError: a fraction outside (0, 1], lengths that differ, or a score that is NaN.
@@ -44,7 +44,7 @@ def log_probability(logits: np.ndarray, label: np.ndarray) -> np.ndarray:
     float64, which distinguishes such images up to a margin of about 700.
 
     Args:
-      logits: float [N, S], S at least 2.
+      logits: float [N, S] for S classes, at least 2.
       label: int [N].
 
     Returns:

@@ -3,26 +3,30 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+Visualize = Callable[[Any, Any, Batch], tuple[jax.Array, ...]]
 
 
 class Task(NamedTuple):
-    """A model with its objective. Shapes: B batch.
+    """A model with its objective.
 
-    `model_state` below are the mutable collections without gradients, {'codebook': ...} or {}.
+    Shapes: B batch. `params` is the collection `params` of the module; `model_state` are its other collections, which
+    training updates without gradients: {'codebook': ...} or {}.
 
     Attributes:
       init: (key, batch) -> params, model_state.
-      loss: (params, model_state, batch, key) -> loss [], (new model_state, metrics [] of the training batch).
-      eval_step: (params, model_state, batch) -> metrics [B, ...] of every example.
-      reduce_metrics: metrics, as means over the validation examples, -> the scalars to report.
-      best_metric: the weights with the smallest value of this reported scalar are kept.
+      loss: (params, model_state, batch, key) -> loss [], (new model_state, metrics of the training batch, each []).
+      eval_step: (params, model_state, batch) -> metrics of every example, each [B, ...].
+      reduce_metrics: means of the metrics of `eval_step` over the validation examples -> scalars to report.
+      best_metric: name of a reported scalar; the weights with its smallest value are kept.
       visualize: (params, model_state, batch) -> rows of images in [-1, 1], each [N, H, W, C]; None: no pictures.
-      image_labels: one for each row.
+      image_labels: one label for each row of images.
     """
 
     init: Callable[[jax.Array, Batch], tuple[Any, Any]]
@@ -30,8 +34,48 @@ class Task(NamedTuple):
     eval_step: Callable[[Any, Any, Batch], Metrics]
     reduce_metrics: Callable[[dict], dict[str, float]]
     best_metric: str
-    visualize: Callable[[Any, Any, Batch], tuple[jax.Array, ...]] | None = None
+    visualize: Visualize | None = None
     image_labels: tuple[str, ...] = ()
+
+
+def make_likelihood_task(
+    model: nn.Module,
+    split: Callable[[Batch], tuple[jax.Array, tuple]],
+    visualize: Visualize | None = None,
+    image_labels: tuple[str, ...] = (),
+) -> Task:
+    """Makes the task of a module that returns logits and is trained by maximum likelihood.
+
+    Its metrics are `nll`, in nats, and `accuracy`: means over the targets of an example.
+
+    Args:
+      model: called as `model(*inputs, train=...)`, it returns logits float32 [B, ..., K] for targets in [0, K). With
+        train=True it may use the rng `dropout`. Its only collection is `params`.
+      split: batch -> (targets int32 [B, ...], inputs of the model).
+      visualize: see `Task`.
+      image_labels: see `Task`.
+    """
+
+    def init(key, batch):
+        return model.init(key, *split(batch)[1])['params'], {}
+
+    def per_example(logits, targets):
+        axes = tuple(range(1, targets.ndim))
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)  # [B, ...] nats
+        correct = jnp.argmax(logits, axis=-1) == targets
+        return {'nll': jnp.mean(nll, axes), 'accuracy': jnp.mean(correct, axes)}
+
+    def loss(params, model_state, batch, key):
+        targets, inputs = split(batch)
+        logits = model.apply({'params': params}, *inputs, train=True, rngs={'dropout': key})
+        metrics = {name: jnp.mean(value) for name, value in per_example(logits, targets).items()}
+        return metrics['nll'], (model_state, {'loss': metrics['nll'], **metrics})
+
+    def eval_step(params, model_state, batch):
+        targets, inputs = split(batch)
+        return per_example(model.apply({'params': params}, *inputs), targets)
+
+    return Task(init, loss, eval_step, as_floats, 'nll', visualize, image_labels)
 
 
 def as_floats(means: dict) -> dict[str, float]:

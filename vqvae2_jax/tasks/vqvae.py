@@ -9,6 +9,7 @@ from vqvae2_jax.metrics.psnr import psnr_from_mse
 from vqvae2_jax.models.vqvae import VQVAE
 from vqvae2_jax.tasks.task import Task, to_float
 
+# How the metric `ssim` is computed, for reports.
 SSIM = 'Gaussian window of 11 pixels, sigma 1.5, k1 0.01, k2 0.03, on [0, 1], mean over windows, channels and images'
 _WINDOW = 11
 ALL_LEVELS = 'all levels'  # label of the last row of images
@@ -18,22 +19,22 @@ def make_task(model: VQVAE, level_names: tuple[str, ...], commitment_weight: flo
     """Makes the task over batches {'image': uint8 [B, H, W, C]}.
 
     Args:
-      model: the network.
-      level_names: for the metrics' names, finest first.
-      commitment_weight: beta; the commitment is a mean over all elements, as in Sonnet.
+      model: the module.
+      level_names: names of the levels, finest first, such as ('bottom', 'top'); metrics are named after them.
+      commitment_weight: weight of the commitment loss, beta; the commitment is a mean over all elements, as in Sonnet.
       steps_per_epoch: a code counts as used when it was chosen within this many steps.
     """
 
     def init(key, batch):
         params_key, reseed_key = jax.random.split(key)
         image = to_float(batch['image'])
-        variables = dict(model.init({'params': params_key, 'reseed': reseed_key}, image))
-        return variables.pop('params'), variables
+        model_state = dict(model.init({'params': params_key, 'reseed': reseed_key}, image))
+        return model_state.pop('params'), model_state
 
-    def loss(params, variables, batch, key):
+    def loss(params, model_state, batch, key):
         image = to_float(batch['image'])
-        output, variables = model.apply(
-            {'params': params, **variables}, image, train=True, mutable=['codebook'], rngs={'reseed': key}
+        output, model_state = model.apply(
+            {'params': params, **model_state}, image, train=True, mutable=['codebook'], rngs={'reseed': key}
         )
         # 1. Reconstruction: squared error, a mean over all elements.
         mse = jnp.mean((output.image - image) ** 2)
@@ -42,7 +43,7 @@ def make_task(model: VQVAE, level_names: tuple[str, ...], commitment_weight: flo
         # 3. The preview heads; model.preview_grad_scale decides how much of their gradient reaches anything else.
         preview = sum(jnp.mean((p - image) ** 2) for p in output.previews)
         total = mse + commitment_weight * sum(commitment) + preview
-        # The metric is of the clipped image, as in evaluation.
+        # The reported error is that of the clipped image, as in evaluation.
         metrics = {'loss': total, 'mse': jnp.mean((jnp.clip(output.image, -1.0, 1.0) - image) ** 2)}
         for name, level_commitment, quantizer_metrics in zip(level_names, commitment, output.metrics, strict=True):
             metrics |= {
@@ -51,11 +52,11 @@ def make_task(model: VQVAE, level_names: tuple[str, ...], commitment_weight: flo
                 f'used_{name}': jnp.mean(quantizer_metrics['age'] < steps_per_epoch),
                 f'restarted_{name}': quantizer_metrics['restarted'],
             }
-        return total, (variables, metrics)
+        return total, (model_state, metrics)
 
-    def eval_step(params, variables, batch):
+    def eval_step(params, model_state, batch):
         image = to_float(batch['image'])
-        output = model.apply({'params': params, **variables}, image)
+        output = model.apply({'params': params, **model_state}, image)
         metrics = _image_errors(output.image, image)
         for name, codes in zip(level_names, output.codes, strict=True):
             flat = codes.reshape(codes.shape[0], -1)
@@ -64,9 +65,9 @@ def make_task(model: VQVAE, level_names: tuple[str, ...], commitment_weight: flo
             metrics |= _image_errors(preview, image, f'_{name}_only')
         return metrics
 
-    def visualize(params, variables, batch):
+    def visualize(params, model_state, batch):
         image = to_float(batch['image'])
-        output = model.apply({'params': params, **variables}, image)
+        output = model.apply({'params': params, **model_state}, image)
         return image, *reversed(output.previews), output.image
 
     image_labels = ('original', *(f'{name} only' for name in reversed(level_names[1:])), ALL_LEVELS)
@@ -87,10 +88,10 @@ def _reduce_metrics(means):
     return summary
 
 
-def _image_errors(reconstruction, image, of=''):
-    # [B] each, of the clipped image, as a viewer sees it; the MSE is in [-1, 1]
-    seen = jnp.clip(reconstruction, -1.0, 1.0)
-    found = {f'mse{of}': jnp.mean((seen - image) ** 2, axis=(1, 2, 3))}
+def _image_errors(reconstruction, image, suffix=''):
+    # Each [B], for the clipped image, as a viewer sees it. The MSE is that of pixels in [-1, 1].
+    clipped = jnp.clip(reconstruction, -1.0, 1.0)
+    errors = {f'mse{suffix}': jnp.mean((clipped - image) ** 2, axis=(1, 2, 3))}
     if min(image.shape[1:3]) >= _WINDOW:
-        found[f'ssim{of}'] = dm_pix.ssim((seen + 1) / 2, (image + 1) / 2, filter_size=_WINDOW)
-    return found
+        errors[f'ssim{suffix}'] = dm_pix.ssim((clipped + 1) / 2, (image + 1) / 2, filter_size=_WINDOW)
+    return errors

@@ -1,0 +1,66 @@
+"""Converts PyTorch state dicts to the parameters of networks that are not trained here.
+
+Batch norm is folded into the convolution before it.
+"""
+
+from collections.abc import Callable, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def convert_state_dict(
+    network: nn.Module,
+    state: Mapping[str, np.ndarray],
+    *,
+    image_size: int,
+    names_of: Callable[[str], tuple[str, str]],
+    epsilon: float,
+    expected: str,
+) -> dict[str, dict[str, np.ndarray]]:
+    """Converts the arrays of a state dict to a network's parameters.
+
+    Args:
+      network: a module that maps images uint8 [B, image_size, image_size, 3]. All of its layers are convolutions with
+        bias, apart from the dense layer `fc`.
+      state: {name: array}, with a convolution without bias and a batch norm for each convolution of the network.
+      image_size: height and width of the images.
+      names_of: name of a layer of the network -> names of its convolution and its batch norm in `state`.
+      epsilon: the constant that batch norm adds to the variance.
+      expected: the networks whose weights fit, for messages.
+
+    Returns:
+      The collection `params` of the network.
+
+    Raises:
+      ValueError: an array is missing or has another shape; the message names it.
+    """
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.uint8)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), images)['params']
+    params = {}
+    try:
+        for layer in shapes:
+            if layer == 'fc':
+                params[layer] = {'kernel': state['fc.weight'].T}
+                if 'bias' in shapes[layer]:
+                    params[layer]['bias'] = state['fc.bias']
+            else:
+                params[layer] = _fold_batch_norm(state, *names_of(layer), epsilon)
+    except KeyError as error:
+        raise ValueError(f'the weights lack {error.args[0]!r}: {expected} is expected') from error
+    for layer, arrays in shapes.items():
+        for name, needed in arrays.items():
+            shape = params[layer][name].shape
+            if shape != needed.shape:
+                raise ValueError(f'{layer} {name} has the shape {shape}, not {needed.shape}: {expected} is expected')
+    return params
+
+
+def _fold_batch_norm(state, conv, norm, epsilon):
+    scale = state[f'{norm}.weight'] / np.sqrt(state[f'{norm}.running_var'] + epsilon)
+    return {
+        'kernel': (state[f'{conv}.weight'] * scale[:, None, None, None]).transpose(2, 3, 1, 0),
+        'bias': state[f'{norm}.bias'] - state[f'{norm}.running_mean'] * scale,
+    }
