@@ -23,7 +23,7 @@ from vqvae2_jax.config.validation import validate_config
 from vqvae2_jax.jobs.extract_codes import extract_codes
 from vqvae2_jax.jobs.train import train_vqvae
 from vqvae2_jax.jobs.workdir import Run
-from vqvae2_jax.models.prior import KINDS, PLACEMENTS
+from vqvae2_jax.models.prior import ATTENTION_DROPOUT_KINDS, DROPOUT_PLACEMENTS
 
 COLUMNS = ('level', 'placement', 'kind', 'nats per code', 'against the first', 'beyond both ranges')
 
@@ -44,8 +44,8 @@ def variant(run, level, placement, kind, seed, options):
 
 def variants(config, level):
     """(placement, kind) of each variant; a prior without attention has one kind."""
-    kinds = KINDS if config.prior[level].num_attention_layers else KINDS[:1]
-    return [(placement, kind) for kind in kinds for placement in PLACEMENTS]
+    kinds = ATTENTION_DROPOUT_KINDS if config.prior[level].num_attention_layers else ATTENTION_DROPOUT_KINDS[:1]
+    return [(placement, kind) for kind in kinds for placement in DROPOUT_PLACEMENTS]
 
 
 def nats_after(run, level, steps):

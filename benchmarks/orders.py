@@ -123,7 +123,7 @@ def add_times(found, run, level, attention):
     runs = {order: variant(run, level, order, attention, seed=0) for order in found}
     updates = [{order: seconds_an_update(r, level) for order, r in runs.items()} for _ in range(TURNS)]
     for order, result in found.items():
-        result['steps'] = configs.make_prior(runs[order].config, run.levels.index(level)).order.steps
+        result['steps'] = configs.make_prior(runs[order].config, run.levels.index(level)).order.num_steps
         result['seconds an image'] = seconds_an_image(runs[order], level)
         result['seconds an update'] = min(turn[order] for turn in updates)
     budget = min(result['updates'][-1] * result['seconds an update'] for result in found.values())

@@ -89,7 +89,7 @@ def rerunning(level, batch, dtype):
         condition = part.apply({'params': cut}, None, above, method='condition')  # once per image there too
 
         def run(params, codes, condition, part=part):
-            return part.apply({'params': params}, codes, condition, method='apply_with_cond')[:, -1]
+            return part.apply({'params': params}, codes, condition, method='compute_logits')[:, -1]
 
         times.append(seconds(run, cut, codes[:, :rows], condition))
     return float(width * np.interp(np.arange(1, height + 1), heights, times).sum())
@@ -144,7 +144,7 @@ def wavefront_against_raster(batches, dtype, skews, bandwidth):
         for batch in batches:
             raster = cached(level, batch, dtype, None)
             for skew in (None, *skews):
-                steps = make(level, dtype, skew).order.steps
+                steps = make(level, dtype, skew).order.num_steps
                 time_, least = cached(level, batch, dtype, skew), floor(level, dtype, bandwidth, skew)
                 print(
                     f'| {level} | {batch} | {name_of(skew)} | {steps} | {time_:.2f} | {raster / time_:.1f}x '

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.reference_sampler import sample_reference
 from tests.test_prior import make_prior
 from vqvae2_jax.sampling.ancestral import sample, sample_keys
 from vqvae2_jax.sampling.params import SamplingParams, apply_guidance, sample_codes, top_k_top_p_filter
+from vqvae2_jax.sampling.reference import sample_reference
 
 PROBABILITIES = np.array([0.05, 0.4, 0.15, 0.3, 0.1])
 LOGITS = jnp.log(PROBABILITIES)

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import defaults
-from tests.reference_sampler import sample_reference
 from tests.test_prior import CASES, make_prior
 from vqvae2_jax.distributed import sharding
 from vqvae2_jax.sampling.ancestral import sample, sample_keys, sample_levels
 from vqvae2_jax.sampling.params import SamplingParams, sample_codes
+from vqvae2_jax.sampling.reference import sample_reference
 from vqvae2_jax.sampling.rejection import select_top_per_class
 
 
