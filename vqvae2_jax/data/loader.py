@@ -2,7 +2,7 @@
 
 Batch number k is a pure function of (source, seed, k). An iterator's whole state is therefore the number of batches
 read, and a restored iterator continues exactly, even with another number of worker processes. The global batch does not
-depend on the number of processes (hosts) either: each asks for its rows.
+depend on the number of processes (hosts) either: each reads its rows.
 
 Unreadable examples (source.on_error == 'skip') do not shift this. Each is replaced by the next readable one; training
 sees that example once more, evaluation masks it out.
@@ -45,16 +45,16 @@ def train_batches(
 
     Args:
       source: has __len__, and __getitem__ that returns a dict of arrays or scalars of fixed shapes and dtypes.
-      batch_size: the global one.
-      seed: of shuffling and augmentation.
+      batch_size: the global batch size.
+      seed: seed of shuffling and augmentation.
       flip: mirror half of the images.
-      crop: crop every image at a random place (source.read, see decode.CROP_ZOOM).
+      crop: crop every image at a random position (source.read, see decode.CROP_ZOOM).
       workers: number of grain worker processes; 0 reads in threads.
-      rows: which rows of the global batch to read, ascending; None: all.
+      rows: indices of the rows of the global batch to read, int [n], ascending; None: all.
       skip_log: file that the names of unreadable examples are appended to; see read_skipped.
 
     Returns:
-      A grain.DatasetIterator over dicts of arrays [rows, ...]. get_state() is a dict for JSON. Close it when done.
+      A grain.DatasetIterator over dicts of arrays [n, ...]. get_state() is a dict for JSON. Close it when done.
 
     Raises:
       ValueError: an empty source, rows outside the batch, or augmentation of a source without images.
@@ -80,17 +80,17 @@ def eval_batches(
     """Reads source[start:stop] once, in order, in full batches.
 
     Args:
-      source: as in train_batches.
-      batch_size: the global one.
+      source: see train_batches.
+      batch_size: the global batch size.
       start: first example.
       stop: one past the last example; None: the end of the source.
-      workers: as in train_batches.
-      rows: as in train_batches. The number of batches does not depend on them.
-      skip_log: as in train_batches.
+      workers: see train_batches.
+      rows: see train_batches. The number of batches does not depend on them.
+      skip_log: see train_batches.
 
     Returns:
-      An iterator over dicts of arrays [rows, ...] with 'mask': bool [rows], False where an example was repeated to fill
-      the last batch, or replaces an unreadable one.
+      An iterator over dicts of arrays [n, ...] with 'mask': bool [n], False for examples that are repeated to fill the
+      last batch, or that replace an unreadable one.
 
     Raises:
       ValueError: an empty source, a range outside of it, or rows outside the batch.
@@ -152,8 +152,8 @@ class BatchIterator(grain.DatasetIterator):
 
         Args:
           examples: dicts of arrays of fixed shapes and dtypes.
-          batch_size: the global one.
-          rows: of the global batch to read, ascending.
+          batch_size: the global batch size.
+          rows: indices of the rows of the global batch to read, int [n], ascending.
           workers: number of worker processes; 0 reads in threads.
         """
         super().__init__()

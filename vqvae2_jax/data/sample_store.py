@@ -28,7 +28,8 @@ def shard_path(directory: epath.Path, start: int, stop: int) -> epath.Path:
 
 def missing_shards(directory: epath.Path, ranges: Sequence[Range]) -> list[Range]:
     """Returns the ranges whose files do not exist."""
-    return [r for r in ranges if not shard_path(directory, *r).exists()]
+    names = files.list_names(directory)
+    return [r for r in ranges if shard_path(directory, *r).name not in names]
 
 
 def stored_count(directory: epath.Path) -> int:
@@ -79,8 +80,8 @@ def take(directory: epath.Path, index: np.ndarray) -> dict[str, np.ndarray]:
     Raises:
       JobError: as `shard_paths`.
     """
-    found = read_set(directory)
-    paths, size = _shard_paths(found), found.settings['shard_size']
+    output = read_set(directory)
+    paths, size = _shard_paths(output), output.settings['shard_size']
     index = np.asarray(index)
     rows = [None] * len(index)
     for shard in np.unique(index // size):
@@ -100,11 +101,11 @@ def read_set(directory: epath.Path) -> Record:
     return record.read_done(directory, 'cas' if directory.name == 'reconstructions' else 'sample')
 
 
-def _shard_paths(found):
-    ranges = shard_ranges(found.results['count'], found.settings['shard_size'])
-    if missing := missing_shards(found.directory, ranges):
+def _shard_paths(output):
+    ranges = shard_ranges(output.results['count'], output.settings['shard_size'])
+    if missing := missing_shards(output.directory, ranges):
         raise JobError(
-            f'{found.directory} lacks {len(missing)} of {len(ranges)} files, first '
-            f'{shard_path(found.directory, *missing[0]).name}: {record.job_command(found.job)}'
+            f'{output.directory} lacks {len(missing)} of {len(ranges)} files, first '
+            f'{shard_path(output.directory, *missing[0]).name}: {record.job_command(output.job)}'
         )
-    return [shard_path(found.directory, *r) for r in ranges]
+    return [shard_path(output.directory, *r) for r in ranges]

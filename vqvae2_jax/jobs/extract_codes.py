@@ -57,14 +57,14 @@ def _open_output(run: Run, split: str, vqvae: str) -> Record:
 def _extract_split(run: Run, split: str, output: Record, encode: Callable, stopped: Callable[[], int]) -> None:
     source, directory = run.images(split), output.directory
     ranges = shard_ranges(len(source), output.settings['shard_size'])
-    finished = processes.run_on_main_process(lambda: store.finished_shards(directory, len(ranges)))
-    missing = [r for number, r in enumerate(ranges) if number not in finished]
+    missing = processes.run_on_main_process(lambda: store.missing_shards(directory, len(ranges)))
+    missing = [ranges[number] for number in missing]
     if output.state == record.DONE and not missing:
         print(f'codes {split}: done ({output.results["count"]} images in {directory})', flush=True)
         return
     processes.run_on_main_process(output.start)
     begin = time.monotonic()
-    complete = _write_shards(run, split, encode, missing, stopped)
+    complete = _write_shards(run, split, encode, ranges, missing, stopped)
     processes.run_on_main_process(lambda: output.save_seconds(output.seconds + time.monotonic() - begin))
     if complete:
         meta = processes.run_on_main_process(lambda: _finish(output, source.class_names, len(ranges)))
@@ -82,20 +82,21 @@ def _settings(run, split):
     }
 
 
-def _write_shards(run: Run, split: str, encode: Callable, missing: Sequence[Range], stopped) -> bool:
-    """Writes the missing shards; returns False if a signal stopped it before the last one."""
+def _write_shards(
+    run: Run, split: str, encode: Callable, ranges: Sequence[Range], missing: Sequence[Range], stopped
+) -> bool:
+    """Writes the missing ones of all ranges; returns False if a signal stopped it before the last one."""
     source, batch_size = run.images(split), run.batch_size('codes')
-    size, shards = run.config.codes.shard_size, len(shard_ranges(len(source), run.config.codes.shard_size))
-    sizes = (run.config.vqvae.codebook_size,) * len(run.levels)
+    codebook_sizes = (run.config.vqvae.codebook_size,) * len(run.levels)
 
-    def write(limits, examples):
-        path = store.shard_path(run.path('codes', split), limits[0] // size, shards)
-        processes.run_on_main_process(lambda: store.write_shard(path, [examples], sizes))
+    def write(shard, examples):
+        path = store.shard_path(run.path('codes', split), ranges.index(shard), len(ranges))
+        processes.run_on_main_process(lambda: store.write_shard(path, [examples], codebook_sizes))
 
     writer, written, done = ShardWriter(missing, write), 0, 0
     progress = Progress(f'codes {split}', sum(stop - start for start, stop in missing))
     open_batches = functools.partial(_read_batches, run, source, stopped)
-    encoded = map_missing(encode, missing, open_batches, run.batch_size('codes'), len(source))
+    encoded = map_missing(encode, missing, open_batches, batch_size, len(source))
     with jax.set_mesh(run.mesh), contextlib.closing(encoded):
         for start, arrays in encoded:
             written += writer.add(start, arrays)

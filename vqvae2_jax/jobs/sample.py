@@ -85,13 +85,13 @@ def _draw_shards(run: Run, output: Record, missing: Sequence[Range], stopped: Ca
     batch_size, total = run.batch_size('sample'), sum(stop - start for start, stop in missing)
     begin, before = time.monotonic(), output.seconds
 
-    def write(limits, arrays):
+    def write(shard, arrays):
         arrays = {'arr_0': arrays['image']} | {k: v for k, v in arrays.items() if k not in ('image', 'index')}
-        arrays['index'] = np.arange(*limits, dtype=np.int64)
-        sample_store.write_npz(sample_store.shard_path(output.directory, *limits), arrays)
+        arrays['index'] = np.arange(*shard, dtype=np.int64)
+        sample_store.write_npz(sample_store.shard_path(output.directory, *shard), arrays)
         output.save_seconds(before + time.monotonic() - begin)
 
-    writer = ShardWriter(missing, lambda *shard: processes.run_on_main_process(lambda: write(*shard)))
+    writer = ShardWriter(missing, lambda *args: processes.run_on_main_process(lambda: write(*args)))
     with jax.set_mesh(run.mesh):
         generator = workdir.load_generator(run, run.config.sample.dtype)  # it refuses before any file changes
         run.print_start('sample', f'{total} samples', parameters=generator.num_parameters, batch='sample')
@@ -100,7 +100,7 @@ def _draw_shards(run: Run, output: Record, missing: Sequence[Range], stopped: Ca
         starts = batch_starts(missing, batch_size)
         rows = sharding.process_local_rows(batch_size)
         batches = (_batch(run.config, start + rows) for start in starts)
-        results = map_batches(make_sampler(run, generator), batches, batch_size)
+        results = map_batches(make_sampler(run, generator), batches, batch_size, main_process_only=True)
         for number, (start, arrays) in enumerate(zip(starts, results, strict=True), start=1):
             written += writer.add(start, arrays)
             progress.update(min(number * batch_size, total))
