@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from vqvae2_jax.data.shards import Range, shard_ranges
+from vqvae2_jax.distributed import processes
 from vqvae2_jax.io import files, record
 from vqvae2_jax.io.record import JobError, Record
 
@@ -59,12 +60,12 @@ def read_npz(path: epath.Path, names: Sequence[str] | None = None) -> dict[str, 
 
 
 def shard_paths(directory: epath.Path) -> list[epath.Path]:
-    """Returns the files of a finished set, in the order of their images.
+    """Returns the files of a finished set, in the order of their images. All processes together; process 0 looks.
 
     Raises:
       JobError: the set is not finished, or files are missing.
     """
-    return _shard_paths(read_set(directory))
+    return processes.run_on_main_process(lambda: _shard_paths(read_set(directory)))
 
 
 def take(directory: epath.Path, index: np.ndarray) -> dict[str, np.ndarray]:

@@ -39,8 +39,7 @@ def classification_accuracy_score(run: Run) -> None:
     """
     if not configs.has_classifier(run.config):
         raise JobError(f'data.num_classes={run.config.data.num_classes}: CAS needs classes')
-    # Refuses before the work begins.
-    processes.run_on_main_process(lambda: sample_store.shard_paths(run.set_path(SAMPLES)))
+    sample_store.shard_paths(run.set_path(SAMPLES))  # refuses before the work begins
     reconstruct(run)
     for kind, (directory, images) in sources(run).items():
         _train(run, kind, directory, images)
@@ -105,7 +104,7 @@ def _write_reconstructions(run, output, source, missing, stopped):
 def _train(run, kind, directory, images):
     """Trains a classifier on the images of a directory."""
     found = sample_store.read_set(images)
-    processes.run_on_main_process(lambda: sample_store.shard_paths(images))  # refuses a set that lacks files
+    sample_store.shard_paths(images)  # refuses a set that lacks files
     folder = str(images) if gcs.is_remote(images) else glob.escape(str(images))
     changes = {'splits': (), 'split_seed': 0, 'held_out': (_HELD_OUT, 0.0), 'on_error': 'raise'}
 

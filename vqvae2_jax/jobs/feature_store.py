@@ -100,7 +100,7 @@ def open_samples(run: Run, set_name: str, indices: np.ndarray | None = None) -> 
       JobError: the set is not finished.
     """
     directory, data = run.path(SAMPLES, set_name), run.config.data
-    processes.run_on_main_process(lambda: sample_store.shard_paths(directory))  # it refuses a set that lacks files
+    sample_store.shard_paths(directory)  # it refuses a set that lacks files
     folder = str(directory) if gcs.is_remote(directory) else glob.escape(str(directory))
     pattern = gcs.local_copy(os.path.join(folder, 'samples-*.npz'), sample_store.read_set(directory).digest)
     dataset = ArraysDataset(pattern, data.num_classes)
