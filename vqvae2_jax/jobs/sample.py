@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 from vqvae2_jax import inference
 from vqvae2_jax.config import build as configs
 from vqvae2_jax.data import sample_store
-from vqvae2_jax.data.shards import Range, ShardWriter, batch_starts, shard_ranges
+from vqvae2_jax.data.shards import Range, ShardWriter, shard_ranges
 from vqvae2_jax.distributed import processes, sharding
-from vqvae2_jax.distributed.batches import map_batches
+from vqvae2_jax.distributed.batches import map_missing
 from vqvae2_jax.distributed.preemption import exit_together, stop_signals
 from vqvae2_jax.io import plots, record
 from vqvae2_jax.io.progress import Progress
@@ -97,11 +97,14 @@ def _draw_shards(run: Run, output: Record, missing: Sequence[Range], stopped: Ca
         run.print_start('sample', f'{total} samples', parameters=generator.num_parameters, batch='sample')
         processes.run_on_main_process(lambda: _start(output))
         written, progress = 0, Progress('sample', total)
-        starts = batch_starts(missing, batch_size)
         rows = sharding.process_local_rows(batch_size)
-        batches = (_batch(run.config, start + rows) for start in starts)
-        results = map_batches(make_sampler(run, generator), batches, batch_size, main_process_only=True)
-        for number, (start, arrays) in enumerate(zip(starts, results, strict=True), start=1):
+
+        def open_batches(start, stop):
+            for first in range(start, stop, batch_size):
+                yield _batch(run.config, first + rows)
+
+        results = map_missing(make_sampler(run, generator), missing, open_batches, batch_size, run.config.sample.count)
+        for number, (start, arrays) in enumerate(results, start=1):
             written += writer.add(start, arrays)
             progress.update(min(number * batch_size, total))
             if processes.process_any(bool(stopped())):
