@@ -100,7 +100,8 @@ def make_inpainter(
 
     Returns:
       (number of the image, image uint8 [H, W, C], mask bool [H, W]) -> {'image': uint8 [count, H, W, C],
-      'codes_l': int32 [count, h_l, w_l]} on process 0, which writes them. A variant depends on the seed, the number and its index alone.
+      'codes_l': int32 [count, h_l, w_l]} on process 0, which writes them. A variant depends on the seed, the
+      number and its index alone.
     """
     options = run.config.inpaint
     chosen = [name in levels for name in run.levels]
