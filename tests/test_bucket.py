@@ -9,6 +9,7 @@ from etils import epath
 from PIL import Image
 
 from benchmarks.input import packed
+from tests import fake_gcs
 from tests.defaults import image_spec
 from tests.fake_gcs import serve
 from vqvae2_jax import main
@@ -66,7 +67,7 @@ def test_codes_on_a_bucket(bucket, tmp_path):
     with pytest.raises(ValueError, match='codebook has 9'):
         codes.write_shard(path, [batch, batch | {'codes_0': batch['codes_0'] + 9}], (9,))
     assert not any(name.startswith('codes/') for name in bucket.objects)  # complete or absent
-    assert codes.write_shard(path, [batch], (9,)) == 5 and codes.finished_shards('gs://bucket/codes', 1) == [0]
+    assert codes.write_shard(path, [batch], (9,)) == 5 and codes.missing_shards('gs://bucket/codes', 1) == []
     meta = dict(num_classes=5, class_names=(), split='train', shards=1)
     meta = codes.CodesMeta(shapes=((2, 2),), codebook_sizes=(9,), count=5, **meta)
     for vqvae in 'ab':  # the second store in the same place, of other codes, is not taken for the first
@@ -94,6 +95,17 @@ def test_a_log_on_a_bucket(bucket, monkeypatch):
     second.write(3, 'train', {'loss': 4.0})
     second.close()
     assert [line['train/loss'] for line in logging.read_metrics('gs://bucket/log')] == [1, 2, 4]
+
+
+def test_missing_files_take_one_listing(bucket, monkeypatch):
+    directory, ranges = epath.Path('gs://bucket/set'), [(start, start + 2) for start in range(0, 20, 2)]
+    assert sample_store.missing_shards(directory, ranges) == ranges and files.list_names(directory) == set()
+    for r in ranges[::2]:
+        sample_store.write_npz(sample_store.shard_path(directory, *r), {'x': np.arange(2)})
+    answered, get = [], fake_gcs._Handler._get
+    monkeypatch.setattr(fake_gcs._Handler, '_get', lambda handler: answered.append(handler.path) or get(handler))
+    assert sample_store.missing_shards(directory, ranges) == ranges[1::2]
+    assert len(answered) == 1
 
 
 def test_images_on_a_bucket(bucket):

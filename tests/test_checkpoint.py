@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqvae2_jax.distributed import sharding
+from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.io import files
-from vqvae2_jax.training.checkpoint import BestCheckpoint
+from vqvae2_jax.training.checkpoint import BestCheckpoint, Checkpoints
 
 
 class Killed(Exception):
@@ -51,6 +51,14 @@ def test_worse_weights_and_those_of_a_nan_are_not_written(tmp_path):
     assert BestCheckpoint(tmp_path).best() == {'step': 3, 'metrics': {'mse': 2}, 'directory': '3'}
 
 
+def test_all_processes_continue_from_the_checkpoint_that_the_main_process_sees(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest_step() is None
+    monkeypatch.setattr(processes, 'run_on_main_process', lambda function: 4)
+    assert checkpoints.latest_step() == 4
+    checkpoints.close()
+
+
 def test_weights_load_on_other_devices_than_they_were_saved_on(tmp_path):
     saved = {'params': {'w': jnp.arange(4.0), 'b': jnp.ones(3, jnp.bfloat16)}, 'model_state': {}}
     with jax.set_mesh(sharding.make_mesh()):
@@ -61,7 +69,7 @@ def test_weights_load_on_other_devices_than_they_were_saved_on(tmp_path):
     program = f"""
 import jax
 from vqvae2_jax.io.files import digest_arrays
-from vqvae2_jax.training.checkpoint import BestCheckpoint
+from vqvae2_jax.training.checkpoint import BestCheckpoint, Checkpoints
 assert jax.device_count() == 1
 print(digest_arrays(BestCheckpoint({str(tmp_path)!r}).load()))
 """

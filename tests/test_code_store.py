@@ -98,13 +98,13 @@ def test_code_outside_its_codebook(tmp_path, bad):
 def test_interrupted_shard_is_not_taken_for_whole(tmp_path):
     def batches():
         yield make_batch(4, (16, 16))
-        assert codes.finished_shards(tmp_path, 2) == [1]  # Not while it is being written.
+        assert codes.missing_shards(tmp_path, 2) == [0]  # Not while it is being written.
         raise KeyboardInterrupt
 
     write_shard(shard_path(tmp_path, 1, 2), [make_batch(3, (16, 16))], (16, 16))
     with pytest.raises(KeyboardInterrupt):
         write_shard(shard_path(tmp_path, 0, 2), batches(), (16, 16))
-    assert codes.finished_shards(tmp_path, 2) == [1]
+    assert codes.missing_shards(tmp_path, 2) == [0]
     assert [path.name for path in tmp_path.iterdir()] == ['shard-00001-of-00002.array_record']
 
 

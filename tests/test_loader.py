@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from tests.defaults import image_spec
+from vqvae2_jax.data import loader
+from vqvae2_jax.data.decode import UnreadableImage
 from vqvae2_jax.data.images import open_images
 from vqvae2_jax.data.loader import BatchIterator, eval_batches, train_batches
 
@@ -31,6 +33,23 @@ class Numbers:
 
     def __getitem__(self, index):
         return {'codes_0': np.full((2, 3), index, np.int32), 'label': np.int32(index % 3), 'index': np.int64(index)}
+
+
+class Damaged(Numbers):
+    """Examples 2, 3 and the last one cannot be read and are skipped."""
+
+    on_error = 'skip'
+
+    def example_name(self, index):
+        return f'example {index}'
+
+    def __getitem__(self, index):
+        if index in (2, 3, self.count - 1):
+            raise UnreadableImage(self.example_name(index), 'damaged')
+        return super().__getitem__(index)
+
+
+EXAMPLE_BYTES = 6 * 4 + 4 + 8 + 1  # of Numbers, with its mask
 
 
 def indices(batches):
@@ -237,6 +256,81 @@ def test_batches_are_read_ahead():
         time.sleep(0.01)
     iterator.close()
     assert 12 <= len(read) < 1000
+
+
+def test_a_whole_batch_is_read_ahead_in_chunks(monkeypatch):
+    monkeypatch.setattr(loader, '_CHUNK_BYTES', EXAMPLE_BYTES)
+    read = []
+
+    class Noted(Numbers):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    batches = eval_batches(Noted(1000), batch_size=32)
+    next(batches)
+    deadline = time.monotonic() + 20
+    while not set(range(64)) <= set(read) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    batches.close()
+    assert set(range(64)) <= set(read)
+
+
+def test_a_failed_batch_is_read_again_from_its_start(monkeypatch):
+    monkeypatch.setattr(loader, '_CHUNK_BYTES', EXAMPLE_BYTES)
+    failures = [6]
+
+    class Failing(Numbers):
+        def __getitem__(self, index):
+            if index in failures:
+                raise OSError('gone')
+            return super().__getitem__(index)
+
+    batches = eval_batches(Failing(12), batch_size=4)
+    assert indices([next(batches)]) == [[0, 1, 2, 3]]
+    with pytest.raises(OSError, match='gone'):
+        next(batches)
+    failures.clear()
+    assert indices(batches) == [[4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+# --- chunks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'examples, workers', [(0, 0), (1, 0), (2, 0), (4, 0), (6, 0), pytest.param(2, 2, marks=pytest.mark.slow)]
+)
+def test_batches_do_not_depend_on_the_size_of_chunks(monkeypatch, examples, workers):
+    source, rows = Damaged(22), [0, 1, 2, 4, 5, 7]
+    options = {'batch_size': 8, 'rows': rows}
+    expected_eval = list(eval_batches(source, **options))
+    assert [batch['mask'].tolist() for batch in expected_eval] == [
+        [True, True, False, True, True, True],
+        [True] * 6,
+        [True, True, True, True, False, False],  # 16, 17, 18, 20; then 21 is damaged and 23 does not exist
+    ]
+    assert indices(expected_eval)[2] == [16, 17, 18, 20, 0, 0]
+    expected_train = take(train_batches(source, seed=1, **options), 7)
+
+    monkeypatch.setattr(loader, '_CHUNK_BYTES', examples * EXAMPLE_BYTES)
+    equal(list(eval_batches(source, workers=workers, **options)), expected_eval)
+    batches = train_batches(source, seed=1, workers=workers, **options)
+    equal(take(batches, 4), expected_train[:4])
+    assert batches.get_state() == {'next_batch': 4}
+    equal([batches.peek()], expected_train[4:5])
+    batches.set_state({'next_batch': 3})
+    equal(take(batches, 4), expected_train[3:])
+    batches.close()
+
+
+def test_chunks_are_bounded(monkeypatch):
+    """A chunk is the unit that worker processes hold in shared memory; small batches are one chunk."""
+    chunks = eval_batches(Numbers(100), batch_size=40)._chunks
+    assert len(chunks) == 3 and [len(chunks[i]['index']) for i in range(3)] == [40] * 3
+    monkeypatch.setattr(loader, '_CHUNK_BYTES', 16 * EXAMPLE_BYTES)
+    chunks = eval_batches(Numbers(100), batch_size=40)._chunks
+    assert len(chunks) == 9 and [len(chunks[i]['index']) for i in range(3)] == [14, 13, 13]
+    assert all(sum(x.nbytes for x in chunks[i].values()) <= 16 * EXAMPLE_BYTES for i in range(9))
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_panels_become_one_png(tmp_path):
         for i in range(4)
     ]
     plots.plot_panels(tmp_path / 'four.png', panels)
-    plots.plot_curves(tmp_path / 'one.png', 'title', {'train': (steps, steps)}, 'loss', {'paper': 20.0})
+    plots.plot_panels(tmp_path / 'one.png', [Panel('title', {'train': (steps, steps)}, 'loss', {'paper': 20.0})])
     four, one = (np.asarray(Image.open(tmp_path / name).convert('RGB')) for name in ('four.png', 'one.png'))
     assert four.shape == (2 * one.shape[0], 2 * one.shape[1], 3), 'four panels are two by two'
     height, width = one.shape[:2]
@@ -102,7 +102,7 @@ def test_every_curve_and_line_is_drawn(tmp_path):
     steps = np.arange(100)
 
     def blue_and_grey(curves, hlines):
-        plots.plot_curves(tmp_path / 'p.png', 't', curves, 'y', hlines)
+        plots.plot_panels(tmp_path / 'p.png', [Panel('t', curves, 'y', hlines)])
         rgb = np.asarray(Image.open(tmp_path / 'p.png').convert('RGB')).astype(int)
         return (rgb[..., 2] - rgb[..., 0] > 100).sum(), ((rgb == 64).all(axis=-1)).sum()
 
@@ -134,7 +134,7 @@ def test_matplotlib_loads_only_when_something_is_drawn():
 
 def test_plotting_leaves_pyplot_alone(tmp_path):
     code = (
-        "import sys, vqvae2_jax.io.plots as p; p.plot_curves(sys.argv[1], 't', {'a': ([1], [1.])}, 'y'); "
+        "import sys, vqvae2_jax.io.plots as p; p.plot_panels(sys.argv[1], [p.Panel('t', {'a': ([1], [1.])}, 'y')]); "
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, '-c', code, str(tmp_path / 'p.png')], check=False).returncode == 0

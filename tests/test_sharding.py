@@ -276,6 +276,22 @@ def test_rows_come_back_whole_and_in_order():
     np.testing.assert_array_equal(found['x'], x)
 
 
+def test_pieces_are_gathered_to_all_processes_or_to_the_main_one(monkeypatch):
+    monkeypatch.setattr(sharding, '_GATHER_BYTES', 5 * 3 * 8)
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    x = np.arange(48).reshape(16, 3)
+    with jax.set_mesh(sharding.make_mesh(fsdp=2)):
+        batch = sharding.make_global_batch({'x': x, 'label': x[:, 0]}, 16)
+        for rank in (0, 1):
+            monkeypatch.setattr(jax, 'process_index', lambda rank=rank: rank)
+            whole, own = sharding.gather_rows(batch), sharding.gather_rows(batch, main_process_only=True)
+            np.testing.assert_array_equal(whole['x'], x)
+            if rank == 0:
+                np.testing.assert_array_equal(own['x'], x)
+            else:  # the shards of such arrays are cut and joined like those of process 0
+                assert own['x'].shape == own['label'].shape == (16, 0)
+
+
 def test_weights_are_put_on_the_mesh_sharded_or_replicated(monkeypatch):
     monkeypatch.setattr(sharding, 'MIN_SHARDED_SIZE', 64)
     x = np.arange(256.0).reshape(8, 32)

@@ -33,13 +33,13 @@ def test_a_shard_holds_its_examples_whatever_the_batch_size(batch_size, present)
     ranges, count = shard_ranges(15, 4), 15
     missing = [r for number, r in enumerate(ranges) if number not in present]
     written = []
-    writer = ShardWriter(missing, lambda limits, arrays: written.append((limits, arrays)))
+    writer = ShardWriter(missing, lambda shard, arrays: written.append((shard, arrays)))
     finished = 0
     for start in batch_starts(missing, batch_size):
         rows = np.arange(start, start + batch_size)
         finished += writer.add(start, {'index': rows, 'pair': np.stack([rows, rows**2], axis=1)})
         assert finished == len(written)
-    assert [limits for limits, _ in written] == missing
+    assert [shard for shard, _ in written] == missing
     for (start, stop), arrays in written:
         np.testing.assert_array_equal(arrays['index'], np.arange(start, stop))
         np.testing.assert_array_equal(arrays['pair'][:, 1], np.arange(start, stop) ** 2)
@@ -48,7 +48,7 @@ def test_a_shard_holds_its_examples_whatever_the_batch_size(batch_size, present)
 
 def test_a_writer_does_not_keep_batches_alive():
     kept = []
-    writer = ShardWriter([(0, 2), (2, 6)], lambda limits, arrays: kept.append(arrays['x']))
+    writer = ShardWriter([(0, 2), (2, 6)], lambda shard, arrays: kept.append(arrays['x']))
     batch = np.zeros((4, 1000))
     writer.add(0, {'x': batch})
     batch[:] = 1  # a loader may reuse its memory

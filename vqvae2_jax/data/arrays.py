@@ -48,13 +48,13 @@ class ArraysDataset:
         """Opens the files.
 
         Args:
-          pattern: an .npz file, or several.
+          pattern: path of an .npz file, or a pattern of several files.
           num_classes: 0 ignores the labels, every label is 0.
-          field: of the config, for the messages.
+          field: name of the config field, for messages.
 
         Raises:
           FileNotFoundError: no such file.
-          ValueError: one does not hold images, or its labels do not fit num_classes.
+          ValueError: a file does not hold images, or its labels do not fit num_classes.
         """
         paths = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
         if not paths:

@@ -28,7 +28,7 @@ import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 from etils import epath
 
-from vqvae2_jax.io import gcs, record
+from vqvae2_jax.io import files, gcs, record
 
 JOB = 'extract_codes'
 _RUN_AGAIN = f'Run --job={JOB} again.'
@@ -42,9 +42,9 @@ class CodesMeta:
       shapes: (h, w) of each level, finest first.
       codebook_sizes: K of each level, finest first.
       num_classes: 0 is unlabeled.
-      class_names: by label; () if unlabeled.
+      class_names: names of the classes by label; () if unlabeled.
       count: number of examples.
-      split: of the images.
+      split: split of the images.
       shards: number of files.
     """
 
@@ -83,9 +83,10 @@ def shard_path(directory: epath.PathLike, shard: int, shards: int) -> str:
     return os.fspath(epath.Path(directory) / f'shard-{shard:05d}-of-{shards:05d}.array_record')
 
 
-def finished_shards(directory: epath.PathLike, shards: int) -> list[int]:
-    """Returns the numbers of the shards that are completely written, ascending."""
-    return [shard for shard in range(shards) if epath.Path(shard_path(directory, shard, shards)).exists()]
+def missing_shards(directory: epath.PathLike, shards: int) -> list[int]:
+    """Returns the numbers of the shards that are not completely written, ascending."""
+    names = files.list_names(directory)
+    return [n for n in range(shards) if os.path.basename(shard_path(directory, n, shards)) not in names]
 
 
 def write_shard(
@@ -155,23 +156,23 @@ class CodeSource:
           FileNotFoundError: a shard is missing.
           ValueError: a file is damaged, or the number of examples is not that of the record.
         """
-        found = record.read_done(directory, JOB)
+        output = record.read_done(directory, JOB)
         try:
-            self.meta = CodesMeta.from_results(found.results)
+            self.meta = CodesMeta.from_results(output.results)
         except ValueError as error:
-            raise ValueError(f'{found.directory / record.FILE}: {error}') from error
+            raise ValueError(f'{output.directory / record.FILE}: {error}') from error
         shards = self.meta.shards
-        if missing := sorted(set(range(shards)) - set(finished_shards(directory, shards))):
+        if missing := missing_shards(directory, shards):
             first = shard_path(directory, missing[0], shards)
             raise FileNotFoundError(f'{first} is missing ({len(missing)} of the {shards} shards are). {_RUN_AGAIN}')
         # Other codes may replace these on a bucket while this process lives; the digest tells them apart.
-        local = gcs.local_copy(directory, found.digest)
+        local = gcs.local_copy(directory, output.digest)
         paths = [shard_path(local, shard, shards) for shard in range(shards)]
         count = sum(count_records(path) for path in paths)
         if count != self.meta.count:
             raise ValueError(
-                f'{found.directory / record.FILE} says {self.meta.count} examples, '
-                f'but its {shards} shards hold {count}. Delete {found.directory} and run --job={JOB} again.'
+                f'{output.directory / record.FILE} says {self.meta.count} examples, '
+                f'but its {shards} shards hold {count}. Delete {output.directory} and run --job={JOB} again.'
             )
         self._directory = os.fspath(directory)
         self._records = array_record_data_source.ArrayRecordDataSource(paths)

@@ -135,21 +135,21 @@ def _check_tiff(data: bytes) -> str:
     tags.load(file)
     channels = tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)
     bits = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
-    kind = max(tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,)))
+    sample_format = max(tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,)))
     unknown = tuple(tags.get(TiffImagePlugin.EXTRASAMPLES, ())).count(0)
     # Pillow reads samples of 16 bits in uncompressed planes as if they had 8.
     planes = bits > 8 and tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2
     planes = planes and tags.get(TiffImagePlugin.COMPRESSION, 1) == 1
 
     details = [
-        {1: '', 2: 'signed', 3: 'floating-point'}.get(kind, 'of unknown type'),
+        {1: '', 2: 'signed', 3: 'floating-point'}.get(sample_format, 'of unknown type'),
         'white is 0' if bits > 8 and tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0 else '',
         f'{unknown} of them neither color nor alpha' if unknown else '',
         'in separate planes without compression' if planes else '',
     ]
     text = f'TIFF with {channels} channel{"s" * (channels != 1)} of {bits} bits'
     text += f' ({", ".join(filter(None, details))})' if any(details) else ''
-    if kind != 1 or bits > 16 or unknown or planes:
+    if sample_format != 1 or bits > 16 or unknown or planes:
         raise _Unsupported(f'{text} is not supported; {_HINT}')
     return text
 

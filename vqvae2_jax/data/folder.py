@@ -29,7 +29,7 @@ def list_images(root: str, ignored: collections.Counter | None = None) -> list[s
     Returns:
       Paths relative to `root`, sorted.
     """
-    found = []
+    images = []
     for folder, subfolders, files in os.walk(root, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith('.')]
         for name in files:
@@ -37,12 +37,12 @@ def list_images(root: str, ignored: collections.Counter | None = None) -> list[s
                 continue
             suffix = os.path.splitext(name)[1].lower()
             if suffix in SUFFIXES:
-                found.append(os.path.relpath(os.path.join(folder, name), root))
+                images.append(os.path.relpath(os.path.join(folder, name), root))
             elif ignored is not None:
                 # Messages have one line and can be printed.
                 is_word = len(suffix) > 1 and suffix.isprintable() and ' ' not in suffix
                 ignored[suffix if is_word else 'without suffix'] += 1
-    return sorted(found)
+    return sorted(images)
 
 
 def find_images(root: str, field: str, shown: str | None = None) -> list[str]:
@@ -50,11 +50,11 @@ def find_images(root: str, field: str, shown: str | None = None) -> list[str]:
 
     Args:
       root: the folder.
-      field: of the config, for the error.
+      field: name of the config field, for the error.
       shown: the folder's name in messages, if `root` is a local copy.
 
     Raises:
-      ValueError: there are no images; the message names the suffixes found instead.
+      ValueError: there are no images; the message names the suffixes of the other files.
     """
     ignored = collections.Counter()
     files, shown = list_images(root, ignored), shown or root
@@ -132,8 +132,8 @@ class FolderDataset(FilesDataset):
           root: the folder.
           num_classes: 0 ignores the folder structure, every label is 0; otherwise the number of class folders (1 also
             fits a flat folder).
-          class_names: the classes to use (those of the training split); None takes the folders found.
-          subfolder: of data.path, which `root` is.
+          class_names: the classes to use (those of the training split); None: the class folders of `root`.
+          subfolder: name of `root` below data.path; '': `root` is data.path.
           shown: the folder's name in messages, if `root` is a local copy.
 
         Raises:
@@ -149,33 +149,34 @@ class FolderDataset(FilesDataset):
         label_of = {name: label for label, name in enumerate(self.class_names)}
         self.labels = np.array([label_of.get(folder, 0) for folder in folders], np.int32)
 
-    def _classes(self, found: list[str], num_classes: int, class_names: tuple[str, ...] | None) -> tuple[str, ...]:
+    def _classes(self, folders: list[str], num_classes: int, class_names: tuple[str, ...] | None) -> tuple[str, ...]:
         if num_classes == 0:
             return ()
-        if found == [''] and num_classes == 1:
+        if folders == [''] and num_classes == 1:
             return (os.path.basename(os.path.abspath(self.root)),)
-        self._check_empty(sorted(set(subfolders(self.root)) - set(found)), some_allowed=class_names is not None)
-        if found == ['']:
+        self._check_empty(sorted(set(subfolders(self.root)) - set(folders)), some_allowed=class_names is not None)
+        if folders == ['']:
             raise ValueError(
                 f'data.num_classes={num_classes}, but the images in {self.root!r} lie in no class folders: '
                 'set --config.data.num_classes=0, or move the images of each class into a folder of their own.'
             )
-        if found[0] == '':
+        if folders[0] == '':
             stray = next(path for path in self.files if os.sep not in path)
             raise ValueError(
-                f'data.path: {self.root!r} has {len(found) - 1} class folders and also images outside of them, such as '
-                f'{stray!r}: move those into a class folder, or set --config.data.num_classes=0 to ignore classes.'
+                f'data.path: {self.root!r} has {len(folders) - 1} class folders and also images outside of them, '
+                f'such as {stray!r}: move those into a class folder, or set --config.data.num_classes=0 to ignore '
+                'classes.'
             )
-        known = tuple(found) if class_names is None else class_names
+        known = tuple(folders) if class_names is None else class_names
         if len(known) != num_classes:
             hint = ''
-            if set(found) <= _SPLIT_LIKE:
+            if set(folders) <= _SPLIT_LIKE:
                 hint = ' These look like splits: name them in data.splits, as (train, validation, test).'
             raise ValueError(
                 f'data.num_classes={num_classes}, but {self.root!r} has {len(known)} class folders: {_few(known)}. '
                 f'Set --config.data.num_classes={len(known)}.{hint}'
             )
-        if unknown := sorted(set(found) - set(known)):
+        if unknown := sorted(set(folders) - set(known)):
             raise ValueError(
                 f'data.splits: {self.root!r} has class folders that the training split lacks: {_few(unknown)}; '
                 f'the training split has {_few(known)}.'
@@ -205,9 +206,9 @@ def open_folder(
 
     Args:
       path: data.path.
-      num_classes: as in `FolderDataset`.
-      subfolder: of this split; None: the whole of data.path.
-      train_subfolder: of the training split.
+      num_classes: see `FolderDataset`.
+      subfolder: subfolder of this split; None: the whole of data.path.
+      train_subfolder: subfolder of the training split.
       shown: the name of data.path in messages, if `path` is a local copy.
 
     Raises:

@@ -30,7 +30,7 @@ SPLITS = ('train', 'validation', 'test')
 
 @dataclasses.dataclass(frozen=True)
 class ImageSpec:
-    """Which images, and in what form; the fields of config.data, whose types and defaults are in config/base.py.
+    """The images and their form; the fields of config.data, whose types and defaults are in config/base.py.
 
     Attributes:
       name: 'fashion', 'folder', 'npz' or a TFDS name.
@@ -44,8 +44,8 @@ class ImageSpec:
       held_out: fractions of the set for (validation, test).
       split_seed: seed of that split, and of the order of every split.
       flip: training only: mirror half of the images.
-      crop: training only: crop at a random place from 1 to decode.CROP_ZOOM times the size.
-      on_error: what to do with an undecodable image: 'raise', or 'skip' it in the loader.
+      crop: training only: crop at a random position from 1 to decode.CROP_ZOOM times the size.
+      on_error: for images that cannot be decoded: 'raise', or 'skip' them in the loader.
       workers: grain worker processes.
 
     Raises:
@@ -67,7 +67,7 @@ class ImageSpec:
 
     def __post_init__(self):
         needed, built_in = self.name in ('folder', 'npz'), self.name == 'fashion'
-        self._require('path', self.path or not needed, f'the place of the images, as data.name is {self.name!r}')
+        self._require('path', self.path or not needed, f'the path of the images, as data.name is {self.name!r}')
         self._require('path', not self.path or not built_in, "'', as data.name='fashion' is built in")
         self._require('splits', not self.splits or not built_in, "() for data.name='fashion'")
         self._require('held_out', sum(self.held_out) < 1, 'two fractions (validation, test) with a sum below 1')
@@ -81,7 +81,7 @@ class Dataset(Protocol):
     """All images of one origin, in a stable order.
 
     Attributes:
-      class_names: by label; () if unlabeled.
+      class_names: names of the classes by label; () if unlabeled.
       stratify_by: None, or int [N]: a random split takes the same share of each value.
     """
 
@@ -169,7 +169,7 @@ def open_images(spec: ImageSpec, split: str) -> ImageSource:
     """Opens one split.
 
     Args:
-      spec: which images.
+      spec: the images.
       split: 'train', 'validation' or 'test'.
 
     Raises:
@@ -191,9 +191,8 @@ def open_images(spec: ImageSpec, split: str) -> ImageSource:
     else:
         dataset = TfdsDataset(spec.name, spec.path, named, spec.num_classes)
     if named:
-        indices = np.random.RandomState(spec.split_seed).permutation(
-            len(dataset)
-        )  # a dataset's order is class by class
+        # In random order, since the order of a dataset is class by class.
+        indices = np.random.RandomState(spec.split_seed).permutation(len(dataset))
     else:
         indices = random_split(len(dataset), spec.held_out, spec.split_seed, dataset.stratify_by)[split]
     if not len(indices):
@@ -210,7 +209,7 @@ def open_all(path: str, spec: ImageSpec, field: str) -> ImageSource:
     Args:
       path: the folder or file.
       spec: size and channels.
-      field: of the config, for messages.
+      field: name of the config field, for messages.
 
     Raises:
       ValueError: there are no images.
@@ -239,7 +238,7 @@ def open_native_size(path: str, field: str, on_error: str = 'raise') -> ImageSou
 
     Args:
       path: the folder or file.
-      field: of the config, for messages.
+      field: name of the config field, for messages.
       on_error: as in `ImageSource`.
 
     Raises:
@@ -275,7 +274,7 @@ def random_split(
     Args:
       count: number of images.
       held_out: shares for (validation, test); a share above 0 gets at least one example of each stratum.
-      seed: of the random order.
+      seed: seed of the random order.
       stratify_by: int [count]; the images of each value are split in the same shares. None: all together.
 
     Returns:

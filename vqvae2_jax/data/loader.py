@@ -2,16 +2,19 @@
 
 Batch number k is a pure function of (source, seed, k). An iterator's whole state is therefore the number of batches
 read, and a restored iterator continues exactly, even with another number of worker processes. The global batch does not
-depend on the number of processes (hosts) either: each asks for its rows.
+depend on the number of processes (hosts) either: each reads its rows.
 
 Unreadable examples (source.on_error == 'skip') do not shift this. Each is replaced by the next readable one; training
 sees that example once more, evaluation masks it out.
 """
 
 import contextlib
+import functools
 import gc
+import itertools
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from typing import Any
@@ -23,7 +26,8 @@ from absl import flags, logging
 from vqvae2_jax.data.decode import CROP_ZOOM, UnreadableImage
 
 _READ_THREADS = 4  # Decoding releases the GIL, so a few threads help even without worker processes.
-_WORKER_BUFFER = 2  # Batches that each worker process holds ready.
+_WORKER_BUFFER = 2  # Chunks that each worker process holds ready, or more if one batch has more chunks.
+_CHUNK_BYTES = 2**26  # Batches are read in chunks of at most this size, since workers hold them in shared memory.
 
 
 def train_batches(
@@ -41,16 +45,16 @@ def train_batches(
 
     Args:
       source: has __len__, and __getitem__ that returns a dict of arrays or scalars of fixed shapes and dtypes.
-      batch_size: the global one.
-      seed: of shuffling and augmentation.
+      batch_size: the global batch size.
+      seed: seed of shuffling and augmentation.
       flip: mirror half of the images.
-      crop: crop every image at a random place (source.read, see decode.CROP_ZOOM).
+      crop: crop every image at a random position (source.read, see decode.CROP_ZOOM).
       workers: number of grain worker processes; 0 reads in threads.
-      rows: which rows of the global batch to read, ascending; None: all.
+      rows: indices of the rows of the global batch to read, int [n], ascending; None: all.
       skip_log: file that the names of unreadable examples are appended to; see read_skipped.
 
     Returns:
-      A grain.DatasetIterator over dicts of arrays [rows, ...]. get_state() is a dict for JSON. Close it when done.
+      A grain.DatasetIterator over dicts of arrays [n, ...]. get_state() is a dict for JSON. Close it when done.
 
     Raises:
       ValueError: an empty source, rows outside the batch, or augmentation of a source without images.
@@ -60,7 +64,7 @@ def train_batches(
     examples = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     # Augmentation depends on the position in the endless sequence, so it differs between epochs.
     examples = examples.random_map(reader.augmented) if flip or crop else examples.map(reader.plain)
-    return BatchIterator(grain.MapDataset.source(_TrainBatches(examples, batch_size, rows)), workers)
+    return BatchIterator(examples, batch_size, rows, workers)
 
 
 def eval_batches(
@@ -76,17 +80,17 @@ def eval_batches(
     """Reads source[start:stop] once, in order, in full batches.
 
     Args:
-      source: as in train_batches.
-      batch_size: the global one.
+      source: see train_batches.
+      batch_size: the global batch size.
       start: first example.
       stop: one past the last example; None: the end of the source.
-      workers: as in train_batches.
-      rows: as in train_batches. The number of batches does not depend on them.
-      skip_log: as in train_batches.
+      workers: see train_batches.
+      rows: see train_batches. The number of batches does not depend on them.
+      skip_log: see train_batches.
 
     Returns:
-      An iterator over dicts of arrays [rows, ...] with 'mask': bool [rows], False where an example was repeated to fill
-      the last batch, or replaces an unreadable one.
+      An iterator over dicts of arrays [n, ...] with 'mask': bool [n], False for examples that are repeated to fill the
+      last batch, or that replace an unreadable one.
 
     Raises:
       ValueError: an empty source, a range outside of it, or rows outside the batch.
@@ -96,7 +100,7 @@ def eval_batches(
     stop = len(source) if stop is None else stop
     if not 0 <= start <= stop <= len(source):
         raise ValueError(f'start={start}, stop={stop}: not a range within the {len(source)} examples of the source.')
-    return BatchIterator(grain.MapDataset.source(_EvalBatches(reader, start, stop, batch_size, rows)), workers)
+    return BatchIterator(grain.MapDataset.range(start, stop).map(reader.with_mask), batch_size, rows, workers)
 
 
 def read_next(batches: 'BatchIterator', preempted: Callable[[], int]) -> dict[str, np.ndarray]:
@@ -138,33 +142,62 @@ def read_skipped(skip_log: str) -> list[str]:
 
 
 class BatchIterator(grain.DatasetIterator):
-    """Reads the batches of a MapDataset in order and ahead, in threads or worker processes.
+    """Reads batches in order and ahead, in threads or worker processes.
 
     Reading starts with the first batch, or with start_prefetch().
     """
 
-    def __init__(self, batches: grain.MapDataset, workers: int = 0):
+    def __init__(self, examples: grain.MapDataset, batch_size: int, rows: Sequence[int], workers: int = 0):
+        """Batch k has examples[k * batch_size + row] for every row of `rows`; see `_Chunks`.
+
+        Args:
+          examples: dicts of arrays of fixed shapes and dtypes.
+          batch_size: the global batch size.
+          rows: indices of the rows of the global batch to read, int [n], ascending.
+          workers: number of worker processes; 0 reads in threads.
+        """
         super().__init__()
-        self._batches = batches
+        self._examples, self._batch_size, self._rows = examples, batch_size, rows
         self._workers = workers
         self._next_batch = 0
         self._reading = None
 
+    @functools.cached_property
+    def _chunks(self) -> '_Chunks':
+        return _Chunks(self._examples, self._batch_size, self._rows)
+
     def __next__(self) -> dict[str, np.ndarray]:
-        if self._next_batch >= len(self._batches):
+        if self._next_batch * self._batch_size >= len(self._examples):
             self._stop_reading()
             raise StopIteration
         self.start_prefetch()
-        with _block_sigterm() if self._workers else contextlib.nullcontext():  # Grain starts workers when asked, too.
-            batch = next(self._reading)
+        try:
+            with _block_sigterm() if self._workers else contextlib.nullcontext():  # Grain starts workers here, too.
+                batch = self._assemble(self._reading)
+        except Exception:
+            self._stop_reading()  # The next call would continue in the middle of this batch.
+            raise
         self._next_batch += 1
-        if self._workers:  # Copied from the workers' shared memory, which is scarce and must not outlive them.
-            batch = {name: np.array(values) for name, values in batch.items()}
         return batch
 
     def peek(self) -> dict[str, np.ndarray]:
         """Reads the next batch in this thread, without workers; the iterator does not advance."""
-        return self._batches[self._next_batch]
+        first = self._next_batch * self._chunks.per_batch
+        return self._assemble(map(self._chunks.__getitem__, itertools.count(first)))
+
+    def _assemble(self, chunks: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Joins the next chunks to a batch."""
+        batch, filled = {}, 0
+        while filled < len(self._rows):
+            chunk = next(chunks)
+            if not batch:
+                batch = {name: np.empty((len(self._rows), *x.shape[1:]), x.dtype) for name, x in chunk.items()}
+            count = len(next(iter(chunk.values())))
+            # Copied from the workers' shared memory, which is scarce and must not outlive them.
+            for name, values in chunk.items():
+                batch[name][filled : filled + count] = values
+            filled += count
+        return batch
 
     def get_state(self) -> dict[str, int]:
         """Returns {'next_batch': number of batches read}; the same on every process."""
@@ -180,13 +213,16 @@ class BatchIterator(grain.DatasetIterator):
         if self._closed:
             raise ValueError('this iterator is closed')
         if self._reading is None:
-            remaining = self._batches[self._next_batch :]
+            per_batch = self._chunks.per_batch
+            remaining = grain.MapDataset.source(self._chunks)[self._next_batch * per_batch :]
             workers = min(self._workers, len(remaining))
-            threads = 1 if workers else _READ_THREADS
             if workers and not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, which nobody parses in a notebook or a test.
-            dataset = remaining.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
-            options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_WORKER_BUFFER)
+            # At least one batch is read ahead, while the caller works on another one.
+            threads, ahead = (1, 1) if workers else (_READ_THREADS, max(_READ_THREADS, per_batch))
+            dataset = remaining.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
+            buffer = max(_WORKER_BUFFER, -(-per_batch // max(workers, 1)))
+            options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer)
             with _block_sigterm() if workers else contextlib.nullcontext():
                 self._reading = iter(dataset.mp_prefetch(options, _prepare_worker if workers else None))
                 self._reading.start_prefetch()
@@ -247,6 +283,10 @@ class _Reader:
     def plain(self, index: int) -> dict:
         return self.readable(index)[0]
 
+    def with_mask(self, index: int) -> dict:
+        example, as_asked = self.readable(index)
+        return example | {'mask': np.bool_(as_asked)}
+
     def augmented(self, index: int, rng: np.random.Generator) -> dict:
         crop = (rng.uniform(1, CROP_ZOOM), tuple(rng.random(2))) if self._crop else None
         example = self.readable(index, crop)[0]
@@ -287,45 +327,33 @@ class _Reader:
                 file.write(line.encode('utf-8', 'surrogateescape'))
 
 
-class _TrainBatches:
-    """Batches of an endless sequence of examples, by number; of each only the given rows."""
+class _Chunks:
+    """Parts of batches, by number: the unit that a thread or a worker process reads; a source for grain.
+
+    Every batch has the same number of chunks. A chunk has at most _CHUNK_BYTES, or one example. The last example fills
+    the last batch; 'mask' is False there.
+    """
 
     def __init__(self, examples: grain.MapDataset, batch_size: int, rows: Sequence[int]):
-        self._examples = examples
-        self._batch_size = batch_size
-        self._rows = rows
+        self._examples, self._batch_size = examples, batch_size
+        example_bytes = sum(np.asarray(value).nbytes for value in examples[0].values())
+        self.per_batch = -(-len(rows) // max(_CHUNK_BYTES // example_bytes, 1))
+        self._rows = np.array_split(rows, self.per_batch)
 
     def __len__(self) -> int:
-        return len(self._examples) // self._batch_size
+        batches = -(-len(self._examples) // self._batch_size)
+        return min(batches * self.per_batch, sys.maxsize)  # the length of endless examples
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        return _stack([self._examples[number * self._batch_size + row] for row in self._rows])
-
-
-class _EvalBatches:
-    """Full batches of the examples start..stop, by number; of each only the given rows."""
-
-    def __init__(self, reader: _Reader, start: int, stop: int, batch_size: int, rows: Sequence[int]):
-        self._reader = reader
-        self._range = range(start, stop)
-        self._batch_size = batch_size
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return -(-len(self._range) // self._batch_size)
-
-    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        batch = self._range[number * self._batch_size :]
-        wanted = [batch[row] for row in self._rows if row < len(batch)]
-        read = [self._reader.readable(index) for index in wanted] or [self._reader.readable(self._range[-1])]
-        examples = [example for example, _ in read] + [read[-1][0]] * (len(self._rows) - len(read))
-        mask = np.zeros(len(self._rows), bool)
-        mask[: len(wanted)] = [as_asked for _, as_asked in read][: len(wanted)]
-        return _stack(examples) | {'mask': mask}
-
-
-def _stack(examples: list[dict]) -> dict[str, np.ndarray]:
-    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+        batch, chunk = divmod(number, self.per_batch)
+        wanted = batch * self._batch_size + self._rows[chunk]
+        last = len(self._examples) - 1
+        positions = np.minimum(wanted, last).tolist()
+        examples = {position: self._examples[position] for position in dict.fromkeys(positions)}
+        arrays = {name: np.stack([examples[p][name] for p in positions]) for name in examples[positions[0]]}
+        if 'mask' in arrays:
+            arrays['mask'] &= wanted <= last
+        return arrays
 
 
 def _checked_rows(rows: Sequence[int] | None, batch_size: int) -> list[int]:

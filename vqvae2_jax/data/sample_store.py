@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from vqvae2_jax.data.shards import Range, shard_ranges
+from vqvae2_jax.distributed import processes
 from vqvae2_jax.io import files, gcs, record
 from vqvae2_jax.io.record import JobError, Record
 
@@ -28,7 +29,8 @@ def shard_path(directory: epath.Path, start: int, stop: int) -> epath.Path:
 
 def missing_shards(directory: epath.Path, ranges: Sequence[Range]) -> list[Range]:
     """Returns the ranges whose files do not exist."""
-    return [r for r in ranges if not shard_path(directory, *r).exists()]
+    names = files.list_names(directory)
+    return [r for r in ranges if shard_path(directory, *r).name not in names]
 
 
 def stored_count(directory: epath.Path) -> int:
@@ -62,12 +64,12 @@ def read_npz(path: epath.Path, names: Sequence[str] | None = None) -> dict[str, 
 
 
 def shard_paths(directory: epath.Path) -> list[epath.Path]:
-    """Returns the files of a finished set, in the order of their images.
+    """Returns the files of a finished set, in the order of their images. All processes together; process 0 looks.
 
     Raises:
       JobError: the set is not finished, or files are missing.
     """
-    return _shard_paths(read_set(directory))
+    return processes.run_on_main_process(lambda: _shard_paths(read_set(directory)))
 
 
 def take(directory: epath.Path, index: np.ndarray) -> dict[str, np.ndarray]:
@@ -83,8 +85,8 @@ def take(directory: epath.Path, index: np.ndarray) -> dict[str, np.ndarray]:
     Raises:
       JobError: as `shard_paths`.
     """
-    found = read_set(directory)
-    paths, size = _shard_paths(found), found.settings['shard_size']
+    output = read_set(directory)
+    paths, size = _shard_paths(output), output.settings['shard_size']
     index, result = np.asarray(index), {}
     for shard in np.unique(index // size):
         positions = np.flatnonzero(index // size == shard)
@@ -104,11 +106,11 @@ def read_set(directory: epath.Path) -> Record:
     return record.read_done(directory, 'cas' if directory.name == 'reconstructions' else 'sample')
 
 
-def _shard_paths(found):
-    ranges = shard_ranges(found.results['count'], found.settings['shard_size'])
-    if missing := missing_shards(found.directory, ranges):
+def _shard_paths(output):
+    ranges = shard_ranges(output.results['count'], output.settings['shard_size'])
+    if missing := missing_shards(output.directory, ranges):
         raise JobError(
-            f'{found.directory} lacks {len(missing)} of {len(ranges)} files, first '
-            f'{shard_path(found.directory, *missing[0]).name}: {record.job_command(found.job)}'
+            f'{output.directory} lacks {len(missing)} of {len(ranges)} files, first '
+            f'{shard_path(output.directory, *missing[0]).name}: {record.job_command(output.job)}'
         )
-    return [shard_path(found.directory, *r) for r in ranges]
+    return [shard_path(output.directory, *r) for r in ranges]

@@ -1,4 +1,4 @@
-"""Ranges of examples that are written to files of a fixed size, whatever the batch size and the devices."""
+"""Ranges of examples that are written to files of a fixed size, independent of the batch size and the devices."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ def shard_ranges(count: int, size: int) -> list[Range]:
 def batch_starts(missing: Sequence[Range], batch_size: int) -> list[int]:
     """Returns the starts of the batches that hold the missing ranges, ascending.
 
-    All starts are multiples of the batch size. A restart therefore computes an example at the same place of the same
+    All starts are multiples of the batch size. A restart therefore computes an example at the same position of the same
     batch, which keeps its result bit-identical.
     """
     starts = {
@@ -29,9 +29,9 @@ def batch_runs(missing: Sequence[Range], batch_size: int, count: int) -> Iterato
     """Yields (start, stop) of consecutive examples to compute for the missing ranges, in whole batches.
 
     Args:
-      missing: ranges of the shards to write.
-      batch_size: the global one.
-      count: number of examples; the last run ends there.
+      missing: (start, stop) of the shards to write.
+      batch_size: the global batch size.
+      count: number of all examples; the last run ends there.
     """
     starts = batch_starts(missing, batch_size)
     for number, start in enumerate(starts):

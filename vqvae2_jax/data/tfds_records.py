@@ -38,7 +38,7 @@ class TfdsDataset:
 
         Args:
           name: TFDS name, such as 'cifar10' or 'oxford_flowers102:2.1.1'.
-          data_dir: where it was prepared; '' is TFDS's default.
+          data_dir: directory in which it was prepared; '': TFDS's default.
           split: TFDS split string such as 'train[:95%]'; None is all of 'train'.
           num_classes: 0 ignores the labels, every label is 0.
 
@@ -89,7 +89,7 @@ class TfdsDataset:
 
 
 def _prepared_builder(tfds, name: str, data_dir: str):
-    place = data_dir or tfds.core.constants.DATA_DIR
+    directory = data_dir or tfds.core.constants.DATA_DIR
     recipe = (
         f"tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()\n"
         'once, where TensorFlow is installed (reading needs none), and set data.path to that data_dir.'
@@ -99,17 +99,17 @@ def _prepared_builder(tfds, name: str, data_dir: str):
     except tfds.core.registered.DatasetNotFoundError as error:
         raise FileNotFoundError(
             f"data.name={name!r} is neither 'fashion' nor 'folder' nor 'npz' nor a TensorFlow Dataset: no such name is "
-            f'known to TFDS or prepared under data.path={place!r}.'
+            f'known to TFDS or prepared under data.path={directory!r}.'
         ) from error
     if not builder.info.splits:
-        raise FileNotFoundError(f'data.name={name!r} is not prepared under data.path={place!r}. Run\n{recipe}')
+        raise FileNotFoundError(f'data.name={name!r} is not prepared under data.path={directory!r}. Run\n{recipe}')
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     if 'array_record' not in formats:
         raise FileNotFoundError(
-            f'data.name={name!r} under data.path={place!r} is prepared as {", ".join(sorted(formats))}, which has no '
-            f'random access; needed is array_record. For another data_dir, run\n{recipe}'
+            f'data.name={name!r} under data.path={directory!r} is prepared as {", ".join(sorted(formats))}, which has '
+            f'no random access; needed is array_record. For another data_dir, run\n{recipe}'
         )
-    if gcs.is_remote(place):
+    if gcs.is_remote(directory):
         return tfds.builder_from_directory(_local(os.fspath(builder.data_path)))
     return builder
 

@@ -9,13 +9,14 @@ import numpy as np
 from vqvae2_jax.data.shards import Range, batch_runs
 from vqvae2_jax.distributed import sharding
 
-_META = ('label', 'index', 'mask')  # of a loader's batch: handed to the caller together with the results
+_META = ('label', 'index', 'mask')  # fields of a loader's batch that the caller gets together with the results
 
 
 def map_batches(
     function: Callable[[dict[str, jax.Array]], dict[str, jax.Array]],
     batches: Iterable[dict[str, np.ndarray]],
     batch_size: int,
+    main_process_only: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Applies a jitted function to every batch. Call and iterate it inside `jax.set_mesh`, on all processes together.
 
@@ -24,22 +25,22 @@ def map_batches(
 
     Args:
       function: takes a dict of global arrays [B, ...] and returns a dict of arrays [B, ...].
-      batches: dicts of the process-local rows (`sharding.process_local_rows(batch_size)`), [n, ...].
-      batch_size: B, the global one.
+      batches: dicts of arrays [n, ...] of the rows of this process (`sharding.process_local_rows(batch_size)`).
+      batch_size: B, the global batch size.
+      main_process_only: copies results to process 0 only; the other processes get empty arrays [B, 0].
 
     Yields:
-      On every process, for each batch: the results of all rows, and 'label', 'index' and 'mask' of the batch where it
-      has them; [B, ...] each.
+      For each batch a dict of arrays [B, ...]: the results, and 'label', 'index' and 'mask' if the batch has them.
     """
     pending = None
     for batch in batches:
         inputs = sharding.make_global_batch(batch, batch_size)
         outputs = {**{name: inputs[name] for name in _META if name in inputs}, **function(inputs)}
         if pending is not None:
-            yield sharding.gather_rows(pending)
+            yield sharding.gather_rows(pending, main_process_only)
         pending = outputs
     if pending is not None:
-        yield sharding.gather_rows(pending)
+        yield sharding.gather_rows(pending, main_process_only)
 
 
 def map_missing(
@@ -51,19 +52,22 @@ def map_missing(
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Applies a jitted function to the batches that hold missing shards; otherwise as `map_batches`.
 
+    Only process 0 gets the results, as it writes the shards.
+
     Args:
-      function: as in `map_batches`.
-      missing: ranges of examples to compute.
-      open_batches: (start, stop) -> process-local rows of the batches of these examples; closed after its last batch.
-      batch_size: the global one.
-      count: number of examples there are.
+      function: see `map_batches`.
+      missing: (start, stop) of the shards to compute.
+      open_batches: (start, stop) -> generator of the batches of these examples, as `batches` of `map_batches`; it is
+        closed after its last batch.
+      batch_size: the global batch size.
+      count: number of all examples.
 
     Yields:
       The position of the first example of a batch, and the results of the batch, for `ShardWriter.add`.
     """
     for start, stop in batch_runs(missing, batch_size, count):
         with contextlib.closing(open_batches(start, stop)) as batches:
-            for number, results in enumerate(map_batches(function, batches, batch_size)):
+            for number, results in enumerate(map_batches(function, batches, batch_size, main_process_only=True)):
                 yield start + number * batch_size, results
 
 
@@ -73,9 +77,9 @@ def map_examples(
     """Applies a jitted function to arrays [N, ...] of any N, in batches; the last one is padded with its last row.
 
     Args:
-      function: as in `map_batches`.
-      examples: the same on every process.
-      batch_size: the global one.
+      function: see `map_batches`.
+      examples: arrays [N, ...], the same on every process.
+      batch_size: the global batch size.
 
     Returns:
       Arrays [N, ...], on every process.

@@ -23,8 +23,8 @@ def stop_signals() -> Iterator[Callable[[], int]]:
     """Within the context, SIGINT and SIGTERM only set a flag.
 
     The end of the context raises `Interrupted` on all processes if a signal came to any of them, even one that came too
-    late for the loop to see. All processes enter and leave the context together. A second signal of the same kind acts
-    as usual, for users who do not want to wait.
+    late for the loop to see. All processes enter and leave the context together. The same signal, sent again, acts as
+    usual, for users who do not want to wait.
 
     Yields:
       A function that returns the signal received, or 0.

@@ -88,7 +88,7 @@ def _process_of(device):
 
 def describe_mesh(mesh: Mesh) -> str:
     """Returns a line such as '8 x TPU v5 lite in 2 processes, mesh data=4 fsdp=2'."""
-    kinds = ', '.join(sorted({device.device_kind for device in mesh.devices.flat}))
+    names = ', '.join(sorted({device.device_kind for device in mesh.devices.flat}))
     count = num_processes(mesh)
     axes = ' '.join(f'{name}={size}' for name, size in mesh.shape.items())
-    return f'{mesh.size} x {kinds} in {count} process{"es" * (count > 1)}, mesh {axes}'
+    return f'{mesh.size} x {names} in {count} process{"es" * (count > 1)}, mesh {axes}'

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, FSDP = 'data', 'fsdp'
@@ -63,26 +63,27 @@ def replicated_sharding() -> NamedSharding:
     return NamedSharding(current_mesh(), PartitionSpec())
 
 
-def batch_sharding(rows: int | None = None) -> NamedSharding:
+def batch_sharding(batch_size: int | None = None) -> NamedSharding:
     """Returns the sharding of an array whose leading axis is the batch.
 
     Args:
-      rows: the global batch size; None: a multiple of the number of devices. A batch that is only a multiple of the
-        `data` axis is sharded over that axis alone; the devices along `fsdp` then do redundant compute.
+      batch_size: the global batch size; None: a multiple of the number of devices. A batch that is only a multiple of
+        the `data` axis is sharded over that axis alone; the devices along `fsdp` then do redundant compute.
     """
     mesh = current_mesh()
-    return NamedSharding(mesh, PartitionSpec((DATA, FSDP) if rows is None or rows % mesh.size == 0 else DATA))
+    all_devices = batch_size is None or batch_size % mesh.size == 0
+    return NamedSharding(mesh, PartitionSpec((DATA, FSDP) if all_devices else DATA))
 
 
-def num_batch_shards(rows: int) -> int:
-    """Returns the number of shards that `batch_sharding(rows)` splits a batch into."""
+def num_batch_shards(batch_size: int) -> int:
+    """Returns the number of shards that `batch_sharding(batch_size)` splits a batch into."""
     mesh = current_mesh()
-    return mesh.size if rows % mesh.size == 0 else mesh.shape[DATA]
+    return mesh.size if batch_size % mesh.size == 0 else mesh.shape[DATA]
 
 
-def pad_batch_size(rows: int, mesh: Mesh) -> int:
-    """Rounds a batch size up to a multiple of the number of devices."""
-    return -(-max(rows, 1) // mesh.size) * mesh.size
+def pad_batch_size(batch_size: int, mesh: Mesh) -> int:
+    """Rounds a batch size up to a multiple of the number of devices, at least one a device."""
+    return -(-max(batch_size, 1) // mesh.size) * mesh.size
 
 
 def fsdp_sharding(array: Any) -> NamedSharding:
@@ -149,50 +150,69 @@ def _put(tree, sharding_of):
 
 def replicate_to_host(tree: Any) -> Any:
     """Copies arrays of any sharding to NumPy arrays on every process; all processes call this together."""
-    copied = jax.jit(lambda x: x, out_shardings=replicated_sharding())(tree)
-    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), copied)
+    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), _replicate(tree))
 
 
-def gather_rows(tree: Any) -> Any:
-    """Copies arrays that are sharded along their first axis to NumPy arrays on every process.
+def gather_rows(tree: Any, main_process_only: bool = False) -> Any:
+    """Copies global arrays [B, ...] that are sharded along their first axis to NumPy arrays.
 
-    All processes call this together. Large arrays are gathered piece by piece, so that no device has to hold all of
-    one.
+    All processes call this together, inside `jax.set_mesh`. Large arrays are gathered piece by piece, so that no device
+    has to hold all of one.
+
+    Args:
+      tree: the arrays.
+      main_process_only: copies to process 0 only; the other processes get empty arrays [B, 0].
+
+    Returns:
+      Arrays [B, ...] on every process, unless `main_process_only`.
     """
     if jax.process_count() == 1:
         return jax.device_get(tree)
+    copy = not main_process_only or jax.process_index() == 0
 
     def gather(x):
-        row_bytes = max(x.nbytes // max(x.shape[0], 1), 1)
-        rows = max(_GATHER_BYTES // row_bytes, 1)
-        pieces = [x[start : start + rows] for start in range(0, x.shape[0], rows)]
-        return np.concatenate([multihost_utils.process_allgather(piece, tiled=True) for piece in pieces])
+        size, pieces = max(_GATHER_BYTES * len(x) // x.nbytes, 1), []
+        for start in range(0, len(x), size):
+            piece = jax.block_until_ready(_replicate(x[start : start + size]))
+            pieces.append(np.asarray(piece.addressable_data(0)) if copy else np.empty((len(piece), 0), x.dtype))
+        return np.concatenate(pieces)
 
     return jax.tree.map(gather, tree)
 
 
-def process_local_rows(rows: int) -> np.ndarray:
-    """Returns which rows of a global batch this process reads: int [n], ascending.
+def _replicate(tree):
+    return jax.jit(_identity, out_shardings=replicated_sharding())(tree)
+
+
+def _identity(tree):  # one function, which JAX compiles once; a lambda would be compiled at every call
+    return tree
+
+
+def process_local_rows(batch_size: int) -> np.ndarray:
+    """Returns the indices of the rows of a global batch that this process reads: int [n], ascending.
 
     They are the rows of its own devices, wherever these are in the mesh, so the global batch does not depend on the
     number of processes. Processes share rows if the batch is sharded over `data` alone and the devices along `fsdp`
     belong to several processes.
     """
-    slices = batch_sharding(rows).addressable_devices_indices_map((rows,)).values()
-    return np.unique(np.concatenate([np.arange(rows)[index] for index in slices]))
+    slices = batch_sharding(batch_size).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
 
 
-def make_global_batch(batch: dict[str, np.ndarray], rows: int | None = None) -> dict[str, jax.Array]:
-    """Creates global arrays from process-local rows.
+def make_global_batch(batch: dict[str, np.ndarray], batch_size: int | None = None) -> dict[str, jax.Array]:
+    """Creates global arrays [B, ...] from the rows of this process.
 
     Args:
-      batch: arrays [n, ...], the rows that `process_local_rows` names.
-      rows: the global batch size; None: `batch` has all rows.
+      batch: arrays [n, ...] of the rows that `process_local_rows` returns.
+      batch_size: B, the global batch size; None: `batch` has all rows.
+
+    Returns:
+      Arrays sharded as `batch_sharding` says.
     """
-    rows = rows or len(next(iter(batch.values())))
-    where = batch_sharding(rows)
+    batch_size = batch_size or len(next(iter(batch.values())))
+    sharding = batch_sharding(batch_size)
     return {
-        name: jax.make_array_from_process_local_data(where, values, (rows, *values.shape[1:]))
+        name: jax.make_array_from_process_local_data(sharding, values, (batch_size, *values.shape[1:]))
         for name, values in batch.items()
     }
 

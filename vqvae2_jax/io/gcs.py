@@ -65,7 +65,7 @@ def local_copy(path: epath.PathLike, version: str = '') -> str:
     """Returns a local path as it is, and copies a path on a bucket, once for as long as this process lives.
 
     Args:
-      path: of a file, a folder, or a pattern of files such as gs://bucket/samples/*.npz.
+      path: a file, a folder, or a pattern of files such as gs://bucket/samples/*.npz.
       version: identifies the content, if it may be replaced while this process lives; another version is copied again.
 
     Raises:
@@ -92,10 +92,10 @@ def _copy(path, folder):
     configure()
     files, name = fsspec.core.url_to_fs(path)
     folder, last = tempfile.mkdtemp(dir=folder), os.path.basename(name)
-    found = files.glob(name) if set('*?[') & set(last) else [name] if files.exists(name) else []
-    if not found:
+    paths = files.glob(name) if set('*?[') & set(last) else [name] if files.exists(name) else []
+    if not paths:
         raise FileNotFoundError(f'there is nothing at {path}')
-    for each in found:
+    for each in paths:
         files.get(each, os.path.join(folder, os.path.basename(each)), recursive=files.isdir(each))
     return os.path.join(folder, last)
 

@@ -49,14 +49,14 @@ class MetricsLogger:
         """Opens the log.
 
         Args:
-          directory: of the training; made if missing.
+          directory: directory of the training; made if missing.
           name: first word of the progress lines, for example 'vqvae'.
           total_steps: the last step.
           start_step: the step that the training resumes from. Lines of later steps, left by a killed run, are dropped;
             0 starts a new file.
           examples_per_step: the global batch size.
-          flops_per_step: FLOPs of the model in one step, of all devices; None: unknown.
-          peak_flops: FLOP/s that all devices can do; None: unknown.
+          flops_per_step: FLOPs of the model in one step, on all devices; None: unknown.
+          peak_flops: peak FLOP/s of all devices together; None: unknown.
           enabled: False on all processes but the main one; then nothing is read or written.
         """
         self._enabled = enabled
@@ -79,7 +79,7 @@ class MetricsLogger:
         """Appends one line to metrics.jsonl, prints a progress line, and adds the scalars to TensorBoard.
 
         Args:
-          step: updates done so far.
+          step: number of updates done.
           prefix: 'train' or 'validation'; it goes before every name in the files.
           metrics: name -> scalar (Python, NumPy or JAX).
 

@@ -12,8 +12,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vqvae2_jax.io import files
 
-Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # label -> x [n], y [n]
-
 _WHITE = 255
 _TEXT = (30, 30, 30)
 
@@ -80,7 +78,7 @@ def labeled_rows(
     Args:
       rows: (label, uint8 [N, H, W, C]) from top to bottom; rows may differ in N and in size. A label may have newlines.
       pad: gap between images, and between rows, in pixels of the result.
-      scale: as in `image_grid`.
+      scale: see `image_grid`.
       font_size: height of the labels' letters in pixels of the result.
 
     Returns:
@@ -124,7 +122,7 @@ class Panel:
     """One set of axes.
 
     Attributes:
-      title: above the axes.
+      title: text above the axes.
       curves: label -> (x [n], y [n]).
       ylabel: label of the y axis, with the unit.
       hlines: label -> y of a dashed line, for baselines and published numbers.
@@ -133,18 +131,11 @@ class Panel:
     """
 
     title: str
-    curves: Curves
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
     ylabel: str
     hlines: Mapping[str, float] = dataclasses.field(default_factory=dict)
     log_y: bool = False
     xlabel: str = 'update'
-
-
-def plot_curves(
-    path: epath.PathLike, title: str, curves: Curves, ylabel: str, hlines: Mapping[str, float] | None = None
-) -> None:
-    """Plots one `Panel` into a PNG file; raises as `plot_panels`."""
-    plot_panels(path, [Panel(title, curves, ylabel, hlines or {})])
 
 
 def plot_panels(path: epath.PathLike, panels: Sequence[Panel]) -> None:

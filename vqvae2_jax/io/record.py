@@ -53,7 +53,7 @@ class Record:
       results: numbers and facts that the job reports; {} until it is done.
       seconds: time spent, over all restarts.
       digest: identifies the content of a finished output, as 64 hex digits; '' until it is done.
-      version: of the package that wrote it.
+      version: version of the package that wrote it.
     """
 
     directory: epath.Path
@@ -69,31 +69,28 @@ class Record:
     def start(self) -> None:
         """Records that writing has begun. The outputs count as unfinished until `finish`."""
         self.state, self.results, self.digest, self.version = STARTED, {}, '', __version__
-        self._write()
+        self.write()
 
     def save_seconds(self, seconds: float) -> None:
         """Records the time spent so far, for a restart."""
         self.seconds = round(seconds, 1)
-        self._write()
+        self.write()
 
     def finish(self, results: dict[str, Any], *, seconds: float | None = None, digest: str | None = None) -> None:
         """Records that all outputs are written. Call it last.
 
         Args:
-          results: in JSON types.
+          results: numbers and facts to report, in JSON types.
           seconds: time spent over all restarts; None leaves it as it is.
-          digest: of the content; None: of inputs, settings and results, which determine it.
+          digest: digest of the content; None: computed from inputs, settings and results, which determine it.
         """
         self.state, self.results = DONE, results
         self.seconds = self.seconds if seconds is None else round(seconds, 1)
         self.digest = digest or files.digest_json([self.job, self.inputs, self.settings, results])
-        self._write()
+        self.write()
 
-    def restore(self, before: 'Record') -> None:
-        """Writes an earlier record again, whose outputs are unchanged."""
-        dataclasses.replace(before, directory=self.directory)._write()
-
-    def _write(self):
+    def write(self) -> None:
+        """Writes record.json as it stands."""
         values = {name: getattr(self, name) for name in _FIELDS if name != 'schema'}
         files.write_json(self.directory / FILE, {'schema': SCHEMA, **values})
 

@@ -24,7 +24,7 @@ def read(pattern: str) -> dict[str, np.ndarray]:
     Raises:
       FileNotFoundError: no such file.
       ImportError: a .pth file without PyTorch.
-      ValueError: a file of another kind, or one that holds something else.
+      ValueError: a file of another format, or one that holds something else.
     """
     paths = sorted(glob.glob(os.path.expanduser(pattern)))
     if not paths:
@@ -48,9 +48,9 @@ def fetch(url: str, sha256: str, path: epath.Path) -> None:
         data = path.read_bytes() if there else _download(url)
     except (OSError, http.client.HTTPException) as error:
         raise OSError(f'{url} cannot be fetched ({error}). {by_hand}') from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
-        raise ValueError(f'{path if there else url} has the SHA-256 {found}, not {sha256}. {by_hand}')
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != sha256:
+        raise ValueError(f'{path if there else url} has the SHA-256 {digest}, not {sha256}. {by_hand}')
     if not there:
         files.write_bytes(path, data)
 

@@ -1,26 +1,23 @@
 """--job=extract_codes: encodes every image of every split, in shards; a restart continues (VQ-VAE-2, algorithm 2)."""
 
-import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import jax
 
 from vqvae2_jax import inference
 from vqvae2_jax.config import build as configs
 from vqvae2_jax.data import codes as store
-from vqvae2_jax.data.images import SPLITS, ImageSource
-from vqvae2_jax.data.loader import eval_batches, read_all
-from vqvae2_jax.data.shards import Range, ShardWriter, shard_ranges
+from vqvae2_jax.data.images import SPLITS
+from vqvae2_jax.data.shards import ShardWriter, shard_ranges
 from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.distributed.batches import map_missing
-from vqvae2_jax.distributed.preemption import exit_together, stop_signals
+from vqvae2_jax.distributed.preemption import Interrupted, exit_together, stop_signals
 from vqvae2_jax.io import record
-from vqvae2_jax.io.progress import Progress
 from vqvae2_jax.io.record import Record
-from vqvae2_jax.jobs import train, workdir
+from vqvae2_jax.jobs import feature_store, train, workdir
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.models.vqvae import map_shapes
 
@@ -67,18 +64,30 @@ def _open_output(run: Run, split: str) -> Record:
 def _extract_split(run: Run, split: str, output: Record, encode: Callable, stopped: Callable[[], int]) -> None:
     source, directory = run.images(split), output.directory
     ranges = shard_ranges(len(source), output.settings['shard_size'])
-    finished = processes.run_on_main_process(lambda: store.finished_shards(directory, len(ranges)))
-    missing = [r for number, r in enumerate(ranges) if number not in finished]
+    missing = processes.run_on_main_process(lambda: store.missing_shards(directory, len(ranges)))
+    missing = [ranges[number] for number in missing]
     if output.state == record.DONE and not missing:
         print(f'codes {split}: done ({output.results["count"]} images in {directory})', flush=True)
         return
     processes.run_on_main_process(output.start)
-    begin = time.monotonic()
-    complete = _write_shards(run, split, encode, missing, stopped)
-    processes.run_on_main_process(lambda: output.save_seconds(output.seconds + time.monotonic() - begin))
-    if complete:
-        meta = processes.run_on_main_process(lambda: _finish(output, source.class_names, len(ranges)))
-        print(f'codes {split}: {meta.count} images in {directory}', flush=True)
+    begin, before, written = time.monotonic(), output.seconds, 0
+
+    def write(shard, examples):
+        path = store.shard_path(directory, ranges.index(shard), len(ranges))
+        store.write_shard(path, [examples], tuple(output.settings['codebook_sizes']))
+        output.save_seconds(before + time.monotonic() - begin)
+
+    writer = ShardWriter(missing, lambda *args: processes.run_on_main_process(lambda: write(*args)))
+    read = functools.partial(feature_store.read_batches, run, source, f'codes {split}', stopped, section='codes')
+    try:
+        with jax.set_mesh(run.mesh):
+            for start, arrays in map_missing(encode, missing, read, run.batch_size('codes'), len(source)):
+                written += writer.add(start, arrays)
+    except Interrupted:
+        print(f'codes {split}: {written} of {len(missing)} shards written; the same command continues', flush=True)
+        raise
+    meta = processes.run_on_main_process(lambda: _finish(output, source.class_names, len(ranges)))
+    print(f'codes {split}: {meta.count} images in {directory}', flush=True)
 
 
 def _settings(run, split):
@@ -90,40 +99,6 @@ def _settings(run, split):
         'codebook_sizes': [config.vqvae.codebook_size] * len(run.levels),
         'num_classes': config.data.num_classes,
     }
-
-
-def _write_shards(run: Run, split: str, encode: Callable, missing: Sequence[Range], stopped) -> bool:
-    """Writes the missing shards; returns False if a signal stopped it before the last one."""
-    source, batch_size = run.images(split), run.batch_size('codes')
-    size, shards = run.config.codes.shard_size, len(shard_ranges(len(source), run.config.codes.shard_size))
-    sizes = (run.config.vqvae.codebook_size,) * len(run.levels)
-
-    def write(limits, examples):
-        path = store.shard_path(run.path('codes', split), limits[0] // size, shards)
-        processes.run_on_main_process(lambda: store.write_shard(path, [examples], sizes))
-
-    writer, written, done = ShardWriter(missing, write), 0, 0
-    progress = Progress(f'codes {split}', sum(stop - start for start, stop in missing))
-    open_batches = functools.partial(_read_batches, run, source, stopped)
-    encoded = map_missing(encode, missing, open_batches, run.batch_size('codes'), len(source))
-    with jax.set_mesh(run.mesh), contextlib.closing(encoded):
-        for start, arrays in encoded:
-            written += writer.add(start, arrays)
-            done += batch_size
-            progress.update(done)
-            if processes.process_any(bool(stopped())):
-                break
-    if written < len(missing):
-        print(f'codes {split}: {written} of {len(missing)} shards written; the same command continues', flush=True)
-    return written == len(missing)
-
-
-def _read_batches(run: Run, source: ImageSource, stopped: Callable[[], int], start: int, stop: int) -> Iterator[dict]:
-    batch_size = run.batch_size('codes')
-    rows = sharding.process_local_rows(batch_size)
-    batches = eval_batches(source, batch_size=batch_size, rows=rows, start=start, stop=stop, **run.loader_kwargs())
-    with contextlib.closing(batches):
-        yield from read_all(batches, stopped)
 
 
 def _finish(output: Record, class_names: tuple[str, ...], shards: int) -> store.CodesMeta:

@@ -100,7 +100,8 @@ def make_inpainter(
 
     Returns:
       (number of the image, image uint8 [H, W, C], mask bool [H, W]) -> {'image': uint8 [count, H, W, C],
-      'codes_l': int32 [count, h_l, w_l]}. A variant depends on the seed, the number and its index alone.
+      'codes_l': int32 [count, h_l, w_l]} on process 0, which writes them. A variant depends on the seed, the
+      number and its index alone.
     """
     options = run.config.inpaint
     chosen = [name in levels for name in run.levels]
@@ -112,7 +113,8 @@ def make_inpainter(
         index = sharding.process_local_rows(batch_size).astype(np.int32)
         batch = {'index': index, 'label': np.full_like(index, max(options.label, 0))}
         variants = sample(sharding.make_global_batch(batch, batch_size), image, mask, np.int32(number))
-        return {name: values[: options.count] for name, values in sharding.gather_rows(variants).items()}
+        variants = sharding.gather_rows(variants, main_process_only=True)
+        return {name: values[: options.count] for name, values in variants.items()}
 
     return make_variants
 

@@ -1,11 +1,11 @@
 """--job=likelihood: nats of every level and bits of every image, of a split or of a folder; a score for outliers."""
 
-import contextlib
 import csv
 import functools
 import io
 import math
 import os
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -13,12 +13,11 @@ from etils import epath
 
 from vqvae2_jax import inference
 from vqvae2_jax.data.images import ImageSource
-from vqvae2_jax.data.loader import eval_batches
-from vqvae2_jax.distributed import processes, sharding
+from vqvae2_jax.distributed import processes
 from vqvae2_jax.distributed.batches import map_batches
+from vqvae2_jax.distributed.preemption import stop_signals
 from vqvae2_jax.io import files, record
-from vqvae2_jax.io.progress import Progress
-from vqvae2_jax.jobs import workdir
+from vqvae2_jax.jobs import feature_store, workdir
 from vqvae2_jax.jobs.workdir import SKIPPED, Generator, JobError, Run
 
 DIRECTORY = 'likelihood'
@@ -30,6 +29,7 @@ def write_likelihood(run: Run) -> None:
 
     Raises:
       JobError: networks are missing, or no image can be read.
+      Interrupted: a stop signal came; nothing was written.
     """
     options = run.config.likelihood
     source = run.folder(options.path, 'likelihood.path') if options.path else run.images(options.split)
@@ -44,7 +44,8 @@ def write_likelihood(run: Run) -> None:
     with jax.set_mesh(run.mesh):
         generator = workdir.load_generator(run)  # it refuses before any file changes
         processes.run_on_main_process(output.start)
-        rows = _image_rows(run, source, generator, labeled)
+        with stop_signals() as stopped:
+            rows = _image_rows(run, source, generator, labeled, stopped)
     if not rows:
         raise JobError(
             f'likelihood: none of the {len(source)} images could be read; they are listed in {run.path(SKIPPED)}'
@@ -56,20 +57,19 @@ def write_likelihood(run: Run) -> None:
     print(f'least likely: {rows[0][0]}\nall images: {directory / FILE}', flush=True)
 
 
-def _image_rows(run: Run, source: ImageSource, generator: Generator, labeled: bool) -> list[tuple]:
+def _image_rows(
+    run: Run, source: ImageSource, generator: Generator, labeled: bool, stopped: Callable[[], int]
+) -> list[tuple]:
     """Returns (name, nats of every level, bits) of every readable image, least likely first."""
     batch_size, rows = run.batch_size('evaluate'), []
     run.print_start('likelihood', f'{len(source)} images', parameters=generator.num_parameters, batch='evaluate')
     function = inference.make_log_likelihood_fn(generator.model, generator.priors, labeled=labeled)
     function = functools.partial(function, generator.variables, generator.params)
-    progress, local_rows = Progress('likelihood', len(source)), sharding.process_local_rows(batch_size)
-    batches = eval_batches(source, batch_size=batch_size, rows=local_rows, **run.loader_kwargs())
-    with contextlib.closing(batches):
-        for number, batch in enumerate(map_batches(function, batches, batch_size), start=1):
-            nats = -batch['log_likelihood'].astype(np.float64)  # [B, L]
-            for i in np.flatnonzero(batch['mask']):
-                rows.append((source.example_name(int(batch['index'][i])), *nats[i], nats[i].sum() / math.log(2)))
-            progress.update(min(number * batch_size, len(source)))
+    batches = feature_store.read_batches(run, source, 'likelihood', stopped)
+    for batch in map_batches(function, batches, batch_size):
+        nats = -batch['log_likelihood'].astype(np.float64)  # [B, L]
+        for i in np.flatnonzero(batch['mask']):
+            rows.append((source.example_name(int(batch['index'][i])), *nats[i], nats[i].sum() / math.log(2)))
     return sorted(rows, key=lambda row: -row[-1])
 
 

@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 from vqvae2_jax import inference
 from vqvae2_jax.config import build as configs
 from vqvae2_jax.data import sample_store
-from vqvae2_jax.data.shards import Range, ShardWriter, batch_starts, shard_ranges
+from vqvae2_jax.data.shards import Range, ShardWriter, shard_ranges
 from vqvae2_jax.distributed import processes, sharding
-from vqvae2_jax.distributed.batches import map_batches
+from vqvae2_jax.distributed.batches import map_missing
 from vqvae2_jax.distributed.preemption import exit_together, stop_signals
 from vqvae2_jax.io import plots, record
 from vqvae2_jax.io.progress import Progress
@@ -85,23 +85,26 @@ def _draw_shards(run: Run, output: Record, missing: Sequence[Range], stopped: Ca
     batch_size, total = run.batch_size('sample'), sum(stop - start for start, stop in missing)
     begin, before = time.monotonic(), output.seconds
 
-    def write(limits, arrays):
+    def write(shard, arrays):
         arrays = {'arr_0': arrays['image']} | {k: v for k, v in arrays.items() if k not in ('image', 'index')}
-        arrays['index'] = np.arange(*limits, dtype=np.int64)
-        sample_store.write_npz(sample_store.shard_path(output.directory, *limits), arrays)
+        arrays['index'] = np.arange(*shard, dtype=np.int64)
+        sample_store.write_npz(sample_store.shard_path(output.directory, *shard), arrays)
         output.save_seconds(before + time.monotonic() - begin)
 
-    writer = ShardWriter(missing, lambda *shard: processes.run_on_main_process(lambda: write(*shard)))
+    writer = ShardWriter(missing, lambda *args: processes.run_on_main_process(lambda: write(*args)))
     with jax.set_mesh(run.mesh):
         generator = workdir.load_generator(run, run.config.sample.dtype)  # it refuses before any file changes
         run.print_start('sample', f'{total} samples', parameters=generator.num_parameters, batch='sample')
         processes.run_on_main_process(lambda: _start(output))
         written, progress = 0, Progress('sample', total)
-        starts = batch_starts(missing, batch_size)
         rows = sharding.process_local_rows(batch_size)
-        batches = (_batch(run.config, start + rows) for start in starts)
-        results = map_batches(make_sampler(run, generator), batches, batch_size)
-        for number, (start, arrays) in enumerate(zip(starts, results, strict=True), start=1):
+
+        def open_batches(start, stop):
+            for first in range(start, stop, batch_size):
+                yield _batch(run.config, first + rows)
+
+        results = map_missing(make_sampler(run, generator), missing, open_batches, batch_size, run.config.sample.count)
+        for number, (start, arrays) in enumerate(results, start=1):
             written += writer.add(start, arrays)
             progress.update(min(number * batch_size, total))
             if processes.process_any(bool(stopped())):

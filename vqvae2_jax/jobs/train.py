@@ -138,7 +138,7 @@ def train_task(
         result = train(task, config, data, path, mesh=run.mesh, name=directory, seed=run.config.seed, **flops)
     except CheckpointMismatch:
         if before.state == record.DONE and processes.is_main_process():
-            output.restore(before)  # its weights are unchanged
+            before.write()  # its weights are unchanged
         raise
     finally:
         data.train.close()

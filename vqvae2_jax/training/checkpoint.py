@@ -27,19 +27,19 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(gcs.absolute(directory) / 'checkpoints', options=options)
 
     def latest_step(self) -> int | None:
-        """Returns the step of the newest checkpoint, or None."""
-        return self._manager.latest_step()
+        """Returns the step of the newest checkpoint that process 0 sees, or None. All processes together."""
+        return processes.run_on_main_process(self._manager.latest_step)
 
     def save(self, step: int, state: Any, iterator: grain.DatasetIterator, pending: list[dict[str, float]]) -> None:
         """Saves a checkpoint, unless this step has one. All processes together.
 
         Args:
-          step: updates done.
+          step: number of updates done.
           state: the train state, of any sharding.
-          iterator: of the training data; its state must be the same on every process.
+          iterator: batches of the training data; its state must be the same on every process.
           pending: metrics of the steps since the last log line.
         """
-        if self._manager.latest_step() == step:
+        if self.latest_step() == step:
             return
         items = {
             'state': ocp.args.StandardSave(state),
@@ -52,15 +52,15 @@ class Checkpoints:
         """Restores a checkpoint. All processes together.
 
         Args:
-          step: one that has a checkpoint.
+          step: a step that has a checkpoint.
           like: a train state of `jax.ShapeDtypeStruct` with shardings; the number of devices may have changed.
-          iterator: of the training data; it is set to continue after this step.
+          iterator: batches of the training data; it is set to continue after this step.
 
         Returns:
           The train state, and the pending metrics.
 
         Raises:
-          CheckpointMismatch: the checkpoint is of another network, perhaps that of an older version, or damaged.
+          CheckpointMismatch: the checkpoint is of another network (perhaps of an older version), or damaged.
         """
         items = {
             'state': ocp.args.StandardRestore(like),
@@ -109,9 +109,9 @@ class BestCheckpoint:
         NaN is never best. Equal counts as better, so that a run that resumes before its best step saves it again.
 
         Args:
-          step: updates done.
-          metrics: the numbers of these weights on the validation split.
-          metric: the name of one of them.
+          step: number of updates done.
+          metrics: metrics of these weights on the validation split.
+          metric: name of one of them.
           weights: arrays of any sharding.
 
         Returns:

@@ -35,12 +35,12 @@ EvalFn = Callable[[Any, Any, Iterator[dict]], dict[str, float]]
 
 
 class Data(NamedTuple):
-    """The batches of a training: the process-local rows, as dicts of arrays [n, ...].
+    """The batches of a training: dicts of arrays [n, ...] of the rows that this process reads.
 
     Attributes:
-      train: endless; its state is saved in checkpoints.
-      val: opens one pass over the validation examples, whose batches have 'mask'; it has close().
-      first_batch: of `train`; a new train state starts from it.
+      train: endless training batches; the state of this iterator is saved in checkpoints.
+      val: returns an iterator over all validation batches, which have 'mask'; the iterator has close().
+      first_batch: the first batch of `train`; the shapes and the initial codebooks come from it.
       description: examples and batch size, as text for the log.
     """
 
@@ -71,16 +71,16 @@ def train(
     Args:
       task: the network and its objective.
       config: how long and how to train.
-      data: its batches.
-      directory: of all files: checkpoints/, weights/, pictures/, profile/, metrics.jsonl.
+      data: training and validation batches.
+      directory: where checkpoints/, weights/, pictures/, profile/ and metrics.jsonl are written.
       mesh: the devices. All processes call this together, outside any mesh.
-      name: for the log.
-      seed: of the initial weights and of all randomness of the steps.
-      flops_per_step: FLOPs of the model in one step, of all devices; None: the log has no utilization.
-      peak_flops: FLOP/s that all devices can do.
+      name: name of the training in the log.
+      seed: seed of the initial weights and of all random numbers of the steps.
+      flops_per_step: FLOPs of the model in one step, on all devices; None: the log has no utilization.
+      peak_flops: peak FLOP/s of all devices together.
 
     Returns:
-      {'steps': updates done, 'seconds': training time over all restarts, 'parameters': their number}.
+      {'steps': number of updates done, 'seconds': training time over all restarts, 'parameters': their number}.
 
     Raises:
       NonFiniteLoss: the message names the steps.
@@ -104,7 +104,9 @@ def train(
         )
         if start:
             print(f'{name}: continuing from step {start}', flush=True)
-        best, profiler = BestCheckpoint(directory), Profiler(directory, config.profile_steps)
+        # Process 0 reads best.json for all: they must agree on which weights are the best so far.
+        best = processes.run_on_main_process(lambda: BestCheckpoint(directory))
+        profiler = Profiler(directory, config.profile_steps)
         loop = TrainLoop(task, config, data, mesh, train_step, checkpoints, best, logger, profiler)
         with contextlib.closing(logger), contextlib.closing(profiler), stop_signals() as preempted:
             step = loop.run(state, start, pending, preempted)
@@ -136,7 +138,7 @@ class TrainLoop:
 
         Args:
           state: after `step` updates; its buffers are donated.
-          step: updates done.
+          step: number of updates done.
           pending: metrics of steps that no log line holds yet.
           preempted: returns the signal that this process received, or 0.
 
@@ -270,8 +272,8 @@ def make_init(
     """Returns a function (key, batch) -> the state before the first step."""
 
     def init(key, batch):
-        params, variables = task.init(jax.random.fold_in(key, 0), batch)
-        return train_state.create(params, variables, jax.random.fold_in(key, 1), optimizer)
+        params, model_state = task.init(jax.random.fold_in(key, 0), batch)
+        return train_state.create(params, model_state, jax.random.fold_in(key, 1), optimizer)
 
     return init
 
@@ -292,9 +294,9 @@ def make_step(
 
     Args:
       task: the network and its objective.
-      optimizer: from `optim.make_optimizer`.
+      optimizer: the optimizer, from `optim.make_optimizer`.
       config: how to train.
-      layout: the state's shardings, from `state_sharding`.
+      layout: shardings of the state, from `state_sharding`.
 
     Returns:
       A jitted function (state, batch with `SHOULD_STOP`) -> (state, metrics []), which donates the state.
@@ -306,10 +308,10 @@ def make_step(
         key = jax.random.fold_in(state.key, state.step)
         # All-gathered here and not layer by layer: left to choose, XLA also shards arithmetic along the parameters.
         params = sharding.constrain_replicated(state.params)
-        gradients, variables, metrics = grad_fn(params, state.variables, batch, key)
+        gradients, model_state, metrics = grad_fn(params, state.variables, batch, key)
         gradients = sharding.constrain_sharded(gradients)
         metrics = {**metrics, 'gradient_norm': optax.tree.norm(gradients), SHOULD_STOP: stop}
-        return train_state.update(state, gradients, variables, optimizer, config.params_ema_decay), metrics
+        return train_state.update(state, gradients, model_state, optimizer, config.params_ema_decay), metrics
 
     return jax.jit(
         step, donate_argnums=0, in_shardings=(layout, None), out_shardings=(layout, sharding.replicated_sharding())
@@ -317,10 +319,10 @@ def make_step(
 
 
 def _grad_fn(task):
-    def grad_fn(params, variables, batch, key):
+    def grad_fn(params, model_state, batch, key):
         value_and_grad = jax.value_and_grad(task.loss, has_aux=True)
-        (_, (variables, metrics)), gradients = value_and_grad(params, variables, batch, key)
-        return gradients, variables, metrics
+        (_, (model_state, metrics)), gradients = value_and_grad(params, model_state, batch, key)
+        return gradients, model_state, metrics
 
     return grad_fn
 
@@ -332,8 +334,8 @@ def _accumulated_grad_fn(task, count):
     def split(x):  # [B, ...] -> [count, B / count, ...], where every device keeps its rows
         return jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
 
-    def grad_fn(params, variables, batch, key):
-        if variables:
+    def grad_fn(params, model_state, batch, key):
+        if model_state:
             raise ValueError(
                 f'training.grad_accum_steps is {count}, but a network with a codebook needs the whole batch at once, '
                 'whose statistics update the codebook: set it to 1'
@@ -341,12 +343,12 @@ def _accumulated_grad_fn(task, count):
 
         def add(total, numbered):
             number, microbatch = numbered
-            gradients, _, metrics = micro_grad_fn(params, variables, microbatch, jax.random.fold_in(key, number))
+            gradients, _, metrics = micro_grad_fn(params, model_state, microbatch, jax.random.fold_in(key, number))
             return sharding.constrain_sharded(jax.tree.map(jnp.add, total, gradients)), metrics
 
         zeros = sharding.constrain_sharded(jax.tree.map(jnp.zeros_like, params))
         total, metrics = jax.lax.scan(add, zeros, (jnp.arange(count), jax.tree.map(split, batch)))
-        return jax.tree.map(lambda x: x / count, total), variables, {k: v.mean() for k, v in metrics.items()}
+        return jax.tree.map(lambda x: x / count, total), model_state, {k: v.mean() for k, v in metrics.items()}
 
     return grad_fn
 
@@ -356,24 +358,24 @@ def make_eval_fn(task: Task, batch_size: int | None = None) -> EvalFn:
 
     Args:
       task: the network and its metrics.
-      batch_size: the global one; None: a batch has all rows.
+      batch_size: the global batch size; None: a batch has all rows.
 
     Returns:
-      A function (params, model_state, batches of process-local rows with 'mask') -> the metrics of
+      A function (params, model_state, batches of the rows of this process with 'mask') -> the metrics of
       `task.reduce_metrics`. Masked examples do not count. It raises ValueError if no example is left.
     """
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated_sharding())
-    def masked_sums(params, variables, batch):
+    def masked_sums(params, model_state, batch):
         mask = batch.pop('mask')  # [B]
-        values = task.eval_step(params, variables, batch)  # each [B, ...]
+        values = task.eval_step(params, model_state, batch)  # each [B, ...]
         masked = {k: v * mask.reshape(-1, *(1,) * (v.ndim - 1)) for k, v in values.items()}
         return {k: jnp.sum(v, axis=0) for k, v in masked.items()}, jnp.sum(mask)
 
-    def eval_fn(params, variables, batches):
+    def eval_fn(params, model_state, batches):
         totals, count = {}, 0
         for batch in batches:
-            sums = masked_sums(params, variables, sharding.make_global_batch(batch, batch_size))
+            sums = masked_sums(params, model_state, sharding.make_global_batch(batch, batch_size))
             batch_sums, batch_count = jax.device_get(sums)
             count += int(batch_count)
             totals = {k: totals.get(k, 0) + v.astype(np.float64) for k, v in batch_sums.items()}

@@ -15,19 +15,19 @@ class TrainConfig:
     """How long and how to train one network: config.<stage>.training, whose types and defaults are in config/base.py.
 
     Attributes:
-      steps: updates.
-      batch_size: over all devices.
-      learning_rate: of Adam, after the warm-up.
-      warmup_steps: over which the rate rises from 0; at most `steps`.
+      steps: number of updates.
+      batch_size: the global batch size.
+      learning_rate: learning rate of Adam after the warm-up.
+      warmup_steps: steps in which the rate rises from 0; at most `steps`.
       lr_schedule: 'constant', or 'cosine': to zero at `steps`.
       adam_b2: decay of Adam's second moment.
       weight_decay: decoupled, as in AdamW.
       clip_norm: largest norm of the whole gradient; 0: no clipping.
       grad_accum_steps: microbatches of a batch, one after another, to save memory.
-      params_ema_decay: of the average of the weights that evaluation and later stages use; 0: the last weights.
+      params_ema_decay: decay of the averaged weights, which evaluation and later stages use; 0: the last weights.
       log_every: steps between lines of the log.
       eval_every: steps between evaluations.
-      eval_examples: of the validation split, at each evaluation; 0: all.
+      eval_examples: number of validation examples at each evaluation; 0: all.
       image_every: steps between images; 0: never.
       save_every: steps between checkpoints.
       profile_steps: (), or the first and the last step of a trace.

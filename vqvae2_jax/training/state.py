@@ -10,32 +10,54 @@ import optax
 
 @flax.struct.dataclass
 class TrainState:
-    """One pytree; checkpoints hold exactly this and the data iterator's state."""
+    """One pytree; checkpoints hold exactly this and the data iterator's state.
 
-    step: jax.Array  # int32 [], updates done
-    key: jax.Array  # never split: each step uses fold_in(key, step)
+    Attributes:
+      step: int32 [], number of updates done.
+      key: PRNG key []; never split, each step uses fold_in(key, step).
+      params: parameters, which get gradients.
+      variables: the `model_state` of `tasks.task.Task`: collections without gradients, {'codebook': ...} or {}.
+        Checkpoints store it under this name.
+      ema_params: average of `params` over the steps; every evaluation and all later stages use it.
+      opt_state: state of the optimizer.
+    """
+
+    step: jax.Array
+    key: jax.Array
     params: Any
-    variables: Any  # mutable collections without gradients: {'codebook': ...} or {}
-    ema_params: Any  # average of the weights, used by every evaluation
+    variables: Any
+    ema_params: Any
     opt_state: Any
 
 
-def create(params: Any, variables: Any, key: jax.Array, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+def create(params: Any, model_state: Any, key: jax.Array, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step, from the results of `Task.init` and a key for the steps."""
     # The average is a copy: a donated step may not be handed the same buffer twice.
     average = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), key, params, variables, average, optimizer.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), key, params, model_state, average, optimizer.init(params))
 
 
 def update(
-    state: TrainState, gradients: Any, variables: Any, optimizer: optax.GradientTransformation, params_ema_decay: float
+    state: TrainState,
+    gradients: Any,
+    model_state: Any,
+    optimizer: optax.GradientTransformation,
+    params_ema_decay: float,
 ) -> TrainState:
-    """The state after one step: optimizer, new variables, average of the weights."""
+    """Returns the state after one step.
+
+    Args:
+      state: the state before it.
+      gradients: gradients of the loss, shaped as `state.params`.
+      model_state: the new `TrainState.variables`, from `Task.loss`.
+      optimizer: the optimizer.
+      params_ema_decay: decay of the averaged parameters, in [0, 1).
+    """
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     # The average forgets the random start at first: its horizon grows with the steps up to 1 / (1 - params_ema_decay).
     decay = jnp.minimum(params_ema_decay, (1 + state.step) / (10 + state.step))
     average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema_params, params)
     return state.replace(
-        step=state.step + 1, params=params, variables=variables, ema_params=average, opt_state=opt_state
+        step=state.step + 1, params=params, variables=model_state, ema_params=average, opt_state=opt_state
     )
