@@ -54,7 +54,8 @@ def load_config(name: str | os.PathLike) -> ConfigDict:
 
     Raises:
       FileNotFoundError: as `config_path`.
-      ConfigError: the file sets an unknown field, or a value of another type; the message has its line.
+      ConfigError: the file sets an unknown field, or a value of another type (the message has its line), or
+        `get_config` returns no ConfigDict.
     """
     name, *argument = os.fspath(name).split(':', 1)
     path = config_path(name)
@@ -62,13 +63,17 @@ def load_config(name: str | os.PathLike) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return module.get_config(*argument)
+        config = module.get_config(*argument)
     except (AttributeError, KeyError, TypeError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         if not frames[-1].filename.startswith(_ML_COLLECTIONS):
             raise  # a mistake in the file, for which the traceback is the best message
         place = [frame for frame in frames if not frame.filename.startswith(_ML_COLLECTIONS)][-1]
         raise ConfigError(f'{place.filename}, line {place.lineno}: {_one_line(error)}') from error
+
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f'get_config() of {name} returns no ml_collections.ConfigDict')
+    return config
 
 
 def _one_line(error):
