@@ -48,7 +48,7 @@ COLUMNS += ('equal updates: nats', 'against raster', 'equal time: nats', 'agains
 def seed_argument(text: str) -> int:
     """Reads a seed from the command line."""
     try:
-        return base.find('seed').check('--seeds', int(text))
+        return base.schema()['seed'].check('--seeds', int(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -8,7 +8,7 @@ import numbers
 import re
 import unicodedata
 from collections.abc import Collection
-from typing import Any
+from typing import Any, ClassVar
 
 _MAX_LENGTH = 4096  # characters of a string
 _MAX_SHOWN = 100  # characters of a value in a message
@@ -39,6 +39,8 @@ class Field:
     default: Any = None
     doc: str = ''
 
+    _type: ClassVar[type]  # of checked values
+
     @property
     def allowed(self) -> str:
         """The allowed values in words, to follow 'it must be'."""
@@ -52,14 +54,14 @@ class Field:
           value: anything.
 
         Returns:
-          The value in the plain Python type of the default.
+          The value in its plain Python type.
 
         Raises:
           ConfigError: the value is not allowed.
         """
         if not self._allows(value):
             raise ConfigError(f'{path} is {show(value)}; it must be {self.allowed}')
-        return type(self.default)(value)
+        return self._type(value)
 
     def _allows(self, value: Any) -> bool:
         raise NotImplementedError
@@ -68,6 +70,8 @@ class Field:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bool(Field):
     """True or False; 0 and 1 are refused."""
+
+    _type = bool
 
     @property
     def allowed(self) -> str:
@@ -83,6 +87,8 @@ class Int(Field):
 
     low: int
     high: int
+
+    _type = int
 
     @property
     def allowed(self) -> str:
@@ -101,6 +107,8 @@ class Float(Field):
     high: float
     low_open: bool = False
     high_open: bool = False
+
+    _type = float
 
     @property
     def allowed(self) -> str:
@@ -124,6 +132,8 @@ class Text(Field):
 
     required: bool = False
 
+    _type = str
+
     @property
     def allowed(self) -> str:
         return f'a {"non-empty " * self.required}string of at most {_MAX_LENGTH} characters, none a control character'
@@ -137,6 +147,8 @@ class Text(Field):
 @dataclasses.dataclass(frozen=True)
 class Name(Field):
     """A string that is safe as the name of a directory."""
+
+    _type = str
 
     @property
     def allowed(self) -> str:
@@ -153,12 +165,16 @@ class Choice(Field):
     options: tuple[str, ...] | tuple[int, ...]
 
     @property
+    def _type(self) -> type:
+        return type(self.options[0])
+
+    @property
     def allowed(self) -> str:
         *others, last = map(repr, self.options)
         return f'{", ".join(others)} or {last}' if others else last
 
     def _allows(self, value: Any) -> bool:
-        return type(value) is not bool and isinstance(value, type(self.options[0])) and value in self.options
+        return type(value) is not bool and isinstance(value, self._type) and value in self.options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +188,8 @@ class Tuple(Field):
 
     item: Field
     lengths: Collection[int]
+
+    _type = tuple
 
     @property
     def allowed(self) -> str:
