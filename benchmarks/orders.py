@@ -28,8 +28,7 @@ from etils import epath
 
 from benchmarks.timing import machine, seconds
 from vqvae2_jax import load_config, xla_flags
-from vqvae2_jax.config import base
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import base, build
 from vqvae2_jax.config.validation import validate_config
 from vqvae2_jax.io import files, plots
 from vqvae2_jax.io.logging import read_metrics
@@ -97,7 +96,7 @@ def seconds_an_update(run, level):
 
 def seconds_an_image(run, level):
     """Of drawing the level's maps."""
-    prior, arguments = configs.networks(run.config)[f'prior.{level}']
+    prior, arguments = build.networks(run.config)[f'prior.{level}']
     key, *one = arguments
     params = jax.jit(prior.init)(key, *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one))['params']
     _, labels, coarser = jax.tree.map(lambda x: jnp.zeros((MAPS, *x.shape[1:]), x.dtype), one)
@@ -123,7 +122,7 @@ def add_times(found, run, level, attention):
     runs = {order: variant(run, level, order, attention, seed=0) for order in found}
     updates = [{order: seconds_an_update(r, level) for order, r in runs.items()} for _ in range(TURNS)]
     for order, result in found.items():
-        result['steps'] = configs.make_prior(runs[order].config, run.levels.index(level)).order.num_steps
+        result['steps'] = build.make_prior(runs[order].config, run.levels.index(level)).order.num_steps
         result['seconds an image'] = seconds_an_image(runs[order], level)
         result['seconds an update'] = min(turn[order] for turn in updates)
     budget = min(result['updates'][-1] * result['seconds an update'] for result in found.values())
