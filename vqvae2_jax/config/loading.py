@@ -1,4 +1,4 @@
-"""Experiment configs: Python files with a function `get_config()`. They are found by path and never imported by name.
+"""Experiment configs: Python files with a function `get_config()`. They are loaded by path and never imported by name.
 
 A checkout keeps them in `configs/`, an installed wheel in `vqvae2_jax/configs/`.
 """

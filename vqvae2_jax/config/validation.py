@@ -38,8 +38,7 @@ def validate_config(config: ConfigDict) -> None:
         raise ConfigError(str(error)) from error
     levels = base.level_names(config.vqvae.downsample_factors)
     _check_levels(config, levels)
-    for name, field in base.schema(levels).items():
-        _check_field(name, config, name, field)
+    _check_section('', config, base.schema(levels))
     _check_priors(config, dict(zip(levels, shapes, strict=True)))
     _check_training(config, levels)
     _check_sampling(config, levels)
@@ -110,26 +109,23 @@ def _similar(name, allowed):
 
 
 def _check_section(path, section, fields):
+    """Checks names and types of a section's fields; the path of the whole config is ''."""
     if not isinstance(section, ConfigDict):
         names = sorted(fields)
         raise ConfigError(
             f'{path} is {show(section)}; it must be a section with the fields {", ".join(names)}: '
             f'set one, as in --config.{path}.{names[0]}='
         )
-    check_names(path, section, fields)
+    check_names(path or 'config', section, fields)
     for name, field in fields.items():
-        _check_field(f'{path}.{name}', section, name, field)
-
-
-def _check_field(path, section, name, field):
-    value = section[name]
-    if isinstance(field, dict):
-        _check_section(path, value, field)
-        return
-    checked = field.check(path, value)
-    if type(checked) is not type(value):
-        with section.unlocked(), section.ignore_type():
-            section[name] = checked
+        value, field_path = section[name], f'{path}.{name}' if path else name
+        if isinstance(field, dict):
+            _check_section(field_path, value, field)
+            continue
+        checked = field.check(field_path, value)
+        if type(checked) is not type(value):
+            with section.unlocked(), section.ignore_type():
+                section[name] = checked
 
 
 def _check_levels(config, levels):
