@@ -37,9 +37,9 @@ def variant(run, level, placement, kind, seed, options):
     section.attention_dropout = options.rate if section.num_attention_layers else 0.0
     section.training.update(image_every=0, steps=options.steps)
     validate_config(config)
-    found = Run(config, run.path('dropout') / f'{level}-{placement}-{kind}-rate{options.rate}-seed{seed}')
-    link(run, found)
-    return found
+    other = Run(config, run.path('dropout') / f'{level}-{placement}-{kind}-rate{options.rate}-seed{seed}')
+    link(run, other)
+    return other
 
 
 def variants(config, level):

@@ -19,8 +19,7 @@ import time
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from vqvae2_jax.config import base
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import base, build
 from vqvae2_jax.data import codes, folder
 from vqvae2_jax.data.images import open_images
 from vqvae2_jax.data.loader import train_batches
@@ -88,7 +87,7 @@ def open_training(name, path, size):
     """Opens the training split of unlabeled color images."""
     config = base.get_config(levels=('top',))
     config.data.update(name=name, path=path, image_size=(size, size), channels=3, num_classes=0, held_out=(0.01, 0.0))
-    return open_images(configs.image_spec(config), 'train')
+    return open_images(build.image_spec(config), 'train')
 
 
 def examples_per_second(source, batch_size, workers):

@@ -28,8 +28,7 @@ from etils import epath
 
 from benchmarks.timing import machine, seconds
 from vqvae2_jax import load_config, xla_flags
-from vqvae2_jax.config import base
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import base, build
 from vqvae2_jax.config.validation import validate_config
 from vqvae2_jax.io import files, plots
 from vqvae2_jax.io.logging import read_metrics
@@ -48,7 +47,7 @@ COLUMNS += ('equal updates: nats', 'against raster', 'equal time: nats', 'agains
 def seed_argument(text: str) -> int:
     """Reads a seed from the command line."""
     try:
-        return base.find('seed').check('--seeds', int(text))
+        return base.schema()['seed'].check('--seeds', int(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -62,9 +61,9 @@ def variant(run, level, order, attention, seed):
     section.update(num_attention_layers=attention)
     section.training.image_every = 0
     validate_config(config)
-    found = Run(config, run.path('orders') / f'{level}-{order}-attention{attention}-seed{seed}')
-    link(run, found)
-    return found
+    other = Run(config, run.path('orders') / f'{level}-{order}-attention{attention}-seed{seed}')
+    link(run, other)
+    return other
 
 
 def link(run, other):
@@ -97,7 +96,7 @@ def seconds_an_update(run, level):
 
 def seconds_an_image(run, level):
     """Of drawing the level's maps."""
-    prior, arguments = configs.networks(run.config)[f'prior.{level}']
+    prior, arguments = build.networks(run.config)[f'prior.{level}']
     key, *one = arguments
     params = jax.jit(prior.init)(key, *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one))['params']
     _, labels, coarser = jax.tree.map(lambda x: jnp.zeros((MAPS, *x.shape[1:]), x.dtype), one)
@@ -110,24 +109,24 @@ def seconds_an_image(run, level):
 
 def learning_curves(run, level, attention, orders, seeds):
     """{order: held-out nats after so many updates}, for one level and one number of attentions."""
-    found = {}
+    results_by_order = {}
     for order in orders:
         runs = [variant(run, level, order, attention, seed) for seed in seeds]
         updates, nats = zip(*[learning_curve(r, level) for r in runs], strict=True)
-        found[order] = {'updates': updates[0].tolist(), 'nats': np.array(nats).tolist()}  # [n], [seeds, n]
-    return found
+        results_by_order[order] = {'updates': updates[0].tolist(), 'nats': np.array(nats).tolist()}  # [n], [seeds, n]
+    return results_by_order
 
 
-def add_times(found, run, level, attention):
+def add_times(results_by_order, run, level, attention):
     """To learning curves: steps, seconds, and the nats after equal updates and after equal time."""
-    runs = {order: variant(run, level, order, attention, seed=0) for order in found}
+    runs = {order: variant(run, level, order, attention, seed=0) for order in results_by_order}
     updates = [{order: seconds_an_update(r, level) for order, r in runs.items()} for _ in range(TURNS)]
-    for order, result in found.items():
-        result['steps'] = configs.make_prior(runs[order].config, run.levels.index(level)).order.num_steps
+    for order, result in results_by_order.items():
+        result['steps'] = build.make_prior(runs[order].config, run.levels.index(level)).order.num_steps
         result['seconds an image'] = seconds_an_image(runs[order], level)
         result['seconds an update'] = min(turn[order] for turn in updates)
-    budget = min(result['updates'][-1] * result['seconds an update'] for result in found.values())
-    for result in found.values():
+    budget = min(result['updates'][-1] * result['seconds an update'] for result in results_by_order.values())
+    for result in results_by_order.values():
         within = budget / result['seconds an update']
         result['equal updates'] = [curve[-1] for curve in result['nats']]
         result['equal time'] = [np.interp(within, result['updates'], curve) for curve in result['nats']]
@@ -142,10 +141,10 @@ def name_of_row(level, attention):
     return f'{level}, {attention} attentions'
 
 
-def table(level, attention, found):
+def table(level, attention, results_by_order):
     """Its lines."""
-    first = next(iter(found.values()))
-    for order, result in found.items():
+    first = next(iter(results_by_order.values()))
+    for order, result in results_by_order.items():
         cells = [level, str(attention), name_of(order), str(result['steps'])]
         cells += [f'{1e3 * result["seconds an image"]:.1f}', f'{1e3 * result["seconds an update"]:.0f}']
         for budget in ('equal updates', 'equal time'):
@@ -155,11 +154,11 @@ def table(level, attention, found):
         yield f'| {" | ".join(cells)} |'
 
 
-def panel(level, attention, found):
+def panel(level, attention, results_by_order):
     """Nats over seconds of training."""
     curves = {
         name_of(order): (np.array(r['updates']) * r['seconds an update'], np.mean(r['nats'], axis=0))
-        for order, r in found.items()
+        for order, r in results_by_order.items()
     }
     title = f'{level}, {attention or "no"} attention{"s" if attention > 1 else ""}'
     return plots.Panel(title, curves, 'held-out nats per code', xlabel='seconds of training')
@@ -196,13 +195,15 @@ def main():
         results[key] = study.get(name_of_row(*key)) or learning_curves(run, *key, orders, options.seeds)
         add_times(results[key], run, *key)
     print(f'\n| {" | ".join(COLUMNS)} |\n|{"---|" * len(COLUMNS)}')
-    for (level, attention), found in results.items():
-        print('\n'.join(table(level, attention, found)))
-    plots.plot_panels(run.path('orders.png'), [panel(*key, found) for key, found in results.items()])
+    for (level, attention), results_by_order in results.items():
+        print('\n'.join(table(level, attention, results_by_order)))
+    plots.plot_panels(
+        run.path('orders.png'), [panel(*key, results_by_order) for key, results_by_order in results.items()]
+    )
     when = {'timed': f'{datetime.date.today()}, {machine()}'}
     if study:
         when['trained'] = study.get('trained', study.get('timed'))
-    named = {name_of_row(*key): found for key, found in results.items()}
+    named = {name_of_row(*key): results_by_order for key, results_by_order in results.items()}
     files.write_json(run.path('orders.json'), when | named)
 
 

@@ -20,8 +20,7 @@ import numpy as np
 
 from benchmarks.timing import machine, measure_bandwidth, measure_products, seconds
 from vqvae2_jax import xla_flags
-from vqvae2_jax.config import base
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import base, build
 from vqvae2_jax.sampling.ancestral import sample, sample_keys
 
 SHAPES = {'top': (32, 32), 'bottom': (64, 64)}
@@ -38,7 +37,7 @@ def make(level, dtype, skew=None, **fields):
     config.prior.bottom.num_cond_blocks = 3
     if skew is not None:
         config.prior[level].update(order='wavefront', skew=skew)
-    return configs.make_prior(config, ('bottom', 'top').index(level)).clone(dtype=dtype, **fields)
+    return build.make_prior(config, ('bottom', 'top').index(level)).clone(dtype=dtype, **fields)
 
 
 def name_of(skew):

@@ -33,10 +33,10 @@ def measure_products(dtype=jnp.float32):
 
 def machine():
     """Returns the machine that times were measured on, as text."""
-    kind = jax.devices()[0].device_kind
-    if kind != 'cpu':
-        return f'{jax.device_count()} x {kind}'
+    name = jax.devices()[0].device_kind
+    if name != 'cpu':
+        return f'{jax.device_count()} x {name}'
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo') as file:
-            kind = next(iter(re.findall(r'^model name\s*: (.*)', file.read(), re.MULTILINE)), kind)
-    return f'{len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()} cores of {kind}'
+            name = next(iter(re.findall(r'^model name\s*: (.*)', file.read(), re.MULTILINE)), name)
+    return f'{len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()} cores of {name}'

@@ -19,8 +19,7 @@ from torch import nn
 
 from benchmarks.timing import machine, measure_products
 from vqvae2_jax import xla_flags
-from vqvae2_jax.config import base
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import base, build
 from vqvae2_jax.distributed import sharding
 from vqvae2_jax.planning import cost
 from vqvae2_jax.tasks import vqvae
@@ -132,8 +131,8 @@ def training_here(factors, images):
     config.vqvae.update(codebook_size=CODES, codebook_dim=WIDTH, downsample_factors=tuple(factors))
     config.vqvae.training.update(steps=10**6, batch_size=len(images), learning_rate=RATE, params_ema_decay=DECAY)
     config.vqvae.training.update(warmup_steps=0, lr_schedule='constant')
-    task = vqvae.make_task(configs.make_vqvae(config), ('bottom', 'top'), COMMITMENT, 100)
-    config = configs.train_config(config, 'vqvae')
+    task = vqvae.make_task(build.make_vqvae(config), ('bottom', 'top'), COMMITMENT, 100)
+    config = build.train_config(config, 'vqvae')
     optimizer = optim.make_optimizer(config)
     batch = sharding.make_global_batch({'image': images}) | {loop.SHOULD_STOP: sharding.process_flags(False)}
     init, key = loop.make_init(task, optimizer), jax.random.key(0)

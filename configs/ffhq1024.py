@@ -20,19 +20,11 @@ from vqvae2_jax.config import base
 def get_config() -> ConfigDict:
     config = base.get_config(levels=('bottom', 'middle', 'top'))
     config.name = 'ffhq1024'
-    config.seed = 0
 
     config.data.name = 'folder'
-    config.data.path = ''  # the folder of the images; its subfolders are no classes
-    config.data.splits = ()
     config.data.held_out = (0.01, 0.01)  # open: FFHQ has no official split for this
-    config.data.split_seed = 0
     config.data.image_size = (1024, 1024)  # [A]
     config.data.channels = 3
-    config.data.num_classes = 0
-    config.data.flip = False  # open
-    config.data.crop = False
-    config.data.on_error = 'raise'
     config.data.workers = 16
 
     config.parallel.fsdp = 16  # devices that share one copy of a training state
@@ -52,8 +44,6 @@ def get_config() -> ConfigDict:
         steps=304_741,  # [A]
         batch_size=128,  # [A]
         learning_rate=3e-4,  # open, as in imagenet256.py
-        warmup_steps=0,
-        lr_schedule='constant',
         params_ema_decay=0.99,  # open; the span of the codebook's averages, which must match the weights
         log_every=100,
         eval_every=5_000,
@@ -105,15 +95,10 @@ def get_config() -> ConfigDict:
 
     # There are no classes, so there is no classifier and no rejection.
 
-    config.sample.count = 1_000
     config.sample.dtype = 'bfloat16'
     config.sample.batch_size = 1_024  # 4 a chip on 256 chips
     config.sample.shard_size = 100  # 300 MB a file
-    config.sample.seed = 0
-    config.sample.labels = ()
     config.sample.temperature.update(top=1.0, middle=1.0, bottom=1.0)  # open
-
-    config.reject.keep_fraction = 1.0
 
     config.evaluate.batch_size = 2_048
     return config

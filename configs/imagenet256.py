@@ -20,10 +20,8 @@ from vqvae2_jax.config import base
 def get_config() -> ConfigDict:
     config = base.get_config()
     config.name = 'imagenet256'
-    config.seed = 0
 
     config.data.name = 'imagenet2012'  # prepared with TFDS as array_record, see README
-    config.data.path = ''
     # The paper's held-out numbers are on ImageNet's validation set; weights are chosen on a part of the training set.
     config.data.splits = ('train[:99%]', 'train[99%:]', 'validation')
     config.data.held_out = (0.05, 0.05)  # only for pools without splits of their own (data.splits=())
@@ -31,8 +29,6 @@ def get_config() -> ConfigDict:
     config.data.channels = 3
     config.data.num_classes = 1000
     config.data.flip = False  # open: the paper mentions no augmentation
-    config.data.crop = False
-    config.data.on_error = 'raise'
     config.data.workers = 16
 
     config.parallel.fsdp = 16  # devices that share one copy of a training state
@@ -52,7 +48,6 @@ def get_config() -> ConfigDict:
         steps=2_207_444,  # [A]
         batch_size=128,  # [A]
         learning_rate=3e-4,  # open: Adam at 3e-4 is Sonnet's VQ-VAE example
-        warmup_steps=0,
         lr_schedule='constant',  # open
         params_ema_decay=0.99,  # open; the span of the codebook's averages, which must match the weights
         log_every=100,
@@ -63,7 +58,6 @@ def get_config() -> ConfigDict:
     )
 
     config.codes.batch_size = 32_768  # 128 a chip on 256 chips
-    config.codes.shard_size = 16_384
 
     config.prior.top.hidden_channels = 512  # [A]
     config.prior.top.residual_channels = 2048  # [A]
@@ -98,11 +92,9 @@ def get_config() -> ConfigDict:
     config.prior.bottom.num_residual_blocks = 20  # [A]
     config.prior.bottom.kernel_size = 5  # [A]
     config.prior.bottom.num_attention_layers = 0  # [A]
-    config.prior.bottom.num_heads = 8  # unused
     config.prior.bottom.num_output_blocks = 0  # [A]
     config.prior.bottom.num_cond_blocks = 20  # [A] conditioning stack residual blocks
     config.prior.bottom.dropout = 0.1  # [A], inside the blocks as above
-    config.prior.bottom.attention_dropout = 0.0  # unused
     config.prior.bottom.dtype = 'bfloat16'  # open
     config.prior.bottom.remat = True  # recomputes activations that would not fit
     config.prior.bottom.scan_layers = True  # loops over blocks and their attention, of which few are compiled
@@ -113,7 +105,6 @@ def get_config() -> ConfigDict:
     config.classifier.widths = (64, 128, 256, 512)  # open
     config.classifier.blocks = (2, 2, 2, 2)  # open
     config.classifier.stem_stride = 2
-    config.classifier.dropout = 0.0
     config.classifier.flip = True
     config.classifier.crop = True
     config.classifier.dtype = 'bfloat16'
@@ -134,8 +125,6 @@ def get_config() -> ConfigDict:
     config.sample.count = 50_000
     config.sample.dtype = 'bfloat16'
     config.sample.batch_size = 32_768  # 128 a chip on 256 chips
-    config.sample.seed = 0
-    config.sample.labels = ()  # all classes
     config.sample.temperature.update(top=1.0, bottom=1.0)  # open: the paper does not state it
 
     config.reject.keep_fraction = 0.1  # open: the paper sweeps rates that it does not name

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     small = dict(steps=8, batch_size=16, warmup_steps=2, log_every=2, eval_every=4, image_every=8, save_every=4)
 
     config.vqvae.update(hidden_channels=8, residual_channels=4, num_residual_blocks=1, codebook_size=16, codebook_dim=8)
-    config.codes.update(batch_size=200, shard_size=4096)
+    config.codes.batch_size = 200
     for prior in config.prior.values():
         prior.update(hidden_channels=8, residual_channels=8, num_residual_blocks=2, num_heads=2)
     config.prior.top.update(num_attention_layers=1)

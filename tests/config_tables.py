@@ -16,8 +16,13 @@ def updated(text: str) -> str:
 
 def table(section: str) -> str:
     """Returns the table of a section; 'config' stands for the fields outside sections."""
-    place = {'config': '', '<stage>.training': 'vqvae.training', 'prior.<level>': 'prior.top'}.get(section, section)
-    fields = base.find(place) if place else base.schema()
+    schema = base.schema()
+    special = {
+        'config': schema,
+        '<stage>.training': schema['vqvae']['training'],
+        'prior.<level>': schema['prior']['top'],
+    }
+    fields = special.get(section) or schema[section]
     lines = ['| field | default | allowed values | |', '|---|---|---|---|']
     for name, field in fields.items():
         if not isinstance(field, dict):

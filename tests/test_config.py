@@ -16,11 +16,13 @@ from ml_collections import ConfigDict
 
 from tests import config_tables
 from vqvae2_jax import load_config
-from vqvae2_jax.config import base
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import base, build
 from vqvae2_jax.config.fields import ConfigError, Field
 from vqvae2_jax.config.validation import check_batch_sizes, validate_config
 from vqvae2_jax.data.images import ImageSpec
+from vqvae2_jax.io.record import JobError
+from vqvae2_jax.jobs.pipeline import run_job
+from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.models import causal, gated_resnet, quantizer, raster, residual, resnet, upsample, vqvae, wavefront
 from vqvae2_jax.training.optim import TrainConfig
 
@@ -37,6 +39,11 @@ def load(name):
     return config
 
 
+def check(config, mesh_shape=MESH):
+    validate_config(config)
+    check_batch_sizes(config, mesh_shape, build.networks(config))
+
+
 def set_field(config, field, value):
     """Sets a field as a config file may that replaces sections: of any type, known or not."""
     section, _, name = field.rpartition('.')
@@ -46,14 +53,14 @@ def set_field(config, field, value):
 
 def parameter_counts(config):
     """Returns the number of parameters of every module, without creating any."""
-    made = {name: jax.eval_shape(model.init, *inputs) for name, (model, inputs) in configs.networks(config).items()}
+    made = {name: jax.eval_shape(model.init, *inputs) for name, (model, inputs) in build.networks(config).items()}
     return {name: sum(math.prod(x.shape) for x in jax.tree.leaves(v['params'])) for name, v in made.items()}
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_every_config_passes_and_has_the_documented_parameters(name):
     config = load(name)
-    validate_config(config, (1, 8) if config.parallel.fsdp > 1 else MESH)
+    check(config, (1, 8) if config.parallel.fsdp > 1 else MESH)
     assert config.name == name
     rows = re.findall(rf'^\| {name} \| (\S+) \| ([\d ]+) \|$', DOCUMENT, re.MULTILINE)
     documented = {module: int(count.replace(' ', '')) for module, count in rows}
@@ -63,7 +70,7 @@ def test_every_config_passes_and_has_the_documented_parameters(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_every_config_is_complete_and_locked(name):
     config = load(name)
-    start = base.get_config(configs.level_names(config.vqvae.downsample_factors))
+    start = base.get_config(base.level_names(config.vqvae.downsample_factors))
     assert list(leaves(config.to_dict())) == list(leaves(start.to_dict()))
     assert config.is_locked and config.is_type_safe
     with pytest.raises(AttributeError, match='Did you mean "steps"'):
@@ -86,14 +93,14 @@ def leaves(fields, path=''):
 
 @pytest.mark.parametrize('count', [1, 2, 3, 5])
 def test_every_field_has_a_meaning_and_an_allowed_default(count):
-    levels = configs.level_names((2,) * count)
+    levels = base.level_names((2,) * count)
     for path, field in leaves(base.schema(levels)).items():
         assert isinstance(field, Field) and field.doc, path
         checked = field.check(path, field.default)
         assert checked == field.default and type(checked) is type(field.default), path
     config = base.get_config(levels)
     config.data.image_size = (32, 32)
-    validate_config(config, MESH)
+    check(config)
 
 
 def test_fields_have_one_default():
@@ -220,7 +227,7 @@ MISTAKES = [
 def test_mistakes_are_errors_that_name_the_field(config, field, value, message):
     set_field(config, field, value)
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
-        validate_config(config, MESH)
+        check(config)
     assert '\n' not in str(error.value)
 
 
@@ -310,7 +317,7 @@ def test_any_value_of_any_field_passes_or_is_refused_in_one_line(field, value):
     config = load_config('tiny')
     set_field(config, field, value)
     try:
-        validate_config(config, MESH)
+        check(config)
     except ConfigError as error:
         message = str(error)
         name = field.rpartition('.')[2]
@@ -350,14 +357,41 @@ def test_training_batches_are_sharded_over_the_data_axis_at_least(config, mesh, 
         config[section].training.batch_size = 2 * 3 * 8 * steps
     config.prior.top.training.update(grad_accum_steps=steps, batch_size=batch)
     config.sample.batch_size = config.codes.batch_size = config.evaluate.batch_size = 13  # padded
-    check_batch_sizes(config, mesh)
+    sections = list(build.networks(config))
+    check_batch_sizes(config, mesh, sections)
     config.prior.top.training.batch_size = batch + 1
     if mesh[0] * steps > 1:
         unit = 8 * steps
         with pytest.raises(
             ConfigError, match=rf'prior.top.training.batch_size is {batch + 1}, .* multiple of {unit}, '
         ):
-            check_batch_sizes(config, mesh)
+            check_batch_sizes(config, mesh, sections)
+
+
+@pytest.mark.parametrize(
+    'job, trained',
+    [
+        ('pipeline', 'vqvae'),
+        ('pipeline', 'classifier'),
+        ('prior', 'prior.bottom'),
+        ('cas', 'classifier'),
+        ('plan', 'prior.bottom'),
+        ('prior --level=top', ''),
+        ('sample', ''),
+        ('extract_codes', ''),
+        ('evaluate', ''),
+        ('likelihood', ''),
+    ],
+)
+def test_jobs_check_the_batch_sizes_of_the_networks_that_they_train(config, tmp_path, job, trained):
+    for section in [trained] if trained else build.networks(config):
+        if section != 'prior.top':
+            config[section].training.batch_size = 12
+    job, _, level = job.partition(' --level=')
+    # A job that trains nothing starts, and then misses its inputs.
+    message = f'{trained}.training.batch_size is 12, which 8 devices' if trained else r' has nothing: '
+    with pytest.raises(ConfigError if trained else JobError, match=message):
+        run_job(Run(config, tmp_path), job, level or None)
 
 
 def test_labels_of_unlabeled_data_are_refused(config):
@@ -369,21 +403,21 @@ def test_labels_of_unlabeled_data_are_refused(config):
 
 
 def test_levels_have_the_names_of_the_paper():
-    names = [configs.level_names((2,) * levels) for levels in (1, 2, 3, 4)]
+    names = [base.level_names((2,) * levels) for levels in (1, 2, 3, 4)]
     assert names == [('top',), ('bottom', 'top'), ('bottom', 'middle', 'top'), ('bottom', 'level1', 'level2', 'top')]
 
 
 def test_settings_hold_the_fields_that_decide_the_outcome_and_no_others(config):
-    before = configs.settings(config, 'prior.top')
+    before = build.settings(config, 'prior.top')
     config.prior.top.training.update(log_every=7, eval_every=7, save_every=7, image_every=7, profile_steps=(1, 2))
     config.prior.top.update(remat=True, scan_layers=True, skew=3)
     config.data.workers = 2
     config.sample.count = 10**6
     config.prior.bottom.num_residual_blocks = 7
-    assert configs.settings(config, 'prior.top') == before
+    assert build.settings(config, 'prior.top') == before
     config.prior.top.training.learning_rate = 0.5
     config.data.split_seed = 1
-    changed = {k: v for k, v in configs.settings(config, 'prior.top').items() if before.get(k) != v}
+    changed = {k: v for k, v in build.settings(config, 'prior.top').items() if before.get(k) != v}
     assert changed == {'prior.top.training.learning_rate': 0.5, 'data.split_seed': 1}
     json.dumps(before)
 
@@ -399,13 +433,13 @@ def test_settings_hold_the_fields_that_decide_the_outcome_and_no_others(config):
 )
 def test_settings_hold_fields_that_a_config_leaves_at_their_default(config, section, field, default):
     """So that a record shows when a default of the package changes."""
-    assert configs.settings(config, 'vqvae')[f'{section}.{field}'] == default
+    assert build.settings(config, 'vqvae')[f'{section}.{field}'] == default
 
 
 def test_settings_hold_the_skew_of_a_wavefront_prior(config):
-    assert 'prior.top.skew' not in configs.settings(config, 'prior.top')
+    assert 'prior.top.skew' not in build.settings(config, 'prior.top')
     config.prior.top.order = 'wavefront'
-    assert configs.settings(config, 'prior.top')['prior.top.skew'] == 2
+    assert build.settings(config, 'prior.top')['prior.top.skew'] == 2
 
 
 @pytest.mark.parametrize('skew', [0, 8])
@@ -428,10 +462,10 @@ def test_label_dropout_needs_classes(config):
 
 
 def test_a_guidance_of_1_is_off(config):
-    assert configs.make_sampling_params(config, 'top') == (0.9, 0, 1.0, None)
+    assert build.make_sampling_params(config, 'top') == (0.9, 0, 1.0, None)
     config.sample.guidance.top = 2.0
-    assert configs.make_sampling_params(config, 'top').guidance == 2.0
-    assert configs.sampling_settings(config)['guidance'] == {'bottom': 1.0, 'top': 2.0}
+    assert build.make_sampling_params(config, 'top').guidance == 2.0
+    assert build.sampling_settings(config)['guidance'] == {'bottom': 1.0, 'top': 2.0}
 
 
 def test_a_mistake_in_a_config_file_is_one_line_and_another_error_is_not_hidden(tmp_path):

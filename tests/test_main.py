@@ -65,6 +65,7 @@ def run_main(arguments, path):
         (['--config=fashon'], "no config 'fashon': give the path of a .py file, or one of the names cifar10,"),
         (['--config=configs/tiny.py', '--job=prior', '--level=middle'], 'the levels of this config are top, bottom'),
         (['--config=tiny', '--config.vqvae.training.batch_size=12'], '--config.vqvae.training.batch_size=16'),
+        (['--config=tiny', '--config.vqvae.training.batch_size=12', '--job=sample'], 'vqvae has nothing: '),
         (
             ['--config=tiny', '--config.vqvae.training.steps=1.5'],
             'vqvae.training.steps is 1.5; it must be an integer from 1',

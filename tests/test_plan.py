@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from vqvae2_jax.config import build as configs
 from vqvae2_jax.distributed import processes
 from vqvae2_jax.io.record import JobError
 from vqvae2_jax.jobs import plan
@@ -177,20 +176,34 @@ def test_gpus_that_are_not_attached_are_planned_for_without_a_compiler(config, t
 def test_a_program_that_does_not_fit_comes_with_the_field_to_change(config, tmp_path):
     run, device = Run(config, epath.Path(tmp_path)), hardware.Accelerator('toy', 1e12, 1e6, 1e9)
 
-    def advice(name, peak=2_000_000, error='', **arguments):
-        program = make_program(run, name)
-        with jax.set_mesh(run.mesh):
-            return list(table.advice(program, programs.Compiled(peak=peak, error=error), device, **arguments))
+    def advice(name, peak=2_000_000, error=''):
+        return list(plan.advice(run, make_program(run, name), programs.Compiled(peak=peak, error=error), device))
 
-    training = configs.train_config(config, 'prior.top')
     assert advice('sample', peak=1_000_000) == []
     assert 'sample.batch_size' in advice('sample')[1] and 'codes.batch_size' in advice('extract_codes')[1]
     assert advice('sample')[0] == 'needs 2.00 MB, but a toy has 1.00 MB'
     assert advice('sample', error='out of memory')[0] == 'out of memory'
-    assert '--config.prior.top.remat=True' in advice('prior.top', config=training, remat=False)[1]
-    assert '.training.grad_accum_steps=2' in advice('prior.top', config=training, remat=True)[1]
+    assert '--config.sample.dtype=bfloat16' in advice('sample')[2]
+    config.sample.update(batch_size=8, dtype='bfloat16')  # nothing is left to lower
+    assert advice('sample')[1:] == ['use devices with more memory']
+    assert '--config.prior.top.remat=True' in advice('prior.top')[1]
+    config.prior.top.remat = True
+    assert '.training.grad_accum_steps=2' in advice('prior.top')[1]
     device = device._replace(memory=1e4)
-    assert '--config.parallel.fsdp=4' in advice('prior.top', config=training, remat=True)[1]
+    assert '--config.parallel.fsdp=4' in advice('prior.top')[1]
+
+
+@pytest.mark.parametrize('devices, fsdp, advised', [(8, 2, 8), (6, 1, 6), (5, 1, 5), (8, 4, 8)])
+def test_the_advised_fsdp_divides_the_devices(config, tmp_path, devices, fsdp, advised):
+    config.parallel.fsdp = fsdp
+    config.classifier.training.batch_size = 2 * 3 * 5 * 8
+    run = Run(config, epath.Path(tmp_path), jax.devices()[:devices])
+    program = make_program(run, 'classifier')
+    device = hardware.Accelerator('toy', 1e12, program.state, 1e9)
+    lines = list(plan.advice(run, program, programs.Compiled(peak=2 * program.state), device))
+    assert f'--config.parallel.fsdp={advised}' in lines[1]
+    config.parallel.fsdp = advised
+    assert Run(config, epath.Path(tmp_path), jax.devices()[:devices]).mesh.size == devices
 
 
 def test_topologies_that_do_not_exist():

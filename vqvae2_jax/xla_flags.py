@@ -39,7 +39,7 @@ def _runs_on_cpu() -> bool:
 
 
 def _has_plugin() -> bool:
-    """Whether a plugin for an accelerator is installed, found as JAX finds them; its device may be missing."""
+    """Whether a plugin for an accelerator is installed, looked up as JAX does; its device may be missing."""
     if importlib.util.find_spec('libtpu') or importlib.metadata.entry_points(group='jax_plugins'):
         return True
     namespace = importlib.util.find_spec('jax_plugins')

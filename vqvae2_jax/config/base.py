@@ -362,17 +362,8 @@ def get_config(levels: Sequence[str] = ('bottom', 'top')) -> ConfigDict:
     Returns:
       A new ConfigDict with every field at its default: type-safe and locked.
     """
-    return ConfigDict(defaults(schema(levels))).lock()
+    return ConfigDict(_defaults(schema(levels))).lock()
 
 
-def defaults(fields: Schema) -> dict[str, Any]:
-    """Returns the defaults of a section and its subsections, nested."""
-    return {k: field.default if isinstance(field, Field) else defaults(field) for k, field in fields.items()}
-
-
-def find(path: str, levels: Sequence[str] = ('bottom', 'top')) -> Field | Schema | None:
-    """Returns the type of the field, or the section, at a dotted path; None if there is none."""
-    found = schema(tuple(levels))
-    for name in path.split('.'):
-        found = found.get(name) if isinstance(found, dict) else None
-    return found
+def _defaults(fields: Schema) -> dict[str, Any]:
+    return {k: field.default if isinstance(field, Field) else _defaults(field) for k, field in fields.items()}

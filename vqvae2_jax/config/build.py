@@ -20,7 +20,6 @@ from vqvae2_jax.models.wavefront import WavefrontPrior
 from vqvae2_jax.sampling.params import SamplingParams
 from vqvae2_jax.training.optim import TrainConfig
 
-SAMPLING_FIELDS = ('temperature', 'top_k', 'top_p', 'guidance')  # of config.sample, with a value for each level
 # Fields of config.data that change how and from where images are read, but not which images they are.
 IO_ONLY_FIELDS = ('path', 'workers', 'on_error')
 # Fields of modules that change how they are computed, but not their outputs.
@@ -98,29 +97,25 @@ def networks(config: ConfigDict) -> dict[str, tuple[Any, tuple]]:
     image = jax.ShapeDtypeStruct((1, *config.data.image_size, config.data.channels), jnp.float32)
     codes = tuple(jax.ShapeDtypeStruct((1, *shape), jnp.int32) for shape in shapes)
     label = jax.ShapeDtypeStruct((1,), jnp.int32) if config.data.num_classes else None
-    found = {'vqvae': (make_vqvae(config), ({'params': key, 'reseed': key}, image))}
+    modules = {'vqvae': (make_vqvae(config), ({'params': key, 'reseed': key}, image))}
     for level, name in enumerate(names):
-        found[f'prior.{name}'] = make_prior(config, level), (key, codes[level], label, codes[level + 1 :])
+        modules[f'prior.{name}'] = make_prior(config, level), (key, codes[level], label, codes[level + 1 :])
     if has_classifier(config):
-        found['classifier'] = make_classifier(config), (key, image)
-    return found
+        modules['classifier'] = make_classifier(config), (key, image)
+    return modules
 
 
 def sampling_settings(config: ConfigDict) -> dict[str, dict[str, float]]:
     """Returns {field: {level: value}} of sample.temperature, top_k, top_p and guidance."""
-    return {field: config.sample[field].to_dict() for field in SAMPLING_FIELDS}
+    return {field: config.sample[field].to_dict() for field in SamplingParams._fields}
 
 
 def make_sampling_params(config: ConfigDict, level_name: str) -> SamplingParams:
     """Returns how the codes of a level are sampled."""
-    sample = config.sample
-    guidance = sample.guidance[level_name]
-    return SamplingParams(
-        temperature=sample.temperature[level_name],
-        top_k=sample.top_k[level_name],
-        top_p=sample.top_p[level_name],
-        guidance=None if guidance == 1 else guidance,  # 1 changes nothing, and costs twice the compute
-    )
+    values = {field: config.sample[field][level_name] for field in SamplingParams._fields}
+    if values['guidance'] == 1:  # it changes nothing, and costs twice the compute
+        values['guidance'] = None
+    return SamplingParams(**values)
 
 
 def has_classifier(config: ConfigDict) -> bool:
@@ -153,8 +148,8 @@ def settings(config: ConfigDict, section: str) -> dict[str, Any]:
     unused = ('training', *COMPUTE_ONLY_FIELDS)
     if config[section].get('order') == 'raster':
         unused += ('skew',)
-    found = {'seed': config.seed}
-    found |= {f'data.{k}': v for k, v in config.data.items() if k not in IO_ONLY_FIELDS}
-    found |= {f'{section}.{k}': v for k, v in config[section].items() if k not in unused}
-    found |= {f'{section}.training.{k}': v for k, v in train_config(config, section).resume_settings().items()}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+    values = {'seed': config.seed}
+    values |= {f'data.{k}': v for k, v in config.data.items() if k not in IO_ONLY_FIELDS}
+    values |= {f'{section}.{k}': v for k, v in config[section].items() if k not in unused}
+    values |= {f'{section}.training.{k}': v for k, v in train_config(config, section).resume_settings().items()}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

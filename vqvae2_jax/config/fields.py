@@ -8,7 +8,7 @@ import numbers
 import re
 import unicodedata
 from collections.abc import Collection
-from typing import Any
+from typing import Any, ClassVar
 
 _MAX_LENGTH = 4096  # characters of a string
 _MAX_SHOWN = 100  # characters of a value in a message
@@ -39,6 +39,8 @@ class Field:
     default: Any = None
     doc: str = ''
 
+    _type: ClassVar[type]  # of checked values
+
     @property
     def allowed(self) -> str:
         """The allowed values in words, to follow 'it must be'."""
@@ -57,24 +59,26 @@ class Field:
         Raises:
           ConfigError: the value is not allowed.
         """
-        raise NotImplementedError
+        if not self._allows(value):
+            raise ConfigError(f'{path} is {show(value)}; it must be {self.allowed}')
+        return self._type(value)
 
-    def _error(self, path: str, value: Any) -> ConfigError:
-        return ConfigError(f'{path} is {show(value)}; it must be {self.allowed}')
+    def _allows(self, value: Any) -> bool:
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bool(Field):
     """True or False; 0 and 1 are refused."""
 
+    _type = bool
+
     @property
     def allowed(self) -> str:
         return 'True or False'
 
-    def check(self, path: str, value: Any) -> bool:
-        if not isinstance(value, bool):
-            raise self._error(path, value)
-        return value
+    def _allows(self, value: Any) -> bool:
+        return isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,15 +88,15 @@ class Int(Field):
     low: int
     high: int
 
+    _type = int
+
     @property
     def allowed(self) -> str:
         return f'an integer from {self.low} to {self.high}'
 
-    def check(self, path: str, value: Any) -> int:
-        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if not whole or not self.low <= value <= self.high:
-            raise self._error(path, value)
-        return int(value)
+    def _allows(self, value: Any) -> bool:
+        is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        return is_integer and self.low <= value <= self.high
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,19 +108,18 @@ class Float(Field):
     low_open: bool = False
     high_open: bool = False
 
+    _type = float
+
     @property
     def allowed(self) -> str:
         left, right = '(' if self.low_open else '[', ')' if self.high_open else ']'
         return f'a number in {left}{self.low:g}, {self.high:g}{right}'
 
-    def check(self, path: str, value: Any) -> float:
-        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        # Comparisons with NaN are false.
-        if not real or not self.low <= value <= self.high:
-            raise self._error(path, value)
-        if (self.low_open and value == self.low) or (self.high_open and value == self.high):
-            raise self._error(path, value)
-        return float(value)
+    def _allows(self, value: Any) -> bool:
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            return False
+        above = self.low < value if self.low_open else self.low <= value  # comparisons with NaN are false
+        return above and (value < self.high if self.high_open else value <= self.high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,30 +132,30 @@ class Text(Field):
 
     required: bool = False
 
+    _type = str
+
     @property
     def allowed(self) -> str:
         return f'a {"non-empty " * self.required}string of at most {_MAX_LENGTH} characters, none a control character'
 
-    def check(self, path: str, value: Any) -> str:
+    def _allows(self, value: Any) -> bool:
         if not isinstance(value, str) or not int(self.required) <= len(value) <= _MAX_LENGTH:
-            raise self._error(path, value)
-        if any(unicodedata.category(character) in ('Cc', 'Cs') for character in value):
-            raise self._error(path, value)
-        return str(value)
+            return False
+        return all(unicodedata.category(character) not in ('Cc', 'Cs') for character in value)
 
 
 @dataclasses.dataclass(frozen=True)
 class Name(Field):
     """A string that is safe as the name of a directory."""
 
+    _type = str
+
     @property
     def allowed(self) -> str:
         return "1 to 100 letters, digits, '-', '_' and '.', of which the first is not '.'"
 
-    def check(self, path: str, value: Any) -> str:
-        if not isinstance(value, str) or not re.fullmatch(r'[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}', value):
-            raise self._error(path, value)
-        return str(value)
+    def _allows(self, value: Any) -> bool:
+        return isinstance(value, str) and re.fullmatch(r'[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}', value) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,15 +165,16 @@ class Choice(Field):
     options: tuple[str, ...] | tuple[int, ...]
 
     @property
+    def _type(self) -> type:
+        return type(self.options[0])
+
+    @property
     def allowed(self) -> str:
         *others, last = map(repr, self.options)
         return f'{", ".join(others)} or {last}' if others else last
 
-    def check(self, path: str, value: Any) -> str | int:
-        kind = type(self.options[0])
-        if not isinstance(value, kind) or isinstance(value, bool) or value not in self.options:
-            raise self._error(path, value)
-        return kind(value)
+    def _allows(self, value: Any) -> bool:
+        return type(value) is not bool and isinstance(value, self._type) and value in self.options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +189,8 @@ class Tuple(Field):
     item: Field
     lengths: Collection[int]
 
+    _type = tuple
+
     @property
     def allowed(self) -> str:
         if isinstance(self.lengths, range):
@@ -194,6 +200,8 @@ class Tuple(Field):
         return f'a tuple of {count}, each {self.item.allowed}'
 
     def check(self, path: str, value: Any) -> tuple:
-        if not isinstance(value, tuple | list) or len(value) not in self.lengths:
-            raise self._error(path, value)
-        return tuple(self.item.check(f'{path}[{index}]', item) for index, item in enumerate(value))
+        items = super().check(path, value)
+        return tuple(self.item.check(f'{path}[{index}]', item) for index, item in enumerate(items))
+
+    def _allows(self, value: Any) -> bool:
+        return isinstance(value, tuple | list) and len(value) in self.lengths

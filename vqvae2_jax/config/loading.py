@@ -1,4 +1,4 @@
-"""Experiment configs: Python files with a function `get_config()`. They are found by path and never imported by name.
+"""Experiment configs: Python files with a function `get_config()`. They are loaded by path and never imported by name.
 
 A checkout keeps them in `configs/`, an installed wheel in `vqvae2_jax/configs/`.
 """
@@ -23,52 +23,44 @@ def config_directory() -> pathlib.Path:
     return installed if installed.is_dir() else _PACKAGE.parent / 'configs'
 
 
-def config_path(name: str | os.PathLike) -> pathlib.Path:
-    """Finds the file of a config.
-
-    Args:
-      name: the name of a config that comes with the package, such as 'fashion', or the path of a .py file.
-
-    Raises:
-      FileNotFoundError: there is no such config; the message lists those of the package.
-    """
-    name, directory = os.fspath(name), config_directory()
-    path = pathlib.Path(name).expanduser() if name.endswith('.py') else directory / f'{name}.py'
-    if not path.is_file():
-        names = ', '.join(sorted(file.stem for file in directory.glob('*.py')))
-        missing = 'file' if name.endswith('.py') else 'config'
-        raise FileNotFoundError(
-            f'there is no {missing} {name!r}: give the path of a .py file, or one of the names {names}'
-        )
-    return path
-
-
 def load_config(name: str | os.PathLike) -> ConfigDict:
     """Loads a config, for example as the start of another one.
 
     Args:
-      name: as in `config_path`. After a colon there may be an argument for the file's `get_config`.
+      name: the name of a config that comes with the package, such as 'fashion', or the path of a .py file. After a
+        colon there may be an argument for the file's `get_config`.
 
     Returns:
       The result of the file's `get_config()`: a new ConfigDict, locked if it starts from `base.get_config`.
 
     Raises:
-      FileNotFoundError: as `config_path`.
-      ConfigError: the file sets an unknown field, or a value of another type; the message has its line.
+      FileNotFoundError: there is no such config; the message lists those of the package.
+      ConfigError: the file sets an unknown field, or a value of another type (the message has its line), or
+        `get_config` returns no ConfigDict.
     """
     name, *argument = os.fspath(name).split(':', 1)
-    path = config_path(name)
+    directory, is_path = config_directory(), name.endswith('.py')
+    path = pathlib.Path(name).expanduser() if is_path else directory / f'{name}.py'
+    if not path.is_file():
+        names = ', '.join(sorted(file.stem for file in directory.glob('*.py')))
+        raise FileNotFoundError(
+            f'there is no {"file" if is_path else "config"} {name!r}: give the path of a .py file, or one of the names '
+            f'{names}'
+        )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return module.get_config(*argument)
+        config = module.get_config(*argument)
     except (AttributeError, KeyError, TypeError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         if not frames[-1].filename.startswith(_ML_COLLECTIONS):
             raise  # a mistake in the file, for which the traceback is the best message
-        place = [frame for frame in frames if not frame.filename.startswith(_ML_COLLECTIONS)][-1]
-        raise ConfigError(f'{place.filename}, line {place.lineno}: {_one_line(error)}') from error
+        last = [frame for frame in frames if not frame.filename.startswith(_ML_COLLECTIONS)][-1]
+        raise ConfigError(f'{last.filename}, line {last.lineno}: {_one_line(error)}') from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f'get_config() of {name} returns no ml_collections.ConfigDict')
+    return config
 
 
 def _one_line(error):

@@ -11,18 +11,16 @@ from collections.abc import Iterable
 import jax
 from ml_collections import ConfigDict
 
-from vqvae2_jax.config import base
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import base, build
 from vqvae2_jax.config.fields import ConfigError, show
 from vqvae2_jax.models.vqvae import map_shapes
 
 
-def validate_config(config: ConfigDict, mesh_shape: tuple[int, int] | None = None) -> None:
+def validate_config(config: ConfigDict) -> None:
     """Checks all of a config; lists in place of tuples and integers in place of floats are converted in it.
 
     Args:
       config: from `base.get_config`, or with the same fields.
-      mesh_shape: the sizes of the mesh axes `data` and `fsdp`; None: batch sizes are not compared with the devices.
 
     Raises:
       ConfigError: the first field that cannot work, with its value and the allowed values.
@@ -33,40 +31,38 @@ def validate_config(config: ConfigDict, mesh_shape: tuple[int, int] | None = Non
     check_names('config', config, fields)
     for section in ('data', 'vqvae'):  # they decide which levels there are
         _check_section(section, config[section], fields[section])
-    spec = configs.image_spec(config)
+    spec = build.image_spec(config)
     try:
         shapes = map_shapes(spec.image_size, config.vqvae.downsample_factors)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     levels = base.level_names(config.vqvae.downsample_factors)
     _check_levels(config, levels)
-    for name, field in base.schema(levels).items():
-        _check_field(name, config, name, field)
+    _check_section('', config, base.schema(levels))
     _check_priors(config, dict(zip(levels, shapes, strict=True)))
     _check_training(config, levels)
     _check_sampling(config, levels)
     _check_evaluation(config)
     _check_networks(config)
-    if mesh_shape is not None:
-        check_batch_sizes(config, mesh_shape)
 
 
-def check_batch_sizes(config: ConfigDict, mesh_shape: tuple[int, int]) -> None:
-    """Checks that every training batch can be sharded evenly over the devices.
+def check_batch_sizes(config: ConfigDict, mesh_shape: tuple[int, int], sections: Iterable[str]) -> None:
+    """Checks that the training batches of some sections can be sharded evenly over the devices.
 
-    A batch that is only a multiple of the `data` axis is sharded over that axis alone. Batch sizes of other jobs are
-    padded instead.
+    A batch that is only a multiple of the `data` axis is sharded over that axis alone. Batch sizes of jobs that train
+    nothing are padded instead.
 
     Args:
       config: a config that `validate_config` accepts.
       mesh_shape: the sizes of the mesh axes `data` and `fsdp`.
+      sections: the sections to check: 'vqvae', 'prior.<level>' or 'classifier'.
 
     Raises:
       ConfigError: a batch that cannot be sharded; the message suggests a size.
     """
     devices = math.prod(mesh_shape)
-    for section in _trained_sections(config):
-        training = configs.train_config(config, section)
+    for section in sections:
+        training = build.train_config(config, section)
         parts, field = training.grad_accum_steps, f'{section}.training.batch_size'
         if training.batch_size % (mesh_shape[0] * parts):
             unit = devices * parts
@@ -113,26 +109,23 @@ def _similar(name, allowed):
 
 
 def _check_section(path, section, fields):
+    """Checks names and types of a section's fields; the path of the whole config is ''."""
     if not isinstance(section, ConfigDict):
         names = sorted(fields)
         raise ConfigError(
             f'{path} is {show(section)}; it must be a section with the fields {", ".join(names)}: '
             f'set one, as in --config.{path}.{names[0]}='
         )
-    check_names(path, section, fields)
+    check_names(path or 'config', section, fields)
     for name, field in fields.items():
-        _check_field(f'{path}.{name}', section, name, field)
-
-
-def _check_field(path, section, name, field):
-    value = section[name]
-    if isinstance(field, dict):
-        _check_section(path, value, field)
-        return
-    checked = field.check(path, value)
-    if type(checked) is not type(value):
-        with section.unlocked(), section.ignore_type():
-            section[name] = checked
+        value, field_path = section[name], f'{path}.{name}' if path else name
+        if isinstance(field, dict):
+            _check_section(field_path, value, field)
+            continue
+        checked = field.check(field_path, value)
+        if type(checked) is not type(value):
+            with section.unlocked(), section.ignore_type():
+                section[name] = checked
 
 
 def _check_levels(config, levels):
@@ -161,18 +154,12 @@ def _check_priors(config, shapes):
 
 def _check_training(config, levels):
     for section in ('vqvae', *(f'prior.{name}' for name in levels), 'classifier'):
-        configs.train_config(config, section)
+        build.train_config(config, section)
     if (steps := config.vqvae.training.grad_accum_steps) > 1:
         raise ConfigError(
             f'vqvae.training.grad_accum_steps is {steps}; it must be 1, because the codebook learns from the sums over '
             'a whole batch'
         )
-
-
-def _trained_sections(config):
-    levels = base.level_names(config.vqvae.downsample_factors)
-    classifier = ['classifier'] if configs.has_classifier(config) else []
-    return ['vqvae', *(f'prior.{name}' for name in levels), *classifier]
 
 
 def _check_sampling(config, levels):
@@ -208,7 +195,7 @@ def _check_evaluation(config):
 
 def _check_networks(config):
     """Traces every module with shapes alone, so that sizes that do not fit show now and not hours later."""
-    for section, (model, inputs) in configs.networks(config).items():
+    for section, (model, inputs) in build.networks(config).items():
         try:
             jax.eval_shape(model.init, *inputs)
         except ValueError as error:  # modules raise it for relations between fields, with the field as first word

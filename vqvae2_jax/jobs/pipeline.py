@@ -1,9 +1,9 @@
 """--job=pipeline: all jobs in order. Each does only the missing work, so the same command continues after any stop."""
 
 import time
-from collections.abc import Callable
 
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import build
+from vqvae2_jax.config.validation import check_batch_sizes
 from vqvae2_jax.distributed import processes
 from vqvae2_jax.io.logging import format_duration
 from vqvae2_jax.jobs.cas import classification_accuracy_score
@@ -17,8 +17,18 @@ from vqvae2_jax.jobs.sample import draw_samples
 from vqvae2_jax.jobs.train import train_classifier, train_prior, train_vqvae
 from vqvae2_jax.jobs.workdir import JobError, Run
 
-JOBS = ('pipeline', 'vqvae', 'extract_codes', 'prior', 'classifier', 'sample', 'reject', 'cas', 'evaluate')
-JOBS += ('inpaint', 'likelihood', 'plan')  # not part of the pipeline
+_PIPELINE = {  # in order
+    'vqvae': train_vqvae,
+    'extract_codes': extract_codes,
+    'prior': train_prior,
+    'classifier': train_classifier,
+    'sample': draw_samples,
+    'reject': reject,
+    'cas': classification_accuracy_score,
+    'evaluate': evaluate,
+}
+_OTHERS = {'inpaint': inpaint, 'likelihood': write_likelihood, 'plan': plan}
+JOBS = ('pipeline', *_PIPELINE, *_OTHERS)
 
 
 def run_job(run: Run, job: str, level: str | None = None) -> None:
@@ -30,6 +40,7 @@ def run_job(run: Run, job: str, level: str | None = None) -> None:
       level: with the job `prior`, the level to train; None: all levels.
 
     Raises:
+      ConfigError: the training batch of a network that the job trains cannot be shared by the devices.
       JobError: an unknown level, or the job cannot run as things stand.
     """
     if level is not None and job != 'prior':
@@ -38,36 +49,33 @@ def run_job(run: Run, job: str, level: str | None = None) -> None:
         raise JobError(f'--level={level}: the levels of this config are {", ".join(reversed(run.levels))}')
     if (real := run.config.evaluate.real) and job != 'evaluate':
         raise JobError(f'evaluate.real={real!r}: two sets of images are compared by --job=evaluate, not by {job}')
-    for name, work in _steps(run, job, level):
-        begin = time.monotonic()
-        work()
-        processes.process_any(False)  # all processes can read the files that the main process has written
-        if job == 'pipeline':
-            print(f'-- {name}: {format_duration(time.monotonic() - begin)}\n', flush=True)
-
-
-def _steps(run: Run, job: str, level: str | None) -> list[tuple[str, Callable[[], None]]]:
-    """Returns (name, function) of every step of a job, in order."""
+    jobs = _pipeline_jobs(run) if job == 'pipeline' else [job]
     # The coarsest prior first, as it is sampled; their order does not matter.
-    priors = [level] if level else list(reversed(run.levels))
-    steps = {
-        'vqvae': [('vqvae', lambda: train_vqvae(run))],
-        'extract_codes': [('extract_codes', lambda: extract_codes(run))],
-        'prior': [(f'prior {name}', lambda name=name: train_prior(run, name)) for name in priors],
-        'classifier': [('classifier', lambda: train_classifier(run))],
-        'sample': [('sample', lambda: draw_samples(run))],
-        'reject': [('reject', lambda: reject(run))],
-        'cas': [('cas', lambda: classification_accuracy_score(run))],
-        'evaluate': [('evaluate', lambda: evaluate(run))],
-    }
-    others = {
-        'inpaint': [('inpaint', lambda: inpaint(run))],
-        'likelihood': [('likelihood', lambda: write_likelihood(run))],
-        'plan': [('plan', lambda: plan(run))],
-    }
-    if job != 'pipeline':
-        return (steps | others)[job]
-    skipped = () if configs.has_classifier(run.config) else ('reject',)
-    skipped += () if configs.trains_classifier(run.config) else ('classifier',)
-    skipped += () if configs.has_cas(run.config) else ('cas',)
-    return [step for name, parts in steps.items() if name not in skipped for step in parts]
+    levels = [level] if level else list(reversed(run.levels))
+    sections = [section for name in jobs for section in _trained_sections(run, name, levels)]
+    check_batch_sizes(run.config, run.mesh.devices.shape, sections)
+    for name in jobs:
+        for arguments in [(level,) for level in levels] if name == 'prior' else [()]:
+            begin = time.monotonic()
+            (_PIPELINE | _OTHERS)[name](run, *arguments)
+            processes.process_any(False)  # all processes can read the files that the main process has written
+            if job == 'pipeline':
+                seconds = time.monotonic() - begin
+                print(f'-- {" ".join((name, *arguments))}: {format_duration(seconds)}\n', flush=True)
+
+
+def _pipeline_jobs(run: Run) -> list[str]:
+    """Returns the jobs of the pipeline that apply to a config, in order."""
+    skipped = () if build.has_classifier(run.config) else ('reject',)
+    skipped += () if build.trains_classifier(run.config) else ('classifier',)
+    skipped += () if build.has_cas(run.config) else ('cas',)
+    return [name for name in _PIPELINE if name not in skipped]
+
+
+def _trained_sections(run: Run, job: str, levels: list[str]) -> list[str]:
+    """Returns the sections of the config whose training a job runs, or compiles for a plan."""
+    if job == 'plan':
+        return list(build.networks(run.config))
+    if job == 'prior':
+        return [f'prior.{level}' for level in levels]
+    return {'vqvae': ['vqvae'], 'classifier': ['classifier'], 'cas': ['classifier']}.get(job, [])

@@ -12,11 +12,15 @@ from collections.abc import Callable, Iterator
 import jax
 import optax
 
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import build
+from vqvae2_jax.distributed import sharding
 from vqvae2_jax.jobs import train, workdir
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.models.vqvae import map_shapes
 from vqvae2_jax.planning import hardware, programs, table
+from vqvae2_jax.planning.hardware import Accelerator
+from vqvae2_jax.planning.programs import Compiled, Program
+from vqvae2_jax.planning.table import format_bytes
 from vqvae2_jax.tasks.task import Task
 
 
@@ -27,7 +31,7 @@ def plan(run: Run) -> None:
       JobError: parallel.fsdp does not divide the number of devices.
     """
     device = run.mesh.devices.flat[0]
-    accelerator, advice = hardware.hardware_of(device), []
+    accelerator, lines = hardware.hardware_of(device), []
     name = f'{accelerator.name} (not compiled)' if hardware.is_simulated(device) else device.device_kind
     print(f'plan: {run.config.name} on {run.mesh.size} x {name}, parallel.fsdp={run.config.parallel.fsdp}', flush=True)
     print(f'\n{table.header()}', flush=True)
@@ -38,17 +42,47 @@ def plan(run: Run) -> None:
                 print(f'compiling {program.name} ...', file=sys.stderr, flush=True)  # may take minutes
             compiled = programs.compile_program(program)
             print(table.row(program, compiled, accelerator), flush=True)
-            is_training = program.name not in ('extract_codes', 'sample')
-            lines = table.advice(
-                program,
-                compiled,
-                accelerator,
-                configs.train_config(run.config, program.name) if is_training else None,
-                run.config[program.name].remat if program.name.startswith('prior') else None,
-            )
-            advice += [f'{program.name}: {line}' for line in lines]
+            lines += [f'{program.name}: {line}' for line in advice(run, program, compiled, accelerator)]
     with jax.set_mesh(run.mesh):
-        print('\n' + '\n'.join([*table.notes(accelerator), *advice]), flush=True)
+        print('\n' + '\n'.join([*table.notes(accelerator), *lines]), flush=True)
+
+
+def advice(run: Run, program: Program, compiled: Compiled, accelerator: Accelerator | None) -> Iterator[str]:
+    """Yields what to change if a program does not fit, else nothing.
+
+    Args:
+      run: the run.
+      program: the program.
+      compiled: its statistics.
+      accelerator: the peaks of a device; None: unknown.
+    """
+    needed = compiled.peak or program.state
+    if not compiled.error and (accelerator is None or needed <= accelerator.memory):
+        return
+    yield compiled.error or (
+        f'needs {format_bytes(needed)}, but a {accelerator.name} has {format_bytes(accelerator.memory)}'
+    )
+    devices, fsdp = run.mesh.size, run.mesh.shape[sharding.FSDP]
+    if program.name in ('sample', 'extract_codes'):
+        section = 'sample' if program.name == 'sample' else 'codes'
+        if program.batch_size > devices:  # batch sizes are multiples of the devices
+            yield f'lower {section}.batch_size'
+        if section == 'sample' and run.config.sample.dtype != 'bfloat16':
+            yield 'halve weights and caches: --config.sample.dtype=bfloat16'
+        elif program.batch_size <= devices:
+            yield 'use devices with more memory'
+        return
+    section = run.config[program.name]
+    steps = 2 * section.training.grad_accum_steps
+    if accelerator and program.state > accelerator.memory / 4 and fsdp < devices:
+        more = next(n for n in range(min(4 * fsdp, devices), devices + 1) if devices % n == 0)
+        yield f'shard the state over more devices: --config.parallel.fsdp={more}'
+    elif section.get('remat') is False:
+        yield f'recompute activations in the backward pass: --config.{program.name}.remat=True'
+    elif program.name != 'vqvae' and program.batch_size % (steps * devices) == 0:
+        yield f'accumulate gradients over microbatches: --config.{program.name}.training.grad_accum_steps={steps}'
+    else:
+        yield 'use more devices, or a smaller batch'
 
 
 def make_programs(run: Run) -> Iterator[Callable[[], programs.Program]]:
@@ -56,12 +90,12 @@ def make_programs(run: Run) -> Iterator[Callable[[], programs.Program]]:
 
     Random keys and other small arrays are made here: nothing runs on devices that are not attached.
     """
-    config, networks = run.config, configs.networks(run.config)
+    config, networks = run.config, build.networks(run.config)
     variables = {name: jax.eval_shape(model.init, *inputs) for name, (model, inputs) in networks.items()}
     data = config.data
     maps = map_shapes(data.image_size, config.vqvae.downsample_factors)
     for section in networks:
-        training = configs.train_config(config, section)
+        training = build.train_config(config, section)
         if section.startswith('prior'):
             batch = programs.code_shapes(training.batch_size, maps)
         else:

@@ -63,14 +63,14 @@ def topology_devices(name: str) -> list[jax.Device]:
     Raises:
       JobError: there is no such slice (the message lists some), or libtpu, its compiler, is not installed.
     """
-    kind, _, shape = name.partition(':')
+    family, _, shape = name.partition(':')
     jax.config.update('jax_platforms', 'cpu')  # else JAX looks for accelerators
-    if kind in _GPUS and shape.isdecimal() and int(shape):
+    if family in _GPUS and shape.isdecimal() and int(shape):
         jax.config.update('jax_num_cpu_devices', int(shape))
-        _simulated.update(dict.fromkeys(jax.devices(), _ACCELERATORS[_GPUS[kind]]))
+        _simulated.update(dict.fromkeys(jax.devices(), _ACCELERATORS[_GPUS[family]]))
         processes.simulate_hosts(jax.devices(), _GPUS_PER_HOST)
         return jax.devices()
-    if kind not in TPU_SLICES or not shape:
+    if family not in TPU_SLICES or not shape:
         raise JobError(f'--topology={name}: {_examples()}')
     try:
         import libtpu  # noqa: F401
@@ -80,7 +80,7 @@ def topology_devices(name: str) -> list[jax.Device]:
 
     # There is no TPU to ask for its name and neighbors, and another plan may be running.
     os.environ.update(TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1', TPU_WORKER_HOSTNAMES='localhost')
-    options = {'chip_config_name': 'megacore'} if kind == 'v4' else {}  # both cores of a chip as one device
+    options = {'chip_config_name': 'megacore'} if family == 'v4' else {}  # both cores of a chip as one device
     try:
         return list(topologies.get_topology_desc(platform='tpu', topology_name=name, **options).devices)
     except jax.errors.JaxRuntimeError as error:
@@ -88,5 +88,5 @@ def topology_devices(name: str) -> list[jax.Device]:
 
 
 def _examples():
-    slices = [f'{kind}:{shape}' for kind, shapes in TPU_SLICES.items() for shape in shapes]
-    return 'choose one such as ' + ', '.join(slices + [f'{kind}:8' for kind in _GPUS]) + ' (any number of GPUs)'
+    slices = [f'{family}:{shape}' for family, shapes in TPU_SLICES.items() for shape in shapes]
+    return 'choose one such as ' + ', '.join(slices + [f'{family}:8' for family in _GPUS]) + ' (any number of GPUs)'

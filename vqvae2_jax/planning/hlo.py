@@ -28,14 +28,14 @@ def collective_bytes(text: str) -> int | None:
             entry = head[2] if head[1] else entry
         elif line.startswith(' '):
             lines.append(line)
-    found = {}  # TPU programs split an asynchronous collective into pieces of one channel
+    received = {}  # TPU programs split an asynchronous collective into pieces of one channel
 
     def walk(name, times):
         for line in computations.get(name, ()):
             if collective := _COLLECTIVE.search(line):
                 channel = re.search(r'channel_id=\d+', line)
                 key = channel[0] if channel else line
-                found[key] = max(found.get(key, 0), times * _result_bytes(*collective.groups()))
+                received[key] = max(received.get(key, 0), times * _result_bytes(*collective.groups()))
             if loop := _LOOP.search(line):
                 walk(loop[2], times * _trip_count(line, computations, loop[1]))
             for called in _CALLED.findall(line):
@@ -43,7 +43,7 @@ def collective_bytes(text: str) -> int | None:
                     walk(each.removeprefix('%'), times)
 
     walk(entry, 1)
-    total = sum(found.values())
+    total = sum(received.values())
     return None if math.isinf(total) else total
 
 
@@ -58,9 +58,9 @@ def _trip_count(loop, computations, condition):
     return max(map(int, known), default=math.inf)
 
 
-def _result_bytes(shapes, kind, start):
+def _result_bytes(shapes, operation, start):
     sizes = re.findall(r'(\w+)\[([\d,]*)\]', shapes)
-    if start and kind != 'all-reduce':  # operands, then results, then context values
+    if start and operation != 'all-reduce':  # operands, then results, then context values
         sizes = [size for size in sizes if size != ('u32', '')]
         sizes = sizes[len(sizes) // 2 :]
     return sum(_ITEM_SIZES.get(dtype, 4) * math.prod(int(n) for n in size.split(',') if n) for dtype, size in sizes)

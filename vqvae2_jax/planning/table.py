@@ -1,4 +1,4 @@
-"""The table of a plan: one row per program, notes, and advice for programs that do not fit."""
+"""The table of a plan: one row per program, and notes."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,6 @@ from vqvae2_jax.io.logging import format_duration
 from vqvae2_jax.planning import hardware
 from vqvae2_jax.planning.hardware import Accelerator
 from vqvae2_jax.planning.programs import Compiled, Program
-from vqvae2_jax.training.optim import TrainConfig
 
 COLUMNS = ('job', 'batch', 'parameters', 'weights', 'optimizer', 'activations', 'peak')
 COLUMNS += ('TFLOP', 'XLA TFLOP', 'collectives', 'bound', 'steps', 'total')
@@ -67,46 +66,6 @@ def notes(accelerator: Accelerator | None) -> Iterator[str]:
         )
     else:
         yield 'bound: unknown, since the peaks of these devices are not in vqvae2_jax/planning/hardware.py.'
-
-
-def advice(
-    program: Program,
-    compiled: Compiled,
-    accelerator: Accelerator | None,
-    config: TrainConfig | None = None,
-    remat: bool | None = None,
-) -> Iterator[str]:
-    """Yields what to change if a program does not fit, else nothing; call it inside `jax.set_mesh`.
-
-    Args:
-      program: the program.
-      compiled: its statistics.
-      accelerator: the peaks of a device; None: unknown.
-      config: of a training.
-      remat: whether a network recomputes activations in the backward pass; None: it cannot.
-    """
-    needed = compiled.peak or program.state
-    if not compiled.error and (accelerator is None or needed <= accelerator.memory):
-        return
-    yield compiled.error or (
-        f'needs {format_bytes(needed)}, but a {accelerator.name} has {format_bytes(accelerator.memory)}'
-    )
-    if program.name == 'sample':
-        yield 'lower sample.batch_size, or halve weights and caches: --config.sample.dtype=bfloat16'
-        return
-    if program.name == 'extract_codes':
-        yield 'lower codes.batch_size'
-        return
-    mesh = sharding.current_mesh()
-    fsdp, steps = mesh.shape[sharding.FSDP], 2 * config.grad_accum_steps
-    if accelerator and program.state > accelerator.memory / 4 and fsdp < mesh.size:
-        yield f'shard the state over more devices: --config.parallel.fsdp={min(4 * fsdp, mesh.size)}'
-    elif remat is False:
-        yield f'recompute activations in the backward pass: --config.{program.name}.remat=True'
-    elif program.name != 'vqvae' and program.batch_size % (steps * mesh.size) == 0:
-        yield f'accumulate gradients over microbatches: --config.{program.name}.training.grad_accum_steps={steps}'
-    else:
-        yield 'use more devices, or a smaller batch'
 
 
 def format_bytes(count: float) -> str:
