@@ -34,7 +34,7 @@ from vqvae2_jax.io import files, plots
 from vqvae2_jax.io.logging import read_metrics
 from vqvae2_jax.jobs.extract_codes import extract_codes
 from vqvae2_jax.jobs.train import train_prior, train_vqvae
-from vqvae2_jax.jobs.workdir import Run, prior_directory
+from vqvae2_jax.jobs.workdir import Run, training_directory
 from vqvae2_jax.sampling.ancestral import sample, sample_keys
 
 MAPS = 16  # maps at once
@@ -77,7 +77,7 @@ def link(run, other):
 def learning_curve(run, level):
     """Trains the prior, unless it is done: updates [n] and held-out nats [n] of each evaluation."""
     train_prior(run, level)
-    lines = read_metrics(run.path(prior_directory(level)))
+    lines = read_metrics(run.path(training_directory(f'prior.{level}')))
     evaluated = [(line['step'], line['validation/nll']) for line in lines if 'validation/nll' in line]
     return np.array(evaluated, float).T
 
@@ -90,7 +90,9 @@ def seconds_an_update(run, level):
         short = Run(config, epath.Path(directory))
         link(run, short)
         train_prior(short, level)
-        lines = [line for line in read_metrics(short.path(prior_directory(level))) if 'train/loss' in line]
+        lines = [
+            line for line in read_metrics(short.path(training_directory(f'prior.{level}'))) if 'train/loss' in line
+        ]
     return min((b['time'] - a['time']) / (b['step'] - a['step']) for a, b in itertools.pairwise(lines))
 
 

@@ -34,7 +34,7 @@ def images(finished):
 @pytest.fixture(scope='module')
 def output(finished, images):
     """Stage 1 on all test images at once: no batches, no padding, no mask."""
-    trained = workdir.load_vqvae(finished)
+    trained = workdir.load_trained(finished, 'vqvae')
     model = configs.make_vqvae(finished.config)
     return jax.jit(model.apply)(trained.variables, to_float(images['image']))
 
@@ -110,7 +110,8 @@ def test_reported_structural_similarity(report, images, output):
 def test_reported_likelihood(finished, report):
     train, test = all_codes(finished, 'train'), all_codes(finished, 'test')
     bits = 0.0
-    for level, (name, trained) in enumerate(zip(finished.levels, workdir.load_priors(finished), strict=True)):
+    for level, (name, section) in enumerate(zip(finished.levels, finished.prior_sections, strict=True)):
+        trained = workdir.load_trained(finished, section)
         prior, found = configs.make_prior(finished.config, level), report['likelihood']['levels'][name]
 
         def nll(codes, level=level, prior=prior, trained=trained):
@@ -141,7 +142,7 @@ def test_reported_samples_and_rejection(finished, report):
     np.testing.assert_array_equal(stored['index'], np.arange(24))
     np.testing.assert_array_equal(stored['label'], np.arange(24) % 10)
     np.testing.assert_array_equal(scores['index'], stored['index'])
-    trained = workdir.load_trained(finished, 'classifier', 'classifier', 'classifier')
+    trained = workdir.load_trained(finished, 'classifier')
     model = configs.make_classifier(finished.config)
     probabilities = jax.nn.softmax(model.apply({'params': trained.params}, to_float(stored['arr_0'])))
     np.testing.assert_allclose(scores['score'], np.asarray(probabilities)[np.arange(24), stored['label']], rtol=1e-4)
@@ -160,7 +161,7 @@ def test_reported_samples_and_rejection(finished, report):
 
 def test_samples_are_the_decoded_codes(finished):
     stored = sample_store.take(finished.path('samples', 'default'), np.arange(16))
-    trained, model = workdir.load_vqvae(finished), configs.make_vqvae(finished.config)
+    trained, model = workdir.load_trained(finished, 'vqvae'), configs.make_vqvae(finished.config)
     image = np.asarray(model.apply(trained.variables, (stored['codes_0'], stored['codes_1']), method='decode'))
     expected = (np.clip(image, -1, 1) + 1) * 127.5
     assert np.abs(expected - stored['arr_0']).max() < 0.51
@@ -172,7 +173,7 @@ def test_records_hold_the_digests_of_their_inputs(finished):
     found = {directory: record.read_done(finished.path(directory), job) for directory, job in jobs.items()}
     for directory, of in found.items():
         section = directory.replace('_', '.')
-        trained = workdir.load_trained(finished, directory, 'x', section)
+        trained = workdir.load_trained(finished, section, directory)
         assert of.digest == digest_arrays({'params': trained.params, 'model_state': trained.model_state})
         assert of.results['steps'] == 8 and of.results['best_step'] in (4, 8) and of.seconds > 0
     for split in ('train', 'validation', 'test'):

@@ -33,7 +33,7 @@ def folder(run, tmp_path):
 
 
 def encode(run, image):
-    trained = workdir.load_vqvae(run)
+    trained = workdir.load_trained(run, 'vqvae')
     model = configs.make_vqvae(run.config)
     return jax.jit(lambda x: model.apply(trained.variables, to_float(x), method='encode'))(image[None])
 
@@ -161,7 +161,7 @@ def test_likelihood_of_files_is_the_mean_over_the_classes(run, folder):
     run_job(run, 'likelihood')
     found = {row['image']: row for row in rows(run, 'of-own')}
     assert set(found) == {f'{path}/a.png', f'{path}/b.png'}
-    priors = workdir.load_priors(run)
+    priors = [workdir.load_trained(run, section) for section in run.prior_sections]
     for name, image in zip('ab', images, strict=True):
         codes, joint = encode(run, image), np.zeros(10)
         for level, prior in enumerate(priors):

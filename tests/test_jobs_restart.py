@@ -254,8 +254,8 @@ def test_training_goes_on_where_a_constant_rate_allows_it(run, monkeypatch):
     with pytest.raises(Interrupted):
         run_job(run, 'classifier')
     with pytest.raises(JobError, match='classifier is not finished: run your command with --job=classifier'):
-        workdir.load_trained(run, 'classifier', 'classifier', 'classifier')
+        workdir.load_trained(run, 'classifier')
     monkeypatch.setattr(MetricsLogger, 'write', write)
     run_job(run, 'classifier')
-    results = workdir.load_trained(run, 'classifier', 'classifier', 'classifier').record.results
+    results = workdir.load_trained(run, 'classifier').record.results
     assert results['steps'] == 16 and results['best_step'] <= 16

@@ -33,7 +33,7 @@ def test_a_finished_training_is_recorded_and_not_repeated(small, capsys):
     assert found.results['steps'] == 4 and found.results['best_step'] == best.best()['step']
     assert found.results['val'] == best.best()['metrics'] and found.results['parameters'] > 1000
     assert f'{found.results["parameters"]:,} parameters' in start
-    assert workdir.load_trained(small, 'classifier', 'classifier', 'classifier').digest == found.digest
+    assert workdir.load_trained(small, 'classifier').digest == found.digest
     train.train_classifier(small)
     assert capsys.readouterr().out.startswith('classifier: done (best of 4 steps is ')
 
@@ -101,7 +101,7 @@ def test_without_classes_there_is_no_classifier(small):
 
 
 def test_the_cost_of_a_step_is_counted_where_the_peak_is_known(small, monkeypatch):
-    task, data = train.classifier_task(small), train.image_data(small, 'classifier')
+    task, data = train.make_task(small, 'classifier'), train.image_data(small, 'classifier')
     parameters, nothing = train._count(task, data, 16, small.mesh)
     assert nothing == {} and parameters > 1000
     device = hardware.hardware_of(type('Device', (), {'device_kind': 'TPU v4'}))

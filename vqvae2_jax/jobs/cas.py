@@ -60,7 +60,7 @@ def inputs(run: Run) -> dict[str, str]:
     Raises:
       JobError: stage 1 or codes are missing.
     """
-    return {'vqvae': workdir.vqvae_record(run).digest, 'codes': workdir.codes_digest(run)}
+    return {'vqvae': workdir.trained_record(run, 'vqvae').digest, 'codes': workdir.codes_digest(run)}
 
 
 def classifier_inputs(run: Run, source: str) -> dict[str, str]:
@@ -99,7 +99,7 @@ def reconstruct(run: Run) -> None:
     writer = ShardWriter(missing, write)
     with stop_signals() as stopped:
         with jax.set_mesh(run.mesh):
-            variables = workdir.load_vqvae(run).variables
+            variables = workdir.load_trained(run, 'vqvae').variables
             parameters = workdir.num_parameters(variables['params'])
             run.print_start(RECONSTRUCTIONS, f'{count} codes', parameters=parameters, batch='codes')
             decode = inference.make_decode_fn(configs.make_vqvae(run.config))
@@ -131,6 +131,5 @@ def _train(run: Run, source: str) -> None:
         augment = {'flip': run.config.classifier.flip, 'crop': run.config.classifier.crop}
         return train.image_data(run, 'classifier', train_images, val_images, **augment)
 
-    make_task = functools.partial(train.classifier_task, run)
     directory = f'{DIRECTORY}/{images_name(run, source)}'
-    train.train_task(run, 'classifier', directory, 'cas', make_task, make_data, classifier_inputs(run, source))
+    train.train_network(run, 'classifier', make_data, classifier_inputs(run, source), directory)

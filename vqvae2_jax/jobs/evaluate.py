@@ -83,23 +83,23 @@ def check_inputs(run: Run) -> None:
 
 def _outputs(run: Run) -> Iterator[tuple[Record, dict[str, str], str]]:
     """Yields the record of every output that the report reads, the current digests of its inputs, and its job."""
-    yield workdir.vqvae_record(run), train.inputs(run, 'vqvae'), 'vqvae'
+    yield workdir.trained_record(run, 'vqvae'), train.inputs(run, 'vqvae'), 'vqvae'
     for split, codes in workdir.codes_records(run).items():
         yield codes, extract_codes.inputs(run, split), 'extract_codes'
-    for name, prior in zip(run.levels, workdir.prior_records(run), strict=True):
-        yield prior, train.inputs(run, f'prior.{name}'), f'prior --level={name}'
+    for section in run.prior_sections:
+        yield workdir.trained_record(run, section), train.inputs(run, section), section.replace('.', ' --level=')
     yield sample_store.read_set(run.set_path(SAMPLES)), workdir.generator_digests(run), 'sample'
     if not configs.has_classifier(run.config):
         return
     if configs.trains_classifier(run.config):
-        trained = workdir.trained_record(run, 'classifier', 'classifier', 'classifier')
+        trained = workdir.trained_record(run, 'classifier')
         yield trained, train.inputs(run, 'classifier'), 'classifier'
     yield record.read_done(run.set_path(REJECTION), 'reject'), reject.inputs(run), 'reject'
     if configs.has_cas(run.config):
         yield sample_store.read_set(run.path(RECONSTRUCTIONS)), cas.inputs(run), 'cas'
         for source in cas.SOURCES:
             directory = f'{cas.DIRECTORY}/{cas.images_name(run, source)}'
-            trained = workdir.trained_record(run, directory, 'cas', 'classifier')
+            trained = workdir.trained_record(run, 'classifier', directory)
             yield trained, cas.classifier_inputs(run, source), 'cas'
 
 
@@ -129,9 +129,9 @@ def _reconstruction(e: Evaluation) -> dict[str, Any]:
     held_out, training = run.images(e.split), run.images('train')
 
     def compute():
-        task, trained, batch_size = train.vqvae_task(run), workdir.load_vqvae(run), run.batch_size('evaluate')
+        task, trained = train.make_task(run, 'vqvae'), workdir.load_trained(run, 'vqvae')
         with jax.set_mesh(run.mesh):
-            eval_fn = make_eval_fn(task, batch_size)
+            eval_fn = make_eval_fn(task, run.batch_size('evaluate'))
             weights = sharding.put_replicated((trained.params, trained.model_state))
 
             def metrics(source, name, stop):
@@ -143,13 +143,14 @@ def _reconstruction(e: Evaluation) -> dict[str, Any]:
         image_shape, codebook_size = (*config.data.image_size, config.data.channels), config.vqvae.codebook_size
         return reconstruction_report(held_out_metrics, train_metrics, run.levels, shapes, image_shape, codebook_size)
 
-    inputs = {'vqvae': workdir.vqvae_record(run).digest, 'images': held_out.digest, 'train': training.digest}
+    inputs = {'vqvae': workdir.trained_record(run, 'vqvae').digest, 'images': held_out.digest, 'train': training.digest}
     return evaluate_part(e, 'reconstruction', inputs, compute)
 
 
 def _first_reconstructions(run: Run) -> dict[str, np.ndarray]:
     """Returns the first images of evaluate.split and their reconstructions, uint8 [N, H, W, C] by label."""
-    task, trained, source = train.vqvae_task(run), workdir.load_vqvae(run), run.images(run.config.evaluate.split)
+    task, trained = train.make_task(run, 'vqvae'), workdir.load_trained(run, 'vqvae')
+    source = run.images(run.config.evaluate.split)
     batches = eval_batches(
         source, batch_size=_PICTURE_COLUMNS, stop=min(_PICTURE_COLUMNS, len(source)), **run.loader_kwargs()
     )
@@ -198,22 +199,22 @@ def _reference_quality(e: Evaluation) -> tuple[dict, dict[str, dict]]:
 
 def _likelihood(e: Evaluation) -> dict[str, Any]:
     run, config = e.run, e.run.config
-    records = workdir.prior_records(run)
+    records = [workdir.trained_record(run, section) for section in run.prior_sections]
 
     def compute():
         training, held_out, nll = run.codes('train'), run.codes(e.split), []
         splits = {', training': (training, min(len(training), _TRAIN_EXAMPLES)), '': (held_out, len(held_out))}
-        for level, (name, prior) in enumerate(zip(run.levels, workdir.load_priors(run), strict=True)):
+        for section, name in zip(run.prior_sections, run.levels, strict=True):
+            prior = workdir.load_trained(run, section)
             with jax.set_mesh(run.mesh):
-                eval_fn = make_eval_fn(train.prior_task(run, level, visualize=False), run.batch_size('evaluate'))
+                eval_fn = make_eval_fn(train.make_task(run, section), run.batch_size('evaluate'))
                 weights = sharding.put_replicated((prior.params, prior.model_state))
 
                 def nats(suffix, name=name, eval_fn=eval_fn, weights=weights):
                     codes, count = splits[suffix]
                     label = f'likelihood {name}{suffix}'
-                    return eval_fn(*weights, feature_store.read_batches(run, codes, label, e.stopped, stop=count))[
-                        'nll'
-                    ]
+                    batches = feature_store.read_batches(run, codes, label, e.stopped, stop=count)
+                    return eval_fn(*weights, batches)['nll']
 
                 nll.append([nats(suffix) for suffix in splits])
 
@@ -249,16 +250,16 @@ def _cas(e: Evaluation, source: str) -> dict[str, Any]:
     """Accuracy on real images of the classifier trained on `source`: 'real', 'reconstructions' or 'samples'."""
     run, images = e.run, e.run.images(e.split)
     if source == 'real':
-        directory, job, count, part = 'classifier', 'classifier', len(run.images('train')), f'{cas.DIRECTORY}/real'
+        directory, count, part = 'classifier', len(run.images('train')), f'{cas.DIRECTORY}/real'
         name = part if run.config.reject.classifier else directory
     else:
         images_name = cas.images_name(run, source)
         directory = name = part = f'{cas.DIRECTORY}/{images_name}'
-        job, count = 'cas', sample_store.read_set(run.path(images_name)).results['count']
-    trained = workdir.trained_record(run, directory, job, 'classifier')
+        count = sample_store.read_set(run.path(images_name)).results['count']
+    trained = workdir.trained_record(run, 'classifier', directory)
 
     def compute():
-        network = feature_store.load_own_classifier(run, directory, job)
+        network = feature_store.load_own_classifier(run, directory)
         of_images = feature_store.image_features(run, network, e.split, e.stopped, name)
         of_reconstructions = feature_store.reconstruction_features(run, network, e.split, e.stopped, name)
 
@@ -273,5 +274,6 @@ def _cas(e: Evaluation, source: str) -> dict[str, Any]:
 
         return processes.run_on_main_process(metrics)
 
-    inputs = {'classifier': trained.digest, 'images': images.digest, 'vqvae': workdir.vqvae_record(run).digest}
+    vqvae = workdir.trained_record(run, 'vqvae')
+    inputs = {'classifier': trained.digest, 'images': images.digest, 'vqvae': vqvae.digest}
     return evaluate_part(e, part, inputs, compute)

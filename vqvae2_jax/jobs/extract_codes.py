@@ -31,7 +31,7 @@ def extract_codes(run: Run) -> None:
       SettingsChangedError: existing codes were extracted with other settings.
       Interrupted: a stop signal came; the same command continues.
     """
-    trained = workdir.load_vqvae(run)
+    trained = workdir.load_trained(run, 'vqvae')
     stage1 = trained.record
     hint = f'delete {stage1.directory} to train it again'
     record.check_inputs(stage1.directory, stage1.inputs, train.inputs(run, 'vqvae'), hint)
@@ -54,7 +54,7 @@ def inputs(run: Run, split: str) -> dict[str, str]:
     Raises:
       JobError: stage 1 or images are missing.
     """
-    return {'vqvae': workdir.vqvae_record(run).digest, 'images': run.images(split).digest}
+    return {'vqvae': workdir.trained_record(run, 'vqvae').digest, 'images': run.images(split).digest}
 
 
 def _open_output(run: Run, split: str) -> Record:

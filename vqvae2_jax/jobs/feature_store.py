@@ -73,16 +73,16 @@ def load_classifier(run: Run) -> FeatureExtractor:
       JobError: it is missing, or has other classes.
     """
     if not (path := run.config.reject.classifier):
-        return load_own_classifier(run, 'classifier', 'classifier')
+        return load_own_classifier(run)
     try:
         return features.load_classifier(path, run.config.data.num_classes)
     except (OSError, ValueError, ImportError) as error:
         raise JobError(f'reject.classifier: {error}') from error
 
 
-def load_own_classifier(run: Run, directory: str, job: str) -> FeatureExtractor:
-    """Loads a classifier that this run has trained; raises as `workdir.load_trained`."""
-    trained = workdir.load_trained(run, directory, job, 'classifier')
+def load_own_classifier(run: Run, directory: str = '') -> FeatureExtractor:
+    """Loads a classifier that this run has trained; arguments and errors as in `workdir.load_trained`."""
+    trained = workdir.load_trained(run, 'classifier', directory)
     return features.classifier_extractor(configs.make_classifier(run.config), trained.params, trained.digest)
 
 
@@ -90,7 +90,7 @@ def classifier_digest(run: Run) -> str:
     """Returns the digest of the weights of `load_classifier`; raises as that."""
     if run.config.reject.classifier:
         return load_classifier(run).digest
-    return workdir.trained_record(run, 'classifier', 'classifier', 'classifier').digest
+    return workdir.trained_record(run, 'classifier').digest
 
 
 def open_samples(run: Run, indices: np.ndarray | None = None) -> ImageSource:
@@ -188,12 +188,12 @@ def reconstruction_features(
 
     The rows are those of stage 1's `image_labels` without the original.
     """
-    source, task = run.images(split), train.vqvae_task(run)
+    source, task = run.images(split), train.make_task(run, 'vqvae')
     directory = run.path(DIRECTORY, name or extractor.name, RECONSTRUCTIONS, split)
-    inputs = {'images': source.digest, 'vqvae': workdir.vqvae_record(run).digest}
+    inputs = {'images': source.digest, 'vqvae': workdir.trained_record(run, 'vqvae').digest}
 
     def make_images():
-        trained = workdir.load_vqvae(run)
+        trained = workdir.load_trained(run, 'vqvae')
         weights = sharding.put_replicated((trained.params, trained.model_state))
         return functools.partial(make_reconstruct_fn(task), *weights)
 

@@ -21,7 +21,6 @@ from vqvae2_jax.planning import hardware, programs, table
 from vqvae2_jax.planning.hardware import Accelerator
 from vqvae2_jax.planning.programs import Compiled, Program
 from vqvae2_jax.planning.table import format_bytes
-from vqvae2_jax.tasks.task import Task
 
 
 def plan(run: Run) -> None:
@@ -100,11 +99,12 @@ def make_programs(run: Run) -> Iterator[Callable[[], programs.Program]]:
             batch = programs.code_shapes(training.batch_size, maps)
         else:
             batch = programs.image_shapes(training.batch_size, data.image_size, data.channels)
-        yield functools.partial(programs.train_program, section, _make_task(run, section), training, batch)
+        task = train.make_task(run, section, examples=1)
+        yield functools.partial(programs.train_program, section, task, training, batch)
     model, stage_1 = networks['vqvae'][0], variables['vqvae']
     batch = programs.image_shapes(run.batch_size('codes'), data.image_size, data.channels)
     yield functools.partial(programs.encode_program, model, stage_1, batch)
-    params = [variables[f'prior.{name}']['params'] for name in run.levels]
+    params = [variables[section]['params'] for section in run.prior_sections]
     params = jax.eval_shape(lambda p: optax.tree.cast(p, config.sample.dtype or None), params)
     yield functools.partial(
         programs.sample_program,
@@ -116,12 +116,3 @@ def make_programs(run: Run) -> Iterator[Callable[[], programs.Program]]:
         batch_size=run.batch_size('sample'),
         count=config.sample.count,
     )
-
-
-def _make_task(run: Run, section: str) -> Task:
-    """Makes the task of a section of the config, such as 'prior.top', without data and pictures."""
-    if section == 'vqvae':
-        return train.vqvae_task(run, examples=1)
-    if section == 'classifier':
-        return train.classifier_task(run)
-    return train.prior_task(run, run.levels.index(section.removeprefix('prior.')), visualize=False)

@@ -106,8 +106,10 @@ def _curve_panels(run: Run, likelihood: dict) -> list[Panel]:
     panels = [panel('vqvae', 'vqvae', 'vqvae: reconstruction', 'mse', 'MSE in [-1, 1]', log_y=True)]
     for name in reversed(run.levels):
         lines = {'unigram entropy': likelihood['levels'][name]['unigram_entropy']}
-        directory = workdir.prior_directory(name)
-        panels.append(panel(f'prior.{name}', directory, f'{name} prior', 'nll', 'nats per code', lines))
+        section = f'prior.{name}'
+        panels.append(
+            panel(section, workdir.training_directory(section), f'{name} prior', 'nll', 'nats per code', lines)
+        )
     if configs.trains_classifier(run.config):
         panels.append(panel('classifier', 'classifier', 'classifier', 'nll', 'cross-entropy, nats'))
     return panels
@@ -156,9 +158,9 @@ def _protocol(run: Run, quality: dict | None) -> dict:
 
 
 def _seconds(run: Run) -> dict[str, float]:
-    directories = {'vqvae': 'vqvae', **{f'prior_{n}': workdir.prior_directory(n) for n in reversed(run.levels)}}
-    if configs.trains_classifier(run.config):
-        directories['classifier'] = 'classifier'
+    trained = ['vqvae', *(workdir.training_directory(section) for section in reversed(run.prior_sections))]
+    trained += ['classifier'] if configs.trains_classifier(run.config) else []
+    directories = {name: name for name in trained}
     if configs.has_cas(run.config):
         directories[f'cas_{RECONSTRUCTIONS}'] = f'{cas.DIRECTORY}/{RECONSTRUCTIONS}'
     return {name: record.read(run.path(directory)).seconds for name, directory in directories.items()}

@@ -20,23 +20,27 @@ from vqvae2_jax.training.checkpoint import BestCheckpoint, CheckpointMismatch
 from vqvae2_jax.training.loop import Data, train
 
 
-def vqvae_task(run: Run, examples: int | None = None) -> Task:
-    """Makes stage 1's task; `examples` is the size of an epoch, None: of the training split."""
-    batch_size = run.config.vqvae.training.batch_size
-    steps_per_epoch = -(-(examples or len(run.images('train'))) // batch_size)
-    model = configs.make_vqvae(run.config)
-    return vqvae.make_task(model, run.levels, run.config.vqvae.commitment_weight, steps_per_epoch)
+def make_task(run: Run, section: str, *, examples: int | None = None, visualize: bool = False) -> Task:
+    """Makes the task that trains the network of a section of the config.
 
+    Args:
+      run: the run.
+      section: 'vqvae', 'prior.<level>' or 'classifier'.
+      examples: of stage 1: the number of images in an epoch; None: opens the training split.
+      visualize: of a prior: loads stage 1, for pictures.
 
-def prior_task(run: Run, level: int, visualize: bool = True) -> Task:
-    """Makes the task of one level's prior, counted from the finest; `visualize` loads stage 1 for pictures."""
-    model = configs.make_prior(run.config, level)
-    return prior.make_task(model, level, len(run.levels), _decoder(run, level) if visualize else None)
-
-
-def classifier_task(run: Run) -> Task:
-    """Makes the classifier's task."""
-    return classifier.make_task(configs.make_classifier(run.config))
+    Raises:
+      JobError: images or stage 1 are needed and missing.
+    """
+    config = run.config
+    if section == 'vqvae':
+        steps_per_epoch = -(-(examples or len(run.images('train'))) // config.vqvae.training.batch_size)
+        return vqvae.make_task(configs.make_vqvae(config), run.levels, config.vqvae.commitment_weight, steps_per_epoch)
+    if section == 'classifier':
+        return classifier.make_task(configs.make_classifier(config))
+    level = run.prior_sections.index(section)
+    decode = _decoder(run, level) if visualize else None
+    return prior.make_task(configs.make_prior(config, level), level, len(run.levels), decode)
 
 
 def inputs(run: Run, section: str) -> dict[str, str]:
@@ -51,7 +55,7 @@ def inputs(run: Run, section: str) -> dict[str, str]:
       StaleInputError: another stage 1 made the codes.
     """
     if section.startswith('prior.'):
-        return {'codes': workdir.codes_digest(run), 'vqvae': workdir.vqvae_record(run).digest}
+        return {'codes': workdir.codes_digest(run), 'vqvae': workdir.trained_record(run, 'vqvae').digest}
     return {'images': run.images_digest()}
 
 
@@ -59,19 +63,17 @@ def train_vqvae(run: Run) -> None:
     """--job=vqvae
 
     Raises:
-      JobError: images are missing; as `train_task`.
+      JobError: images are missing; as `train_network`.
     """
     augment = {'flip': run.config.data.flip, 'crop': run.config.data.crop}
-    make_data = functools.partial(image_data, run, 'vqvae', **augment)
-    make_task = functools.partial(vqvae_task, run)
-    train_task(run, 'vqvae', 'vqvae', 'vqvae', make_task, make_data, inputs(run, 'vqvae'))
+    train_network(run, 'vqvae', functools.partial(image_data, run, 'vqvae', **augment), inputs(run, 'vqvae'))
 
 
 def train_prior(run: Run, level_name: str) -> None:
     """--job=prior --level=...
 
     Raises:
-      JobError: stage 1 or codes are missing; as `train_task`.
+      JobError: stage 1 or codes are missing; as `train_network`.
       StaleInputError: another stage 1 made the codes.
     """
     section = f'prior.{level_name}'
@@ -80,62 +82,56 @@ def train_prior(run: Run, level_name: str) -> None:
         # Codes are read from memory-mapped files: worker processes would only cost.
         return _make_data(run, section, run.codes('train'), run.codes('validation'), {})
 
-    digests = inputs(run, section)  # refuses before anything is loaded
-    visualize = configs.train_config(run.config, section).image_every > 0
-    make_task = functools.partial(prior_task, run, run.levels.index(level_name), visualize)
-    train_task(run, section, workdir.prior_directory(level_name), 'prior', make_task, make_data, digests)
+    train_network(run, section, make_data, inputs(run, section))
 
 
 def train_classifier(run: Run) -> None:
     """--job=classifier
 
     Raises:
-      JobError: there are no classes; images are missing; as `train_task`.
+      JobError: there are no classes; images are missing; as `train_network`.
     """
     if not configs.has_classifier(run.config):
         raise JobError(f'data.num_classes is {run.config.data.num_classes}: a classifier needs at least 2')
     augment = {'flip': run.config.classifier.flip, 'crop': run.config.classifier.crop}
     make_data = functools.partial(image_data, run, 'classifier', **augment)
-    make_task = functools.partial(classifier_task, run)
-    train_task(run, 'classifier', 'classifier', 'classifier', make_task, make_data, inputs(run, 'classifier'))
+    train_network(run, 'classifier', make_data, inputs(run, 'classifier'))
 
 
-def train_task(
-    run: Run,
-    section: str,
-    directory: str,
-    job: str,
-    make_task: Callable[[], Task],
-    make_data: Callable[[], Data],
-    inputs: dict[str, str],
+def train_network(
+    run: Run, section: str, make_data: Callable[[], Data], inputs: dict[str, str], directory: str = ''
 ) -> None:
-    """Trains a network into a directory, unless that is done, and records it.
+    """Trains the network of a section of the config, unless that is done, and records it.
 
     Args:
       run: the run.
-      section: of the config, such as 'prior.top'.
-      directory: below the workdir.
-      job: the value of --job.
-      make_task: called only if there is something to train.
-      make_data: likewise.
+      section: the section, such as 'prior.top'.
+      make_data: opens the data; called only if there is something to train.
       inputs: digests of the inputs, by name.
+      directory: output of --job=cas, below the workdir; '': `workdir.training_directory(section)`.
 
     Raises:
       StaleInputError, SettingsChangedError: the training was started with other inputs or settings.
       JobError, NonFiniteLoss, CheckpointMismatch, Interrupted: as `loop.train`.
     """
-    config, path = configs.train_config(run.config, section), run.path(directory)
-    output = run.open_output(path, job, inputs, configs.settings(run.config, section))
+    config, job = configs.train_config(run.config, section), 'cas' if directory else section.partition('.')[0]
+    directory = directory or workdir.training_directory(section)
+    output = run.open_output(run.path(directory), job, inputs, configs.settings(run.config, section))
     if output.state == record.DONE and output.results['steps'] >= config.steps:
         print(f'{directory}: done ({_summary(output.results)})', flush=True)
         return
-    task, data = make_task(), make_data()  # both may refuse, before anything changes
+    task, data = (
+        make_task(run, section, visualize=config.image_every > 0),
+        make_data(),
+    )  # both may refuse, before anything changes
     before = dataclasses.replace(output)
     try:
         parameters, flops = _count(task, data, config.batch_size, run.mesh)
         run.print_start(directory, data.description, parameters=parameters)
         processes.run_on_main_process(output.start)  # even if fewer steps are done: their weights may be replaced
-        result = train(task, config, data, path, mesh=run.mesh, name=directory, seed=run.config.seed, **flops)
+        result = train(
+            task, config, data, output.directory, mesh=run.mesh, name=directory, seed=run.config.seed, **flops
+        )
     except CheckpointMismatch:
         if before.state == record.DONE and processes.is_main_process():
             before.write()  # its weights are unchanged
@@ -209,7 +205,7 @@ def _finish(output, result) -> dict:
 def _decoder(run: Run, level: int):
     """Returns a function that decodes codes of `level` and coarser ones to images, by the trained stage 1."""
     # The weights are host arrays: pictures are made on one device of one process.
-    model, variables = configs.make_vqvae(run.config), workdir.load_vqvae(run).variables
+    model, variables = configs.make_vqvae(run.config), workdir.load_trained(run, 'vqvae').variables
 
     def decode(codes):
         return model.apply(variables, codes, level, method='decode')

@@ -76,6 +76,11 @@ class Run:
         """Names of the levels, finest first."""
         return configs.level_names(self.config.vqvae.downsample_factors)
 
+    @property
+    def prior_sections(self) -> tuple[str, ...]:
+        """Sections of the config of the priors, such as 'prior.top', finest level first."""
+        return tuple(f'prior.{name}' for name in self.levels)
+
     def batch_size(self, section: str) -> int:
         """Returns <section>.batch_size, rounded up to a multiple of the devices."""
         return sharding.pad_batch_size(self.config[section].batch_size, self.mesh)
@@ -200,92 +205,58 @@ def num_parameters(params: Any) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-def prior_directory(level_name: str) -> str:
-    """Returns the name of the directory of a prior."""
-    return f'prior_{level_name}'
+def training_directory(section: str) -> str:
+    """Returns the name of the directory of a training: 'prior_top' for the section 'prior.top' of the config."""
+    return section.replace('.', '_')
 
 
-def trained_record(run: Run, directory: str, job: str, section: str) -> Record:
+def trained_record(run: Run, section: str, directory: str = '') -> Record:
     """Reads the record of a finished training.
 
     Args:
       run: the run.
-      directory: of the training, below the workdir.
-      job: that trains it, for messages.
-      section: of the config that it was trained from, such as 'prior.top'.
+      section: section of the config that the network was trained from: 'vqvae', 'prior.<level>' or 'classifier'.
+      directory: directory of the training below the workdir; '': `training_directory(section)`.
 
     Raises:
       JobError: it is not finished.
       SettingsChangedError: its network or its data are not the config's. How it was trained may differ.
+      StaleInputError: a prior was trained on codes of another stage 1.
     """
-    path = run.path(directory)
-    found = record.read_done(path, job)
+    path = run.path(directory or training_directory(section))
+    trained = record.read_done(path, 'cas' if directory.startswith('cas/') else section.replace('.', ' --level='))
     of_training = ('seed', 'data.flip', 'data.crop', f'{section}.training.')
     current = {k: v for k, v in configs.settings(run.config, section).items() if not k.startswith(of_training)}
     hint = 'Go back to the recorded settings, or give another --workdir.'
-    recorded = {k: found.settings.get(k) for k in current}
+    recorded = {k: trained.settings.get(k) for k in current}
     record.check_settings_match(path, recorded, files.to_json(current, 'settings'), hint)
-    return found
+    if section in run.prior_sections:
+        vqvae = {'vqvae': trained_record(run, 'vqvae').digest}
+        record.check_inputs(path, {'vqvae': trained.inputs['vqvae']}, vqvae, f'delete {path} to train it again')
+    return trained
 
 
-def load_trained(run: Run, directory: str, job: str, section: str) -> Trained:
-    """Loads the best weights of a finished training.
+def load_trained(run: Run, section: str, directory: str = '') -> Trained:
+    """Loads the best weights of a finished training; arguments as in `trained_record`. Stage 1 is loaded once.
 
     Raises:
       JobError: as `trained_record`; or the weights are those of another version's network.
     """
-    found = trained_record(run, directory, job, section)
-    weights = BestCheckpoint(run.path(directory)).load()
-    trained = Trained(weights['params'], weights.get('model_state') or {}, found)
-    _check_network(run, run.path(directory), trained, section)
+    output = trained_record(run, section, directory)
+    if output.digest in run._vqvae:
+        return run._vqvae[output.digest]
+    weights = BestCheckpoint(output.directory).load()
+    trained = Trained(weights['params'], weights.get('model_state') or {}, output)
+    _check_network(run, trained, section)
+    if section == 'vqvae':
+        run._vqvae[output.digest] = trained
     return trained
 
 
-def vqvae_record(run: Run) -> Record:
-    """Reads stage 1's record; raises as `trained_record`."""
-    return trained_record(run, 'vqvae', 'vqvae', 'vqvae')
-
-
-def load_vqvae(run: Run) -> Trained:
-    """Loads stage 1's weights and codebooks, once for each digest; raises as `load_trained`."""
-    digest = vqvae_record(run).digest
-    if digest not in run._vqvae:
-        run._vqvae[digest] = load_trained(run, 'vqvae', 'vqvae', 'vqvae')
-    return run._vqvae[digest]
-
-
-def prior_records(run: Run) -> list[Record]:
-    """Reads stage 2's records, finest level first.
-
-    Raises:
-      JobError: as `trained_record`.
-      StaleInputError: a prior was trained on codes of another stage 1.
-    """
-    vqvae, records = vqvae_record(run), []
-    for name in run.levels:
-        path = run.path(prior_directory(name))
-        found = trained_record(run, prior_directory(name), f'prior --level={name}', f'prior.{name}')
-        record.check_inputs(
-            path, {'vqvae': found.inputs['vqvae']}, {'vqvae': vqvae.digest}, f'delete {path} to train it again'
-        )
-        records.append(found)
-    return records
-
-
-def load_priors(run: Run) -> list[Trained]:
-    """Loads stage 2's weights, finest level first; raises as `prior_records`."""
-    prior_records(run)
-    return [load_trained(run, prior_directory(n), f'prior --level={n}', f'prior.{n}') for n in run.levels]
-
-
 def generator_digests(run: Run) -> dict[str, str]:
-    """Returns the digests of all weights that make samples: `vqvae` and every `prior_<level>`.
-
-    Raises:
-      JobError: as `prior_records`.
-    """
-    digests = {'vqvae': vqvae_record(run).digest}
-    return digests | {prior_directory(n): r.digest for n, r in zip(run.levels, prior_records(run), strict=True)}
+    """Returns the digests of `vqvae` and of every `prior_<level>`, which make samples; raises as `trained_record`."""
+    sections = ('vqvae', *run.prior_sections)
+    return {training_directory(section): trained_record(run, section).digest for section in sections}
 
 
 def load_generator(run: Run, dtype: str = '') -> Generator:
@@ -293,10 +264,13 @@ def load_generator(run: Run, dtype: str = '') -> Generator:
 
     Args:
       run: the run.
-      dtype: of the priors' weights, caches and arithmetic (logits stay float32); '': each prior's own.
+      dtype: dtype of the priors' weights, caches and arithmetic (logits stay float32); '': each prior's own.
+
+    Raises:
+      JobError: as `load_trained`.
     """
-    params = optax.tree.cast([prior.params for prior in load_priors(run)], dtype or None)
-    model, variables = configs.make_vqvae(run.config), load_vqvae(run).variables
+    params = optax.tree.cast([load_trained(run, section).params for section in run.prior_sections], dtype or None)
+    model, variables = configs.make_vqvae(run.config), load_trained(run, 'vqvae').variables
     return Generator(model, sharding.put_sharded(variables), make_priors(run, dtype), sharding.put_sharded(params))
 
 
@@ -318,22 +292,23 @@ def codes_records(run: Run) -> dict[str, Record]:
       JobError: codes are missing.
       StaleInputError: another stage 1 made them.
     """
-    vqvae, found = vqvae_record(run), {}
+    vqvae, records = {'vqvae': trained_record(run, 'vqvae').digest}, {}
     for split in SPLITS:
         path = run.path('codes', split)
-        found[split] = record.read_done(path, 'extract_codes')
-        recorded = {'vqvae': found[split].inputs.get('vqvae')}
-        record.check_inputs(path, recorded, {'vqvae': vqvae.digest}, f'delete {path.parent} to extract them again')
-    return found
+        records[split] = record.read_done(path, 'extract_codes')
+        recorded = {'vqvae': records[split].inputs.get('vqvae')}
+        record.check_inputs(path, recorded, vqvae, f'delete {path.parent} to extract them again')
+    return records
 
 
 def codes_digest(run: Run) -> str:
     """Returns a digest of the codes of all splits and the images they are of; raises as `codes_records`."""
-    return files.digest_json({split: found.digest for split, found in codes_records(run).items()})
+    return files.digest_json({split: codes.digest for split, codes in codes_records(run).items()})
 
 
-def _check_network(run, path, trained, section):
+def _check_network(run, trained, section):
     """Refuses weights that the same settings do not make any more."""
+    path = trained.record.directory
     model, inputs = configs.networks(run.config)[section]
     saved, current = _shapes(trained.variables), _shapes(jax.eval_shape(model.init, *inputs))
     if different := sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name)):
