@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import build
 from vqvae2_jax.data import sample_store
 from vqvae2_jax.io import record
 from vqvae2_jax.io.files import digest_arrays, read_json
@@ -35,7 +35,7 @@ def images(finished):
 def output(finished, images):
     """Stage 1 on all test images at once: no batches, no padding, no mask."""
     trained = workdir.load_trained(finished, 'vqvae')
-    model = configs.make_vqvae(finished.config)
+    model = build.make_vqvae(finished.config)
     return jax.jit(model.apply)(trained.variables, to_float(images['image']))
 
 
@@ -112,7 +112,7 @@ def test_reported_likelihood(finished, report):
     bits = 0.0
     for level, (name, section) in enumerate(zip(finished.levels, finished.prior_sections, strict=True)):
         trained = workdir.load_trained(finished, section)
-        prior, found = configs.make_prior(finished.config, level), report['likelihood']['levels'][name]
+        prior, found = build.make_prior(finished.config, level), report['likelihood']['levels'][name]
 
         def nll(codes, level=level, prior=prior, trained=trained):
             coarser = tuple(codes[f'codes_{i}'] for i in range(level + 1, 2))
@@ -143,7 +143,7 @@ def test_reported_samples_and_rejection(finished, report):
     np.testing.assert_array_equal(stored['label'], np.arange(24) % 10)
     np.testing.assert_array_equal(scores['index'], stored['index'])
     trained = workdir.load_trained(finished, 'classifier')
-    model = configs.make_classifier(finished.config)
+    model = build.make_classifier(finished.config)
     probabilities = jax.nn.softmax(model.apply({'params': trained.params}, to_float(stored['arr_0'])))
     np.testing.assert_allclose(scores['score'], np.asarray(probabilities)[np.arange(24), stored['label']], rtol=1e-4)
     for label in range(10):  # the better half of every class, rounded up
@@ -161,7 +161,7 @@ def test_reported_samples_and_rejection(finished, report):
 
 def test_samples_are_the_decoded_codes(finished):
     stored = sample_store.take(finished.path('samples', 'default'), np.arange(16))
-    trained, model = workdir.load_trained(finished, 'vqvae'), configs.make_vqvae(finished.config)
+    trained, model = workdir.load_trained(finished, 'vqvae'), build.make_vqvae(finished.config)
     image = np.asarray(model.apply(trained.variables, (stored['codes_0'], stored['codes_1']), method='decode'))
     expected = (np.clip(image, -1, 1) + 1) * 127.5
     assert np.abs(expected - stored['arr_0']).max() < 0.51
@@ -188,7 +188,7 @@ def test_records_hold_the_digests_of_their_inputs(finished):
 def test_every_output_directory_has_a_finished_record(finished):
     names = ['vqvae', 'prior_top', 'prior_bottom', 'classifier', 'samples/default', 'rejection/default', 'report']
     names += [f'codes/{split}' for split in ('train', 'validation', 'test')]
-    if configs.has_cas(finished.config):
+    if build.has_cas(finished.config):
         names += ['reconstructions', 'cas/reconstructions', 'cas/samples/default']
     for name in names:
         found = record.read(finished.path(name))

@@ -13,7 +13,7 @@ from etils import epath
 from PIL import Image
 
 from tests import torch_weights
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import build
 from vqvae2_jax.config.validation import validate_config
 from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.loader import eval_batches
@@ -44,14 +44,14 @@ def sample_set(report):
 @pytest.fixture(scope='module')
 def outputs(finished):
     """Features and logits of the classifier for test images, samples and reconstructions, image by image."""
-    model = configs.make_classifier(finished.config)
+    model = build.make_classifier(finished.config)
     params = workdir.load_trained(finished, 'classifier').params
 
     @jax.jit
     def extract(images):
         return model.apply({'params': params}, to_float(images), with_features=True)
 
-    vqvae, variables = configs.make_vqvae(finished.config), workdir.load_trained(finished, 'vqvae').variables
+    vqvae, variables = build.make_vqvae(finished.config), workdir.load_trained(finished, 'vqvae').variables
     source = finished.images('test')
     real = np.stack([source[i]['image'] for i in range(len(source))])
     sampled = [sample_store.read_npz(path) for path in sample_store.shard_paths(finished.set_path('samples'))]
@@ -90,7 +90,7 @@ def test_originals_are_compared_with_another_split(report, run):
     run_job(run, 'evaluate')
     found = read_json(run.path('report', 'report.json'))['originals']['quality']
     assert (found['count_real'], found['count']) == (len(run.images('train')), len(run.images('test')))
-    model = configs.make_classifier(run.config)
+    model = build.make_classifier(run.config)
     params = workdir.load_trained(run, 'classifier').params
 
     def moments(split):
@@ -127,7 +127,7 @@ def test_classification_accuracy_score(report, sample_set, finished):
         'reconstructions': len(finished.images('train')),
         'samples': 24,
     }
-    model, source = configs.make_classifier(finished.config), finished.images('test')
+    model, source = build.make_classifier(finished.config), finished.images('test')
     batch = next(eval_batches(source, batch_size=len(source) // 8 * 8))
     for directory, row in (('classifier', 'real'), ('cas/samples/default', 'samples')):
         params = workdir.load_trained(finished, 'classifier', directory).params
@@ -140,7 +140,7 @@ def test_classification_accuracy_score(report, sample_set, finished):
 
 def test_reconstructions_are_the_training_images_decoded(finished):
     stored = sample_store.take(finished.path('reconstructions'), np.array([0, 7]))
-    vqvae, variables = configs.make_vqvae(finished.config), workdir.load_trained(finished, 'vqvae').variables
+    vqvae, variables = build.make_vqvae(finished.config), workdir.load_trained(finished, 'vqvae').variables
     source = finished.images('train')
     for i, image, label in zip((0, 7), stored['arr_0'], stored['label'], strict=True):
         example = source[i]

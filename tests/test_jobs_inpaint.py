@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import build
 from vqvae2_jax.data import sample_store
 from vqvae2_jax.io import record
 from vqvae2_jax.io.files import read_json
@@ -34,7 +34,7 @@ def folder(run, tmp_path):
 
 def encode(run, image):
     trained = workdir.load_trained(run, 'vqvae')
-    model = configs.make_vqvae(run.config)
+    model = build.make_vqvae(run.config)
     return jax.jit(lambda x: model.apply(trained.variables, to_float(x), method='encode'))(image[None])
 
 
@@ -165,7 +165,7 @@ def test_likelihood_of_files_is_the_mean_over_the_classes(run, folder):
     for name, image in zip('ab', images, strict=True):
         codes, joint = encode(run, image), np.zeros(10)
         for level, prior in enumerate(priors):
-            model = configs.make_prior(run.config, level)
+            model = build.make_prior(run.config, level)
             for label in range(10):
                 logits = model.apply({'params': prior.params}, codes[level], np.array([label]), codes[level + 1 :])
                 log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)

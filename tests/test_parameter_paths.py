@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from vqvae2_jax import load_config
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import build
 
 _RECORDED = json.loads((pathlib.Path(__file__).parent / 'data' / 'parameter_paths.json').read_text())
 _ORDERS = {
@@ -31,7 +31,7 @@ def load(name):
 
 @pytest.mark.parametrize('name', list(_RECORDED))
 def test_parameters_have_the_paths_of_version_0_2(name):
-    for section, (model, inputs) in configs.networks(load(name)).items():
+    for section, (model, inputs) in build.networks(load(name)).items():
         leaves = jax.tree.leaves_with_path(jax.eval_shape(model.init, *inputs))
         found = {jax.tree_util.keystr(k, simple=True, separator='/'): list(x.shape) for k, x in leaves}
         recorded = _RECORDED[name][section]

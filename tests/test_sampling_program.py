@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from vqvae2_jax import inference
-from vqvae2_jax.config import base
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import base, build
 from vqvae2_jax.distributed import sharding
 from vqvae2_jax.sampling.params import SamplingParams
 
@@ -37,7 +36,7 @@ def make_config(order='raster'):
 
 def init(config, section):
     """A module of the config and random variables on the host."""
-    model, (key, *shapes) = configs.networks(config)[section]
+    model, (key, *shapes) = build.networks(config)[section]
     return model, jax.device_get(jax.jit(model.init)(key, *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)))
 
 

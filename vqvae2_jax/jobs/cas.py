@@ -14,7 +14,7 @@ import os
 import jax
 
 from vqvae2_jax import inference
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import build
 from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.images import open_images
 from vqvae2_jax.data.shards import ShardWriter, shard_ranges
@@ -38,7 +38,7 @@ def classification_accuracy_score(run: Run) -> None:
       StaleInputError, SettingsChangedError: an output was made from other inputs or with other settings.
       Interrupted: a stop signal came; the same command continues.
     """
-    if not configs.has_classifier(run.config):
+    if not build.has_classifier(run.config):
         raise JobError(f'data.num_classes={run.config.data.num_classes}: CAS needs classes')
     sample_store.shard_paths(run.set_path(SAMPLES))  # refuses before the work begins
     reconstruct(run)
@@ -102,7 +102,7 @@ def reconstruct(run: Run) -> None:
             variables = workdir.load_trained(run, 'vqvae').variables
             parameters = workdir.num_parameters(variables['params'])
             run.print_start(RECONSTRUCTIONS, f'{count} codes', parameters=parameters, batch='codes')
-            decode = inference.make_decode_fn(configs.make_vqvae(run.config))
+            decode = inference.make_decode_fn(build.make_vqvae(run.config))
             decode = functools.partial(decode, sharding.put_sharded(variables))
             processes.run_on_main_process(output.start)
             read = functools.partial(feature_store.read_batches, run, source, RECONSTRUCTIONS, stopped, section='codes')
@@ -122,7 +122,7 @@ def _train(run: Run, source: str) -> None:
 
     def make_data():
         path = gcs.local_copy(os.path.join(folder, 'samples-*.npz'), image_set.digest)
-        spec = dataclasses.replace(configs.image_spec(run.config), name='npz', path=path, **changes)
+        spec = dataclasses.replace(build.image_spec(run.config), name='npz', path=path, **changes)
         try:
             train_images, val_images = (open_images(spec, split) for split in ('train', 'validation'))
         except ValueError as error:

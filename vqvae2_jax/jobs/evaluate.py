@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import build
 from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.loader import eval_batches
 from vqvae2_jax.distributed import processes, sharding
@@ -53,7 +53,7 @@ def evaluate(run: Run) -> None:
         compare.compare_sets(run)
         return
     processes.run_on_main_process(lambda: check_inputs(run))
-    classifier = feature_store.load_classifier(run) if configs.has_classifier(run.config) else None
+    classifier = feature_store.load_classifier(run) if build.has_classifier(run.config) else None
     network = feature_store.load_inception(run) if options.inception else classifier
     data = f'{len(run.images(options.split))} {options.split} images'
     parameters = workdir.num_parameters(network.params) if network else None
@@ -89,13 +89,13 @@ def _outputs(run: Run) -> Iterator[tuple[Record, dict[str, str], str]]:
     for section in run.prior_sections:
         yield workdir.trained_record(run, section), train.inputs(run, section), section.replace('.', ' --level=')
     yield sample_store.read_set(run.set_path(SAMPLES)), workdir.generator_digests(run), 'sample'
-    if not configs.has_classifier(run.config):
+    if not build.has_classifier(run.config):
         return
-    if configs.trains_classifier(run.config):
+    if build.trains_classifier(run.config):
         trained = workdir.trained_record(run, 'classifier')
         yield trained, train.inputs(run, 'classifier'), 'classifier'
     yield record.read_done(run.set_path(REJECTION), 'reject'), reject.inputs(run), 'reject'
-    if configs.has_cas(run.config):
+    if build.has_cas(run.config):
         yield sample_store.read_set(run.path(RECONSTRUCTIONS)), cas.inputs(run), 'cas'
         for source in cas.SOURCES:
             directory = f'{cas.DIRECTORY}/{cas.images_name(run, source)}'
@@ -109,7 +109,7 @@ def evaluate_parts(e: Evaluation) -> dict[str, Any]:
     Returns:
       The entries 'reconstruction', 'originals', 'likelihood', 'classifier', 'cas' and 'sets' of report.json.
     """
-    has_cas = configs.has_cas(e.run.config)
+    has_cas = build.has_cas(e.run.config)
     originals, quality = _reference_quality(e)
     reconstruction = _reconstruction(e)
     for row, metrics in quality.items():

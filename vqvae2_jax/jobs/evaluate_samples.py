@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import build
 from vqvae2_jax.data import sample_store
 from vqvae2_jax.distributed import processes
 from vqvae2_jax.distributed.preemption import exit_together
@@ -95,7 +95,7 @@ def evaluate_set(e: Evaluation, cas_metrics: dict | None) -> None:
 
     def compute():
         samples = sample_store.read_set(run.set_path(SAMPLES))
-        fields = ('seed', *configs.sampling_settings(run.config), 'dtype')
+        fields = ('seed', *build.sampling_settings(run.config), 'dtype')
         results = {'count': samples.results['count']} | {field: samples.settings[field] for field in fields}
         results |= sample_metrics(e, samples)
         seconds = {'sample': samples.seconds}
@@ -136,7 +136,7 @@ def _set_inputs(e: Evaluation, name: str) -> dict[str, str]:
         inputs['network'] = e.network.digest
     if e.classifier is not None:
         outputs['rejection'] = (REJECTION,)
-    if configs.has_cas(run.config):
+    if build.has_cas(run.config):
         outputs['cas'] = cas.DIRECTORY, SAMPLES
     for key, parts in outputs.items():
         output = record.read(run.path(*parts, name))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 
 from vqvae2_jax import inference
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import build
 from vqvae2_jax.data import codes as store
 from vqvae2_jax.data.images import SPLITS
 from vqvae2_jax.data.shards import ShardWriter, shard_ranges
@@ -40,7 +40,7 @@ def extract_codes(run: Run) -> None:
     run.print_start(store.JOB, f'{counts} images', parameters=workdir.num_parameters(trained.params), batch='codes')
     with jax.set_mesh(run.mesh):
         encode = functools.partial(
-            inference.make_encode_fn(configs.make_vqvae(run.config)), sharding.put_sharded(trained.variables)
+            inference.make_encode_fn(build.make_vqvae(run.config)), sharding.put_sharded(trained.variables)
         )
     with stop_signals() as stopped:
         for split, output in outputs.items():

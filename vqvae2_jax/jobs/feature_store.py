@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import build
 from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.arrays import ArraysDataset
 from vqvae2_jax.data.codes import CodeSource
@@ -83,7 +83,7 @@ def load_classifier(run: Run) -> FeatureExtractor:
 def load_own_classifier(run: Run, directory: str = '') -> FeatureExtractor:
     """Loads a classifier that this run has trained; arguments and errors as in `workdir.load_trained`."""
     trained = workdir.load_trained(run, 'classifier', directory)
-    return features.classifier_extractor(configs.make_classifier(run.config), trained.params, trained.digest)
+    return features.classifier_extractor(build.make_classifier(run.config), trained.params, trained.digest)
 
 
 def classifier_digest(run: Run) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from vqvae2_jax import inference
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import build
 from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.decode import UnreadableImage, decode_image, resize_and_crop
 from vqvae2_jax.data.images import ImageSource
@@ -40,7 +40,7 @@ def inpaint(run: Run) -> None:
     source, mask, levels = _checked_options(run)
     settings = {name: options[name] for name in ('path', 'mask', 'levels', 'label', 'count')}
     settings |= {'seed': run.config.sample.seed, 'dtype': run.config.sample.dtype}
-    settings |= configs.sampling_settings(run.config)
+    settings |= build.sampling_settings(run.config)
     inputs = {'images': source.digest, 'mask': files.digest_arrays(mask), **workdir.generator_digests(run)}
     directory = run.path(DIRECTORY)
     output = run.open_output(directory, 'inpaint', inputs, settings, replace=True)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import build
 from vqvae2_jax.data.images import SPLITS
 from vqvae2_jax.evaluation.report import render_html, summary
 from vqvae2_jax.io import files, plots, record
@@ -59,7 +59,7 @@ def write_report(
 def _write_set_pictures(run, entry):
     directory = run.set_path(DIRECTORY, 'sets')
     sources = {'samples.png': run.set_path(SAMPLES) / sample.PICTURE}
-    if configs.has_classifier(run.config):
+    if build.has_classifier(run.config):
         sources['accepted.png'] = run.set_path(REJECTION) / reject.PICTURE
     for name, source in sources.items():
         files.write_bytes(directory / name, source.read_bytes())
@@ -110,7 +110,7 @@ def _curve_panels(run: Run, likelihood: dict) -> list[Panel]:
         panels.append(
             panel(section, workdir.training_directory(section), f'{name} prior', 'nll', 'nats per code', lines)
         )
-    if configs.trains_classifier(run.config):
+    if build.trains_classifier(run.config):
         panels.append(panel('classifier', 'classifier', 'classifier', 'nll', 'cross-entropy, nats'))
     return panels
 
@@ -159,8 +159,8 @@ def _protocol(run: Run, quality: dict | None) -> dict:
 
 def _seconds(run: Run) -> dict[str, float]:
     trained = ['vqvae', *(workdir.training_directory(section) for section in reversed(run.prior_sections))]
-    trained += ['classifier'] if configs.trains_classifier(run.config) else []
+    trained += ['classifier'] if build.trains_classifier(run.config) else []
     directories = {name: name for name in trained}
-    if configs.has_cas(run.config):
+    if build.has_cas(run.config):
         directories[f'cas_{RECONSTRUCTIONS}'] = f'{cas.DIRECTORY}/{RECONSTRUCTIONS}'
     return {name: record.read(run.path(directory)).seconds for name, directory in directories.items()}

@@ -13,7 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vqvae2_jax import inference
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import build
 from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.shards import Range, ShardWriter, shard_ranges
 from vqvae2_jax.distributed import processes, sharding
@@ -61,7 +61,7 @@ def _settings(run):
     return {
         'seed': sample.seed,
         'labels': list(sample.labels),
-        **configs.sampling_settings(run.config),
+        **build.sampling_settings(run.config),
         'dtype': sample.dtype,
         'num_classes': run.config.data.num_classes,
         'shard_size': sample.shard_size,

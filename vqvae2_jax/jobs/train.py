@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import jax
 
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import build
 from vqvae2_jax.data.images import ImageSource
 from vqvae2_jax.data.loader import eval_batches, train_batches
 from vqvae2_jax.distributed import processes, sharding
@@ -35,12 +35,12 @@ def make_task(run: Run, section: str, *, examples: int | None = None, visualize:
     config = run.config
     if section == 'vqvae':
         steps_per_epoch = -(-(examples or len(run.images('train'))) // config.vqvae.training.batch_size)
-        return vqvae.make_task(configs.make_vqvae(config), run.levels, config.vqvae.commitment_weight, steps_per_epoch)
+        return vqvae.make_task(build.make_vqvae(config), run.levels, config.vqvae.commitment_weight, steps_per_epoch)
     if section == 'classifier':
-        return classifier.make_task(configs.make_classifier(config))
+        return classifier.make_task(build.make_classifier(config))
     level = run.prior_sections.index(section)
     decode = _decoder(run, level) if visualize else None
-    return prior.make_task(configs.make_prior(config, level), level, len(run.levels), decode)
+    return prior.make_task(build.make_prior(config, level), level, len(run.levels), decode)
 
 
 def inputs(run: Run, section: str) -> dict[str, str]:
@@ -91,7 +91,7 @@ def train_classifier(run: Run) -> None:
     Raises:
       JobError: there are no classes; images are missing; as `train_network`.
     """
-    if not configs.has_classifier(run.config):
+    if not build.has_classifier(run.config):
         raise JobError(f'data.num_classes is {run.config.data.num_classes}: a classifier needs at least 2')
     augment = {'flip': run.config.classifier.flip, 'crop': run.config.classifier.crop}
     make_data = functools.partial(image_data, run, 'classifier', **augment)
@@ -114,9 +114,9 @@ def train_network(
       StaleInputError, SettingsChangedError: the training was started with other inputs or settings.
       JobError, NonFiniteLoss, CheckpointMismatch, Interrupted: as `loop.train`.
     """
-    config, job = configs.train_config(run.config, section), 'cas' if directory else section.partition('.')[0]
+    config, job = build.train_config(run.config, section), 'cas' if directory else section.partition('.')[0]
     directory = directory or workdir.training_directory(section)
-    output = run.open_output(run.path(directory), job, inputs, configs.settings(run.config, section))
+    output = run.open_output(run.path(directory), job, inputs, build.settings(run.config, section))
     if output.state == record.DONE and output.results['steps'] >= config.steps:
         print(f'{directory}: done ({_summary(output.results)})', flush=True)
         return
@@ -162,7 +162,7 @@ def image_data(
 
 
 def _make_data(run, section, train, val, loader_kwargs, **augment) -> Data:
-    config = configs.train_config(run.config, section)
+    config = build.train_config(run.config, section)
     stop = min(config.eval_examples or len(val), len(val))
     with jax.set_mesh(run.mesh):
         rows = sharding.process_local_rows(config.batch_size)
@@ -205,7 +205,7 @@ def _finish(output, result) -> dict:
 def _decoder(run: Run, level: int):
     """Returns a function that decodes codes of `level` and coarser ones to images, by the trained stage 1."""
     # The weights are host arrays: pictures are made on one device of one process.
-    model, variables = configs.make_vqvae(run.config), workdir.load_trained(run, 'vqvae').variables
+    model, variables = build.make_vqvae(run.config), workdir.load_trained(run, 'vqvae').variables
 
     def decode(codes):
         return model.apply(variables, codes, level, method='decode')

@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vqvae2_jax.config import build as configs
+from vqvae2_jax.config import build
 from vqvae2_jax.data import images, loader
 from vqvae2_jax.data.codes import CodeSource
 from vqvae2_jax.data.images import SPLITS, ImageSource
@@ -74,7 +74,7 @@ class Run:
     @property
     def levels(self) -> tuple[str, ...]:
         """Names of the levels, finest first."""
-        return configs.level_names(self.config.vqvae.downsample_factors)
+        return build.level_names(self.config.vqvae.downsample_factors)
 
     @property
     def prior_sections(self) -> tuple[str, ...]:
@@ -92,7 +92,7 @@ class Run:
           JobError: they are missing, or not as config.data says.
         """
         try:
-            key = configs.image_spec(self.config), split  # a notebook may change the config between two jobs
+            key = build.image_spec(self.config), split  # a notebook may change the config between two jobs
             if key not in self._images:
                 self._images[key] = images.open_images(*key)
             return self._images[key]
@@ -106,7 +106,7 @@ class Run:
           JobError: there are none; the message names the config's `field`.
         """
         try:
-            return images.open_all(path, configs.image_spec(self.config), field)
+            return images.open_all(path, build.image_spec(self.config), field)
         except (ValueError, OSError) as error:
             raise JobError(str(error)) from error
 
@@ -226,7 +226,7 @@ def trained_record(run: Run, section: str, directory: str = '') -> Record:
     path = run.path(directory or training_directory(section))
     trained = record.read_done(path, 'cas' if directory.startswith('cas/') else section.replace('.', ' --level='))
     of_training = ('seed', 'data.flip', 'data.crop', f'{section}.training.')
-    current = {k: v for k, v in configs.settings(run.config, section).items() if not k.startswith(of_training)}
+    current = {k: v for k, v in build.settings(run.config, section).items() if not k.startswith(of_training)}
     hint = 'Go back to the recorded settings, or give another --workdir.'
     recorded = {k: trained.settings.get(k) for k in current}
     record.check_settings_match(path, recorded, files.to_json(current, 'settings'), hint)
@@ -270,19 +270,19 @@ def load_generator(run: Run, dtype: str = '') -> Generator:
       JobError: as `load_trained`.
     """
     params = optax.tree.cast([load_trained(run, section).params for section in run.prior_sections], dtype or None)
-    model, variables = configs.make_vqvae(run.config), load_trained(run, 'vqvae').variables
+    model, variables = build.make_vqvae(run.config), load_trained(run, 'vqvae').variables
     return Generator(model, sharding.put_sharded(variables), make_priors(run, dtype), sharding.put_sharded(params))
 
 
 def make_priors(run: Run, dtype: str = '') -> list[Prior]:
     """Makes stage 2's modules, finest level first, which compute in `dtype`; '': each in its own."""
-    modules = [configs.make_prior(run.config, level) for level in range(len(run.levels))]
+    modules = [build.make_prior(run.config, level) for level in range(len(run.levels))]
     return [module.clone(dtype=jnp.dtype(dtype)) for module in modules] if dtype else modules
 
 
 def sampling_params(run: Run) -> tuple:
     """Returns the SamplingParams of every level, finest first."""
-    return tuple(configs.make_sampling_params(run.config, name) for name in run.levels)
+    return tuple(build.make_sampling_params(run.config, name) for name in run.levels)
 
 
 def codes_records(run: Run) -> dict[str, Record]:
@@ -309,7 +309,7 @@ def codes_digest(run: Run) -> str:
 def _check_network(run, trained, section):
     """Refuses weights that the same settings do not make any more."""
     path = trained.record.directory
-    model, inputs = configs.networks(run.config)[section]
+    model, inputs = build.networks(run.config)[section]
     saved, current = _shapes(trained.variables), _shapes(jax.eval_shape(model.init, *inputs))
     if different := sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name)):
         name = different[0]
