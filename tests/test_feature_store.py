@@ -154,7 +154,7 @@ def test_a_damaged_file_is_an_error_and_not_a_result(empty_run, monkeypatch):
     evaluation = Evaluation(empty_run, CLASSIFIER, None, lambda: 0)
     output = feature_store.image_features(empty_run, CLASSIFIER, 'test', lambda: 0)
     monkeypatch.setattr(feature_store, 'sample_features', lambda *args: output)
-    samples = record.Record(empty_run.set_path('samples'), 'sample', {}, {}, results={'count': 20})
+    samples = record.Record(empty_run.sample_set_path('samples'), 'sample', {}, {}, results={'count': 20})
     assert evaluate_samples.sample_metrics(evaluation, samples)['quality']['count'] == 20
     (output.directory / 'features-00000000-00000020.npz').write_bytes(b'torn')
     with pytest.raises(ValueError, match='pickle'):

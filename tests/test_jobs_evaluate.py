@@ -54,7 +54,7 @@ def outputs(finished):
     vqvae, variables = build.make_vqvae(finished.config), workdir.load_trained(finished, 'vqvae').variables
     source = finished.images('test')
     real = np.stack([source[i]['image'] for i in range(len(source))])
-    sampled = [sample_store.read_npz(path) for path in sample_store.shard_paths(finished.set_path('samples'))]
+    sampled = [sample_store.read_npz(path) for path in sample_store.shard_paths(finished.sample_set_path('samples'))]
     again = jax.jit(lambda x: vqvae.apply(variables, to_float(x)).image)(real)
     again = np.round((np.clip(again, -1, 1) + 1) * 127.5).astype(np.uint8)
     sets = {'real': real, 'samples': np.concatenate([d['arr_0'] for d in sampled]), 'reconstructions': again}
@@ -112,7 +112,7 @@ def test_sweep_goes_from_all_to_few(sample_set, finished, outputs):
     distance = frechet_distance(Moments.of(real), Moments.of(sampled))
     np.testing.assert_allclose(points[0]['frechet_distance'], distance, rtol=1e-3)
     assert (points[0]['precision'], points[0]['recall']) == pytest.approx(precision_recall(real, sampled), abs=0.11)
-    scores = sample_store.read_npz(finished.set_path('rejection') / 'scores.npz')
+    scores = sample_store.read_npz(finished.sample_set_path('rejection') / 'scores.npz')
     assert points[0]['confidence'] == pytest.approx(scores['score'][:10].mean())
     confidences = [point['confidence'] for point in points]
     assert confidences[-1] > confidences[0]
@@ -276,21 +276,23 @@ def test_a_number_that_cannot_be_had_does_not_cost_the_report(run):
 def test_an_imported_classifier_scores_samples(run, tmp_path):
     np.savez(tmp_path / 'resnet.npz', **torch_weights.resnet50_state(classes=10))
     run.config.reject.classifier = str(tmp_path / 'resnet.npz')
-    before = sample_store.read_npz(run.set_path('rejection') / 'scores.npz')
+    before = sample_store.read_npz(run.sample_set_path('rejection') / 'scores.npz')
     with pytest.raises(StaleInputError, match='(?s)rejection/default was made from another.*--job=reject'):
         run_job(run, 'evaluate')
     run_job(run, 'reject')
-    assert not np.allclose(sample_store.read_npz(run.set_path('rejection') / 'scores.npz')['score'], before['score'])
+    assert not np.allclose(
+        sample_store.read_npz(run.sample_set_path('rejection') / 'scores.npz')['score'], before['score']
+    )
     np.savez(tmp_path / 'resnet.npz', **torch_weights.resnet50_state(classes=9))
     with pytest.raises(JobError, match=r'has 9 classes, but data\.num_classes=10'):
         run_job(run, 'reject')
 
 
 def test_a_threshold_keeps_those_above_and_says_when_there_are_none(run):
-    scores = sample_store.read_npz(run.set_path('rejection') / 'scores.npz')
+    scores = sample_store.read_npz(run.sample_set_path('rejection') / 'scores.npz')
     run.config.reject.update(keep_fraction=1.0, threshold=float(np.median(scores['score'])))
     run_job(run, 'reject')
-    accepted = sample_store.read_npz(run.set_path('rejection') / 'accepted.npz')
+    accepted = sample_store.read_npz(run.sample_set_path('rejection') / 'accepted.npz')
     np.testing.assert_array_equal(accepted['index'], scores['index'][scores['score'] >= run.config.reject.threshold])
     run.config.reject.threshold = 0.999
     with pytest.raises(JobError, match=r'reject.threshold=0.999 keeps no sample: the best one scores 0\.'):

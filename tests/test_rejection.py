@@ -47,7 +47,7 @@ def random_images(count, seed):
 
 def store_samples(run, images, labels, shard_size=100):
     """Writes a finished set of samples."""
-    directory, index = run.set_path('samples'), np.arange(len(images))
+    directory, index = run.sample_set_path('samples'), np.arange(len(images))
     fields = ('temperature', 'top_k', 'top_p', 'guidance', 'dtype', 'seed')
     settings = dict.fromkeys(fields, '') | {'shard_size': shard_size}
     output = record.open_output(directory, 'sample', {}, settings)
@@ -79,14 +79,14 @@ def sample_metrics(run, real, monkeypatch):
     """The metrics of the stored samples against `real`, which are their own reconstructions too."""
     monkeypatch.setattr(Run, 'images', lambda run, split: ArraySource(real))
 
-    def reference(run, extractor, split, stopped):
-        return feature_store.extract(run, extractor, ArraySource(real), run.path('real'), {}, stopped)
+    def reference(run, extractor, split, received_signal):
+        return feature_store.extract(run, extractor, ArraySource(real), run.path('real'), {}, received_signal)
 
     monkeypatch.setattr(feature_store, 'image_features', reference)
     monkeypatch.setattr(feature_store, 'reconstruction_features', reference)
     monkeypatch.setattr(evaluate_samples, 'ALL_LEVELS', feature_store.IMAGES)
     evaluation = Evaluation(run, CLASSIFIER, CLASSIFIER, lambda: 0)
-    return evaluate_samples.sample_metrics(evaluation, sample_store.read_set(run.set_path('samples')))
+    return evaluate_samples.sample_metrics(evaluation, sample_store.read_set(run.sample_set_path('samples')))
 
 
 @pytest.fixture(autouse=True)
@@ -201,8 +201,8 @@ def test_images_of_certain_class_are_ranked_by_log_probability(empty_run):
     images.reshape(2, -1)[:, FEATURES + 3] = 80, 160
     store_samples(empty_run, images, labels)
     reject.reject(empty_run)
-    assert sample_store.read_npz(empty_run.set_path('rejection') / 'accepted.npz')['index'].tolist() == [1]
-    scores = sample_store.read_npz(empty_run.set_path('rejection') / 'scores.npz')
+    assert sample_store.read_npz(empty_run.sample_set_path('rejection') / 'accepted.npz')['index'].tolist() == [1]
+    scores = sample_store.read_npz(empty_run.sample_set_path('rejection') / 'scores.npz')
     assert scores['score'].tolist() == [1, 1]
     np.testing.assert_allclose(scores['log_probability'], [-9 * np.exp(-20), -9 * np.exp(-40)], rtol=1e-6)
 
@@ -226,7 +226,7 @@ def test_the_threshold_is_a_probability_as_it_is_stored(empty_run, keep_fraction
     store_samples(empty_run, images, labels)
     empty_run.config.reject.update(keep_fraction=keep_fraction, threshold=threshold)
     reject.reject(empty_run)
-    assert sample_store.read_npz(empty_run.set_path('rejection') / 'accepted.npz')['index'].tolist() == kept
+    assert sample_store.read_npz(empty_run.sample_set_path('rejection') / 'accepted.npz')['index'].tolist() == kept
 
 
 def test_log_probability():
@@ -245,7 +245,7 @@ def test_log_probability():
 def test_scores_are_written_again_when_settings_change_and_kept_when_not(empty_run, capsys):
     store_samples(empty_run, random_images(20, seed=0), np.arange(20) % CLASSES)
     reject.reject(empty_run)
-    path = empty_run.set_path('rejection') / 'accepted.npz'
+    path = empty_run.sample_set_path('rejection') / 'accepted.npz'
     assert len(sample_store.read_npz(path)['index']) == 10
     before = path.stat().mtime
     reject.reject(empty_run)
@@ -253,7 +253,7 @@ def test_scores_are_written_again_when_settings_change_and_kept_when_not(empty_r
     empty_run.config.reject.keep_fraction = 1.0
     reject.reject(empty_run)
     assert len(sample_store.read_npz(path)['index']) == 20
-    found = record.read_done(empty_run.set_path('rejection'), 'reject')
+    found = record.read_done(empty_run.sample_set_path('rejection'), 'reject')
     assert found.settings == {'keep_fraction': 1.0, 'threshold': 0.0}
     assert found.results == {'count': 20, 'accepted': 20}
 
@@ -264,7 +264,7 @@ def test_a_threshold_that_nothing_reaches_leaves_the_scores_as_they_were(empty_r
     empty_run.config.reject.threshold = 1.0
     with pytest.raises(JobError, match=r'reject.threshold=1.0 keeps no sample: the best one scores 0\.'):
         reject.reject(empty_run)
-    assert record.read_done(empty_run.set_path('rejection'), 'reject').settings['threshold'] == 0
+    assert record.read_done(empty_run.sample_set_path('rejection'), 'reject').settings['threshold'] == 0
 
 
 @pytest.mark.parametrize('count', [1, 8])
@@ -272,7 +272,7 @@ def test_scores_do_not_depend_on_the_number_of_devices(empty_run, count):
     images = random_images(30, seed=0)
     store_samples(empty_run, images, np.arange(30) % CLASSES)
     reject.reject(Run(empty_run.config, empty_run.workdir, jax.devices()[:count]))
-    scores = sample_store.read_npz(empty_run.set_path('rejection') / 'scores.npz')
+    scores = sample_store.read_npz(empty_run.sample_set_path('rejection') / 'scores.npz')
     expected = log_probability(extract(images)['logits'], np.arange(30) % CLASSES)
     np.testing.assert_allclose(scores['log_probability'], expected, rtol=1e-5)
     np.testing.assert_array_equal(scores['index'], np.arange(30))
@@ -283,7 +283,7 @@ def test_chosen_images_are_held_in_memory_once(empty_run, tmp_path):
     store_samples(empty_run, images, np.arange(len(images)) % CLASSES, shard_size=1000)
     tracemalloc.start()
     try:
-        arrays = sample_store.take(empty_run.set_path('samples'), np.arange(0, len(images)))
+        arrays = sample_store.take(empty_run.sample_set_path('samples'), np.arange(0, len(images)))
         sample_store.write_npz(epath.Path(tmp_path) / 'chosen.npz', arrays)
         peak = tracemalloc.get_traced_memory()[1]
     finally:

@@ -103,14 +103,14 @@ def eval_batches(
     return BatchIterator(grain.MapDataset.range(start, stop).map(reader.with_mask), batch_size, rows, workers)
 
 
-def read_next(batches: 'BatchIterator', preempted: Callable[[], int]) -> dict[str, np.ndarray]:
+def read_next(batches: 'BatchIterator', received_signal: Callable[[], int]) -> dict[str, np.ndarray]:
     """Reads the next batch, even if a signal to the whole process group has ended the workers that were reading it.
 
     A preempted process still has to finish its step: other processes wait for its part of the batch.
 
     Args:
       batches: the iterator.
-      preempted: returns the signal that this process has received, or 0.
+      received_signal: returns the signal that this process has received, or 0.
 
     Raises:
       StopIteration: there are no more batches.
@@ -120,17 +120,17 @@ def read_next(batches: 'BatchIterator', preempted: Callable[[], int]) -> dict[st
     except StopIteration:
         raise
     except Exception:
-        if not preempted():
+        if not received_signal():
             raise
     batches.fall_back_to_threads()
     return next(batches)
 
 
-def read_all(batches: 'BatchIterator', preempted: Callable[[], int]) -> Iterator[dict[str, np.ndarray]]:
+def read_all(batches: 'BatchIterator', received_signal: Callable[[], int]) -> Iterator[dict[str, np.ndarray]]:
     """Yields all batches that are left, each as `read_next`."""
     with contextlib.suppress(StopIteration):
         while True:
-            yield read_next(batches, preempted)
+            yield read_next(batches, received_signal)
 
 
 def read_skipped(skip_log: str) -> list[str]:

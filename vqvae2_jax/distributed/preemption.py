@@ -12,9 +12,9 @@ class Interrupted(SystemExit):
     """The work was saved and stops here; the same command continues it. The exit status is 128 plus the signal."""
 
 
-def exit_together(stopped: Callable[[], int]) -> None:
+def exit_together(received_signal: Callable[[], int]) -> None:
     """Raises `Interrupted` on all processes if any of them received a signal; all processes call this together."""
-    if received := processes.process_max(stopped()):
+    if received := processes.process_max(received_signal()):
         raise Interrupted(128 + received)
 
 

@@ -40,7 +40,7 @@ def classification_accuracy_score(run: Run) -> None:
     """
     if not build.has_classifier(run.config):
         raise JobError(f'data.num_classes={run.config.data.num_classes}: CAS needs classes')
-    sample_store.shard_paths(run.set_path(SAMPLES))  # refuses before the work begins
+    sample_store.shard_paths(run.sample_set_path(SAMPLES))  # refuses before the work begins
     reconstruct(run)
     for source in SOURCES:
         _train(run, source)
@@ -97,7 +97,7 @@ def reconstruct(run: Run) -> None:
         processes.run_on_main_process(lambda: sample_store.write_npz(path, arrays))
 
     writer = ShardWriter(missing, write)
-    with stop_signals() as stopped:
+    with stop_signals() as received_signal:
         with jax.set_mesh(run.mesh):
             variables = workdir.load_trained(run, 'vqvae').variables
             parameters = workdir.num_parameters(variables['params'])
@@ -105,7 +105,9 @@ def reconstruct(run: Run) -> None:
             decode = inference.make_decode_fn(build.make_vqvae(run.config))
             decode = functools.partial(decode, sharding.put_sharded(variables))
             processes.run_on_main_process(output.start)
-            read = functools.partial(feature_store.read_batches, run, source, RECONSTRUCTIONS, stopped, section='codes')
+            read = functools.partial(
+                feature_store.read_batches, run, source, RECONSTRUCTIONS, received_signal, section='codes'
+            )
             for start, arrays in map_missing(decode, missing, read, run.batch_size('codes'), count):
                 writer.add(start, arrays)
         processes.run_on_main_process(lambda: output.finish({'count': count}))

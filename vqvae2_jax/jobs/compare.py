@@ -40,12 +40,12 @@ def compare_sets(run: Run) -> None:
     if output.state != record.STARTED:
         processes.run_on_main_process(lambda: _start(output))
     try:
-        with stop_signals() as stopped:
+        with stop_signals() as received_signal:
             extracted = {}
             for name, source in sources.items():
                 images = {'images': source.digest}
                 extracted[name] = feature_store.extract(
-                    run, network, source, directory / name, images, stopped, hash_images=True
+                    run, network, source, directory / name, images, received_signal, hash_images=True
                 )
             report = processes.run_on_main_process(lambda: _write(run, network, sources, extracted, output))
     except (ValueError, OSError) as error:

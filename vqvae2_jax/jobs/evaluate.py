@@ -59,8 +59,8 @@ def evaluate(run: Run) -> None:
     parameters = workdir.num_parameters(network.params) if network else None
     run.print_start('evaluate', data, parameters=parameters, batch='evaluate')
     try:
-        with stop_signals() as stopped:
-            parts = evaluate_parts(Evaluation(run, network, classifier, stopped))
+        with stop_signals() as received_signal:
+            parts = evaluate_parts(Evaluation(run, network, classifier, received_signal))
             quality = generative.protocol(network, generative.IMAGES_OF_RUN) if network else None
             pictures = _first_reconstructions(run)
             processes.run_on_main_process(lambda: write_report(run, parts, quality, pictures))
@@ -88,13 +88,13 @@ def _outputs(run: Run) -> Iterator[tuple[Record, dict[str, str], str]]:
         yield codes, extract_codes.inputs(run, split), 'extract_codes'
     for section in run.prior_sections:
         yield workdir.trained_record(run, section), train.inputs(run, section), section.replace('.', ' --level=')
-    yield sample_store.read_set(run.set_path(SAMPLES)), workdir.generator_digests(run), 'sample'
+    yield sample_store.read_set(run.sample_set_path(SAMPLES)), workdir.generator_digests(run), 'sample'
     if not build.has_classifier(run.config):
         return
     if build.trains_classifier(run.config):
         trained = workdir.trained_record(run, 'classifier')
         yield trained, train.inputs(run, 'classifier'), 'classifier'
-    yield record.read_done(run.set_path(REJECTION), 'reject'), reject.inputs(run), 'reject'
+    yield record.read_done(run.sample_set_path(REJECTION), 'reject'), reject.inputs(run), 'reject'
     if build.has_cas(run.config):
         yield sample_store.read_set(run.path(RECONSTRUCTIONS)), cas.inputs(run), 'cas'
         for source in cas.SOURCES:
@@ -135,7 +135,7 @@ def _reconstruction(e: Evaluation) -> dict[str, Any]:
             weights = sharding.put_replicated((trained.params, trained.model_state))
 
             def metrics(source, name, stop):
-                return eval_fn(*weights, feature_store.read_batches(run, source, name, e.stopped, stop=stop))
+                return eval_fn(*weights, feature_store.read_batches(run, source, name, e.received_signal, stop=stop))
 
             held_out_metrics = metrics(held_out, 'reconstruction', len(held_out))
             train_metrics = metrics(training, 'reconstruction, training', min(len(training), _TRAIN_EXAMPLES))
@@ -170,8 +170,8 @@ def _reference_quality(e: Evaluation) -> tuple[dict, dict[str, dict]]:
     run, network = e.run, e.network
     if network is None:
         return {}, {}
-    real = feature_store.image_features(run, network, e.reference, e.stopped)
-    reconstructed = feature_store.reconstruction_features(run, network, e.reference, e.stopped)
+    real = feature_store.image_features(run, network, e.reference, e.received_signal)
+    reconstructed = feature_store.reconstruction_features(run, network, e.reference, e.received_signal)
 
     def compute(generated: Record, labels: dict[str, str]):
         real_stats, results = feature_store.load_stats(real), {}
@@ -188,7 +188,7 @@ def _reference_quality(e: Evaluation) -> tuple[dict, dict[str, dict]]:
     if e.reference == e.split:
         reason = 'evaluate.reference is evaluate.split: set it to another split'
         return {'quality': {'missing': reason}}, quality
-    originals = feature_store.image_features(run, network, e.split, e.stopped)
+    originals = feature_store.image_features(run, network, e.split, e.received_signal)
     inputs = {'real': real.digest, 'originals': originals.digest}
     images = {feature_store.IMAGES: 'originals'}
     metrics = evaluate_part(
@@ -213,7 +213,7 @@ def _likelihood(e: Evaluation) -> dict[str, Any]:
                 def nats(suffix, name=name, eval_fn=eval_fn, weights=weights):
                     codes, count = splits[suffix]
                     label = f'likelihood {name}{suffix}'
-                    batches = feature_store.read_batches(run, codes, label, e.stopped, stop=count)
+                    batches = feature_store.read_batches(run, codes, label, e.received_signal, stop=count)
                     return eval_fn(*weights, batches)['nll']
 
                 nll.append([nats(suffix) for suffix in splits])
@@ -237,7 +237,7 @@ def _likelihood(e: Evaluation) -> dict[str, Any]:
 
 
 def _classifier_accuracy(e: Evaluation) -> dict[str, Any]:
-    features = feature_store.image_features(e.run, e.classifier, e.split, e.stopped)
+    features = feature_store.image_features(e.run, e.classifier, e.split, e.received_signal)
 
     def compute():
         logits, labels = feature_store.load_logits(features)
@@ -260,8 +260,8 @@ def _cas(e: Evaluation, source: str) -> dict[str, Any]:
 
     def compute():
         network = feature_store.load_own_classifier(run, directory)
-        of_images = feature_store.image_features(run, network, e.split, e.stopped, name)
-        of_reconstructions = feature_store.reconstruction_features(run, network, e.split, e.stopped, name)
+        of_images = feature_store.image_features(run, network, e.split, e.received_signal, name)
+        of_reconstructions = feature_store.reconstruction_features(run, network, e.split, e.received_signal, name)
 
         def metrics():
             results, classes = {'count': count}, images.class_names

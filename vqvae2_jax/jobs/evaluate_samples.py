@@ -34,13 +34,13 @@ class Evaluation(NamedTuple):
       run: the run.
       network: the network whose features are compared: Inception, or else the classifier; None without both.
       classifier: the network that scores samples; None without classes.
-      stopped: from `stop_signals`.
+      received_signal: from `stop_signals`.
     """
 
     run: Run
     network: FeatureExtractor | None
     classifier: FeatureExtractor | None
-    stopped: Callable[[], int]
+    received_signal: Callable[[], int]
 
     @property
     def split(self) -> str:
@@ -84,7 +84,7 @@ def evaluate_part(
     if output.state == record.DONE:
         return output.results
     results = files.to_json(processes.run_on_main_process(compute) if main_process_only else compute(), name)
-    exit_together(e.stopped)
+    exit_together(e.received_signal)
     processes.run_on_main_process(lambda: output.finish(results))
     return results
 
@@ -94,7 +94,7 @@ def evaluate_set(e: Evaluation, cas_metrics: dict | None) -> None:
     run, name = e.run, e.run.config.sample.name
 
     def compute():
-        samples = sample_store.read_set(run.set_path(SAMPLES))
+        samples = sample_store.read_set(run.sample_set_path(SAMPLES))
         fields = ('seed', *build.sampling_settings(run.config), 'dtype')
         results = {'count': samples.results['count']} | {field: samples.settings[field] for field in fields}
         results |= sample_metrics(e, samples)
@@ -156,8 +156,8 @@ def sample_metrics(e: Evaluation, samples: Record) -> dict[str, Any]:
     """
     run, network, results = e.run, e.network, {}
     if network is not None:
-        real = feature_store.image_features(run, network, e.reference, e.stopped)
-        reconstructed = feature_store.reconstruction_features(run, network, e.reference, e.stopped)
+        real = feature_store.image_features(run, network, e.reference, e.received_signal)
+        reconstructed = feature_store.reconstruction_features(run, network, e.reference, e.received_signal)
 
         def choose():
             # The first samples, and those of the sweep, which need not be among the first.
@@ -171,7 +171,7 @@ def sample_metrics(e: Evaluation, samples: Record) -> dict[str, Any]:
             return functools.reduce(np.union1d, [p.indices for p in points], indices), points, scores['score']
 
         indices, points, probability = processes.run_on_main_process(choose)
-        extracted = feature_store.sample_features(run, network, indices, e.stopped)
+        extracted = feature_store.sample_features(run, network, indices, e.received_signal)
 
         def compare():
             references = {
@@ -197,11 +197,11 @@ def sample_metrics(e: Evaluation, samples: Record) -> dict[str, Any]:
 
 
 def _scores(run: Run) -> dict[str, np.ndarray]:
-    return sample_store.read_npz(run.set_path(REJECTION) / reject.SCORES)
+    return sample_store.read_npz(run.sample_set_path(REJECTION) / reject.SCORES)
 
 
 def _class_accuracy(run: Run) -> dict[str, Any]:
-    rejection, scores = record.read_done(run.set_path(REJECTION), 'reject'), _scores(run)
+    rejection, scores = record.read_done(run.sample_set_path(REJECTION), 'reject'), _scores(run)
     accepted = sample_store.read_npz(rejection.directory / reject.ACCEPTED, ('index', 'label'))
     kept = scores['predicted'][np.searchsorted(scores['index'], accepted['index'])]
     each = per_class_accuracy(scores['predicted'], scores['label'], run.config.data.num_classes)

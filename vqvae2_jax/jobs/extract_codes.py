@@ -42,10 +42,10 @@ def extract_codes(run: Run) -> None:
         encode = functools.partial(
             inference.make_encode_fn(build.make_vqvae(run.config)), sharding.put_sharded(trained.variables)
         )
-    with stop_signals() as stopped:
+    with stop_signals() as received_signal:
         for split, output in outputs.items():
-            _extract_split(run, split, output, encode, stopped)
-            exit_together(stopped)
+            _extract_split(run, split, output, encode, received_signal)
+            exit_together(received_signal)
 
 
 def inputs(run: Run, split: str) -> dict[str, str]:
@@ -61,7 +61,7 @@ def _open_output(run: Run, split: str) -> Record:
     return run.open_output(run.path('codes', split), store.JOB, inputs(run, split), _settings(run, split))
 
 
-def _extract_split(run: Run, split: str, output: Record, encode: Callable, stopped: Callable[[], int]) -> None:
+def _extract_split(run: Run, split: str, output: Record, encode: Callable, received_signal: Callable[[], int]) -> None:
     source, directory = run.images(split), output.directory
     ranges = shard_ranges(len(source), output.settings['shard_size'])
     missing = processes.run_on_main_process(lambda: store.missing_shards(directory, len(ranges)))
@@ -78,7 +78,9 @@ def _extract_split(run: Run, split: str, output: Record, encode: Callable, stopp
         output.save_seconds(before + time.monotonic() - begin)
 
     writer = ShardWriter(missing, lambda *args: processes.run_on_main_process(lambda: write(*args)))
-    read = functools.partial(feature_store.read_batches, run, source, f'codes {split}', stopped, section='codes')
+    read = functools.partial(
+        feature_store.read_batches, run, source, f'codes {split}', received_signal, section='codes'
+    )
     try:
         with jax.set_mesh(run.mesh):
             for start, arrays in map_missing(encode, missing, read, run.batch_size('codes'), len(source)):

@@ -103,7 +103,7 @@ def open_samples(run: Run, indices: np.ndarray | None = None) -> ImageSource:
     Raises:
       JobError: the set is not finished.
     """
-    directory, data = run.set_path(SAMPLES), run.config.data
+    directory, data = run.sample_set_path(SAMPLES), run.config.data
     sample_store.shard_paths(directory)  # it refuses a set that lacks files
     folder = str(directory) if gcs.is_remote(directory) else glob.escape(str(directory))
     pattern = gcs.local_copy(os.path.join(folder, 'samples-*.npz'), sample_store.read_set(directory).digest)
@@ -116,7 +116,7 @@ def read_batches(
     run: Run,
     source: ImageSource | CodeSource,
     name: str,
-    stopped: Callable[[], int],
+    received_signal: Callable[[], int],
     start: int = 0,
     stop: int | None = None,
     *,
@@ -130,7 +130,7 @@ def read_batches(
       run: the run.
       source: images or codes.
       name: name of the phase, for the log.
-      stopped: from `stop_signals`.
+      received_signal: from `stop_signals`.
       start: the first example.
       stop: one past the last example; None: all.
       section: section of the config that has the batch size.
@@ -144,14 +144,14 @@ def read_batches(
     rows, progress = sharding.process_local_rows(batch_size), Progress(name, stop - start)
     batches = eval_batches(source, batch_size=batch_size, rows=rows, start=start, stop=stop, **kwargs)
     with contextlib.closing(batches):
-        for number, batch in enumerate(read_all(batches, stopped), start=1):
+        for number, batch in enumerate(read_all(batches, received_signal), start=1):
             yield batch
             progress.update(min(number * batch_size, stop - start))
-            exit_together(stopped)
+            exit_together(received_signal)
 
 
 def image_features(
-    run: Run, extractor: FeatureExtractor, split: str, stopped: Callable[[], int], name: str = ''
+    run: Run, extractor: FeatureExtractor, split: str, received_signal: Callable[[], int], name: str = ''
 ) -> Record:
     """Extracts features of the images of a split into features/<name>/<split>, unless that is done.
 
@@ -159,7 +159,7 @@ def image_features(
       run: the run.
       extractor: the network.
       split: 'train', 'validation' or 'test'.
-      stopped: from `stop_signals`.
+      received_signal: from `stop_signals`.
       name: directory of the network; '': the extractor's name.
 
     Returns:
@@ -170,19 +170,21 @@ def image_features(
       Interrupted: a stop signal came; the same call continues.
     """
     source, directory = run.images(split), run.path(DIRECTORY, name or extractor.name, split)
-    return extract(run, extractor, source, directory, {'images': source.digest}, stopped)
+    return extract(run, extractor, source, directory, {'images': source.digest}, received_signal)
 
 
-def sample_features(run: Run, extractor: FeatureExtractor, indices: np.ndarray, stopped: Callable[[], int]) -> Record:
+def sample_features(
+    run: Run, extractor: FeatureExtractor, indices: np.ndarray, received_signal: Callable[[], int]
+) -> Record:
     """Extracts features of the samples `indices` of the set sample.name; see `image_features`."""
-    source, directory = open_samples(run, indices), run.set_path(DIRECTORY, extractor.name, SAMPLES)
-    inputs = {'images': sample_store.read_set(run.set_path(SAMPLES)).digest}
+    source, directory = open_samples(run, indices), run.sample_set_path(DIRECTORY, extractor.name, SAMPLES)
+    inputs = {'images': sample_store.read_set(run.sample_set_path(SAMPLES)).digest}
     settings = {'indices': files.digest_arrays({'indices': np.asarray(indices, np.int64)})}
-    return extract(run, extractor, source, directory, inputs, stopped, settings=settings)
+    return extract(run, extractor, source, directory, inputs, received_signal, settings=settings)
 
 
 def reconstruction_features(
-    run: Run, extractor: FeatureExtractor, split: str, stopped: Callable[[], int], name: str = ''
+    run: Run, extractor: FeatureExtractor, split: str, received_signal: Callable[[], int], name: str = ''
 ) -> Record:
     """Extracts features of reconstructions into features/<name>/reconstructions/<split>; see `image_features`.
 
@@ -198,7 +200,7 @@ def reconstruction_features(
         return functools.partial(make_reconstruct_fn(task), *weights)
 
     rows = task.image_labels[1:]
-    return extract(run, extractor, source, directory, inputs, stopped, rows=rows, make_images=make_images)
+    return extract(run, extractor, source, directory, inputs, received_signal, rows=rows, make_images=make_images)
 
 
 def extract(
@@ -207,7 +209,7 @@ def extract(
     source: ImageSource,
     directory: epath.Path,
     inputs: dict[str, str],
-    stopped: Callable[[], int],
+    received_signal: Callable[[], int],
     *,
     settings: dict[str, Any] | None = None,
     rows: Sequence[str] = (IMAGES,),
@@ -222,7 +224,7 @@ def extract(
       source: the images.
       directory: the output.
       inputs: digests of the images and of all that makes the rows. Features of other inputs are replaced.
-      stopped: from `stop_signals`.
+      received_signal: from `stop_signals`.
       settings: further settings that identify the images.
       rows: names of the rows, the r-th is row r.
       make_images: called inside the mesh if shards are missing; returns a function batch -> {row: images uint8
@@ -255,7 +257,7 @@ def extract(
             return arrays
 
         processes.run_on_main_process(output.start)
-        read = functools.partial(read_batches, run, source, str(directory.relative_to(run.workdir)), stopped)
+        read = functools.partial(read_batches, run, source, str(directory.relative_to(run.workdir)), received_signal)
         for start, arrays in map_missing(function, missing, read, run.batch_size('evaluate'), len(source)):
             if hash_images:
                 arrays['pixels'] = _hashes(arrays.pop('image'))

@@ -44,8 +44,8 @@ def write_likelihood(run: Run) -> None:
     with jax.set_mesh(run.mesh):
         generator = workdir.load_generator(run)  # it refuses before any file changes
         processes.run_on_main_process(output.start)
-        with stop_signals() as stopped:
-            rows = _image_rows(run, source, generator, labeled, stopped)
+        with stop_signals() as received_signal:
+            rows = _image_rows(run, source, generator, labeled, received_signal)
     if not rows:
         raise JobError(
             f'likelihood: none of the {len(source)} images could be read; they are listed in {run.path(SKIPPED)}'
@@ -58,14 +58,14 @@ def write_likelihood(run: Run) -> None:
 
 
 def _image_rows(
-    run: Run, source: ImageSource, generator: Generator, labeled: bool, stopped: Callable[[], int]
+    run: Run, source: ImageSource, generator: Generator, labeled: bool, received_signal: Callable[[], int]
 ) -> list[tuple]:
     """Returns (name, nats of every level, bits) of every readable image, least likely first."""
     batch_size, rows = run.batch_size('evaluate'), []
     run.print_start('likelihood', f'{len(source)} images', parameters=generator.num_parameters, batch='evaluate')
     function = inference.make_log_likelihood_fn(generator.model, generator.priors, labeled=labeled)
     function = functools.partial(function, generator.variables, generator.params)
-    batches = feature_store.read_batches(run, source, 'likelihood', stopped)
+    batches = feature_store.read_batches(run, source, 'likelihood', received_signal)
     for batch in map_batches(function, batches, batch_size):
         nats = -batch['log_likelihood'].astype(np.float64)  # [B, L]
         for i in np.flatnonzero(batch['mask']):

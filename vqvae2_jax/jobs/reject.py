@@ -26,14 +26,14 @@ def reject(run: Run) -> None:
       JobError: samples or the classifier are missing, or no sample reaches the threshold.
       Interrupted: a stop signal came; nothing was written.
     """
-    options, directory = run.config.reject, run.set_path(REJECTION)
+    options, directory = run.config.reject, run.sample_set_path(REJECTION)
     settings = {'keep_fraction': options.keep_fraction, 'threshold': options.threshold}
     output = run.open_output(directory, 'reject', inputs(run), settings, replace=True)
     if output.state == record.DONE:
         print(f'reject: done (see {directory})', flush=True)
         return
-    with stop_signals() as stopped:
-        scored = _score(run, feature_store.load_classifier(run), stopped)
+    with stop_signals() as received_signal:
+        scored = _score(run, feature_store.load_classifier(run), received_signal)
         kept = processes.run_on_main_process(lambda: _write(run, output, scored))
     print(f'reject: kept {kept} of {len(scored["score"])} samples in {directory}', flush=True)
 
@@ -44,18 +44,18 @@ def inputs(run: Run) -> dict[str, str]:
     Raises:
       JobError: samples or the classifier are missing.
     """
-    samples = sample_store.read_set(run.set_path(SAMPLES))
+    samples = sample_store.read_set(run.sample_set_path(SAMPLES))
     return {'samples': samples.digest, 'classifier': feature_store.classifier_digest(run)}
 
 
-def _score(run: Run, classifier: FeatureExtractor, stopped: Callable[[], int]) -> dict[str, np.ndarray]:
+def _score(run: Run, classifier: FeatureExtractor, received_signal: Callable[[], int]) -> dict[str, np.ndarray]:
     """Returns the arrays of scores.npz, [N] each."""
     source, batch_size, parts = feature_store.open_samples(run), run.batch_size('evaluate'), []
     run.print_start(
         'reject', f'{len(source)} samples', parameters=workdir.num_parameters(classifier.params), batch='evaluate'
     )
     with jax.set_mesh(run.mesh):
-        batches = feature_store.read_batches(run, source, 'reject', stopped)
+        batches = feature_store.read_batches(run, source, 'reject', received_signal)
         for batch in map_batches(lambda batch: {'logits': classifier.extract(batch)['logits']}, batches, batch_size):
             logits, label = batch['logits'][batch['mask']], batch['label'][batch['mask']]
             log_p = log_probability(logits, label)
@@ -67,7 +67,7 @@ def _score(run: Run, classifier: FeatureExtractor, stopped: Callable[[], int]) -
 
 def _write(run, output, scored) -> int:
     """Writes all files; returns the number of samples kept."""
-    source, directory, threshold = run.set_path(SAMPLES), output.directory, run.config.reject.threshold
+    source, directory, threshold = run.sample_set_path(SAMPLES), output.directory, run.config.reject.threshold
     kept = select_top_per_class(scored['log_probability'], scored['label'], run.config.reject.keep_fraction)
     kept = kept[scored['score'][kept] >= np.float32(threshold)]  # the stored score, so that 1.0 reaches 1.0
     if not len(kept):

@@ -57,10 +57,10 @@ def write_report(
 
 
 def _write_set_pictures(run, entry):
-    directory = run.set_path(DIRECTORY, 'sets')
-    sources = {'samples.png': run.set_path(SAMPLES) / sample.PICTURE}
+    directory = run.sample_set_path(DIRECTORY, 'sets')
+    sources = {'samples.png': run.sample_set_path(SAMPLES) / sample.PICTURE}
     if build.has_classifier(run.config):
-        sources['accepted.png'] = run.set_path(REJECTION) / reject.PICTURE
+        sources['accepted.png'] = run.sample_set_path(REJECTION) / reject.PICTURE
     for name, source in sources.items():
         files.write_bytes(directory / name, source.read_bytes())
     if entry.get('sweep'):

@@ -37,7 +37,7 @@ def draw_samples(run: Run) -> None:
       SettingsChangedError: the set was sampled with other settings.
       Interrupted: a stop signal came; the same command continues.
     """
-    count, directory = run.config.sample.count, run.set_path(SAMPLES)
+    count, directory = run.config.sample.count, run.sample_set_path(SAMPLES)
     hint = (
         'Set --config.sample.name=OTHER to keep both, go back to the recorded settings, '
         f'or delete {directory} to draw the samples again.'
@@ -48,10 +48,10 @@ def draw_samples(run: Run) -> None:
     if complete and output.state == record.DONE and output.results['count'] == count:
         print(f'sample: done ({count} samples in {directory})', flush=True)
         return
-    with stop_signals() as stopped:
+    with stop_signals() as received_signal:
         if missing:
-            _draw_shards(run, output, missing, stopped)
-            exit_together(stopped)
+            _draw_shards(run, output, missing, received_signal)
+            exit_together(received_signal)
         processes.run_on_main_process(lambda: _finish(run, output, ranges))
     print(f'sample: {count} samples in {directory}; they are shown in {directory / PICTURE}', flush=True)
 
@@ -80,7 +80,7 @@ def _compare_files(directory: epath.Path, count: int, ranges: Sequence[Range]) -
     return missing, not missing and (directory / PICTURE).exists()
 
 
-def _draw_shards(run: Run, output: Record, missing: Sequence[Range], stopped: Callable[[], int]) -> None:
+def _draw_shards(run: Run, output: Record, missing: Sequence[Range], received_signal: Callable[[], int]) -> None:
     """Writes the missing files, until a stop signal comes."""
     batch_size, total = run.batch_size('sample'), sum(stop - start for start, stop in missing)
     begin, before = time.monotonic(), output.seconds
@@ -107,7 +107,7 @@ def _draw_shards(run: Run, output: Record, missing: Sequence[Range], stopped: Ca
         for number, (start, arrays) in enumerate(results, start=1):
             written += writer.add(start, arrays)
             progress.update(min(number * batch_size, total))
-            if processes.process_any(bool(stopped())):
+            if processes.process_any(bool(received_signal())):
                 print(f'sample: {written} of {len(missing)} files written; the same command continues', flush=True)
                 break
 

@@ -67,7 +67,7 @@ class Run:
         """Returns a file or directory below the workdir."""
         return self.workdir.joinpath(*parts)
 
-    def set_path(self, *parts: str) -> epath.Path:
+    def sample_set_path(self, *parts: str) -> epath.Path:
         """Returns the directory of the sample set `sample.name` below `parts`, such as samples/default."""
         return self.path(*parts, self.config.sample.name)
 

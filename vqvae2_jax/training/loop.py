@@ -108,8 +108,8 @@ def train(
         best = processes.run_on_main_process(lambda: BestCheckpoint(directory))
         profiler = Profiler(directory, config.profile_steps)
         loop = TrainLoop(task, config, data, mesh, train_step, checkpoints, best, logger, profiler)
-        with contextlib.closing(logger), contextlib.closing(profiler), stop_signals() as preempted:
-            step = loop.run(state, start, pending, preempted)
+        with contextlib.closing(logger), contextlib.closing(profiler), stop_signals() as received_signal:
+            step = loop.run(state, start, pending, received_signal)
     if not best.best():
         raise NonFiniteLoss(f'{name}: the validation {task.best_metric} was NaN at every evaluation')
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
@@ -132,7 +132,7 @@ class TrainLoop:
         state: train_state.TrainState,
         step: int,
         pending: list[dict[str, float]],
-        preempted: Callable[[], int],
+        received_signal: Callable[[], int],
     ) -> int:
         """Trains from `step` to the last step, or until a process is preempted.
 
@@ -140,17 +140,17 @@ class TrainLoop:
           state: after `step` updates; its buffers are donated.
           step: number of updates done.
           pending: metrics of steps that no log line holds yet.
-          preempted: returns the signal that this process received, or 0.
+          received_signal: returns the signal that this process received, or 0.
 
         Returns:
           The number of updates done.
         """
         config, buffer, previous = self.config, MetricsBuffer(pending), None
         while step < config.steps and not self.stopping:
-            batch = read_next(self.data.train, preempted)
+            batch = read_next(self.data.train, received_signal)
             self.profiler.before_step(step + 1)
             with jax.set_mesh(self.mesh), jax.profiler.StepTraceAnnotation('train', step_num=step + 1):
-                flags = {SHOULD_STOP: sharding.process_flags(bool(preempted()))}
+                flags = {SHOULD_STOP: sharding.process_flags(bool(received_signal()))}
                 state, metrics = self.train_step(state, sharding.make_global_batch(batch, config.batch_size) | flags)
             step += 1
             self.profiler.after_step(step, metrics)
@@ -164,12 +164,12 @@ class TrainLoop:
                 if last or _due(step, config.log_every):
                     self.logger.write(step, 'train', buffer.means())
                 if last or _due(step, config.eval_every):
-                    self.eval_and_keep_best(state, step, preempted)
+                    self.eval_and_keep_best(state, step, received_signal)
                 if self.visualize_fn and config.image_every and (last or _due(step, config.image_every)):
-                    self._visualize(state, step, preempted)
+                    self._visualize(state, step, received_signal)
                 if last or _due(step, config.save_every):
                     self._save(state, step, buffer)
-        self.stopping = processes.process_any(self.stopping or bool(preempted()))
+        self.stopping = processes.process_any(self.stopping or bool(received_signal()))
         if self.stopping:
             if previous is not None:
                 buffer.add(*previous)
@@ -182,22 +182,22 @@ class TrainLoop:
         self.logger.flush()  # a resumed run continues the log from here
         self.checkpoints.save(step, state, self.data.train, buffer.rows)
 
-    def eval_and_keep_best(self, state: train_state.TrainState, step: int, preempted: Callable[[], int]) -> None:
+    def eval_and_keep_best(self, state: train_state.TrainState, step: int, received_signal: Callable[[], int]) -> None:
         """Evaluates the averaged weights on the validation split, and keeps them if they are the best so far."""
         with jax.set_mesh(self.mesh), contextlib.closing(self.data.val()) as batches:
-            metrics = self.eval_fn(state.ema_params, state.variables, read_all(batches, preempted))
+            metrics = self.eval_fn(state.ema_params, state.variables, read_all(batches, received_signal))
         self.logger.write(step, 'validation', metrics)
         weights = {'params': state.ema_params, 'model_state': state.variables}
         self.best.save_if_best(step, metrics, self.task.best_metric, weights)
 
-    def _visualize(self, state, step, preempted):
+    def _visualize(self, state, step, received_signal):
         with jax.set_mesh(self.mesh):
             weights = sharding.replicate_to_host((state.ema_params, state.variables))
-        processes.run_on_main_process(lambda: self._save_image(weights, step, preempted))
+        processes.run_on_main_process(lambda: self._save_image(weights, step, received_signal))
 
-    def _save_image(self, weights, step, preempted):
+    def _save_image(self, weights, step, received_signal):
         with contextlib.closing(self.data.val()) as batches:
-            batch = read_next(batches, preempted)
+            batch = read_next(batches, received_signal)
         images = self.visualize_fn(*weights, {k: jnp.asarray(rows[:_IMAGES_PER_ROW]) for k, rows in batch.items()})
         rows = [(label, np.asarray(to_uint8(x))) for label, x in zip(self.task.image_labels, images, strict=True)]
         self.logger.image(step, 'validation', plots.labeled_rows(rows, scale=plots.visible_scale(rows[0][1])))
