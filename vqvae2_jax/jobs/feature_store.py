@@ -275,7 +275,8 @@ def _missing_shards(output: Record) -> list[Range]:
         for path in output.directory.glob('*.npz'):
             path.unlink()
     ranges = shard_ranges(output.settings['count'], output.settings['shard_size'])
-    return [shard for shard in ranges if not _shard_path(output.directory, shard).exists()]
+    names = files.list_names(output.directory)
+    return [shard for shard in ranges if _shard_path(output.directory, shard).name not in names]
 
 
 def _finish(run: Run, output: Record) -> Record:
