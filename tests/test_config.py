@@ -188,7 +188,7 @@ MISTAKES = [
     ('classifier.widths', (2, 8), 'classifier.widths[0] is 2; it must be an integer from 4 to'),
     ('classifier.crop', 'abc', "classifier.crop is 'abc'; it must be True or False"),
     ('data.channels', 2, 'data.channels is 2; it must be 1 or 3'),
-    ('data.name', 'folder', "data.path is ''; it must be the place"),
+    ('data.name', 'folder', "data.path is ''; it must be the path"),
     ('evaluate.split', 'all', "evaluate.split is 'all'; it must be 'train', 'validation' or 'test'"),
     ('evaluate.reference', 'all', "evaluate.reference is 'all'; it must be '', 'train', 'validation' or 'test'"),
     ('evaluate.sweep', (0.5, 1.5), 'evaluate.sweep[1] is 1.5; it must be a number in (0, 1]'),
