@@ -1,5 +1,6 @@
 """The command line as a process: its messages and its exit status."""
 
+import json
 import multiprocessing
 import os
 import pathlib
@@ -94,6 +95,39 @@ def test_mistakes_end_in_one_line(tmp_path, processes, arguments, message):
     errors = [line for line in output.splitlines() if line.startswith('error: ')]
     assert len(errors) == 1 and message in errors[0], output
     assert 'Traceback' not in output
+
+
+READ_CONFIG = """
+import json, sys
+from vqvae2_jax import main
+main.main = lambda config: print(json.dumps(config.to_dict()))
+main.run()
+"""
+
+
+def test_every_form_of_a_flag_sets_its_field():
+    arguments = [
+        '--config.seed=7',
+        '-config.sample.count',
+        '8',
+        '--config=tiny',
+        '--noconfig.data.flip',
+        '--job=sample',
+    ]
+    arguments += ['--config.data.path=007', '--config.vqvae.training.learning_rate=1e-2', '--config.sample.labels=3']
+    arguments += ['--config.data.splits=a', '--config.data.splits=("b", "c")', '--config.evaluate.cas']
+    arguments += ['--config.reject.keep_fraction=0.25', '--config.vqvae.downsample_factors=(2, 2)']
+    done = subprocess.run([sys.executable, '-c', READ_CONFIG, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    config, expected = json.loads(done.stdout), load_config('tiny')
+    with expected.ignore_type():
+        expected.update(seed=7)
+        expected.sample.update(count=8, labels=(3,))
+        expected.data.update(flip=False, path='007', splits=('a', 'b', 'c'))
+        expected.vqvae.training.learning_rate = 0.01
+        expected.vqvae.downsample_factors = (2, 2)
+        expected.evaluate.cas, expected.reject.keep_fraction = True, 0.25
+    assert config == json.loads(json.dumps(expected.to_dict()))
 
 
 PRINT_FLAGS = """

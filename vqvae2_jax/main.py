@@ -118,6 +118,8 @@ def _override_fields(config, arguments):
             continue
         no, path, text = match.groups()
         section, name, value = _find_field(config, path)
+        if isinstance(value, ConfigDict):
+            text, no = text or '', None  # validate_config says which fields it has
         if text is None and isinstance(value, bool):
             text, no = str(not no), None
         elif text is None:

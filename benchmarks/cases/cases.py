@@ -132,12 +132,12 @@ class Cases:
     def c14(self) -> None:
         training = '--config.vqvae.training.'
         base = ['--job=vqvae', f'{training}steps=40', f'{training}save_every=1']
-        self.run('14 NaN, first seen in an evaluation', 'w14a', *base, f'{training}learning_rate=1e6')
+        self.run('14 NaN, first seen in an evaluation', 'w14a', *base, f'{training}learning_rate=10')
         base.append(f'{training}eval_every=40')
-        self.run('14 NaN, seen in the loss', 'w14b', *base, f'{training}learning_rate=1e6')
-        self.run('14 the same command again', 'w14b', *base, f'{training}learning_rate=1e6')
+        self.run('14 NaN, seen in the loss', 'w14b', *base, f'{training}learning_rate=10')
+        self.run('14 the same command again', 'w14b', *base, f'{training}learning_rate=10')
         self.run('14 lower rate, as advised', 'w14b', *base, f'{training}learning_rate=1e-4', lines=3)
-        clipped = [*base, f'{training}learning_rate=1e6', f'{training}clip_norm=1.0']
+        clipped = [*base, f'{training}learning_rate=10', f'{training}clip_norm=1.0']
         self.run('14 clip_norm, as advised', 'w14b', *clipped, lines=3)
 
     def c18(self) -> None:
