@@ -290,7 +290,7 @@ def _finish(run: Run, output: Record) -> Record:
     for start, shard in zip(range(0, count, size), _read_shards(output), strict=True):
         pending.append([shard[f'features_{r}'][shard['mask']] for r in row_indices])
         pending_count = sum(len(rows[0]) for rows in pending)
-        # Parts of the same size whatever the size of the shards, on which rounding would depend.
+        # Parts of about the same size, whatever the size of the shards: rounding depends on it.
         if pending_count >= _CHUNK or (pending_count and start + size >= count):
             parts = [np.concatenate(arrays) for arrays in zip(*pending, strict=True)]
             moments = [Moments.of(features, allow_nonfinite=True) for features in parts]

@@ -40,7 +40,7 @@ class Moments:
         Raises:
           ValueError: another shape, N is 0, or a feature is not finite.
         """
-        features = np.asarray(features) if allow_nonfinite else check_features(features)
+        features = check_features(features, allow_nonfinite)
         chunks = (features[start : start + _CHUNK].astype(np.float64) for start in range(0, len(features), _CHUNK))
         return functools.reduce(operator.add, map(cls._of_chunk, chunks))
 
@@ -96,16 +96,16 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     return max(float(means + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * np.sqrt(mixed).sum()), 0.0)
 
 
-def check_features(features: ArrayLike) -> np.ndarray:
+def check_features(features: ArrayLike, allow_nonfinite: bool = False) -> np.ndarray:
     """Returns features as an array [N, D].
 
     Raises:
-      ValueError: another shape, N is 0, or a feature is not finite.
+      ValueError: another shape, N is 0, or a feature is not finite, unless `allow_nonfinite`.
     """
     features = np.asarray(features)
     if features.ndim != 2 or not len(features):
         raise ValueError(f'features must be [N, D] with N at least 1, got shape {features.shape}')
-    if not np.isfinite(features).all():
+    if not (allow_nonfinite or np.isfinite(features).all()):
         bad = int((~np.isfinite(features).all(axis=1)).sum())
         raise ValueError(f'{bad} of {len(features)} images have features that are not finite: broken weights or images')
     return features

@@ -154,7 +154,6 @@ def from_state_dict(state: Mapping[str, np.ndarray]) -> tuple[Inception, dict]:
     params = convert_state_dict(
         network,
         state,
-        image_size=SIZE,
         names_of=lambda layer: (f'{layer}.conv', f'{layer}.bn'),
         epsilon=_EPSILON,
         expected='the Inception-v3 of FID',

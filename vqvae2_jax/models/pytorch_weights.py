@@ -15,7 +15,6 @@ def convert_state_dict(
     network: nn.Module,
     state: Mapping[str, np.ndarray],
     *,
-    image_size: int,
     names_of: Callable[[str], tuple[str, str]],
     epsilon: float,
     expected: str,
@@ -23,10 +22,9 @@ def convert_state_dict(
     """Converts the arrays of a state dict to a network's parameters.
 
     Args:
-      network: a module that maps images uint8 [B, image_size, image_size, 3]. All of its layers are convolutions with
+      network: a module that maps images uint8 [B, H, W, 3] of any size. All of its layers are convolutions with
         bias, apart from the dense layer `fc`.
       state: {name: array}, with a convolution without bias and a batch norm for each convolution of the network.
-      image_size: height and width of the images.
       names_of: name of a layer of the network -> names of its convolution and its batch norm in `state`.
       epsilon: the constant that batch norm adds to the variance.
       expected: the networks whose weights fit, for messages.
@@ -37,7 +35,7 @@ def convert_state_dict(
     Raises:
       ValueError: an array is missing or has another shape; the message names it.
     """
-    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.uint8)
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.uint8)  # the network resizes them
     shapes = jax.eval_shape(network.init, jax.random.key(0), images)['params']
     params = {}
     try:

@@ -76,11 +76,10 @@ def from_state_dict(state: Mapping[str, np.ndarray]) -> tuple[BottleneckResNet, 
       ValueError: the arrays belong to another network; the message names one.
     """
     blocks = tuple(len({k.split('.')[1] for k in state if k.startswith(f'layer{group}.')}) for group in range(1, 5))
-    network = BottleneckResNet(len(state.get('fc.weight', ())), blocks)
+    network = BottleneckResNet(len(state.get('fc.weight', [0])), blocks)  # without it the conversion names it
     params = convert_state_dict(
         network,
         state,
-        image_size=SIZE,
         names_of=lambda layer: (layer, norm_of(layer)),
         epsilon=_EPSILON,
         expected='a ResNet-50, -101 or -152',

@@ -173,12 +173,11 @@ def _decode_raster(prior, params, condition, choose, duplicate, batch_size) -> S
     variables = {'params': params}
 
     def decode_row(cache, above, row):
-        arguments = duplicate(above)[:, None], row[None], _slice(condition, row, axis=1)
+        arguments = duplicate(above)[:, None], row[None], condition_of_row(row)
         return prior.apply(variables | cache, *arguments, method='vertical_features', mutable=['rows'])
 
-    def decode_position(cache, left, row, column, vertical):
-        vertical = jax.tree.map(lambda x: _slice(x, column, axis=2), vertical)
-        here = _slice(_slice(condition, row, axis=1), column, axis=2)
+    def decode_position(cache, left, row, column, vertical, row_condition):
+        vertical, here = jax.tree.map(lambda x: _slice(x, column, axis=2), (vertical, row_condition))
         arguments = duplicate(left)[:, None], row * width + column, vertical, here
         return prior.apply(variables | cache, *arguments, method='decode_position', mutable=['columns', 'attention'])
 

@@ -20,7 +20,7 @@ def sample_reference(
     sampling_params: SamplingParams = DEFAULT,
     known_codes: jax.Array | None = None,
 ) -> Sampled:
-    """Samples the codes of one level; arguments and result are those of `sample`."""
+    """Samples the codes of one level; arguments and result are those of `sample`, whose checks it does not repeat."""
     height, width = prior.shape
     steps, positions = prior.order.step_map().reshape(-1), jnp.arange(height * width)
 
