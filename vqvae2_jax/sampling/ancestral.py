@@ -172,8 +172,8 @@ def _decode_raster(prior, params, condition, choose, duplicate, batch_size) -> S
     (height, width), off_map = prior.shape, prior.codebook_size
     variables = {'params': params}
 
-    def decode_row(cache, above, row):
-        arguments = duplicate(above)[:, None], row[None], condition_of_row(row)
+    def decode_row(cache, above, row, row_condition):
+        arguments = duplicate(above)[:, None], row[None], row_condition
         return prior.apply(variables | cache, *arguments, method='vertical_features', mutable=['rows'])
 
     def decode_position(cache, left, row, column, vertical, row_condition):
@@ -183,11 +183,12 @@ def _decode_raster(prior, params, condition, choose, duplicate, batch_size) -> S
 
     def one_row(carry, row):
         above, row_cache, cache = carry
-        vertical, row_cache = decode_row(row_cache, above, row)
+        row_condition = _slice(condition, row, axis=1)
+        vertical, row_cache = decode_row(row_cache, above, row, row_condition)
 
         def one_column(carry, column):
             left, cache = carry
-            logits, cache = decode_position(cache, left, row, column, vertical)
+            logits, cache = decode_position(cache, left, row, column, vertical, row_condition)
             sampled = choose(row[None], column[None], logits[:, 0])
             return (sampled.codes, cache), jax.tree.map(lambda x: x[:, 0], sampled)
 
@@ -197,8 +198,10 @@ def _decode_raster(prior, params, condition, choose, duplicate, batch_size) -> S
         return (sampled.codes, row_cache, cache), sampled
 
     above, zero = jnp.full((batch_size, width), off_map, jnp.int32), jnp.int32(0)
-    vertical, empty_row_cache = _zeros_like_result(decode_row, {}, above, zero)
-    _, empty_cache = _zeros_like_result(decode_position, {}, above[:, :1], zero, zero, vertical)
+    first_condition = _slice(condition, 0, axis=1)
+    vertical, empty_row_cache = _zeros_like_result(decode_row, {}, above, zero, first_condition)
+    arguments = above[:, :1], zero, zero, vertical, first_condition
+    _, empty_cache = _zeros_like_result(decode_position, {}, *arguments)
     _, sampled = jax.lax.scan(one_row, (above, empty_row_cache, empty_cache), jnp.arange(height))
     return jax.tree.map(lambda x: x.swapaxes(0, 1), sampled)  # [H, B, W] -> [B, H, W]
 
