@@ -24,7 +24,6 @@ def get_config() -> ConfigDict:
     config.data.name = 'imagenet2012'  # prepared with TFDS as array_record, see README
     # The paper's held-out numbers are on ImageNet's validation set; weights are chosen on a part of the training set.
     config.data.splits = ('train[:99%]', 'train[99%:]', 'validation')
-    config.data.held_out = (0.05, 0.05)  # only for pools without splits of their own (data.splits=())
     config.data.image_size = (256, 256)  # [A]
     config.data.channels = 3
     config.data.num_classes = 1000

@@ -20,9 +20,11 @@ from vqvae2_jax.config import base, build
 from vqvae2_jax.config.fields import ConfigError, Field
 from vqvae2_jax.config.validation import check_batch_sizes, validate_config
 from vqvae2_jax.data.images import ImageSpec
+from vqvae2_jax.io import record
 from vqvae2_jax.io.record import JobError
+from vqvae2_jax.jobs import cas
 from vqvae2_jax.jobs.pipeline import run_job
-from vqvae2_jax.jobs.workdir import Run
+from vqvae2_jax.jobs.workdir import Run, training_directory
 from vqvae2_jax.models import causal, gated_resnet, quantizer, raster, residual, resnet, upsample, vqvae, wavefront
 from vqvae2_jax.training.optim import TrainConfig
 
@@ -361,11 +363,16 @@ def test_training_batches_are_sharded_over_the_data_axis_at_least(config, mesh, 
     check_batch_sizes(config, mesh, sections)
     config.prior.top.training.batch_size = batch + 1
     if mesh[0] * steps > 1:
-        unit = 8 * steps
+        unit = mesh[0] * steps
         with pytest.raises(
-            ConfigError, match=rf'prior.top.training.batch_size is {batch + 1}, .* multiple of {unit}, '
-        ):
+            ConfigError, match=rf'prior.top.training.batch_size is {batch + 1}, .* multiple of {unit} '
+        ) as error:
             check_batch_sizes(config, mesh, sections)
+        if advised := re.search(r'--config.parallel.fsdp=(\d+)', str(error.value)):
+            check_batch_sizes(config, (8 // int(advised[1]), int(advised[1])), ['prior.top'])
+        advised = re.search(r'--config.prior.top.training.batch_size=(\d+)', str(error.value))
+        config.prior.top.training.batch_size = int(advised[1])
+        check_batch_sizes(config, mesh, sections)
 
 
 @pytest.mark.parametrize(
@@ -392,6 +399,20 @@ def test_jobs_check_the_batch_sizes_of_the_networks_that_they_train(config, tmp_
     message = f'{trained}.training.batch_size is 12, which 8 devices' if trained else r' has nothing: '
     with pytest.raises(ConfigError if trained else JobError, match=message):
         run_job(Run(config, tmp_path), job, level or None)
+
+
+def test_batch_sizes_of_finished_networks_are_not_checked(config, tmp_path):
+    outputs = {training_directory(section): section for section in build.networks(config)}
+    outputs |= dict.fromkeys(cas.directories(Run(config, tmp_path)).values(), 'classifier')
+    for directory, section in outputs.items():
+        config[section].training.batch_size = 12
+        output = record.open_output(tmp_path / directory, section, {}, {})
+        output.finish({'steps': config[section].training.steps})
+    with pytest.raises(JobError, match='was made from another input'):  # the records are made up
+        run_job(Run(config, tmp_path), 'pipeline')
+    config.prior.top.training.steps += 1
+    with pytest.raises(ConfigError, match='prior.top.training.batch_size is 12, which 8 devices'):
+        run_job(Run(config, tmp_path), 'pipeline')
 
 
 def test_labels_of_unlabeled_data_are_refused(config):

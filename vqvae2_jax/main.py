@@ -152,7 +152,7 @@ def _parse_value(text, default):
         return text
     try:
         value = flags.BooleanParser().parse(text) if isinstance(default, bool) else ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):  # all that ast.literal_eval raises
         value = text
     return (value,) if isinstance(default, tuple) and not isinstance(value, tuple | list) else value
 

@@ -89,7 +89,7 @@ _DATA = {
 
 _TRAINING = {
     'steps': Int(1, _STEPS, default=10_000, doc='updates'),
-    'batch_size': Int(1, _BATCH, default=32, doc='global; a multiple of the devices times `grad_accum_steps`'),
+    'batch_size': Int(1, _BATCH, default=32, doc='global; a multiple of the `data` axis times `grad_accum_steps`'),
     'learning_rate': Float(0, 10, low_open=True, default=3e-4, doc='of Adam, after the warm-up'),
     'warmup_steps': Int(0, _STEPS, default=0, doc='over which the rate rises from 0; at most `steps`'),
     'lr_schedule': Choice(('constant', 'cosine'), default='constant', doc='`cosine`: to 0 at `steps`'),

@@ -87,7 +87,7 @@ def _module_fields(section, without):
 
 
 def networks(config: ConfigDict) -> dict[str, tuple[Any, tuple]]:
-    """Returns the module of every section that has one, and the arguments of its `init` as shapes.
+    """Returns the module of every section that has one, and the arguments of its `init`: keys, and shapes of the rest.
 
     Returns:
       {section: (module, arguments)} of 'vqvae', every 'prior.<level>', and 'classifier' if there are classes.
@@ -119,7 +119,7 @@ def make_sampling_params(config: ConfigDict, level_name: str) -> SamplingParams:
 
 
 def has_classifier(config: ConfigDict) -> bool:
-    """Returns whether there are classes to tell apart; without them there is no rejection."""
+    """Returns whether the data have two classes or more; otherwise there is no classifier and no rejection."""
     return config.data.num_classes > 1
 
 

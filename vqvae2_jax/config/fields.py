@@ -1,6 +1,8 @@
 """Types of config fields. Each checks a value and returns it in its plain Python type, or names the allowed values.
 
-No type accepts None, NaN or infinity, and only `Bool` accepts a bool. All numbers and lengths have an upper bound.
+Fields are declared in base.py, for example `'channels': Choice((1, 3), default=3, doc='1: gray, 3: RGB')`;
+docs/configs.md is made from them. No type accepts None, NaN or infinity, and only `Bool` accepts a bool. All numbers
+and lengths have an upper bound.
 """
 
 import dataclasses

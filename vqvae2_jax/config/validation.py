@@ -65,12 +65,15 @@ def check_batch_sizes(config: ConfigDict, mesh_shape: tuple[int, int], sections:
         training = build.train_config(config, section)
         parts, field = training.grad_accum_steps, f'{section}.training.batch_size'
         if training.batch_size % (mesh_shape[0] * parts):
-            unit = devices * parts
+            unit = mesh_shape[0] * parts
             example = -(-training.batch_size // unit) * unit
             among = f'{devices} devices' + (f' in {parts} microbatches' if parts > 1 else '')
+            divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+            fsdp = next((n for n in divisors if training.batch_size % (devices // n * parts) == 0), None)
+            advice = f', or set --config.parallel.fsdp={fsdp}' if fsdp else ''
             raise ConfigError(
                 f'{field} is {training.batch_size}, which {among} cannot share evenly; it must be a multiple of '
-                f'{unit}, for example --config.{field}={example}'
+                f'{unit} on this mesh, for example --config.{field}={example}{advice}'
             )
 
 

@@ -155,7 +155,7 @@ class ImageSource:
         if self.require_equal_size and (image.height, image.width) != tuple(self.image_size):
             raise ValueError(
                 f'{self.example_name(index)} has {image.height}x{image.width} pixels, but '
-                f'{self.dataset.example_name(0)} has {self.image_size[0]}x{self.image_size[1]}: '
+                f'the first image has {self.image_size[0]}x{self.image_size[1]}: '
                 'all images of a set must have one size'
             )
         return {

@@ -24,6 +24,7 @@ import numpy as np
 from absl import flags, logging
 
 from vqvae2_jax.data.decode import CROP_ZOOM, UnreadableImage
+from vqvae2_jax.io.record import JobError
 
 _READ_THREADS = 4  # Decoding releases the GIL, so a few threads help even without worker processes.
 _WORKER_BUFFER = 2  # Chunks that each worker process holds ready, or more if one batch has more chunks.
@@ -44,7 +45,8 @@ def train_batches(
     """Reads endless batches, reshuffled every epoch. A batch may span two epochs.
 
     Args:
-      source: has __len__, and __getitem__ that returns a dict of arrays or scalars of fixed shapes and dtypes.
+      source: has __len__, and __getitem__ that returns a dict of arrays or scalars of fixed shapes and dtypes. It may
+        raise `decode.UnreadableImage`; if its attribute `on_error` is 'skip', the next example is read instead.
       batch_size: the global batch size.
       seed: seed of shuffling and augmentation.
       flip: mirror half of the images.
@@ -89,11 +91,11 @@ def eval_batches(
       skip_log: see train_batches.
 
     Returns:
-      An iterator over dicts of arrays [n, ...] with 'mask': bool [n], False for examples that are repeated to fill the
-      last batch, or that replace an unreadable one.
+      An iterator over dicts of arrays [n, ...], n the number of `rows`, with 'mask': bool [n], False for copies of the
+      last example that fill the last batch, and for examples that replace an unreadable one. Close it when done.
 
     Raises:
-      ValueError: an empty source, a range outside of it, or rows outside the batch.
+      ValueError: an empty source, a range outside of it, a batch size below 1, or rows outside the batch.
     """
     rows = _checked_rows(rows, batch_size)
     reader = _Reader(source, skip_log)
@@ -310,7 +312,7 @@ class _Reader:
                 if not self._skip:
                     raise
                 self._log(error)
-        raise ValueError(
+        raise JobError(
             f'none of the {count} examples can be read; the last one: {self._source.example_name(candidate)}.'
         )
 

@@ -10,7 +10,9 @@ last one may hold fewer). N is the number of images of a file:
     codes_l  int32 [N, h_l, w_l] of level l, 0 is the finest
 """
 
+import glob
 import io
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,7 +41,10 @@ def stored_count(directory: epath.Path) -> int:
 
 
 def remove_others(directory: epath.Path, ranges: Sequence[Range]) -> None:
-    """Removes files of other ranges. A set that has grown leaves its former, shorter last file behind."""
+    """Removes files samples-START-STOP.npz whose (START, STOP) is not in `ranges`; other files stay.
+
+    A set that has grown leaves its former, shorter last file behind.
+    """
     own = {shard_path(directory, *r).name for r in ranges}
     for path in directory.glob('samples-*.npz'):
         if path.name not in own:
@@ -47,7 +52,7 @@ def remove_others(directory: epath.Path, ranges: Sequence[Range]) -> None:
 
 
 def write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes an `.npz` file completely or not at all."""
+    """Writes an uncompressed `.npz` file, over an existing one, completely or not at all."""
     if gcs.is_remote(path):
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
@@ -70,6 +75,19 @@ def shard_paths(directory: epath.Path) -> list[epath.Path]:
       JobError: the set is not finished, or files are missing.
     """
     return processes.run_on_main_process(lambda: _shard_paths(read_set(directory)))
+
+
+def local_files(directory: epath.Path) -> str:
+    """Returns a glob pattern of the files of a finished set, or of their local copies if it is on a bucket.
+
+    All processes call this together.
+
+    Raises:
+      JobError: as `shard_paths`.
+    """
+    shard_paths(directory)
+    folder = str(directory) if gcs.is_remote(directory) else glob.escape(str(directory))
+    return gcs.local_copy(os.path.join(folder, 'samples-*.npz'), read_set(directory).digest)
 
 
 def take(directory: epath.Path, index: np.ndarray) -> dict[str, np.ndarray]:
@@ -103,7 +121,7 @@ def read_set(directory: epath.Path) -> Record:
     Raises:
       JobError: there is no finished set.
     """
-    return record.read_done(directory, 'cas' if directory.name == 'reconstructions' else 'sample')
+    return record.read_done(directory, 'cas' if directory.parent.name != 'samples' else 'sample')
 
 
 def _shard_paths(output):

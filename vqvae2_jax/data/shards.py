@@ -34,13 +34,11 @@ def batch_runs(missing: Sequence[Range], batch_size: int, count: int) -> Iterato
       count: number of all examples; the last run ends there.
     """
     starts = batch_starts(missing, batch_size)
+    begin = 0
     for number, start in enumerate(starts):
-        if number and starts[number - 1] + batch_size == start:
-            continue
-        stop = start + batch_size
-        while stop in starts:
-            stop += batch_size
-        yield start, min(stop, count)
+        if number + 1 == len(starts) or starts[number + 1] != start + batch_size:
+            yield starts[begin], min(start + batch_size, count)
+            begin = number + 1
 
 
 class ShardWriter:

@@ -4,7 +4,6 @@ The records are tf.train.Example messages. Only the features 'image' and 'label'
 the same decoder as image files.
 """
 
-import functools
 import os
 
 import numpy as np
@@ -14,7 +13,6 @@ from vqvae2_jax.data.decode import UnreadableImage, decode_image
 from vqvae2_jax.io import gcs
 
 _DEFAULT_SPLIT = 'train'
-_local = functools.cache(gcs.local_copy)  # once for all splits
 
 
 def _import_tfds():
@@ -110,7 +108,7 @@ def _prepared_builder(tfds, name: str, data_dir: str):
             f'no random access; needed is array_record. For another data_dir, run\n{recipe}'
         )
     if gcs.is_remote(directory):
-        return tfds.builder_from_directory(_local(os.fspath(builder.data_path)))
+        return tfds.builder_from_directory(gcs.local_copy(os.fspath(builder.data_path)))
     return builder
 
 

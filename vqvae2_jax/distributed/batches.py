@@ -25,12 +25,14 @@ def map_batches(
 
     Args:
       function: takes a dict of global arrays [B, ...] and returns a dict of arrays [B, ...].
-      batches: dicts of arrays [n, ...] of the rows of this process (`sharding.process_local_rows(batch_size)`).
+      batches: dicts of arrays [n, ...] of the rows of this process (`sharding.process_local_rows(batch_size)`), all of
+        one size; read one batch ahead.
       batch_size: B, the global batch size.
       main_process_only: copies results to process 0 only; the other processes get empty arrays [B, 0].
 
     Yields:
-      For each batch a dict of arrays [B, ...]: the results, and 'label', 'index' and 'mask' if the batch has them.
+      For each batch a dict of NumPy arrays [B, ...]: the results, and 'label', 'index' and 'mask' if the batch has them
+      and no result has that name. 64-bit integers become int32.
     """
     pending = None
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Log lines of long phases: one line at the start of a job, then progress and time left."""
+"""Log lines of long phases: progress, and the time left."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -7,19 +7,6 @@ from typing import Any
 from vqvae2_jax.io.logging import format_duration, format_number
 
 _EVERY = 10.0  # seconds between two lines
-
-
-def start_line(job: str, mesh: str, *, parameters: int | None = None, data: str = '') -> str:
-    """Returns the line that every job prints when it starts to work.
-
-    Args:
-      job: the value of --job.
-      mesh: devices and mesh, from `processes.describe_mesh`.
-      parameters: number of parameters of the networks in use; None: none are used.
-      data: the examples and batch sizes, as text.
-    """
-    parts = [mesh, f'{parameters:,} parameters' if parameters is not None else '', data]
-    return f'{job}: ' + '; '.join(part for part in parts if part)
 
 
 class Progress:

@@ -151,20 +151,21 @@ def open_output(
 
     Args:
       directory: the output; it may be missing.
-      job: the value of --job.
+      job: the value of --job, for the record; it is not compared.
       inputs: current digests of the inputs, by name.
-      settings: current settings, flat.
+      settings: current settings by name, of values that JSON can hold.
       replace: outputs of other inputs or settings are written again, instead of refused.
-      hint: advice about a difference, as a sentence.
+      hint: advice about changed settings, as a sentence; '': the usual advice.
 
     Returns:
-      The record to write, with the state, results, seconds and digest that the directory has. With `replace` the state
-      is `STALE` if something differs.
+      The record to write, with the state, results, seconds and digest that the directory has. With `replace`, if
+      something differs, a record in the state `STALE` without results, seconds and digest. Nothing is written yet.
 
     Raises:
       StaleInputError: an input has changed; the message shows both digests.
       SettingsChangedError: settings have changed; the message shows both sides.
       JobError: as `read`.
+      ValueError: a setting is not finite.
     """
     directory = epath.Path(directory)
     current = Record(directory, job, dict(inputs), files.to_json(settings, 'settings'))

@@ -8,8 +8,6 @@ so real images serve for the test alone.
 
 import dataclasses
 import functools
-import glob
-import os
 
 import jax
 
@@ -21,9 +19,10 @@ from vqvae2_jax.data.shards import ShardWriter, shard_ranges
 from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.distributed.batches import map_missing
 from vqvae2_jax.distributed.preemption import stop_signals
-from vqvae2_jax.io import gcs, record
+from vqvae2_jax.io import record
+from vqvae2_jax.io.record import JobError
 from vqvae2_jax.jobs import feature_store, train, workdir
-from vqvae2_jax.jobs.workdir import RECONSTRUCTIONS, SAMPLES, JobError, Run
+from vqvae2_jax.jobs.workdir import RECONSTRUCTIONS, SAMPLES, Run
 
 DIRECTORY = 'cas'
 SOURCES = RECONSTRUCTIONS, SAMPLES  # of the training images of the classifiers
@@ -46,12 +45,17 @@ def classification_accuracy_score(run: Run) -> None:
         _train(run, source)
 
 
-def images_name(run: Run, source: str) -> str:
+def images_directory(run: Run, source: str) -> str:
     """Returns the directory of the training images, 'reconstructions' or 'samples/<sample.name>'.
 
     The classifier that is trained on them is in cas/<that directory>.
     """
     return source if source == RECONSTRUCTIONS else f'{source}/{run.config.sample.name}'
+
+
+def directories(run: Run) -> dict[str, str]:
+    """Returns the directory of the classifier trained on 'reconstructions' and on 'samples', below the workdir."""
+    return {source: f'{DIRECTORY}/{images_directory(run, source)}' for source in SOURCES}
 
 
 def inputs(run: Run) -> dict[str, str]:
@@ -69,14 +73,18 @@ def classifier_inputs(run: Run, source: str) -> dict[str, str]:
     Raises:
       JobError: these images are not finished.
     """
-    return {source: sample_store.read_set(run.path(images_name(run, source))).digest}
+    return {source: sample_store.read_set(run.path(images_directory(run, source))).digest}
 
 
 def reconstruct(run: Run) -> None:
-    """Decodes the codes of the training images into reconstructions/, in the layout of samples/; a restart continues.
+    """Decodes the codes of the training images into reconstructions/, in files as those of samples/ but without codes.
+
+    A restart writes the missing files, of the recorded size. The function enters the run's mesh itself.
 
     Raises:
-      JobError, StaleInputError, SettingsChangedError, Interrupted: as `classification_accuracy_score`.
+      JobError: stage 1 or codes of the training images are missing.
+      StaleInputError: they are not those that existing reconstructions were made from.
+      Interrupted: a stop signal came; the same call continues.
     """
     directory = run.path(RECONSTRUCTIONS)
     count = record.read_done(run.path('codes', 'train'), 'extract_codes').results['count']
@@ -116,14 +124,12 @@ def reconstruct(run: Run) -> None:
 
 def _train(run: Run, source: str) -> None:
     """Trains the classifier on 'reconstructions' or 'samples'."""
-    images = run.path(images_name(run, source))
+    images = run.path(images_directory(run, source))
     image_set = sample_store.read_set(images)
-    sample_store.shard_paths(images)  # refuses a set that lacks files
-    folder = str(images) if gcs.is_remote(images) else glob.escape(str(images))
     changes = {'splits': (), 'split_seed': 0, 'held_out': (_HELD_OUT, 0.0), 'on_error': 'raise'}
 
     def make_data():
-        path = gcs.local_copy(os.path.join(folder, 'samples-*.npz'), image_set.digest)
+        path = sample_store.local_files(images)
         spec = dataclasses.replace(build.image_spec(run.config), name='npz', path=path, **changes)
         try:
             train_images, val_images = (open_images(spec, split) for split in ('train', 'validation'))
@@ -133,5 +139,5 @@ def _train(run: Run, source: str) -> None:
         augment = {'flip': run.config.classifier.flip, 'crop': run.config.classifier.crop}
         return train.image_data(run, 'classifier', train_images, val_images, **augment)
 
-    directory = f'{DIRECTORY}/{images_name(run, source)}'
+    directory = directories(run)[source]
     train.train_network(run, 'classifier', make_data, classifier_inputs(run, source), directory)

@@ -48,7 +48,9 @@ def compare_sets(run: Run) -> None:
                     run, network, source, directory / name, images, received_signal, hash_images=True
                 )
             report = processes.run_on_main_process(lambda: _write(run, network, sources, extracted, output))
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise JobError(f'evaluate: {error}') from error
+    except ValueError as error:
         if processes.is_main_process():
             (directory / record.FILE).unlink(missing_ok=True)  # the next call starts over
         raise error if isinstance(error, JobError) else JobError(f'evaluate: {error}') from error

@@ -97,8 +97,7 @@ def _outputs(run: Run) -> Iterator[tuple[Record, dict[str, str], str]]:
     yield record.read_done(run.sample_set_path(REJECTION), 'reject'), reject.inputs(run), 'reject'
     if build.has_cas(run.config):
         yield sample_store.read_set(run.path(RECONSTRUCTIONS)), cas.inputs(run), 'cas'
-        for source in cas.SOURCES:
-            directory = f'{cas.DIRECTORY}/{cas.images_name(run, source)}'
+        for source, directory in cas.directories(run).items():
             trained = workdir.trained_record(run, 'classifier', directory)
             yield trained, cas.classifier_inputs(run, source), 'cas'
 
@@ -155,8 +154,7 @@ def _first_reconstructions(run: Run) -> dict[str, np.ndarray]:
         source, batch_size=_PICTURE_COLUMNS, stop=min(_PICTURE_COLUMNS, len(source)), **run.loader_kwargs()
     )
     with contextlib.closing(batches):
-        batch = next(batches)
-        image = batch['image'][batch['mask']]
+        image = batches.peek()['image'][: len(source)]
     with jax.set_mesh(run.mesh):
         reconstruct = make_reconstruct_fn(task)
         weights = sharding.put_replicated((trained.params, trained.model_state))
@@ -253,9 +251,9 @@ def _cas(e: Evaluation, source: str) -> dict[str, Any]:
         directory, count, part = 'classifier', len(run.images('train')), f'{cas.DIRECTORY}/real'
         name = part if run.config.reject.classifier else directory
     else:
-        images_name = cas.images_name(run, source)
-        directory = name = part = f'{cas.DIRECTORY}/{images_name}'
-        count = sample_store.read_set(run.path(images_name)).results['count']
+        images_directory = cas.images_directory(run, source)
+        directory = name = part = f'{cas.DIRECTORY}/{images_directory}'
+        count = sample_store.read_set(run.path(images_directory)).results['count']
     trained = workdir.trained_record(run, 'classifier', directory)
 
     def compute():

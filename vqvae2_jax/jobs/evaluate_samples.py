@@ -77,15 +77,15 @@ def evaluate_part(
       main_process_only: call `compute` on the main process alone.
 
     Raises:
-      Interrupted: a stop signal came; the part is not kept.
+      Interrupted: a stop signal came; the part is kept if it was complete.
     """
     settings = e.settings | (settings or {})
     output = e.run.open_output(e.run.path(DIRECTORY, name), 'evaluate', inputs, settings, replace=True)
     if output.state == record.DONE:
         return output.results
     results = files.to_json(processes.run_on_main_process(compute) if main_process_only else compute(), name)
-    exit_together(e.received_signal)
     processes.run_on_main_process(lambda: output.finish(results))
+    exit_together(e.received_signal)
     return results
 
 

@@ -14,9 +14,7 @@ statistics.npz holds `count`, and `mean_r` [D] and `scatter_r` [D, D] of all ima
 
 import contextlib
 import functools
-import glob
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -37,7 +35,7 @@ from vqvae2_jax.distributed.preemption import exit_together
 from vqvae2_jax.evaluation import features
 from vqvae2_jax.evaluation.features import MAX_STORED_FEATURES, FeatureExtractor, FeatureStats
 from vqvae2_jax.evaluation.reconstruction import make_reconstruct_fn
-from vqvae2_jax.io import files, gcs, record
+from vqvae2_jax.io import files, record
 from vqvae2_jax.io.progress import Progress
 from vqvae2_jax.io.record import JobError, Record
 from vqvae2_jax.jobs import train, workdir
@@ -67,10 +65,11 @@ def load_inception(run: Run) -> FeatureExtractor:
 
 
 def load_classifier(run: Run) -> FeatureExtractor:
-    """Loads the classifier that scores samples: reject.classifier, or else the run's own.
+    """Loads the classifier that scores samples: reject.classifier, or if that is '' the one that this run trained.
 
     Raises:
-      JobError: it is missing, or has other classes.
+      JobError: it is missing or unreadable, or has another number of classes.
+      SettingsChangedError: the run's own was trained with another network or on other data.
     """
     if not (path := run.config.reject.classifier):
         return load_own_classifier(run)
@@ -103,11 +102,8 @@ def open_samples(run: Run, indices: np.ndarray | None = None) -> ImageSource:
     Raises:
       JobError: the set is not finished.
     """
-    directory, data = run.sample_set_path(SAMPLES), run.config.data
-    sample_store.shard_paths(directory)  # it refuses a set that lacks files
-    folder = str(directory) if gcs.is_remote(directory) else glob.escape(str(directory))
-    pattern = gcs.local_copy(os.path.join(folder, 'samples-*.npz'), sample_store.read_set(directory).digest)
-    dataset = ArraysDataset(pattern, data.num_classes)
+    data = run.config.data
+    dataset = ArraysDataset(sample_store.local_files(run.sample_set_path(SAMPLES)), data.num_classes)
     indices = np.arange(len(dataset)) if indices is None else indices
     return ImageSource(dataset, indices, tuple(data.image_size), data.channels)
 
@@ -238,8 +234,8 @@ def extract(
     inputs, settings = {'network': extractor.digest, **inputs}, {**(settings or {}), 'rows': list(rows)}
     settings |= {'count': len(source), 'shard_size': SHARD_SIZE, 'features_version': FEATURES_VERSION}
     output = run.open_output(directory, 'evaluate', inputs, settings, replace=True)
-    missing = processes.run_on_main_process(lambda: _missing_shards(output))
-    if output.state == record.DONE and not missing:
+    missing, finished = processes.run_on_main_process(lambda: _compare_files(output))
+    if output.state == record.DONE and finished:
         return output
 
     def write(shard, arrays):
@@ -270,13 +266,15 @@ def _hashes(images: np.ndarray) -> np.ndarray:
     return np.frombuffer(b''.join(hashes), np.uint8).reshape(-1, 32)
 
 
-def _missing_shards(output: Record) -> list[Range]:
+def _compare_files(output: Record) -> tuple[list[Range], bool]:
+    """Returns the shards without a file, and whether no file is missing."""
     if output.state in (record.MISSING, record.STALE):  # files may be left of other images
         for path in output.directory.glob('*.npz'):
             path.unlink()
     ranges = shard_ranges(output.settings['count'], output.settings['shard_size'])
     names = files.list_names(output.directory)
-    return [shard for shard in ranges if _shard_path(output.directory, shard).name not in names]
+    missing = [shard for shard in ranges if _shard_path(output.directory, shard).name not in names]
+    return missing, not missing and _STATISTICS in names
 
 
 def _finish(run: Run, output: Record) -> Record:

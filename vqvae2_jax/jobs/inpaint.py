@@ -21,8 +21,9 @@ from vqvae2_jax.data.images import ImageSource
 from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.io import files, gcs, plots, record
 from vqvae2_jax.io.progress import Progress
+from vqvae2_jax.io.record import JobError
 from vqvae2_jax.jobs import workdir
-from vqvae2_jax.jobs.workdir import Generator, JobError, Run
+from vqvae2_jax.jobs.workdir import Generator, Run
 
 DIRECTORY = 'inpaint'
 _GRAY = 128
@@ -91,7 +92,7 @@ def _checked_options(run: Run) -> tuple[ImageSource, np.ndarray, tuple[str, ...]
 def make_inpainter(
     run: Run, generator: Generator, levels: tuple[str, ...]
 ) -> Callable[[int, np.ndarray, np.ndarray], dict[str, np.ndarray]]:
-    """Makes the function that inpaints one image; call it inside `jax.set_mesh(run.mesh)`.
+    """Makes the function that inpaints one image; call that function inside `jax.set_mesh(run.mesh)`.
 
     Args:
       run: the run; its section `inpaint` gives the class and the number of variants.

@@ -17,8 +17,9 @@ from vqvae2_jax.distributed import processes
 from vqvae2_jax.distributed.batches import map_batches
 from vqvae2_jax.distributed.preemption import stop_signals
 from vqvae2_jax.io import files, record
+from vqvae2_jax.io.record import JobError
 from vqvae2_jax.jobs import feature_store, workdir
-from vqvae2_jax.jobs.workdir import SKIPPED, Generator, JobError, Run
+from vqvae2_jax.jobs.workdir import SKIPPED, Generator, Run
 
 DIRECTORY = 'likelihood'
 FILE = 'images.csv'

@@ -5,8 +5,10 @@ import time
 from vqvae2_jax.config import build
 from vqvae2_jax.config.validation import check_batch_sizes
 from vqvae2_jax.distributed import processes
+from vqvae2_jax.io import record
 from vqvae2_jax.io.logging import format_duration
-from vqvae2_jax.jobs.cas import classification_accuracy_score
+from vqvae2_jax.io.record import JobError
+from vqvae2_jax.jobs import cas
 from vqvae2_jax.jobs.evaluate import evaluate
 from vqvae2_jax.jobs.extract_codes import extract_codes
 from vqvae2_jax.jobs.inpaint import inpaint
@@ -15,7 +17,7 @@ from vqvae2_jax.jobs.plan import plan
 from vqvae2_jax.jobs.reject import reject
 from vqvae2_jax.jobs.sample import draw_samples
 from vqvae2_jax.jobs.train import train_classifier, train_prior, train_vqvae
-from vqvae2_jax.jobs.workdir import JobError, Run
+from vqvae2_jax.jobs.workdir import Run, training_directory
 
 _PIPELINE = {  # in order
     'vqvae': train_vqvae,
@@ -24,7 +26,7 @@ _PIPELINE = {  # in order
     'classifier': train_classifier,
     'sample': draw_samples,
     'reject': reject,
-    'cas': classification_accuracy_score,
+    'cas': cas.classification_accuracy_score,
     'evaluate': evaluate,
 }
 _OTHERS = {'inpaint': inpaint, 'likelihood': write_likelihood, 'plan': plan}
@@ -52,7 +54,7 @@ def run_job(run: Run, job: str, level: str | None = None) -> None:
     jobs = _pipeline_jobs(run) if job == 'pipeline' else [job]
     # The coarsest prior first, as it is sampled; their order does not matter.
     levels = [level] if level else list(reversed(run.levels))
-    sections = [section for name in jobs for section in _trained_sections(run, name, levels)]
+    sections = processes.run_on_main_process(lambda: _sections_to_train(run, jobs, levels))
     check_batch_sizes(run.config, run.mesh.devices.shape, sections)
     for name in jobs:
         for arguments in [(level,) for level in levels] if name == 'prior' else [()]:
@@ -72,10 +74,17 @@ def _pipeline_jobs(run: Run) -> list[str]:
     return [name for name in _PIPELINE if name not in skipped]
 
 
-def _trained_sections(run: Run, job: str, levels: list[str]) -> list[str]:
-    """Returns the sections of the config whose training a job runs, or compiles for a plan."""
-    if job == 'plan':
+def _sections_to_train(run: Run, jobs: list[str], levels: list[str]) -> list[str]:
+    """Returns the sections of the config whose training is not done and belongs to a job, or is compiled for a plan."""
+    if jobs == ['plan']:
         return list(build.networks(run.config))
-    if job == 'prior':
-        return [f'prior.{level}' for level in levels]
-    return {'vqvae': ['vqvae'], 'classifier': ['classifier'], 'cas': ['classifier']}.get(job, [])
+    sections = {'vqvae': ['vqvae'], 'prior': [f'prior.{level}' for level in levels], 'classifier': ['classifier']}
+    outputs = [(section, training_directory(section)) for job in jobs for section in sections.get(job, [])]
+    outputs += [('classifier', directory) for directory in cas.directories(run).values()] if 'cas' in jobs else []
+
+    def is_done(section, directory):
+        output = record.read(run.path(directory))
+        done = output is not None and output.state == record.DONE
+        return done and output.results['steps'] >= run.config[section].training.steps
+
+    return [section for section, directory in outputs if not is_done(section, directory)]

@@ -11,9 +11,10 @@ from vqvae2_jax.distributed.batches import map_batches
 from vqvae2_jax.distributed.preemption import stop_signals
 from vqvae2_jax.evaluation.features import FeatureExtractor
 from vqvae2_jax.io import plots, record
+from vqvae2_jax.io.record import JobError
 from vqvae2_jax.jobs import feature_store, workdir
 from vqvae2_jax.jobs.sample import grid_positions
-from vqvae2_jax.jobs.workdir import REJECTION, SAMPLES, JobError, Run
+from vqvae2_jax.jobs.workdir import REJECTION, SAMPLES, Run
 from vqvae2_jax.sampling.rejection import log_probability, select_top_per_class
 
 SCORES, ACCEPTED, PICTURE = 'scores.npz', 'accepted.npz', 'accepted.png'
@@ -28,6 +29,7 @@ def reject(run: Run) -> None:
     """
     options, directory = run.config.reject, run.sample_set_path(REJECTION)
     settings = {'keep_fraction': options.keep_fraction, 'threshold': options.threshold}
+    settings['features_version'] = feature_store.FEATURES_VERSION  # scores come from the same outputs
     output = run.open_output(directory, 'reject', inputs(run), settings, replace=True)
     if output.state == record.DONE:
         print(f'reject: done (see {directory})', flush=True)

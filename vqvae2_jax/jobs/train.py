@@ -11,8 +11,9 @@ from vqvae2_jax.data.images import ImageSource
 from vqvae2_jax.data.loader import eval_batches, train_batches
 from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.io import files, record
+from vqvae2_jax.io.record import JobError
 from vqvae2_jax.jobs import workdir
-from vqvae2_jax.jobs.workdir import JobError, Run
+from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.planning import cost, hardware
 from vqvae2_jax.tasks import classifier, prior, vqvae
 from vqvae2_jax.tasks.task import Task
@@ -60,7 +61,7 @@ def inputs(run: Run, section: str) -> dict[str, str]:
 
 
 def train_vqvae(run: Run) -> None:
-    """--job=vqvae
+    """Trains stage 1 (--job=vqvae).
 
     Raises:
       JobError: images are missing; as `train_network`.
@@ -70,7 +71,7 @@ def train_vqvae(run: Run) -> None:
 
 
 def train_prior(run: Run, level_name: str) -> None:
-    """--job=prior --level=...
+    """Trains the prior of a level (--job=prior --level=...).
 
     Raises:
       JobError: stage 1 or codes are missing; as `train_network`.
@@ -86,7 +87,7 @@ def train_prior(run: Run, level_name: str) -> None:
 
 
 def train_classifier(run: Run) -> None:
-    """--job=classifier
+    """Trains the classifier (--job=classifier).
 
     Raises:
       JobError: there are no classes; images are missing; as `train_network`.
@@ -99,7 +100,7 @@ def train_classifier(run: Run) -> None:
 
 
 def train_network(
-    run: Run, section: str, make_data: Callable[[], Data], inputs: dict[str, str], directory: str = ''
+    run: Run, section: str, make_data: Callable[[], Data], digests: dict[str, str], directory: str = ''
 ) -> None:
     """Trains the network of a section of the config, unless that is done, and records it.
 
@@ -107,7 +108,7 @@ def train_network(
       run: the run.
       section: the section, such as 'prior.top'.
       make_data: opens the data; called only if there is something to train.
-      inputs: digests of the inputs, by name.
+      digests: digests of the inputs, by name.
       directory: output of --job=cas, below the workdir; '': `workdir.training_directory(section)`.
 
     Raises:
@@ -116,7 +117,7 @@ def train_network(
     """
     config, job = build.train_config(run.config, section), 'cas' if directory else section.partition('.')[0]
     directory = directory or workdir.training_directory(section)
-    output = run.open_output(run.path(directory), job, inputs, build.settings(run.config, section))
+    output = run.open_output(run.path(directory), job, digests, build.settings(run.config, section))
     if output.state == record.DONE and output.results['steps'] >= config.steps:
         print(f'{directory}: done ({_summary(output.results)})', flush=True)
         return
@@ -177,7 +178,7 @@ def _make_data(run, section, train, val, loader_kwargs, **augment) -> Data:
 
 
 def _count(task, data, batch_size, mesh) -> tuple[int, dict[str, float]]:
-    """The number of parameters; FLOPs per step and FLOP/s of all devices, where their peak is known."""
+    """Returns the number of parameters; FLOPs per step and FLOP/s of all devices, where their peak is known."""
     batch = {k: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for k, x in data.first_batch.items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
     params, model_state = jax.eval_shape(task.init, key, batch)

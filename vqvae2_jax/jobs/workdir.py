@@ -22,13 +22,14 @@ from vqvae2_jax.data.codes import CodeSource
 from vqvae2_jax.data.images import SPLITS, ImageSource
 from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.io import files, gcs, record
-from vqvae2_jax.io.progress import start_line
 from vqvae2_jax.io.record import JobError, Record
 from vqvae2_jax.models.prior import Prior
 from vqvae2_jax.models.vqvae import VQVAE
 from vqvae2_jax.training.checkpoint import BestCheckpoint
 
 SKIPPED = 'skipped.txt'
+# Fields of a network's section that decide how it is trained, but not the network.
+_OF_TRAINING = ('training.', 'flip', 'crop', 'commitment_weight')
 SAMPLES, REJECTION, RECONSTRUCTIONS = 'samples', 'rejection', 'reconstructions'
 
 
@@ -142,10 +143,12 @@ class Run:
           parameters: number of parameters of the networks in use; None: there are none.
           batch: section of the config whose batch size is in use, as configured and padded; '': none.
         """
+        parts = [processes.describe_mesh(self.mesh)]
+        parts += [f'{parameters:,} parameters'] if parameters is not None else []
+        parts += [data] if data else []
         if batch:
-            configured, padded = self.config[batch].batch_size, self.batch_size(batch)
-            data += f'; {batch}.batch_size {configured}, padded to {padded}'
-        print(start_line(job, processes.describe_mesh(self.mesh), parameters=parameters, data=data), flush=True)
+            parts.append(f'{batch}.batch_size {self.config[batch].batch_size}, padded to {self.batch_size(batch)}')
+        print(f'{job}: ' + '; '.join(parts), flush=True)
 
     def open_output(
         self, directory: epath.Path, job: str, inputs: dict[str, str], settings: dict[str, Any], **options: Any
@@ -225,7 +228,7 @@ def trained_record(run: Run, section: str, directory: str = '') -> Record:
     """
     path = run.path(directory or training_directory(section))
     trained = record.read_done(path, 'cas' if directory.startswith('cas/') else section.replace('.', ' --level='))
-    of_training = ('seed', 'data.flip', 'data.crop', f'{section}.training.')
+    of_training = ('seed', 'data.flip', 'data.crop', *(f'{section}.{field}' for field in _OF_TRAINING))
     current = {k: v for k, v in build.settings(run.config, section).items() if not k.startswith(of_training)}
     hint = 'Go back to the recorded settings, or give another --workdir.'
     recorded = {k: trained.settings.get(k) for k in current}

@@ -23,14 +23,14 @@ def kernel_distance(
     Args:
       first: [N, D], N at least 2.
       second: [M, D], M at least 2.
-      subsets: number of pairs of subsets.
-      subset_size: images of each subset; at most the size of the smaller set.
+      subsets: number of pairs of subsets, at least 1.
+      subset_size: images of each subset; reduced to the size of the smaller set.
       seed: seed of the random subsets.
       track: wraps the sequence that the loop over the subsets iterates, to show progress.
 
     Returns:
-      Mean and standard deviation over the subsets. The mean may be slightly negative. If both sets are no larger than a
-      subset, they are compared once as a whole, and the deviation is None.
+      Mean and standard deviation over the subsets. The mean may be slightly negative. If both sets have exactly that
+      many images, they are compared once as a whole, and the deviation is None.
 
     Raises:
       ValueError: shapes that do not match, too few images, features that are not finite.

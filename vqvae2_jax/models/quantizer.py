@@ -75,7 +75,9 @@ def nearest(vectors: jax.Array, codebook: jax.Array) -> jax.Array:
 
 
 def initial_statistics(vectors: jax.Array, codebook_size: int, key: jax.Array) -> Statistics:
-    """Makes a codebook of random vectors of the first batch, with equal counts N / K.
+    """Makes a codebook of distinct random vectors of the first batch, with equal counts N / K.
+
+    If there are fewer vectors than codes, vectors repeat, with a little noise.
 
     Args:
       vectors: encoder outputs of the first batch, float32 [N, D].

@@ -58,9 +58,11 @@ def topology_devices(name: str) -> list[jax.Device]:
     """Returns devices that need not be attached.
 
     Args:
-      name: a TPU slice such as 'v5e:4x8', or a number of GPUs such as 'h100:8', which CPU devices then stand for.
+      name: a TPU slice such as 'v5e:4x8', or a number of H100 or H200 GPUs such as 'h100:8'. CPU devices stand for
+        the GPUs, see `is_simulated`. The call creates them, so it has to come before the first JAX operation.
 
     Raises:
+      RuntimeError: GPUs, after JAX was initialized.
       JobError: there is no such slice (the message lists some), or libtpu, its compiler, is not installed.
     """
     family, _, shape = name.partition(':')

@@ -22,6 +22,7 @@ from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.distributed.preemption import stop_signals
 from vqvae2_jax.io import plots
 from vqvae2_jax.io.logging import MetricsLogger
+from vqvae2_jax.io.record import JobError
 from vqvae2_jax.tasks.task import Task, to_uint8
 from vqvae2_jax.training import optim
 from vqvae2_jax.training import state as train_state
@@ -166,7 +167,7 @@ class TrainLoop:
                 if last or _due(step, config.eval_every):
                     self.eval_and_keep_best(state, step, received_signal)
                 if self.visualize_fn and config.image_every and (last or _due(step, config.image_every)):
-                    self._visualize(state, step, received_signal)
+                    self._visualize(state, step)
                 if last or _due(step, config.save_every):
                     self._save(state, step, buffer)
         self.stopping = processes.process_any(self.stopping or bool(received_signal()))
@@ -190,14 +191,14 @@ class TrainLoop:
         weights = {'params': state.ema_params, 'model_state': state.variables}
         self.best.save_if_best(step, metrics, self.task.best_metric, weights)
 
-    def _visualize(self, state, step, received_signal):
+    def _visualize(self, state, step):
         with jax.set_mesh(self.mesh):
             weights = sharding.replicate_to_host((state.ema_params, state.variables))
-        processes.run_on_main_process(lambda: self._save_image(weights, step, received_signal))
+        processes.run_on_main_process(lambda: self._save_image(weights, step))
 
-    def _save_image(self, weights, step, received_signal):
+    def _save_image(self, weights, step):
         with contextlib.closing(self.data.val()) as batches:
-            batch = read_next(batches, received_signal)
+            batch = batches.peek()
         images = self.visualize_fn(*weights, {k: jnp.asarray(rows[:_IMAGES_PER_ROW]) for k, rows in batch.items()})
         rows = [(label, np.asarray(to_uint8(x))) for label, x in zip(self.task.image_labels, images, strict=True)]
         self.logger.image(step, 'validation', plots.labeled_rows(rows, scale=plots.visible_scale(rows[0][1])))
@@ -362,7 +363,7 @@ def make_eval_fn(task: Task, batch_size: int | None = None) -> EvalFn:
 
     Returns:
       A function (params, model_state, batches of the rows of this process with 'mask') -> the metrics of
-      `task.reduce_metrics`. Masked examples do not count. It raises ValueError if no example is left.
+      `task.reduce_metrics`. Masked examples do not count. It raises JobError if none is left.
     """
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated_sharding())
@@ -380,7 +381,7 @@ def make_eval_fn(task: Task, batch_size: int | None = None) -> EvalFn:
             count += int(batch_count)
             totals = {k: totals.get(k, 0) + v.astype(np.float64) for k, v in batch_sums.items()}
         if not count:
-            raise ValueError('the validation split has no readable example; raise data.held_out or repair the files')
+            raise JobError('no example to evaluate on can be read: repair the files that skipped.txt lists')
         return task.reduce_metrics({k: v / count for k, v in totals.items()})
 
     return eval_fn

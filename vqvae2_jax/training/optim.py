@@ -60,7 +60,11 @@ class TrainConfig:
             raise ValueError(f'profile_steps is {self.profile_steps}; the first step must not come after the last')
 
     def resume_settings(self) -> dict[str, Any]:
-        """Returns the fields that decide the learned weights; a training continues only with the same ones."""
+        """Returns the fields that a continued training must not change, by name.
+
+        Left out are `steps`, unless the schedule is cosine; `grad_accum_steps`, which changes dropout masks and
+        rounding only; and fields that say when to log, evaluate, save or trace.
+        """
         # A cosine schedule ends at `steps`; a constant rate can always continue.
         steps = () if self.lr_schedule == 'constant' else ('steps',)
         return {field: getattr(self, field) for field in (*_RESUME_FIELDS, *steps)}
