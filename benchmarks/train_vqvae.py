@@ -139,7 +139,7 @@ def training_here(factors, images):
     layout = loop.state_sharding(jax.eval_shape(init, key, batch))
     state, step = jax.jit(init, out_shardings=layout)(key, batch), loop.make_step(task, optimizer, config, layout)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    forward = cost.count(task.loss, state.params, state.variables, batch, key)
+    forward = cost.count(task.loss, state.params, state.model_state, batch, key)
 
     def run(steps):
         nonlocal state

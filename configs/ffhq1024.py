@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
         prior.remat = True  # recomputes activations that would not fit
         prior.scan_layers = True  # loops over blocks and their attention, of which few are compiled
         prior.training.update(
-            learning_rate=3e-4,  # open, and the next three
+            learning_rate=3e-4,  # open, and the next four
             warmup_steps=5_000,
             lr_schedule='cosine',
             clip_norm=1.0,

@@ -75,7 +75,7 @@ def get_config() -> ConfigDict:
     config.prior.top.training.update(
         steps=1_600_000,  # [A]
         batch_size=1024,  # [A]
-        learning_rate=3e-4,  # open: rosinality's, as for the rest of this line
+        learning_rate=3e-4,  # open: rosinality's
         warmup_steps=5_000,  # open
         lr_schedule='cosine',  # open
         clip_norm=1.0,  # open

@@ -69,7 +69,7 @@ def test_weights_load_on_other_devices_than_they_were_saved_on(tmp_path):
     program = f"""
 import jax
 from vqvae2_jax.io.files import digest_arrays
-from vqvae2_jax.training.checkpoint import BestCheckpoint, Checkpoints
+from vqvae2_jax.training.checkpoint import BestCheckpoint
 assert jax.device_count() == 1
 print(digest_arrays(BestCheckpoint({str(tmp_path)!r}).load()))
 """

@@ -14,7 +14,7 @@ from vqvae2_jax.evaluation.features import FeatureExtractor
 from vqvae2_jax.io import record
 from vqvae2_jax.jobs import evaluate_samples, feature_store
 from vqvae2_jax.jobs.evaluate_samples import Evaluation, evaluate_part
-from vqvae2_jax.jobs.feature_store import extract, load_logits, load_stats
+from vqvae2_jax.jobs.feature_store import load_logits, load_stats, write_features
 from vqvae2_jax.jobs.workdir import JobError, Run
 
 
@@ -45,7 +45,7 @@ class PartlyUnreadable(ArraySource):
 
 
 def extract_some(run, source, **options):
-    return extract(run, CLASSIFIER, source, run.path('some'), {'images': source.digest}, lambda: 0, **options)
+    return write_features(run, CLASSIFIER, source, run.path('some'), {'images': source.digest}, lambda: 0, **options)
 
 
 def features_of(images):
@@ -96,7 +96,7 @@ def test_features_that_are_not_finite_give_no_metrics(empty_run):
         'classifier', {'weights': 'nan'}, 0, {}, lambda params, images: {'features': images[:, :8, 0, 0] / 0.0}
     )
     source = ArraySource(random_images(20, seed=0) * 0)
-    output = extract(empty_run, extractor, source, empty_run.path('nan'), {}, lambda: 0)
+    output = write_features(empty_run, extractor, source, empty_run.path('nan'), {}, lambda: 0)
     stats = load_stats(output)
     with pytest.raises(ValueError, match='20 of 20 images have features that are not finite'):
         generative.generative_metrics('classifier', stats, stats)
@@ -111,7 +111,7 @@ def test_parameters_are_put_on_the_devices_once(empty_run, monkeypatch):
     )  # fmt: skip
     for number in range(2):
         source = ArraySource(random_images(20, seed=number))
-        extract(empty_run, extractor, source, empty_run.path(str(number)), {}, lambda: 0)
+        write_features(empty_run, extractor, source, empty_run.path(str(number)), {}, lambda: 0)
     assert len(calls) == 1
 
 

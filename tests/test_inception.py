@@ -65,6 +65,8 @@ def test_weights_of_another_resnet_are_refused():
         torchvision_resnet.from_state_dict(
             state | {k: v[:32] for k, v in state.items() if k.startswith(('conv1.', 'bn1.'))}
         )
+    with pytest.raises(ValueError, match=r"lack 'fc.weight'"):
+        torchvision_resnet.from_state_dict({k: v for k, v in state.items() if not k.startswith('fc.')})
 
 
 @pytest.mark.skipif(not (DATA / 'fid_golden.npz').exists(), reason='no reference features here')

@@ -37,7 +37,7 @@ def test_every_position_is_sampled_once_and_in_its_step(order):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(orders(), st.sampled_from([1, 3, 5, 7]), st.booleans())
-def test_taps_are_the_part_of_the_window_that_is_not_later(order, kernel, strict):
+def test_visible_offsets_are_the_part_of_the_window_that_is_not_later(order, kernel, strict):
     visible_offsets, half, wide = order.visible_offsets(kernel, strict), kernel // 2, max(kernel // 2, order.skew)
     assert set(visible_offsets) <= set(itertools.product(range(-half, half + 1), range(-wide, wide + 1)))
     step = order.step_map()

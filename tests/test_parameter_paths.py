@@ -15,9 +15,9 @@ from vqvae2_jax.config import build
 
 _RECORDED = json.loads((pathlib.Path(__file__).parent / 'data' / 'parameter_paths.json').read_text())
 _ORDERS = {
-    'raster, looped': dict(order='raster', num_attention_layers=2, scan_layers=True),
+    'raster, scanned': dict(order='raster', num_attention_layers=2, scan_layers=True),
     'wavefront': dict(order='wavefront', num_attention_layers=1, label_dropout=0.1),
-    'wavefront, looped': dict(order='wavefront', num_attention_layers=1, label_dropout=0.1, scan_layers=True),
+    'wavefront, scanned': dict(order='wavefront', num_attention_layers=1, label_dropout=0.1, scan_layers=True),
 }
 
 

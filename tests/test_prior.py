@@ -104,9 +104,9 @@ def test_likelihood_sums_to_one_over_all_maps():
     maps = jnp.array(list(itertools.product(range(3), repeat=4))).reshape(-1, 2, 2)
     params = prior.init(jax.random.key(0), maps)['params']
     params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
-    stage = make_task(prior, level=0, levels=1)
+    task = make_task(prior, level=0, num_levels=1)
     batch = {'codes_0': maps, 'label': jnp.zeros(len(maps), jnp.int32)}
-    nll = stage.eval_step(params, {}, batch)['nll']  # mean nats per code
+    nll = task.eval_step(params, {}, batch)['nll']  # mean nats per code
     np.testing.assert_allclose(np.exp(-4 * np.asarray(nll, np.float64)).sum(), 1.0, rtol=1e-4)
     assert np.ptp(np.asarray(nll)) > 0.01  # and it is not the uniform distribution
 
@@ -116,10 +116,13 @@ def test_class_and_every_coarser_level_matter():
     reference = prior.apply({'params': params}, codes, labels, coarser)
     other_class = prior.apply({'params': params}, codes, (labels + 1) % 3, coarser)
     assert np.abs(other_class - reference).max() > 1e-3
-    changed = coarser[0].at[:, 1, 2].set((coarser[0][:, 1, 2] + 1) % 5)
-    difference = np.abs(prior.apply({'params': params}, codes, labels, (changed,)) - reference).max(axis=(0, 3))
-    assert difference[2:4, 4:6].min() > 0  # a coarse code covers its own four fine ones, and later rows hear of it
-    assert difference.shape == prior.shape
+    prior, params, codes, labels, coarser = make_prior('two coarser levels')
+    reference = prior.apply({'params': params}, codes, labels, coarser)
+    for level, size in enumerate((2, 4)):  # a coarse code covers size * size fine ones
+        changed = list(coarser)
+        changed[level] = coarser[level].at[:, 0, 0].set((coarser[level][:, 0, 0] + 1) % 5)
+        logits = prior.apply({'params': params}, codes, labels, tuple(changed))
+        assert np.abs(logits - reference).max(axis=(0, 3))[:size, :size].min() > 0, level
 
 
 def test_conditions_that_are_missing_are_refused():

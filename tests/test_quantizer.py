@@ -28,12 +28,12 @@ def make_quantizer(**changes):
 def _start(seed=0, inputs=None, **fields):
     quantizer = make_quantizer(**fields)
     inputs = jax.random.normal(jax.random.key(seed), (4, 3, 2, D)) if inputs is None else inputs
-    variables = quantizer.init({'reseed': jax.random.key(seed + 1)}, inputs)
+    variables = quantizer.init({'restart': jax.random.key(seed + 1)}, inputs)
     return quantizer, variables, inputs
 
 
 def _step(quantizer, variables, inputs, seed=5):
-    return quantizer.apply(variables, inputs, train=True, mutable=['codebook'], rngs={'reseed': jax.random.key(seed)})
+    return quantizer.apply(variables, inputs, train=True, mutable=['codebook'], rngs={'restart': jax.random.key(seed)})
 
 
 @settings(max_examples=25, deadline=None)
@@ -184,7 +184,7 @@ def test_over_200_steps_only_restarts_keep_a_code_that_nothing_chooses(threshold
 
     def step(book, inputs):
         key = jax.random.fold_in(jax.random.key(1), book['updates'])
-        _, after = quantizer.apply({'codebook': book}, inputs, train=True, mutable=['codebook'], rngs={'reseed': key})
+        _, after = quantizer.apply({'codebook': book}, inputs, train=True, mutable=['codebook'], rngs={'restart': key})
         return after['codebook'], jnp.linalg.norm(after['codebook']['embedding'], axis=-1)
 
     _, norms = jax.lax.scan(step, start, near)  # [200, K]
@@ -203,4 +203,4 @@ def test_evaluation_changes_nothing():
 
 def test_wrong_width_is_refused_with_both_numbers():
     with pytest.raises(ValueError, match='codebook_dim is 3.*4 channels'):
-        make_quantizer().init({'reseed': jax.random.key(0)}, jnp.zeros((1, 2, 2, 4)))
+        make_quantizer().init({'restart': jax.random.key(0)}, jnp.zeros((1, 2, 2, 4)))

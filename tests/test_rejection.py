@@ -80,7 +80,7 @@ def sample_metrics(run, real, monkeypatch):
     monkeypatch.setattr(Run, 'images', lambda run, split: ArraySource(real))
 
     def reference(run, extractor, split, received_signal):
-        return feature_store.extract(run, extractor, ArraySource(real), run.path('real'), {}, received_signal)
+        return feature_store.write_features(run, extractor, ArraySource(real), run.path('real'), {}, received_signal)
 
     monkeypatch.setattr(feature_store, 'image_features', reference)
     monkeypatch.setattr(feature_store, 'reconstruction_features', reference)

@@ -124,8 +124,8 @@ def test_what_a_cache_holds_of_later_steps_is_never_read():
     clean = run(poison=False)
     np.testing.assert_array_equal(run(poison=True), clean)
     whole = np.asarray(prior.apply({'params': params}, codes, labels, coarser))
-    steps, slots = order.step_map(), order.index_in_step_map()
-    np.testing.assert_allclose(np.moveaxis(clean[steps, :, slots], 2, 0), whole, atol=1e-4)
+    steps, indices = order.step_map(), order.index_in_step_map()
+    np.testing.assert_allclose(np.moveaxis(clean[steps, :, indices], 2, 0), whole, atol=1e-4)
 
 
 @pytest.mark.parametrize('case', ['classes', 'wavefront'])
@@ -141,7 +141,7 @@ def test_eight_devices_draw_what_one_draws(case):
 
 
 @pytest.mark.parametrize('case', ['attention', 'coarser level'])
-def test_streamed_logits_equal_the_whole_network(case):
+def test_logits_with_caches_equal_the_whole_network(case):
     """Stronger than equal codes: row by row and position by position, the logits agree to rounding, poison or not."""
     prior, params, codes, labels, coarser = make_prior(case)
     whole = prior.apply({'params': params}, codes, labels, coarser)

@@ -58,7 +58,7 @@ def train_a_little(task, batch, steps=3, fsdp=1, **fields):
         step = loop.make_step(task, optimizer, config, layout)
         for _ in range(steps):
             state, metrics = step(state, batch)
-    found = jax.device_get((state.params, state.ema_params, state.variables, state.opt_state, metrics))
+    found = jax.device_get((state.params, state.ema_params, state.model_state, state.opt_state, metrics))
     return found, state
 
 
@@ -76,7 +76,7 @@ def test_a_sharded_state_trains_as_a_replicated_one(make, batch, fsdp, monkeypat
     for tree in (state.params, state.ema_params, state.opt_state):
         big = [x for x in jax.tree.leaves(tree) if x.size >= 1024]
         assert big and all(x.addressable_shards[0].data.size == x.size // fsdp for x in big)
-    for x in jax.tree.leaves(state.variables):
+    for x in jax.tree.leaves(state.model_state):
         assert x.sharding.is_fully_replicated
 
 

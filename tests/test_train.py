@@ -16,7 +16,7 @@ from vqvae2_jax.distributed import sharding
 from vqvae2_jax.distributed.preemption import Interrupted
 from vqvae2_jax.io.logging import RUNTIME_FIELDS, read_metrics
 from vqvae2_jax.tasks import vqvae
-from vqvae2_jax.tasks.task import Task, as_floats
+from vqvae2_jax.tasks.task import Task
 from vqvae2_jax.training import loop, optim, state
 from vqvae2_jax.training.checkpoint import BestCheckpoint, CheckpointMismatch, Checkpoints
 from vqvae2_jax.training.loop import Data, NonFiniteLoss, make_eval_fn, train
@@ -134,9 +134,9 @@ def test_a_checkpoint_of_another_network_is_refused(uninterrupted):
 def first_state(task, config):
     images = [Images()[i] for i in range(BATCH)]
     batch = {name: np.stack([image[name] for image in images]) for name in images[0]}
-    params, variables = jax.jit(task.init)(jax.random.key(0), batch)
+    params, model_state = jax.jit(task.init)(jax.random.key(0), batch)
     optimizer = optim.make_optimizer(config)
-    return state.create(params, variables, jax.random.key(1), optimizer), batch, optimizer
+    return state.create(params, model_state, jax.random.key(1), optimizer), batch, optimizer
 
 
 def test_every_part_of_the_state_moves_in_a_step_and_the_key_stays():
@@ -163,8 +163,8 @@ def test_eight_devices_train_as_one():
     @jax.jit
     def plain_step(state_, batch):
         key = jax.random.fold_in(state_.key, state_.step)
-        gradients, (variables, _) = jax.grad(task.loss, has_aux=True)(state_.params, state_.variables, batch, key)
-        return state.update(state_, gradients, variables, optimizer, config.params_ema_decay)
+        gradients, (model_state, _) = jax.grad(task.loss, has_aux=True)(state_.params, state_.model_state, batch, key)
+        return state.update(state_, gradients, model_state, optimizer, config.params_ema_decay)
 
     for _ in range(3):
         one = plain_step(one, batch)
@@ -257,21 +257,24 @@ class Numbers(grain.DatasetIterator):
 
 
 def toy_task(distance=lambda w: jnp.abs(w - 3), bad_batch=-1, bad_gradient=-1):
-    def loss(params, variables, batch, key):
+    def loss(params, model_state, batch, key):
         number = jnp.mean(batch['x'])
         value = jnp.where(number == bad_batch, jnp.nan, -jnp.sum(params['w']))
         bad = number == bad_gradient
         nothing = jnp.sum(params['w'] - jax.lax.stop_gradient(params['w']))
         value += jnp.where(bad, jnp.sqrt(jnp.where(bad, nothing, 1.0)), 0.0)  # at 0 the root is 0, its slope infinite
-        return value, (variables, {'loss': value})
+        return value, (model_state, {'loss': value})
 
-    def eval_step(params, variables, batch):
+    def eval_step(params, model_state, batch):
         return {'distance': distance(params['w'][0]) + 0 * batch['x'], 'x': batch['x']}
 
     def init(key, batch):
         return {'w': jnp.zeros(2)}, {}
 
-    return Task(init, loss, eval_step, as_floats, best_metric='distance')
+    def reduce_metrics(means):
+        return {name: float(value) for name, value in means.items()}
+
+    return Task(init, loss, eval_step, reduce_metrics, best_metric='distance')
 
 
 def val():
@@ -427,7 +430,7 @@ def test_weights_of_a_nan_are_never_the_best(tmp_path):
 
 
 def test_images_are_made_outside_the_mesh_on_one_device(tmp_path):
-    def visualize(params, variables, batch):
+    def visualize(params, model_state, batch):
         assert jax.sharding.get_abstract_mesh().empty
         return [jnp.zeros((len(batch['x']), 8, 8, 1))]
 

@@ -24,7 +24,7 @@ SMALL = {
 def _model(factors=(2, 2), size=(8, 12), batch=2, **fields):
     model = defaults.make_vqvae(downsample_factors=factors, **SMALL | fields)
     image = jax.random.uniform(jax.random.key(1), (batch, *size, 3), minval=-1)
-    variables = jax.jit(model.init)({'params': jax.random.key(2), 'reseed': jax.random.key(3)}, image)
+    variables = jax.jit(model.init)({'params': jax.random.key(2), 'restart': jax.random.key(3)}, image)
     return model, variables, image
 
 
@@ -63,8 +63,11 @@ def test_decoding_the_codes_is_the_reconstruction():
     for level in (1, 2):
         preview = model.apply(variables, codes[level:], level, method='decode')
         np.testing.assert_allclose(preview, output.previews[level - 1], atol=1e-5)
-    with pytest.raises(ValueError, match='level is 1 of 3 levels, but codes has 3'):
+    with pytest.raises(ValueError, match='decoding from level 1 needs the codes of 2 levels, not 3'):
         model.apply(variables, codes, 1, method='decode')
+    for level, some in ((3, ()), (-1, (*codes, codes[-1]))):
+        with pytest.raises(ValueError, match=f'level is {level}; it must be from 0 to 2'):
+            model.apply(variables, some, level, method='decode')
 
 
 def test_the_image_depends_on_every_level_and_a_preview_on_the_coarser_ones_only():
@@ -91,10 +94,10 @@ def test_finer_codes_see_the_decoded_coarser_ones():
 
 def _gradients(preview_grad_scale):
     model, variables, image = _model(preview_grad_scale=preview_grad_scale)
-    stage = make_task(model, ('bottom', 'top'), 0.25, 10)
+    task = make_task(model, ('bottom', 'top'), 0.25, 10)
     batch = {'image': jnp.round((image + 1) * 127.5).astype(jnp.uint8)}
     rest = {'codebook': variables['codebook']}
-    return jax.jit(jax.grad(lambda p: stage.loss(p, rest, batch, jax.random.key(0))[0]))(variables['params'])
+    return jax.jit(jax.grad(lambda p: task.loss(p, rest, batch, jax.random.key(0))[0]))(variables['params'])
 
 
 def test_straight_through_gradient_reaches_every_parameter():
@@ -120,17 +123,17 @@ def test_previews_leave_the_paper_model_alone_unless_asked():
     assert max(jax.tree.leaves(difference)) > 1e-4
 
 
-def test_stage_counts_only_codes_that_were_chosen_as_used_and_clips_as_evaluation_does():
+def test_task_counts_only_codes_that_were_chosen_as_used_and_clips_as_evaluation_does():
     model, variables, image = _model()
-    stage = make_task(model, ('bottom', 'top'), 0.25, steps_per_epoch=10)
+    task = make_task(model, ('bottom', 'top'), 0.25, steps_per_epoch=10)
     batch, codebook = {'image': jnp.round((image + 1) * 127.5).astype(jnp.uint8)}, {'codebook': variables['codebook']}
     params = jax.tree.map(lambda x: 3 * x, variables['params'])  # images that leave [-1, 1]
-    _, (after, metrics) = stage.loss(params, codebook, batch, jax.random.key(0))
+    _, (after, metrics) = task.loss(params, codebook, batch, jax.random.key(0))
     output = model.apply({'params': params, **codebook}, batch['image'] / 127.5 - 1)
     for name, codes in zip(('bottom', 'top'), output.codes, strict=True):
         assert metrics[f'used_{name}'] == len(np.unique(codes)) / 16 < 1
     assert np.abs(output.image).max() > 1
-    values = stage.eval_step(params, codebook, batch)
+    values = task.eval_step(params, codebook, batch)
     assert metrics['mse'] == pytest.approx(float(np.mean(values['mse'])), rel=1e-5)
     assert metrics['loss'] > metrics['mse'] + np.mean((output.image - jnp.clip(output.image, -1, 1)) ** 2)
 
@@ -143,22 +146,22 @@ def test_bfloat16_computes_close_to_float32_and_quantizes_in_float32():
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables['params']))
     error = jnp.sqrt(jnp.mean((output.image - model.apply(variables, image).image) ** 2))
     assert 0 < error < 0.1
-    _, after = half.apply(variables, image, train=True, mutable=['codebook'], rngs={'reseed': jax.random.key(0)})
+    _, after = half.apply(variables, image, train=True, mutable=['codebook'], rngs={'restart': jax.random.key(0)})
     assert after['codebook']['quantizers_0']['embedding'].dtype == jnp.float32
 
 
-def test_stage_summary_counts_codes_and_psnr():
+def test_task_summary_counts_codes_and_psnr():
     model, variables, image = _model()
-    stage = make_task(model, ('bottom', 'top'), 0.25, 10)
+    task = make_task(model, ('bottom', 'top'), 0.25, 10)
     batch = {'image': jnp.round((image + 1) * 127.5).astype(jnp.uint8)}
-    values = stage.eval_step(variables['params'], {'codebook': variables['codebook']}, batch)
-    summary = stage.reduce_metrics({k: np.asarray(v, np.float64).mean(0) for k, v in values.items()})
+    values = task.eval_step(variables['params'], {'codebook': variables['codebook']}, batch)
+    summary = task.reduce_metrics({k: np.asarray(v, np.float64).mean(0) for k, v in values.items()})
     codes = model.apply(variables, batch['image'] / 127.5 - 1, method='encode')
     for name, level_codes in zip(('bottom', 'top'), codes, strict=True):
         assert summary[f'used_{name}'] == len(np.unique(level_codes)) / 16
     assert summary['psnr'] == pytest.approx(10 * np.log10(4 / summary['mse']))
-    assert stage.image_labels == ('original', 'top only', 'all levels')
-    original, _, both = stage.visualize(variables['params'], {'codebook': variables['codebook']}, batch)
+    assert task.image_labels == ('original', 'top only', 'all levels')
+    original, _, both = task.visualize(variables['params'], {'codebook': variables['codebook']}, batch)
     np.testing.assert_allclose(original, batch['image'] / 127.5 - 1, atol=1e-6)
     error = np.mean((np.clip(both, -1, 1) - original) ** 2)
     assert error == pytest.approx(summary['mse'], rel=1e-5)
@@ -169,19 +172,19 @@ def test_overfits_eight_images():
     model, variables, image = _model(
         (2, 2), (16, 16), batch=8, hidden_channels=32, residual_channels=16, codebook_size=64, codebook_dim=16
     )
-    stage = make_task(model, ('bottom', 'top'), 0.25, 10)
+    task = make_task(model, ('bottom', 'top'), 0.25, 10)
     training = defaults.train_config(steps=300, batch_size=8, learning_rate=3e-3)
     optimizer = optim.make_optimizer(training)
     # Smooth images, as photographs are: noise has no structure to find.
     smooth = jax.image.resize(image[:, ::4, ::4], image.shape, 'linear')
     batch = {'image': jnp.round((smooth + 1) * 127.5).astype(jnp.uint8)}
-    current = state.create(*stage.init(jax.random.key(0), batch), jax.random.key(1), optimizer)
+    current = state.create(*task.init(jax.random.key(0), batch), jax.random.key(1), optimizer)
 
     @jax.jit
     def step(current):
         key = jax.random.fold_in(current.key, current.step)
-        (_, (rest, metrics)), gradients = jax.value_and_grad(stage.loss, has_aux=True)(
-            current.params, current.variables, batch, key
+        (_, (rest, metrics)), gradients = jax.value_and_grad(task.loss, has_aux=True)(
+            current.params, current.model_state, batch, key
         )
         return state.update(current, gradients, rest, optimizer, 0.9), metrics
 

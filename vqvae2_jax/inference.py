@@ -33,9 +33,7 @@ from vqvae2_jax.models.prior import Prior
 from vqvae2_jax.models.vqvae import VQVAE
 from vqvae2_jax.sampling.ancestral import sample_levels
 from vqvae2_jax.sampling.log_likelihood import log_likelihood
-from vqvae2_jax.tasks.task import to_float, to_uint8
-
-Batch = dict[str, jax.Array]
+from vqvae2_jax.tasks.task import Batch, to_float, to_uint8
 
 
 def make_encode_fn(model: VQVAE) -> Callable[[Any, Batch], Batch]:
@@ -90,8 +88,8 @@ def make_sample_fn(model: VQVAE, priors: Sequence[Prior], *, seed: int) -> Calla
     Returns:
       A jitted function (variables, params, sampling_params, {'index': int32 [B], 'label': int32 [B]}) ->
       {'image': uint8 [B, H, W, C], 'codes_0': int32 [B, h_0, w_0], 'codes_1': ...}.
-      `sampling_params` is a tuple with one `SamplingParams` per level, finest first. `index` are the numbers of the
-      samples, i; `label` are their classes, ignored by priors without classes.
+      `sampling_params` is a tuple with one `SamplingParams` per level, finest first. `index`: indices of the
+      samples, i; `label`: their classes, ignored by priors without classes.
     """
 
     def sample(variables, params, sampling_params, batch):
@@ -106,7 +104,7 @@ def make_sample_fn(model: VQVAE, priors: Sequence[Prior], *, seed: int) -> Calla
 
 
 def make_inpaint_fn(
-    model: VQVAE, priors: Sequence[Prior], levels: Sequence[bool], *, seed: int
+    model: VQVAE, priors: Sequence[Prior], resampled: Sequence[bool], *, seed: int
 ) -> Callable[..., Batch]:
     """Makes the function that samples the masked part of an image again, in several variants.
 
@@ -116,14 +114,14 @@ def make_inpaint_fn(
     Args:
       model: the VQ-VAE's module.
       priors: one module per level, finest first.
-      levels: for each level, finest first, whether its masked codes are sampled again; otherwise all are kept.
+      resampled: for each level, finest first, whether its masked codes are sampled again; otherwise all are kept.
       seed: seed of the random numbers.
 
     Returns:
       A jitted function (variables, params, sampling_params, {'index': int32 [B], 'label': int32 [B]},
       image uint8 [H, W, C], mask bool [H, W], number int32 []) -> the result of the function of `make_sample_fn`.
-      `index` are the numbers of the variants. `mask` is True where to sample; a code with any such pixel in its cell is
-      sampled. `number` is the number of the image. The other arguments are those of `make_sample_fn`.
+      `index`: indices of the variants. `mask`: True where to sample; a code with any such pixel in its cell is sampled.
+      `number`: index of the image in its source. The other arguments are those of `make_sample_fn`.
     """
 
     @jax.jit
@@ -133,8 +131,8 @@ def make_inpaint_fn(
         encoded = model.apply(variables, to_float(image[None]), method='encode')
         encoded = [jnp.repeat(codes, len(index), axis=0) for codes in encoded]
         known_codes = [
-            jnp.where(_masked_codes(mask, codes.shape[1:]), -1, codes) if sampled else codes
-            for sampled, codes in zip(levels, encoded, strict=True)
+            jnp.where(_masked_codes(mask, codes.shape[1:]), -1, codes) if resample else codes
+            for resample, codes in zip(resampled, encoded, strict=True)
         ]
         key = jax.random.fold_in(jax.random.key(seed), number)
         codes = sample_levels(priors, params, key, index, label, sampling_params, known_codes)

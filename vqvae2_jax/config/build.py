@@ -97,7 +97,7 @@ def networks(config: ConfigDict) -> dict[str, tuple[Any, tuple]]:
     image = jax.ShapeDtypeStruct((1, *config.data.image_size, config.data.channels), jnp.float32)
     codes = tuple(jax.ShapeDtypeStruct((1, *shape), jnp.int32) for shape in shapes)
     label = jax.ShapeDtypeStruct((1,), jnp.int32) if config.data.num_classes else None
-    modules = {'vqvae': (make_vqvae(config), ({'params': key, 'reseed': key}, image))}
+    modules = {'vqvae': (make_vqvae(config), ({'params': key, 'restart': key}, image))}
     for level, name in enumerate(names):
         modules[f'prior.{name}'] = make_prior(config, level), (key, codes[level], label, codes[level + 1 :])
     if has_classifier(config):

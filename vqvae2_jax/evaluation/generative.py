@@ -68,15 +68,15 @@ def protocol(extractor: FeatureExtractor, images: str) -> dict[str, str]:
 
 
 def generative_metrics(
-    network: str, real: FeatureStats, generated: FeatureStats, label: str = 'metrics'
+    network_name: str, real: FeatureStats, generated: FeatureStats, name: str = 'metrics'
 ) -> dict[str, Any]:
     """Computes the metrics of a set of generated images against real ones, and prints progress.
 
     Args:
-      network: 'inception' or 'classifier', which decides the names of the metrics.
+      network_name: 'inception' or 'classifier', which decides the names of the metrics.
       real: features of the real images.
       generated: features of the generated images; with Inception logits the Inception Score is computed too.
-      label: name of the comparison in the lines of progress.
+      name: name of the comparison in the lines of progress.
 
     Returns:
       Metrics by name, the number of images, and a warning if they are few.
@@ -84,11 +84,11 @@ def generative_metrics(
     Raises:
       ValueError: too few images, all the same, or features that are not finite.
     """
-    names = _NAMES[network]
-    track_subsets = functools.partial(track, name=f'{label}: kernel distance', unit='subsets')
+    names = _NAMES[network_name]
+    track_subsets = functools.partial(track, name=f'{name}: kernel distance', unit='subsets')
     kernel, deviation = kernel_distance(real.features, generated.features, track=track_subsets)
     metrics = {'count_real': len(real), 'count': len(generated)}
-    metrics |= _shared_metrics(network, real, generated, label)
+    metrics |= _shared_metrics(network_name, real, generated, name)
     metrics[names['kernel']] = kernel
     if deviation is not None:
         metrics[f'{names["kernel"]}_deviation'] = deviation
@@ -97,10 +97,10 @@ def generative_metrics(
     return metrics
 
 
-def metrics_or_reason(network: str, real: FeatureStats, generated: FeatureStats, label: str) -> dict[str, Any]:
+def metrics_or_reason(network_name: str, real: FeatureStats, generated: FeatureStats, name: str) -> dict[str, Any]:
     """Returns `generative_metrics`, or {'missing': the reason} if there are none, which keeps the rest of a report."""
     try:
-        return generative_metrics(network, real, generated, label)
+        return generative_metrics(network_name, real, generated, name)
     except ValueError as error:
         return {'missing': str(error)}
 
@@ -138,7 +138,7 @@ def choose_samples(
 
 
 def rejection_sweep(
-    network: str,
+    network_name: str,
     real: FeatureStats,
     reconstructed: FeatureStats,
     generated: FeatureStats,
@@ -149,7 +149,7 @@ def rejection_sweep(
     """Computes metrics after keeping the best fraction of every class (VQ-VAE-2 section 5, figure 7); prints progress.
 
     Args:
-      network: as in `generative_metrics`.
+      network_name: as in `generative_metrics`.
       real: features of real images; the first n are used.
       reconstructed: features of their reconstructions; the first n are used.
       generated: features of the samples `sample_indices`.
@@ -163,7 +163,7 @@ def rejection_sweep(
     """
     count = max((len(point.indices) for point in points), default=0)  # n
     references = [stats.take(slice(count)) for stats in (real, reconstructed)] if count else None
-    distance_name = f'{_NAMES[network]["frechet"]}_against_reconstructions'
+    distance_name = f'{_NAMES[network_name]["frechet"]}_against_reconstructions'
     results, missing = [], []
     for fraction, kept_count, indices in points:
         if not len(indices):
@@ -175,7 +175,7 @@ def rejection_sweep(
         point = {'keep_fraction': fraction, 'kept_count': kept_count, 'count': count, 'confidence': confidence}
         chosen = generated.take(np.searchsorted(sample_indices, indices))
         try:
-            metrics = _shared_metrics(network, references[0], chosen, f'sweep, {fraction:g} kept')
+            metrics = _shared_metrics(network_name, references[0], chosen, f'sweep, {fraction:g} kept')
             # FID* of the paper's figure 7a
             metrics[distance_name] = frechet_distance(references[1].moments, chosen.moments)
             results.append(point | metrics)
@@ -201,13 +201,13 @@ def _few_images(metrics):
     )
 
 
-def _shared_metrics(network, real, generated, label):
+def _shared_metrics(network_name, real, generated, name):
     # those of `generative_metrics` and of the sweep
     count = min(len(real.features), len(generated.features))  # precision and recall depend on it
-    track_blocks = functools.partial(track, name=f'{label}: precision and recall', unit='blocks')
+    track_blocks = functools.partial(track, name=f'{name}: precision and recall', unit='blocks')
     precision, recall = precision_recall(real.features[:count], generated.features[:count], track=track_blocks)
     distance = frechet_distance(real.moments, generated.moments)
-    metrics = {_NAMES[network]['frechet']: distance, 'precision': precision, 'recall': recall}
-    if network == INCEPTION and generated.logits is not None and len(generated.features) >= SPLITS:
+    metrics = {_NAMES[network_name]['frechet']: distance, 'precision': precision, 'recall': recall}
+    if network_name == INCEPTION and generated.logits is not None and len(generated.features) >= SPLITS:
         metrics['inception_score'], metrics['inception_score_deviation'] = inception_score(generated.logits)
     return metrics

@@ -44,7 +44,7 @@ def compare_sets(run: Run) -> None:
             extracted = {}
             for name, source in sources.items():
                 images = {'images': source.digest}
-                extracted[name] = feature_store.extract(
+                extracted[name] = feature_store.write_features(
                     run, network, source, directory / name, images, received_signal, hash_images=True
                 )
             report = processes.run_on_main_process(lambda: _write(run, network, sources, extracted, output))

@@ -166,7 +166,7 @@ def image_features(
       Interrupted: a stop signal came; the same call continues.
     """
     source, directory = run.images(split), run.path(DIRECTORY, name or extractor.name, split)
-    return extract(run, extractor, source, directory, {'images': source.digest}, received_signal)
+    return write_features(run, extractor, source, directory, {'images': source.digest}, received_signal)
 
 
 def sample_features(
@@ -176,7 +176,7 @@ def sample_features(
     source, directory = open_samples(run, indices), run.sample_set_path(DIRECTORY, extractor.name, SAMPLES)
     inputs = {'images': sample_store.read_set(run.sample_set_path(SAMPLES)).digest}
     settings = {'indices': files.digest_arrays({'indices': np.asarray(indices, np.int64)})}
-    return extract(run, extractor, source, directory, inputs, received_signal, settings=settings)
+    return write_features(run, extractor, source, directory, inputs, received_signal, settings=settings)
 
 
 def reconstruction_features(
@@ -196,10 +196,12 @@ def reconstruction_features(
         return functools.partial(make_reconstruct_fn(task), *weights)
 
     rows = task.image_labels[1:]
-    return extract(run, extractor, source, directory, inputs, received_signal, rows=rows, make_images=make_images)
+    return write_features(
+        run, extractor, source, directory, inputs, received_signal, rows=rows, make_images=make_images
+    )
 
 
-def extract(
+def write_features(
     run: Run,
     extractor: FeatureExtractor,
     source: ImageSource,

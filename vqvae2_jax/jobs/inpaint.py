@@ -105,8 +105,8 @@ def make_inpainter(
       number and its index alone.
     """
     options = run.config.inpaint
-    chosen = [name in levels for name in run.levels]
-    sample = inference.make_inpaint_fn(generator.model, generator.priors, chosen, seed=run.config.sample.seed)
+    resampled = [name in levels for name in run.levels]
+    sample = inference.make_inpaint_fn(generator.model, generator.priors, resampled, seed=run.config.sample.seed)
     sample = functools.partial(sample, generator.variables, generator.params, workdir.sampling_params(run))
     batch_size = sharding.pad_batch_size(options.count, run.mesh)
 

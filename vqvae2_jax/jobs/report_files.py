@@ -18,7 +18,7 @@ from vqvae2_jax.io.logging import read_metrics
 from vqvae2_jax.io.plots import Panel
 from vqvae2_jax.jobs import cas, reject, sample, workdir
 from vqvae2_jax.jobs.workdir import RECONSTRUCTIONS, REJECTION, SAMPLES, SKIPPED, Run
-from vqvae2_jax.tasks.vqvae import SSIM
+from vqvae2_jax.tasks.vqvae import SSIM_PROTOCOL
 from vqvae2_jax.version import __version__
 
 DIRECTORY = 'report'
@@ -145,7 +145,7 @@ def _protocol(run: Run, quality: dict | None) -> dict:
         'counts': {split: len(run.images(split)) for split in SPLITS},
         'weights': 'averaged (training.params_ema_decay), best on the validation split',
         'mse': 'of the clipped image; mse in [-1, 1], mse_unit in [0, 1]; PSNR of the mean MSE',
-        'ssim': SSIM,
+        'ssim': SSIM_PROTOCOL,
         'quality': quality,
         'seed': run.config.seed,
         'config_digest': _config_digest(run),

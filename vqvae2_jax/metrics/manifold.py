@@ -50,9 +50,10 @@ def precision_recall(
 
 def _share_inside(points, queries, neighbors, track):
     # fraction of the queries [M, D] that lie in a ball around one of the points [N, D]
-    def blocks(of):  # each is computed before the next one starts, so that progress is true
+    def blocks(of):
         return track(range(0, len(of), _BLOCK))
 
+    # np.asarray waits for each block, so that the printed progress is that of the device.
     radii = [np.asarray(_kth_distance(_block(points, start), points, neighbors)) for start in blocks(points)]
     radii = jnp.asarray(np.concatenate(radii)[: len(points)])  # squared
     inside = [np.asarray(_any_ball(_block(queries, start), points, radii)) for start in blocks(queries)]

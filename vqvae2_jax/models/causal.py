@@ -31,31 +31,32 @@ class CausalConv(nn.Module):
     Attributes:
       features: number of output channels.
       kernel_size: (height, width).
-      cache: the collection of the cache, which also selects the causal axis: 'rows' the height, 'columns' the width.
+      cache_name: the collection of the cache, which also selects the causal axis: 'rows' the height, 'columns' the
+        width.
       kernel_init: initializer of the kernel.
       dtype: dtype of the computation.
     """
 
     features: int
     kernel_size: tuple[int, int]
-    cache: str
+    cache_name: str
     dtype: jnp.dtype
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, H, W, F] to [B, H, W, features]."""
-        axis = {'rows': 1, 'columns': 2}[self.cache]
+        axis = {'rows': 1, 'columns': 2}[self.cache_name]
         length = self.kernel_size[axis - 1] - 1  # of the past that the kernel covers
         past = jnp.zeros((*x.shape[:axis], length, *x.shape[axis + 1 :]), x.dtype)
-        use_cache = self.is_mutable_collection(self.cache) and not self.is_initializing()
+        use_cache = self.is_mutable_collection(self.cache_name) and not self.is_initializing()
         if use_cache:
-            cache = self.variable(self.cache, 'past', lambda: past)
+            cache = self.variable(self.cache_name, 'past', lambda: past)
             past = cache.value
         x = jnp.concatenate([past, x], axis=axis)
         if use_cache:
             cache.value = jax.lax.slice_in_dim(x, x.shape[axis] - length, x.shape[axis], axis=axis)
-        side = self.kernel_size[1] // 2 if self.cache == 'rows' else 0
+        side = self.kernel_size[1] // 2 if self.cache_name == 'rows' else 0
         padding = ((0, 0), (side, side))
         return nn.Conv(
             self.features, self.kernel_size, padding=padding, kernel_init=self.kernel_init, dtype=self.dtype
@@ -106,13 +107,14 @@ class WavefrontConv(nn.Module):
 
     def _cached_window(self, x, visible_offsets):
         # [B, n, 1, F] -> [B, n, 1, offsets * F], the inputs at every offset
-        order, last = self.order, -int(self.strict)  # `last` is the step of x, counted from the step of the output
+        order, lead = self.order, int(self.strict)  # `lead`: number of steps from the step of x to that of the output
         n = order.max_positions_per_step
         above, below = -min(i for i, _ in visible_offsets), max(i for i, _ in visible_offsets)
-        length = last - min(j + order.skew * i for i, j in visible_offsets)  # number of earlier steps in the cache
-        past = self.variable('diagonals', 'past', jnp.zeros, (x.shape[0], above + n, length, x.shape[-1]), x.dtype)
+        num_cached_steps = -lead - min(j + order.skew * i for i, j in visible_offsets)
+        shape = (x.shape[0], above + n, num_cached_steps, x.shape[-1])
+        past = self.variable('diagonals', 'past', jnp.zeros, shape, x.dtype)
         calls = self.variable('diagonals', 'calls', jnp.zeros, (), jnp.int32)
-        step = calls.value + last  # the step of x
+        step = calls.value - lead  # the step of x
         calls.value = calls.value + 1
 
         _, _, on_map = order.positions(step)
@@ -125,7 +127,8 @@ class WavefrontConv(nn.Module):
             inputs = self._shift_rows(inputs, step + 1)
         inputs = jnp.pad(inputs, ((0, 0), (0, below), (0, 0), (0, 0)))  # rows that have not started
         at_offsets = [
-            inputs[:, above + i : above + i + n, length + j + order.skew * i - last] for i, j in visible_offsets
+            inputs[:, above + i : above + i + n, num_cached_steps + lead + j + order.skew * i]
+            for i, j in visible_offsets
         ]
         return jnp.concatenate(at_offsets, axis=-1)[:, :, None]
 

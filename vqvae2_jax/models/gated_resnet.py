@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from vqvae2_jax.models.block_runner import BlockRunner
 from vqvae2_jax.models.causal import CausalAttention
 
-PerBlock = Sequence[jax.Array] | jax.Array | None  # one array for each block: a sequence, or an array [blocks, ...]
+PerBlock = Sequence[jax.Array] | jax.Array  # one array for each block: a sequence, or an array [blocks, ...]
 _SMALL = nn.initializers.variance_scaling(0.01, 'fan_in', 'truncated_normal')  # blocks start near the identity
 
 
@@ -39,14 +39,14 @@ class GatedBlock(nn.Module):
 
     Attributes:
       residual_channels: R.
-      layer: makes a convolution: (features, *, kernel_init, dtype) -> a causal layer of `causal.py`, or `nn.Dense`.
+      make_conv: makes a convolution: (features, *, kernel_init, dtype) -> a causal layer of `causal.py`, or `nn.Dense`.
       dropout: dropout rate.
       dropout_placement: 'inside', before the second convolution (PixelSNAIL), or 'after', on the block's output.
       dtype: dtype of the computation.
     """
 
     residual_channels: int
-    layer: Callable[..., nn.Module]
+    make_conv: Callable[..., nn.Module]
     dropout: float
     dropout_placement: str
     dtype: jnp.dtype
@@ -72,13 +72,13 @@ class GatedBlock(nn.Module):
           [B, h, w, F].
         """
         features = x.shape[-1]
-        y = self.layer(self.residual_channels, dtype=self.dtype)(nn.elu(x))
+        y = self.make_conv(self.residual_channels, dtype=self.dtype)(nn.elu(x))
         if aux is not None:
             y = y + nn.Dense(self.residual_channels, dtype=self.dtype)(nn.elu(aux))
         y = nn.elu(nn.RMSNorm(dtype=self.dtype)(y))
         dropout = nn.Dropout(self.dropout, deterministic=not train)
         y = dropout(y) if self.dropout_placement == 'inside' else y
-        y = self.layer(2 * features, kernel_init=_SMALL, dtype=self.dtype)(y)
+        y = self.make_conv(2 * features, kernel_init=_SMALL, dtype=self.dtype)(y)
         if condition is not None:
             y = y + nn.Dense(2 * features, dtype=self.dtype)(condition)
         x = x + gate(y)
@@ -89,7 +89,7 @@ def run_blocks(
     runner: BlockRunner,
     blocks: Sequence[GatedBlock],
     x: jax.Array,
-    aux: PerBlock = None,
+    aux: PerBlock | None = None,
     condition: jax.Array | None = None,
     train: bool = False,
 ) -> tuple[jax.Array, PerBlock]:
@@ -114,15 +114,18 @@ def run_blocks(
 
 
 class BlocksWithAttention(nn.Module):
-    """The layers of one part of a `GatedResNetStack`, which applies them: gated blocks, then causal attention."""
+    """Holds gated blocks and the attention after them.
+
+    `GatedResNetStack` applies them, so that each block is rematerialized on its own.
+    """
 
     num_residual_blocks: int
-    block: Callable[[], GatedBlock]
-    attention: Callable[[], CausalAttention]
+    make_block: Callable[[], GatedBlock]
+    make_attention: Callable[[], CausalAttention]
 
     def setup(self):
-        self.blocks = [self.block() for _ in range(self.num_residual_blocks)]
-        self.attend = self.attention()
+        self.blocks = [self.make_block() for _ in range(self.num_residual_blocks)]
+        self.attend = self.make_attention()
 
 
 class GatedResNetStack(nn.Module):
@@ -131,26 +134,28 @@ class GatedResNetStack(nn.Module):
     Attributes:
       num_residual_blocks: number of gated blocks.
       num_attention_layers: number of attention layers, at most the number of blocks.
-      block: makes a gated block.
-      attention: makes an attention layer.
+      make_block: makes a gated block.
+      make_attention: makes an attention layer.
     """
 
     num_residual_blocks: int
     num_attention_layers: int
-    block: Callable[[], GatedBlock]
-    attention: Callable[[], CausalAttention]
+    make_block: Callable[[], GatedBlock]
+    make_attention: Callable[[], CausalAttention]
 
     def setup(self):
-        self.every = self.num_residual_blocks // max(self.num_attention_layers, 1)  # blocks before each attention layer
+        self.blocks_per_attention = self.num_residual_blocks // max(self.num_attention_layers, 1)
         self.stacks = [
-            BlocksWithAttention(self.every, self.block, self.attention) for _ in range(self.num_attention_layers)
+            BlocksWithAttention(self.blocks_per_attention, self.make_block, self.make_attention)
+            for _ in range(self.num_attention_layers)
         ]
-        self.rest = [self.block() for _ in range(self.num_residual_blocks - self.every * self.num_attention_layers)]
+        num_rest = self.num_residual_blocks - self.blocks_per_attention * self.num_attention_layers
+        self.rest = [self.make_block() for _ in range(num_rest)]
 
     def __call__(
         self,
         x: jax.Array,
-        aux: PerBlock,
+        aux: PerBlock | None,
         condition: jax.Array | None,
         step: jax.Array | None,
         train: bool,
@@ -179,8 +184,9 @@ class GatedResNetStack(nn.Module):
 
         part_aux, rest_aux = None, None
         if aux is not None:
-            part_aux = [aux[i * self.every : (i + 1) * self.every] for i in range(len(self.stacks))]
-            rest_aux = aux[self.every * len(self.stacks) :]
+            size = self.blocks_per_attention
+            part_aux = [aux[i * size : (i + 1) * size] for i in range(len(self.stacks))]
+            rest_aux = aux[size * len(self.stacks) :]
         # Without remat here: the blocks inside a part are rematerialized one by one.
         x, _ = runner._replace(remat=False).run(apply_part, self.stacks, x, part_aux)
         return run_blocks(runner, self.rest, x, rest_aux, condition, train)[0]

@@ -18,7 +18,6 @@ import numpy as np
 from vqvae2_jax.models.pytorch_weights import convert_state_dict
 
 SIZE = 299
-FEATURES = 2048
 _EPSILON = 1e-3
 
 

@@ -111,18 +111,19 @@ class Prior(nn.Module):
         # Rows of unit variance: they are the network's inputs, and the default's variance, 1 / size, is too small.
         return nn.Embed(size, self.hidden_channels, embedding_init=nn.initializers.normal(1.0), dtype=self.dtype)
 
-    def _block(self, layer) -> Callable[[], GatedBlock]:
+    def _block_factory(self, make_conv) -> Callable[[], GatedBlock]:
         return functools.partial(
-            GatedBlock, self.residual_channels, layer, self.dropout, self.dropout_placement, self.dtype
+            GatedBlock, self.residual_channels, make_conv, self.dropout, self.dropout_placement, self.dtype
         )
 
-    def _blocks(self, count: int, layer) -> list[GatedBlock]:
-        return [self._block(layer)() for _ in range(count)]
+    def _blocks(self, count: int, make_conv) -> list[GatedBlock]:
+        return [self._block_factory(make_conv)() for _ in range(count)]
 
-    def _stack(self, layer) -> GatedResNetStack:
+    def _stack(self, make_conv) -> GatedResNetStack:
         dropout = self.attention_dropout, self.attention_dropout_kind
-        attention = functools.partial(CausalAttention, self.num_heads, self.order, *dropout, self.dtype)
-        return GatedResNetStack(self.num_residual_blocks, self.num_attention_layers, self._block(layer), attention)
+        make_attention = functools.partial(CausalAttention, self.num_heads, self.order, *dropout, self.dtype)
+        make_block = self._block_factory(make_conv)
+        return GatedResNetStack(self.num_residual_blocks, self.num_attention_layers, make_block, make_attention)
 
     @property
     def order(self) -> GenerationOrder:

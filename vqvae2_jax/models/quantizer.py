@@ -193,7 +193,7 @@ class Quantizer(nn.Module):
 
         Args:
           inputs: [B, H, W, D], any float dtype.
-          train: update the codebook; needs the rng `reseed` and the collection `codebook` mutable.
+          train: update the codebook; needs the rng `restart` and the collection `codebook` mutable.
 
         Returns:
           Code vectors, codes, commitment and metrics.
@@ -208,7 +208,7 @@ class Quantizer(nn.Module):
 
         first = None
         if not self.has_variable('codebook', 'embedding'):
-            first = initial_statistics(flat, self.codebook_size, self.make_rng('reseed'))
+            first = initial_statistics(flat, self.codebook_size, self.make_rng('restart'))
         codebook = self.variable('codebook', 'embedding', lambda: first.codebook)
         counts = self.variable('codebook', 'counts', lambda: first.counts)
         sums = self.variable('codebook', 'sums', lambda: first.sums)
@@ -226,7 +226,7 @@ class Quantizer(nn.Module):
             old = Statistics(codebook.value, counts.value, sums.value)
             decay = warm_decay(self.codebook_ema_decay, updates.value)
             new = ema_update(old, flat, codes.reshape(-1), decay, _EPSILON)
-            new, replaced = restart_dead_codes(new, flat, self.dead_code_threshold, self.make_rng('reseed'))
+            new, replaced = restart_dead_codes(new, flat, self.dead_code_threshold, self.make_rng('restart'))
             codebook.value, counts.value, sums.value = new
             updates.value = updates.value + 1
             age.value = jnp.where(histogram > 0, 0, age.value + 1)

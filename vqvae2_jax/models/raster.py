@@ -25,8 +25,8 @@ class RasterPrior(Prior):
         super().setup()
         half = self.kernel_size // 2 + 1
         self.embed = self._embed(self.codebook_size + 1)  # the last one means "off the map"
-        vertical = functools.partial(CausalConv, kernel_size=(half, self.kernel_size), cache='rows')
-        horizontal = functools.partial(CausalConv, kernel_size=(1, half), cache='columns')
+        vertical = functools.partial(CausalConv, kernel_size=(half, self.kernel_size), cache_name='rows')
+        horizontal = functools.partial(CausalConv, kernel_size=(1, half), cache_name='columns')
         # The features of the vertical stack also enter the residual stream here: through the blocks alone, which start
         # near the identity, the codes above would be learned late.
         self.vertical_first = vertical(self.hidden_channels, dtype=self.dtype)

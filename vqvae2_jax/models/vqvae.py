@@ -190,7 +190,7 @@ class VQVAE(nn.Module):
 
         Args:
           image: float32 [B, H, W, C] in [-1, 1].
-          train: update the codebooks; needs the rng `reseed` and the collection `codebook` mutable.
+          train: update the codebooks; needs the rng `restart` and the collection `codebook` mutable.
 
         Returns:
           The reconstruction, with codes, losses and metrics of every level.
@@ -236,13 +236,17 @@ class VQVAE(nn.Module):
           Images, float32 [B, H, W, C].
 
         Raises:
-          ValueError: the number of codes is not that of the levels.
+          ValueError: level is not from 0 to L - 1, or the codes are not those of L - `level` levels.
         """
-        levels = range(level, len(self.downsample_factors))
-        if not levels or len(codes) != len(levels):
-            raise ValueError(f'level is {level} of {len(self.downsample_factors)} levels, but codes has {len(codes)}')
+        num_levels = len(self.downsample_factors)
+        if not 0 <= level < num_levels:
+            raise ValueError(f'level is {level}; it must be from 0 to {num_levels - 1}')
+        if len(codes) != num_levels - level:
+            raise ValueError(
+                f'decoding from level {level} needs the codes of {num_levels - level} levels, not {len(codes)}'
+            )
         context = None
-        for current, level_codes in zip(reversed(levels), reversed(codes), strict=True):
+        for current, level_codes in zip(reversed(range(level, num_levels)), reversed(codes), strict=True):
             context = self._context(current, self.quantizers[current].lookup(level_codes), context)
         image = self.decoders[level](context)
         return (self.previewers[level - 1](image) if level else image).astype(jnp.float32)

@@ -99,13 +99,13 @@ def train_program(name: str, task: Task, config: optim.TrainConfig, batch: Shape
     state = jax.eval_shape(loop.make_init(task, optimizer), key, batch)
     layout = loop.state_sharding(state)
     inputs = sharding.abstract_state(state, layout)
-    forward = cost.count(task.loss, state.params, state.variables, _local(batch), key)
+    forward = cost.count(task.loss, state.params, state.model_state, _local(batch), key)
     return Program(
         name,
         loop.make_step(task, optimizer, config, layout),
         (inputs, batch | {loop.SHOULD_STOP: flags}),
         parameters=_size(state.params),
-        weights=_bytes_per_device((inputs.params, inputs.ema_params, inputs.variables)),
+        weights=_bytes_per_device((inputs.params, inputs.ema_params, inputs.model_state)),
         optimizer=_bytes_per_device(inputs.opt_state),
         cost=forward.times(3),  # the backward pass does about twice the work of the forward pass
         batch_size=config.batch_size,

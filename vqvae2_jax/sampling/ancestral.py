@@ -90,9 +90,9 @@ def sample(
         labels = jnp.stack([labels, jnp.full_like(labels, prior.num_classes)], axis=1).reshape(-1)
     duplicate = functools.partial(jnp.repeat, repeats=2, axis=0) if guided else lambda x: x
     condition = prior.apply({'params': params}, labels, tuple(map(duplicate, coarser)), method='condition')
-    choose = functools.partial(_choose, prior, keys, sampling_params, known_codes)
+    sample_at = functools.partial(_sample_codes, prior, keys, sampling_params, known_codes)
     decode = _decode_wavefront if isinstance(prior, WavefrontPrior) else _decode_raster
-    return decode(prior, params, condition, choose, duplicate, keys.shape[0])
+    return decode(prior, params, condition, sample_at, duplicate, keys.shape[0])
 
 
 def sample_levels(
@@ -131,7 +131,7 @@ def sample_levels(
     return codes
 
 
-def _choose(prior, keys, sampling_params, known_codes, rows, columns, logits) -> Sampled:
+def _sample_codes(prior, keys, sampling_params, known_codes, rows, columns, logits) -> Sampled:
     # logits [B or 2 B, n, K] at the positions rows, columns [n] -> codes and log-probabilities [B, n]
     guided = logits
     if sampling_params.guidance is not None:
@@ -146,7 +146,7 @@ def _choose(prior, keys, sampling_params, known_codes, rows, columns, logits) ->
     return Sampled(codes, jnp.take_along_axis(log_probs, codes[..., None], axis=-1)[..., 0])
 
 
-def _decode_wavefront(prior, params, condition, choose, duplicate, batch_size) -> Sampled:
+def _decode_wavefront(prior, params, condition, sample_at, duplicate, batch_size) -> Sampled:
     order = prior.order
 
     def network(cache, previous, step):
@@ -157,7 +157,7 @@ def _decode_wavefront(prior, params, condition, choose, duplicate, batch_size) -
         previous, cache = carry
         logits, cache = network(cache, previous, step)
         rows, columns, _ = order.positions(step)
-        sampled = choose(rows, columns, logits)
+        sampled = sample_at(rows, columns, logits)
         return (sampled.codes, cache), sampled
 
     start = jnp.zeros((batch_size, order.max_positions_per_step), jnp.int32)
@@ -168,7 +168,7 @@ def _decode_wavefront(prior, params, condition, choose, duplicate, batch_size) -
     return jax.tree.map(lambda x: jnp.moveaxis(x[steps, :, indices], 2, 0), sampled)
 
 
-def _decode_raster(prior, params, condition, choose, duplicate, batch_size) -> Sampled:
+def _decode_raster(prior, params, condition, sample_at, duplicate, batch_size) -> Sampled:
     (height, width), off_map = prior.shape, prior.codebook_size
     variables = {'params': params}
 
@@ -177,8 +177,8 @@ def _decode_raster(prior, params, condition, choose, duplicate, batch_size) -> S
         return prior.apply(variables | cache, *arguments, method='vertical_features', mutable=['rows'])
 
     def decode_position(cache, left, row, column, vertical, row_condition):
-        vertical, here = jax.tree.map(lambda x: _slice(x, column, axis=2), (vertical, row_condition))
-        arguments = duplicate(left)[:, None], row * width + column, vertical, here
+        vertical, condition_here = jax.tree.map(lambda x: _slice(x, column, axis=2), (vertical, row_condition))
+        arguments = duplicate(left)[:, None], row * width + column, vertical, condition_here
         return prior.apply(variables | cache, *arguments, method='decode_position', mutable=['columns', 'attention'])
 
     def one_row(carry, row):
@@ -189,7 +189,7 @@ def _decode_raster(prior, params, condition, choose, duplicate, batch_size) -> S
         def one_column(carry, column):
             left, cache = carry
             logits, cache = decode_position(cache, left, row, column, vertical, row_condition)
-            sampled = choose(row[None], column[None], logits[:, 0])
+            sampled = sample_at(row[None], column[None], logits[:, 0])
             return (sampled.codes, cache), jax.tree.map(lambda x: x[:, 0], sampled)
 
         start = jnp.full((batch_size, 1), off_map, jnp.int32), cache | {'columns': empty_cache['columns']}

@@ -40,7 +40,7 @@ class Task(NamedTuple):
 
 def make_likelihood_task(
     model: nn.Module,
-    split: Callable[[Batch], tuple[jax.Array, tuple]],
+    targets_and_inputs: Callable[[Batch], tuple[jax.Array, tuple]],
     visualize: Visualize | None = None,
     image_labels: tuple[str, ...] = (),
 ) -> Task:
@@ -51,13 +51,13 @@ def make_likelihood_task(
     Args:
       model: called as `model(*inputs, train=...)`, it returns logits float32 [B, ..., K] for targets in [0, K). With
         train=True it may use the rng `dropout`. Its only collection is `params`.
-      split: batch -> (targets int32 [B, ...], inputs of the model).
+      targets_and_inputs: batch -> (targets int32 [B, ...], inputs of the model).
       visualize: see `Task`.
       image_labels: see `Task`.
     """
 
     def init(key, batch):
-        return model.init(key, *split(batch)[1])['params'], {}
+        return model.init(key, *targets_and_inputs(batch)[1])['params'], {}
 
     def per_example(logits, targets):
         axes = tuple(range(1, targets.ndim))
@@ -66,21 +66,19 @@ def make_likelihood_task(
         return {'nll': jnp.mean(nll, axes), 'accuracy': jnp.mean(correct, axes)}
 
     def loss(params, model_state, batch, key):
-        targets, inputs = split(batch)
+        targets, inputs = targets_and_inputs(batch)
         logits = model.apply({'params': params}, *inputs, train=True, rngs={'dropout': key})
         metrics = {name: jnp.mean(value) for name, value in per_example(logits, targets).items()}
         return metrics['nll'], (model_state, {'loss': metrics['nll'], **metrics})
 
     def eval_step(params, model_state, batch):
-        targets, inputs = split(batch)
+        targets, inputs = targets_and_inputs(batch)
         return per_example(model.apply({'params': params}, *inputs), targets)
 
-    return Task(init, loss, eval_step, as_floats, 'nll', visualize, image_labels)
+    def reduce_metrics(means):
+        return {name: float(value) for name, value in means.items()}
 
-
-def as_floats(means: dict) -> dict[str, float]:
-    """Returns means as Python floats: `reduce_metrics` of tasks whose means are scalars already."""
-    return {name: float(value) for name, value in means.items()}
+    return Task(init, loss, eval_step, reduce_metrics, 'nll', visualize, image_labels)
 
 
 def to_float(image: jax.Array) -> jax.Array:

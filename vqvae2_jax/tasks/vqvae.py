@@ -10,7 +10,9 @@ from vqvae2_jax.models.vqvae import VQVAE
 from vqvae2_jax.tasks.task import Task, to_float
 
 # How the metric `ssim` is computed, for reports.
-SSIM = 'Gaussian window of 11 pixels, sigma 1.5, k1 0.01, k2 0.03, on [0, 1], mean over windows, channels and images'
+SSIM_PROTOCOL = (
+    'Gaussian window of 11 pixels, sigma 1.5, k1 0.01, k2 0.03, on [0, 1], mean over windows, channels and images'
+)
 _WINDOW = 11
 ALL_LEVELS = 'all levels'  # label of the last row of images
 
@@ -26,15 +28,15 @@ def make_task(model: VQVAE, level_names: tuple[str, ...], commitment_weight: flo
     """
 
     def init(key, batch):
-        params_key, reseed_key = jax.random.split(key)
+        params_key, restart_key = jax.random.split(key)
         image = to_float(batch['image'])
-        model_state = dict(model.init({'params': params_key, 'reseed': reseed_key}, image))
+        model_state = dict(model.init({'params': params_key, 'restart': restart_key}, image))
         return model_state.pop('params'), model_state
 
     def loss(params, model_state, batch, key):
         image = to_float(batch['image'])
         output, model_state = model.apply(
-            {'params': params, **model_state}, image, train=True, mutable=['codebook'], rngs={'reseed': key}
+            {'params': params, **model_state}, image, train=True, mutable=['codebook'], rngs={'restart': key}
         )
         # 1. Reconstruction: squared error, a mean over all elements.
         mse = jnp.mean((output.image - image) ** 2)

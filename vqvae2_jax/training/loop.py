@@ -186,14 +186,14 @@ class TrainLoop:
     def eval_and_keep_best(self, state: train_state.TrainState, step: int, received_signal: Callable[[], int]) -> None:
         """Evaluates the averaged weights on the validation split, and keeps them if they are the best so far."""
         with jax.set_mesh(self.mesh), contextlib.closing(self.data.val()) as batches:
-            metrics = self.eval_fn(state.ema_params, state.variables, read_all(batches, received_signal))
+            metrics = self.eval_fn(state.ema_params, state.model_state, read_all(batches, received_signal))
         self.logger.write(step, 'validation', metrics)
-        weights = {'params': state.ema_params, 'model_state': state.variables}
+        weights = {'params': state.ema_params, 'model_state': state.model_state}
         self.best.save_if_best(step, metrics, self.task.best_metric, weights)
 
     def _visualize(self, state, step):
         with jax.set_mesh(self.mesh):
-            weights = sharding.replicate_to_host((state.ema_params, state.variables))
+            weights = sharding.replicate_to_host((state.ema_params, state.model_state))
         processes.run_on_main_process(lambda: self._save_image(weights, step))
 
     def _save_image(self, weights, step):
@@ -284,8 +284,8 @@ def state_sharding(state: train_state.TrainState) -> train_state.TrainState:
 
     Codebooks are replicated. The rest is sharded as `sharding.fsdp_sharding` says.
     """
-    replicated = jax.tree.map(lambda _: sharding.replicated_sharding(), state.variables)
-    return jax.tree.map(sharding.fsdp_sharding, state).replace(variables=replicated)
+    replicated = jax.tree.map(lambda _: sharding.replicated_sharding(), state.model_state)
+    return jax.tree.map(sharding.fsdp_sharding, state).replace(model_state=replicated)
 
 
 def make_step(
@@ -309,7 +309,7 @@ def make_step(
         key = jax.random.fold_in(state.key, state.step)
         # All-gathered here and not layer by layer: left to choose, XLA also shards arithmetic along the parameters.
         params = sharding.constrain_replicated(state.params)
-        gradients, model_state, metrics = grad_fn(params, state.variables, batch, key)
+        gradients, model_state, metrics = grad_fn(params, state.model_state, batch, key)
         gradients = sharding.constrain_sharded(gradients)
         metrics = {**metrics, 'gradient_norm': optax.tree.norm(gradients), SHOULD_STOP: stop}
         return train_state.update(state, gradients, model_state, optimizer, config.params_ema_decay), metrics

@@ -16,8 +16,7 @@ class TrainState:
       step: int32 [], number of updates done.
       key: PRNG key []; never split, each step uses fold_in(key, step).
       params: parameters, which get gradients.
-      variables: the `model_state` of `tasks.task.Task`: collections without gradients, {'codebook': ...} or {}.
-        Checkpoints store it under this name.
+      model_state: collections without gradients, {'codebook': ...} or {}; see `tasks.task.Task`.
       ema_params: average of `params` over the steps; every evaluation and all later stages use it.
       opt_state: state of the optimizer.
     """
@@ -25,7 +24,7 @@ class TrainState:
     step: jax.Array
     key: jax.Array
     params: Any
-    variables: Any
+    model_state: Any
     ema_params: Any
     opt_state: Any
 
@@ -49,7 +48,7 @@ def update(
     Args:
       state: the state before it.
       gradients: gradients of the loss, shaped as `state.params`.
-      model_state: the new `TrainState.variables`, from `Task.loss`.
+      model_state: the new `TrainState.model_state`, from `Task.loss`.
       optimizer: the optimizer.
       params_ema_decay: decay of the averaged parameters, in [0, 1).
     """
@@ -59,5 +58,5 @@ def update(
     decay = jnp.minimum(params_ema_decay, (1 + state.step) / (10 + state.step))
     average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema_params, params)
     return state.replace(
-        step=state.step + 1, params=params, variables=model_state, ema_params=average, opt_state=opt_state
+        step=state.step + 1, params=params, model_state=model_state, ema_params=average, opt_state=opt_state
     )
