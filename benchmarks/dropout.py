@@ -25,11 +25,11 @@ from vqvae2_jax.jobs.train import train_vqvae
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.models.prior import ATTENTION_DROPOUT_KINDS, DROPOUT_PLACEMENTS
 
-COLUMNS = ('level', 'placement', 'kind', 'nats per code', 'against the first', 'beyond both ranges')
+COLUMNS = ('level', 'placement', 'kind', 'nats per code', 'relative to the first', 'beyond both ranges')
 
 
 def variant(run, level, placement, kind, seed, options):
-    """The run of one prior, in a workdir of its own with the same stage 1 and codes."""
+    """Returns the run of one prior, in a workdir of its own with the same stage 1 and codes."""
     config = run.config.copy_and_resolve_references()
     config.seed = seed
     section = config.prior[level]
@@ -43,18 +43,18 @@ def variant(run, level, placement, kind, seed, options):
 
 
 def variants(config, level):
-    """(placement, kind) of each variant; a prior without attention has one kind."""
+    """Returns (placement, kind) of each variant; a prior without attention has one kind."""
     kinds = ATTENTION_DROPOUT_KINDS if config.prior[level].num_attention_layers else ATTENTION_DROPOUT_KINDS[:1]
     return [(placement, kind) for kind in kinds for placement in DROPOUT_PLACEMENTS]
 
 
 def nats_after(run, level, steps):
-    """Held-out nats per code after so many updates; the training may have gone on further."""
+    """Returns held-out nats per code after so many updates; the training may have gone on further."""
     return dict(learning_curve(run, level).T)[steps]
 
 
 def beyond(nats, base):
-    """How far the range of `nats` lies above the range of `base`, in percent of the mean of `base`; 0 if not at all."""
+    """Returns by how much the range of `nats` lies above that of `base`, in percent of the mean of `base`, or 0."""
     return 100 * max(np.min(nats) - np.max(base), 0.0) / np.mean(base)
 
 

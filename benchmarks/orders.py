@@ -40,8 +40,8 @@ from vqvae2_jax.sampling.ancestral import sample, sample_keys
 MAPS = 16  # maps at once
 TIMED = 50  # updates
 TURNS = 2
-COLUMNS = ('level', 'attentions', 'order', 'steps', 'ms an image', 'ms an update')
-COLUMNS += ('equal updates: nats', 'against raster', 'equal time: nats', 'against raster')
+COLUMNS = ('level', 'attention layers', 'order', 'steps', 'ms/image', 'ms/update')
+COLUMNS += ('equal updates: nats', 'relative to raster', 'equal time: nats', 'relative to raster')
 
 
 def seed_argument(text: str) -> int:
@@ -53,7 +53,7 @@ def seed_argument(text: str) -> int:
 
 
 def variant(run, level, order, attention, seed):
-    """The run of one prior, in a workdir of its own with the same stage 1 and codes."""
+    """Returns the run of one prior, in a workdir of its own with the same stage 1 and codes."""
     config = run.config.copy_and_resolve_references()
     config.seed = seed
     section = config.prior[level]
@@ -75,7 +75,7 @@ def link(run, other):
 
 
 def learning_curve(run, level):
-    """Trains the prior, unless it is done: updates [n] and held-out nats [n] of each evaluation."""
+    """Trains the prior, unless it is done; returns the updates [n] and held-out nats [n] of each evaluation."""
     train_prior(run, level)
     lines = read_metrics(run.path(training_directory(f'prior.{level}')))
     evaluated = [(line['step'], line['validation/nll']) for line in lines if 'validation/nll' in line]
@@ -83,7 +83,7 @@ def learning_curve(run, level):
 
 
 def seconds_an_update(run, level):
-    """Of pure training: the least between two log lines of a short training of its own, with no evaluation between."""
+    """Returns the seconds of an update: the least between two log lines of a short training without evaluations."""
     config = run.config.copy_and_resolve_references()
     config.prior[level].training.update(steps=TIMED, log_every=TIMED // 5, eval_every=TIMED, save_every=TIMED)
     with tempfile.TemporaryDirectory() as directory:
@@ -97,7 +97,7 @@ def seconds_an_update(run, level):
 
 
 def seconds_an_image(run, level):
-    """Of drawing the level's maps."""
+    """Returns the seconds to sample one of `MAPS` maps of the level."""
     prior, arguments = build.networks(run.config)[f'prior.{level}']
     key, *one = arguments
     params = jax.jit(prior.init)(key, *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one))['params']
@@ -110,7 +110,7 @@ def seconds_an_image(run, level):
 
 
 def learning_curves(run, level, attention, orders, seeds):
-    """{order: held-out nats after so many updates}, for one level and one number of attentions."""
+    """Returns {order: updates and held-out nats} for one level and one number of attention layers."""
     results_by_order = {}
     for order in orders:
         runs = [variant(run, level, order, attention, seed) for seed in seeds]
@@ -120,7 +120,7 @@ def learning_curves(run, level, attention, orders, seeds):
 
 
 def add_times(results_by_order, run, level, attention):
-    """To learning curves: steps, seconds, and the nats after equal updates and after equal time."""
+    """Adds steps, seconds, and the nats after equal updates and after equal time to learning curves."""
     runs = {order: variant(run, level, order, attention, seed=0) for order in results_by_order}
     updates = [{order: seconds_an_update(r, level) for order, r in runs.items()} for _ in range(TURNS)]
     for order, result in results_by_order.items():
@@ -144,7 +144,7 @@ def name_of_row(level, attention):
 
 
 def table(level, attention, results_by_order):
-    """Its lines."""
+    """Yields the lines of the table."""
     first = next(iter(results_by_order.values()))
     for order, result in results_by_order.items():
         cells = [level, str(attention), name_of(order), str(result['steps'])]
@@ -157,7 +157,7 @@ def table(level, attention, results_by_order):
 
 
 def panel(level, attention, results_by_order):
-    """Nats over seconds of training."""
+    """Makes the panel of nats over seconds of training."""
     curves = {
         name_of(order): (np.array(r['updates']) * r['seconds an update'], np.mean(r['nats'], axis=0))
         for order, r in results_by_order.items()

@@ -45,14 +45,14 @@ def name_of(skew):
 
 
 def inputs(prior, batch, array=jnp.zeros):
-    """Codes and the tuple of coarser codes; with array=jax.ShapeDtypeStruct, their shapes."""
+    """Returns codes and the tuple of coarser codes; with array=jax.ShapeDtypeStruct, their shapes."""
     height, width = prior.shape
     coarser = [array((batch, height // 2, width // 2), jnp.int32) for _ in prior.coarser_codebook_sizes]
     return array((batch, height, width), jnp.int32), tuple(coarser)
 
 
 def weights(prior):
-    """The prior's parameters, in its dtype."""
+    """Returns random parameters of the prior, in its dtype."""
     codes, coarser = inputs(prior, 1)
     params = prior.init(jax.random.key(0), codes, None, coarser)['params']
     return jax.tree.map(lambda x: x.astype(prior.dtype), params)
@@ -95,11 +95,11 @@ def rerunning(level, batch, dtype):
 
 
 def size_of(tree):
-    """Bytes of arrays or of shapes."""
+    """Returns the bytes of arrays or of shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def floor(level, dtype, bandwidth, skew=None):
+def lower_bound(level, dtype, bandwidth, skew=None):
     """Returns the seconds to read the weights of one step from memory once; the vertical ones serve a whole row."""
     prior = make(level, dtype, skew)
     size = {
@@ -113,14 +113,14 @@ def floor(level, dtype, bandwidth, skew=None):
 
 
 def raster_against_rerunning(batches, dtype, bandwidth):
-    print('\n| level | batch | rerunning rows so far (s) | cached raster (s) | ratio | ms a step | floor, ms |')
+    print('\n| level | batch | rerunning rows so far (s) | cached raster (s) | ratio | ms/step | lower bound, ms |')
     print('|---|---|---|---|---|---|---|')
     for batch in batches:
         total = np.zeros(2)
         for level in SHAPES:
             slow, fast = rerunning(level, batch, dtype), cached(level, batch, dtype, None)
             total += slow, fast
-            step, least = fast / np.prod(SHAPES[level]), floor(level, dtype, bandwidth)
+            step, least = fast / np.prod(SHAPES[level]), lower_bound(level, dtype, bandwidth)
             print(
                 f'| {level} | {batch} | {slow:.0f} | {fast:.1f} | {slow / fast:.0f}x | {1e3 * step:.2f} '
                 f'| {1e3 * least:.2f} |',
@@ -137,14 +137,14 @@ def growth_with_the_map(dtype):
 
 
 def wavefront_against_raster(batches, dtype, skews, bandwidth):
-    print('\n| level | batch | order | steps | s for the batch | raster over it | ms a step | floor, ms |')
+    print('\n| level | batch | order | steps | s for the batch | speedup over raster | ms/step | lower bound, ms |')
     print('|---|---|---|---|---|---|---|---|')
     for level in SHAPES:
         for batch in batches:
             raster = cached(level, batch, dtype, None)
             for skew in (None, *skews):
                 steps = make(level, dtype, skew).order.num_steps
-                time_, least = cached(level, batch, dtype, skew), floor(level, dtype, bandwidth, skew)
+                time_, least = cached(level, batch, dtype, skew), lower_bound(level, dtype, bandwidth, skew)
                 print(
                     f'| {level} | {batch} | {name_of(skew)} | {steps} | {time_:.2f} | {raster / time_:.1f}x '
                     f'| {1e3 * time_ / steps:.2f} | {1e3 * least:.2f} |',
@@ -154,7 +154,7 @@ def wavefront_against_raster(batches, dtype, skews, bandwidth):
 
 def memory(dtype, skews):
     """Prints the caches and other temporaries of the compiled sampler per image, from batches of 8 and 16."""
-    print('\n| level | order | MB an image | MB of weights |\n|---|---|---|---|')
+    print('\n| level | order | MB per image | MB of weights |\n|---|---|---|---|')
     for level in SHAPES:
         for skew in (None, *skews):
             prior = make(level, dtype, skew)

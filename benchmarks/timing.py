@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: a stopwatch, and a description of the machine."""
+"""Measures times for the benchmarks, and describes the machine."""
 
 import os
 import re
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def seconds(function, *arguments):
-    """The time of a call of the compiled function: the best of five, or the only one where that takes long."""
+    """Measures the seconds of a call of the compiled function: the best of five, or of fewer if they take over 5 s."""
     compiled = jax.jit(function).lower(*arguments).compile()
     times = []
     while not times or (len(times) < 5 and sum(times) < 5):
@@ -20,13 +20,13 @@ def seconds(function, *arguments):
 
 
 def measure_bandwidth():
-    """Bytes a second of reading memory: the sum of 512 MiB."""
+    """Measures the bytes per second of reading memory: the sum of 512 MiB."""
     x = jnp.ones((2**27,), jnp.float32)
     return x.nbytes / seconds(jnp.sum, x)
 
 
 def measure_products(dtype=jnp.float32):
-    """FLOP/s of a large matrix product."""
+    """Measures the FLOP/s of a large matrix product."""
     x = jnp.ones((4096, 4096), dtype)
     return 2 * len(x) ** 3 / seconds(jnp.matmul, x, x)
 

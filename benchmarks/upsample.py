@@ -1,4 +1,4 @@
-"""How much faster the gradient of `Upsample` is than that of `nn.ConvTranspose`, which computes the same.
+"""Compares the time of the gradient of `Upsample` with that of `nn.ConvTranspose`, which computes the same.
 
   python -m benchmarks.upsample
 
@@ -17,7 +17,7 @@ SHAPES = (((4, 64, 64, 128), 64), ((4, 128, 128, 64), 3))  # input, features: th
 
 
 def seconds_per_gradient(module: nn.Module, x: jax.Array) -> float:
-    """Of the compiled gradient with respect to parameters and input."""
+    """Measures the compiled gradient with respect to parameters and input."""
     variables = module.init(jax.random.key(0), x)
     return seconds(jax.grad(lambda v, x: jnp.sum(jnp.sin(module.apply(v, x))), argnums=(0, 1)), variables, x)
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import pkgutil
 import re
 
 import pytest
@@ -87,6 +88,14 @@ def test_mentioned_paths_exist(document):
     paths = re.findall(rf'(?<![\w/.-])(?:{"|".join(FOLDERS)})/[\w./-]*\w', document.read_text())
     missing = sorted({path for path in paths if not (ROOT / path).exists()})
     assert not missing, f'{document.name} mentions {missing}, which are not there'
+
+
+def test_new_names_of_the_changelog_can_be_imported():
+    cells = re.findall(r'^\|.*\|(.*)\|$', (ROOT / 'CHANGELOG.md').read_text(), re.MULTILINE)
+    names = re.findall(r'vqvae2_jax(?:\.\w+)+', ' '.join(cells))
+    assert len(names) > 20, 'the tables were not found'
+    for name in names:
+        pkgutil.resolve_name(name)
 
 
 @pytest.mark.parametrize(

@@ -162,9 +162,9 @@ class Trained:
     """The best weights of a finished training, as NumPy arrays.
 
     Attributes:
-      params: of the network.
+      params: parameters of the network.
       model_state: mutable collections without gradients, {'codebook': ...} or {}.
-      record: of the directory that they come from.
+      record: the record of the directory that has the weights.
     """
 
     params: Any
@@ -186,10 +186,10 @@ class Generator:
     """All networks that make samples; the weights are on the mesh, sharded.
 
     Attributes:
-      model: stage 1.
-      variables: its collections.
-      priors: stage 2's modules, finest level first.
-      params: their parameters.
+      model: the VQ-VAE's module.
+      variables: all collections of the VQ-VAE.
+      priors: one module per level, finest first.
+      params: the parameters of each prior, in the order of `priors`.
     """
 
     model: VQVAE
