@@ -89,7 +89,7 @@ def make_sample_fn(model: VQVAE, priors: Sequence[Prior], *, seed: int) -> Calla
       A jitted function (variables, params, sampling_params, {'index': int32 [B], 'label': int32 [B]}) ->
       {'image': uint8 [B, H, W, C], 'codes_0': int32 [B, h_0, w_0], 'codes_1': ...}.
       `sampling_params` is a tuple with one `SamplingParams` per level, finest first. `index`: indices of the
-      samples, i; `label`: their classes, ignored by priors without classes.
+      samples, i; `label`: their classes; it has to be there, but priors without classes ignore it.
     """
 
     def sample(variables, params, sampling_params, batch):
@@ -121,7 +121,9 @@ def make_inpaint_fn(
       A jitted function (variables, params, sampling_params, {'index': int32 [B], 'label': int32 [B]},
       image uint8 [H, W, C], mask bool [H, W], number int32 []) -> the result of the function of `make_sample_fn`.
       `index`: indices of the variants. `mask`: True where to sample; a code with any such pixel in its cell is sampled.
-      `number`: index of the image in its source. The other arguments are those of `make_sample_fn`.
+      `number`: index of the image in its source. These three are host arrays, the same on every process; the other
+      arguments are those of `make_sample_fn`. All pixels of the result are decoded: those outside of the mask are those
+      of the reconstruction, and near the mask they may differ from it.
     """
 
     @jax.jit

@@ -79,10 +79,14 @@ def generative_metrics(
       name: name of the comparison in the lines of progress.
 
     Returns:
-      Metrics by name, the number of images, and a warning if they are few.
+      {'count_real', 'count': numbers of images; 'fid' and 'kid' (of a classifier 'frechet_distance' and
+      'kernel_distance'), 'precision', 'recall', 'inception_score'; the deviations of these that have one as
+      '<name>_deviation'; 'warning': text, if there are few images}; see docs/files.md. The Fréchet distance and the
+      counts are those of all images, the other metrics those of the stored features.
 
     Raises:
-      ValueError: too few images, all the same, or features that are not finite.
+      ValueError: fewer than four images of a set, all the same, features that are not finite, or different numbers of
+        features.
     """
     names = _NAMES[network_name]
     track_subsets = functools.partial(track, name=f'{name}: kernel distance', unit='subsets')

@@ -68,18 +68,18 @@ def sample(
       prior: the module.
       params: the collection `params` of `prior.init` or of a trained prior.
       keys: one key per sample, [B], from `sample_keys`.
-      labels: classes, int32 [B]; None if the prior has no classes.
+      labels: classes, int32 [B]; ignored if the prior has no classes.
       coarser: codes of every coarser level, finest first; each int32 [B, h_l, w_l].
       sampling_params: temperature, top-k, top-p and guidance. The numbers may be traced; whether `guidance` is None may
         not.
-      known_codes: int32 [B, H, W]: codes to keep, and -1 at positions to sample; None: sample all. A sampled code
+      known_codes: int32 [B, H, W]: codes in [0, K) to keep, and -1 at positions to sample; None: sample all. A sampled code
         depends on the kept codes of earlier steps, not of later ones.
 
     Returns:
       The codes, kept ones included, and their log-probabilities.
 
     Raises:
-      ValueError: guidance without labels, or with a prior trained without label dropout.
+      ValueError: labels or coarser levels are missing; guidance with a prior trained without label dropout.
     """
     guided = sampling_params.guidance is not None
     if guided:
