@@ -72,8 +72,8 @@ def sample(
       coarser: codes of every coarser level, finest first; each int32 [B, h_l, w_l].
       sampling_params: temperature, top-k, top-p and guidance. The numbers may be traced; whether `guidance` is None may
         not.
-      known_codes: int32 [B, H, W]: codes in [0, K) to keep, and -1 at positions to sample; None: sample all. A sampled code
-        depends on the kept codes of earlier steps, not of later ones.
+      known_codes: int32 [B, H, W]: codes in [0, K) to keep, and -1 at positions to sample; None: sample all. A sampled
+        code depends on the kept codes of earlier steps, not of later ones.
 
     Returns:
       The codes, kept ones included, and their log-probabilities.
