@@ -278,7 +278,7 @@ def toy_task(distance=lambda w: jnp.abs(w - 3), bad_batch=-1, bad_gradient=-1):
 
 
 def val():
-    yield {'x': np.arange(8, dtype=np.float32), 'mask': np.ones(8, bool)}
+    return Pass(count=1)
 
 
 def train_toy(directory, task, data=None, val=val, **fields):
@@ -363,19 +363,23 @@ def test_workers_that_a_signal_ended_are_done_without_until_the_stop(tmp_path):
 
 
 class Pass:
-    """The validation batch, twice; notes its end."""
+    """The validation batch, `count` times; notes its end."""
 
-    def __init__(self, action=lambda: None):
-        self.rows, self.action, self.closed = [*val()] * 2, action, False
+    def __init__(self, action=lambda: None, count=2):
+        self.batches = [{'x': np.arange(8, dtype=np.float32), 'mask': np.ones(8, bool)}] * count
+        self.action, self.closed = action, False
 
     def __iter__(self):
         return self
 
     def __next__(self):
         self.action()
-        if not self.rows:
+        if not self.batches:
             raise StopIteration
-        return self.rows.pop()
+        return self.batches.pop()
+
+    def peek(self):
+        return self.batches[-1]
 
     def fall_back_to_threads(self):
         self.action = lambda: None
@@ -418,7 +422,7 @@ def test_evaluation_is_exact_on_a_ragged_last_batch():
         found = mean({'w': jnp.ones(2)}, {}, eval_batches(source, batch_size=8))
         np.testing.assert_allclose(found['x'], np.mean(np.arange(21) ** 2), rtol=1e-6)
         assert found['distance'] == 2
-        with pytest.raises(ValueError, match='no readable example'):
+        with pytest.raises(ValueError, match='no example to evaluate on'):
             mean({'w': jnp.ones(2)}, {}, [{'x': np.ones(8, np.float32), 'mask': np.zeros(8, bool)}])
 
 

@@ -17,7 +17,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from vqvae2_jax.data.loader import read_all, read_next
+from vqvae2_jax.data.loader import BatchIterator, read_all, read_next
 from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.distributed.preemption import stop_signals
 from vqvae2_jax.io import plots
@@ -40,13 +40,13 @@ class Data(NamedTuple):
 
     Attributes:
       train: endless training batches; the state of this iterator is saved in checkpoints.
-      val: returns an iterator over all validation batches, which have 'mask'; the iterator has close().
+      val: returns an iterator over all validation batches, which have 'mask'.
       first_batch: the first batch of `train`; the shapes and the initial codebooks come from it.
       description: examples and batch size, as text for the log.
     """
 
     train: grain.DatasetIterator
-    val: Callable[[], Iterator[dict]]
+    val: Callable[[], BatchIterator]
     first_batch: dict[str, np.ndarray]
     description: str = ''
 
