@@ -360,6 +360,13 @@ def test_a_set_whose_inputs_have_changed_is_marked_and_not_deleted(run):
     assert found['default']['stale'] == [] and len(found['default']['sweep']) == 1
 
 
+def test_a_set_with_cas_is_not_stale_where_the_config_asks_for_none(run):
+    run.config.evaluate.cas = False
+    add_set(run, 'other', seed=1)
+    sets = read_json(run.path('report', 'report.json'))['sets']
+    assert sets['default']['stale'] == [] and 'cas' in sets['default'] and 'cas' not in sets['other']
+
+
 def test_an_interrupted_evaluation_continues(run, report, monkeypatch):
     monkeypatch.setattr(feature_store, 'SHARD_SIZE', 256)
     for directory in ('features', 'evaluation', 'report'):

@@ -1,7 +1,7 @@
 """Compiled functions of trained networks: encode, decode, sample, inpaint, log-likelihood.
 
 They are pure: weights and batches in, arrays out; no config, no files. Call them inside `jax.set_mesh`. Each function
-gathers the weights once, before any loop. A complete example, which samples 16 images with the labels 0, 1, ... 9, 0, ...:
+gathers the weights once, before any loop. A complete example, which samples 16 images with labels from 0 to 9:
 
   with jax.set_mesh(sharding.make_mesh()):
       variables, params = sharding.put_sharded(variables), sharding.put_sharded(params)
