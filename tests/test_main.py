@@ -75,6 +75,7 @@ def run_main(arguments, path):
         (['--config=tiny', '--config.sample.name=../x'], "sample.name is '../x'; it must be 1 to 100 letters"),
         ([], '--config is missing, for example --config=fashion'),
         (['--config=tiny', 'sample'], "unexpected argument 'sample'"),
+        (['--confg=tiny', '--config.seed=1'], "Unknown command line flag 'confg'. Did you mean: config"),
         (  # fields that the config leaves at their defaults
             ['--config=configs/tiny.py', '--config.prior.top.order=wavefront', '--config.prior.top.skew=9'],
             'prior.top.skew is 9; on a 7x7 map it must be an integer from 1 to 7',
@@ -128,6 +129,24 @@ def test_every_form_of_a_flag_sets_its_field():
         expected.vqvae.downsample_factors = (2, 2)
         expected.evaluate.cas, expected.reject.keep_fraction = True, 0.25
     assert config == json.loads(json.dumps(expected.to_dict()))
+
+
+def test_the_console_script_explains_its_flags():
+    program = "import sys; from vqvae2_jax.main import run; sys.argv = ['/bin/vqvae2', '--help']; run()"
+    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
+    for text in ('The command line: flags', '--workdir: ', '--level: ', '--topology: '):
+        assert text in done.stdout
+
+
+def test_an_interrupt_while_the_first_step_compiles_ends_without_a_traceback(tmp_path):
+    process = start('--config=tiny', f'--workdir={tmp_path}', '--job=vqvae')
+    for line in process.stdout:
+        if line == 'vqvae: compiling ...\n':
+            process.send_signal(signal.SIGINT)
+            break
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGINT and 'Traceback' not in output
+    assert re.search(r'saved at step [1-3]; the same command continues', output)
 
 
 PRINT_FLAGS = """

@@ -8,6 +8,7 @@ vqvae2 --config=fashion --config.sample.count=50000 --job=sample           # the
 import ast
 import os
 import re
+import signal
 import sys
 
 from absl import app, flags, logging
@@ -65,6 +66,9 @@ def main(config: ConfigDict) -> None:
     except (ConfigError, JobError, UnreadableImage, CheckpointMismatch, NonFiniteLoss) as error:
         # The message says what to do; a traceback would only hide it.
         sys.exit(f'error: {error}')
+    except KeyboardInterrupt:  # in a phase that has nothing to save, or a second time
+        print('interrupted; the same command continues', file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _workdir(config):
@@ -95,6 +99,9 @@ def _parse(arguments: list[str]) -> ConfigDict:
     try:
         arguments = flags.FLAGS(arguments, known_only=True)
         if _CONFIG.value is None:
+            flags.FLAGS(
+                [a for a in arguments if not re.match(r'--?(no)?config\.', a)]
+            )  # a misspelled --config is unknown
             raise ConfigError('--config is missing, for example --config=fashion')
         config = load_config(_CONFIG.value)
         rest = flags.FLAGS(_override_fields(config, arguments))  # refuses unknown flags
@@ -159,6 +166,10 @@ def _parse_value(text, default):
 
 def run() -> None:
     """Runs the command line; the console script `vqvae2` starts here."""
+    # --help describes the main module, which is not this one if a console script imports it.
+    sys.modules['__main__'].__doc__ = __doc__
+    for flag in (_CONFIG, _WORKDIR, _JOB, _DISTRIBUTED, _TOPOLOGY, _LEVEL):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
     app.run(main, flags_parser=_parse)
 
 

@@ -212,7 +212,7 @@ def _sample_set(name, entry, report, pictures) -> list[str]:
         rows = [(against, *(_number(metrics.get(k, '')) for k in shown)) for against, metrics in compared.items()]
         parts.append(html.table(('samples against', *(_LABELS[k] for k in shown)), rows))
         parts.append(html.note(_note(quality)))
-    caption = f'{entry["count"]} samples, unfiltered, one class per row'
+    caption = f'{entry["count"]} samples, unfiltered; one class per row, if each class has ten'
     parts.append(html.image(pictures.get(f'{name}/samples'), caption))
     if 'class_accuracy' not in entry:
         return parts

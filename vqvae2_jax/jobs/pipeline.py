@@ -17,7 +17,7 @@ from vqvae2_jax.jobs.plan import plan
 from vqvae2_jax.jobs.reject import reject
 from vqvae2_jax.jobs.sample import draw_samples
 from vqvae2_jax.jobs.train import train_classifier, train_prior, train_vqvae
-from vqvae2_jax.jobs.workdir import Run, training_directory
+from vqvae2_jax.jobs.workdir import SKIPPED, Run, training_directory
 
 _PIPELINE = {  # in order
     'vqvae': train_vqvae,
@@ -61,6 +61,8 @@ def run_job(run: Run, job: str, level: str | None = None) -> None:
             begin = time.monotonic()
             (_PIPELINE | _OTHERS)[name](run, *arguments)
             processes.process_any(False)  # all processes can read the files that the main process has written
+            if run.config.data.on_error == 'skip' and (skipped := run.skipped()):
+                print(f'{len(skipped)} unreadable files were skipped so far: {run.path(SKIPPED)}', flush=True)
             if job == 'pipeline':
                 seconds = time.monotonic() - begin
                 print(f'-- {" ".join((name, *arguments))}: {format_duration(seconds)}\n', flush=True)

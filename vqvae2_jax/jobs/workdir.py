@@ -135,7 +135,7 @@ class Run:
         return loader.read_skipped(str(self.path(SKIPPED)))
 
     def print_start(self, job: str, data: str, *, parameters: int | None = None, batch: str = '') -> None:
-        """Prints the start line of a job: devices, mesh, parameters and data.
+        """Prints the start line of a job: devices, mesh, parameters and data; and that the job compiles.
 
         Args:
           job: its name.
@@ -149,6 +149,7 @@ class Run:
         if batch:
             parts.append(f'{batch}.batch_size {self.config[batch].batch_size}, padded to {self.batch_size(batch)}')
         print(f'{job}: ' + '; '.join(parts), flush=True)
+        print(f'{job}: compiling ...', flush=True)  # it may take minutes
 
     def open_output(
         self, directory: epath.Path, job: str, inputs: dict[str, str], settings: dict[str, Any], **options: Any

@@ -89,7 +89,7 @@ def train(
       Interrupted: SIGINT or SIGTERM came; everything is saved.
     """
     optimizer = optim.make_optimizer(config)
-    with contextlib.closing(Checkpoints(directory)) as checkpoints:
+    with contextlib.closing(Checkpoints(directory)) as checkpoints, stop_signals() as received_signal:
         with jax.set_mesh(mesh):
             state, start, pending = restore_or_init(task, optimizer, data, checkpoints, seed, config.batch_size)
             train_step = make_step(task, optimizer, config, state_sharding(state))
@@ -109,7 +109,7 @@ def train(
         best = processes.run_on_main_process(lambda: BestCheckpoint(directory))
         profiler = Profiler(directory, config.profile_steps)
         loop = TrainLoop(task, config, data, mesh, train_step, checkpoints, best, logger, profiler)
-        with contextlib.closing(logger), contextlib.closing(profiler), stop_signals() as received_signal:
+        with contextlib.closing(logger), contextlib.closing(profiler):
             step = loop.run(state, start, pending, received_signal)
     if not best.best():
         raise NonFiniteLoss(f'{name}: the validation {task.best_metric} was NaN at every evaluation')
