@@ -60,7 +60,9 @@ def test_the_newest_python_with_the_newest_jax(tmp_path):
     run(python, '-m', 'venv', tmp_path / 'venv')
     python = tmp_path / 'venv' / 'bin' / 'python'
     run(python, '-m', 'pip', 'install', '--quiet', '-r', ROOT / 'requirements.txt', 'pytest', 'hypothesis')
-    environment = {k: v for k, v in os.environ.items() if k not in ('XLA_FLAGS', 'JAX_COMPILATION_CACHE_DIR')}
+    # With the worker's name the tests would share their pipeline with those of other runs.
+    own = ('XLA_FLAGS', 'JAX_COMPILATION_CACHE_DIR', 'PYTEST_XDIST_WORKER')
+    environment = {k: v for k, v in os.environ.items() if k not in own}
     tests = [f'tests/test_{name}.py' for name in QUICK]
     chosen = ['-m', 'not slow and not system', '-p', 'no:cacheprovider', '-q']
     print(run(python, '-m', 'pytest', *chosen, *tests, cwd=ROOT, env=environment))
