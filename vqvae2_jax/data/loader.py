@@ -192,6 +192,8 @@ class BatchIterator(grain.DatasetIterator):
         batch, filled = {}, 0
         while filled < len(self._rows):
             chunk = next(chunks)
+            if not self._workers and self._chunks.per_batch == 1:
+                return chunk  # of this process's own memory: nothing to join or to copy
             if not batch:
                 batch = {name: np.empty((len(self._rows), *x.shape[1:]), x.dtype) for name, x in chunk.items()}
             count = len(next(iter(chunk.values())))

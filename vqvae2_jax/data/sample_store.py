@@ -53,10 +53,10 @@ def remove_others(directory: epath.Path, ranges: Sequence[Range]) -> None:
 
 def write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes an uncompressed `.npz` file, over an existing one, completely or not at all."""
-    if gcs.is_remote(path):
+    if gcs.is_remote(path):  # np.savez seeks in its file, which a bucket does not allow
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
-        path.write_bytes(buffer.getvalue())
+        files.write_bytes(path, buffer.getvalue())
         return
     with files.replace_file(path) as part, part.open('wb') as file:  # the content is never in memory a second time
         np.savez(file, **arrays)

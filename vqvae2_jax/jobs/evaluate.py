@@ -87,7 +87,7 @@ def _outputs(run: Run) -> Iterator[tuple[Record, dict[str, str], str]]:
     for split, codes in workdir.codes_records(run).items():
         yield codes, extract_codes.inputs(run, split), 'extract_codes'
     for section in run.prior_sections:
-        yield workdir.trained_record(run, section), train.inputs(run, section), section.replace('.', ' --level=')
+        yield workdir.trained_record(run, section), train.inputs(run, section), workdir.training_job(section)
     yield sample_store.read_set(run.sample_set_path(SAMPLES)), workdir.generator_digests(run), 'sample'
     if not build.has_classifier(run.config):
         return
@@ -251,9 +251,8 @@ def _cas(e: Evaluation, source: str) -> dict[str, Any]:
         directory, count, part = 'classifier', len(run.images('train')), f'{cas.DIRECTORY}/real'
         name = part if run.config.reject.classifier else directory
     else:
-        images_directory = cas.images_directory(run, source)
-        directory = name = part = f'{cas.DIRECTORY}/{images_directory}'
-        count = sample_store.read_set(run.path(images_directory)).results['count']
+        directory = name = part = cas.directories(run)[source]
+        count = sample_store.read_set(run.path(cas.images_directory(run, source))).results['count']
     trained = workdir.trained_record(run, 'classifier', directory)
 
     def compute():

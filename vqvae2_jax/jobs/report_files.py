@@ -162,5 +162,5 @@ def _seconds(run: Run) -> dict[str, float]:
     trained += ['classifier'] if build.trains_classifier(run.config) else []
     directories = {name: name for name in trained}
     if build.has_cas(run.config):
-        directories[f'cas_{RECONSTRUCTIONS}'] = f'{cas.DIRECTORY}/{RECONSTRUCTIONS}'
+        directories[f'cas_{RECONSTRUCTIONS}'] = cas.directories(run)[RECONSTRUCTIONS]
     return {name: record.read(run.path(directory)).seconds for name, directory in directories.items()}

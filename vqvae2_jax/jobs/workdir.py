@@ -214,6 +214,11 @@ def training_directory(section: str) -> str:
     return section.replace('.', '_')
 
 
+def training_job(section: str) -> str:
+    """Returns the job that trains the network of a section, for messages: 'prior --level=top' for 'prior.top'."""
+    return section.replace('.', ' --level=')
+
+
 def trained_record(run: Run, section: str, directory: str = '') -> Record:
     """Reads the record of a finished training.
 
@@ -228,7 +233,7 @@ def trained_record(run: Run, section: str, directory: str = '') -> Record:
       StaleInputError: a prior was trained on codes of another stage 1.
     """
     path = run.path(directory or training_directory(section))
-    trained = record.read_done(path, 'cas' if directory.startswith('cas/') else section.replace('.', ' --level='))
+    trained = record.read_done(path, 'cas' if directory.startswith('cas/') else training_job(section))
     of_training = ('seed', 'data.flip', 'data.crop', *(f'{section}.{field}' for field in _OF_TRAINING))
     current = {k: v for k, v in build.settings(run.config, section).items() if not k.startswith(of_training)}
     hint = 'Go back to the recorded settings, or give another --workdir.'
