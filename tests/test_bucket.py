@@ -54,7 +54,7 @@ def test_a_whole_run_on_a_bucket_equals_a_local_one(bucket, finished, config, ca
     assert not left
     capsys.readouterr()
     before = {name: generation for name, (_, generation) in bucket.objects.items() if 'weights' in name}
-    del bucket.objects['runs/tiny/vqvae/record.json']
+    del bucket.objects['runs/tiny/vqvae/record.json']  # checkpoints have copies
     for job in ('vqvae', 'extract_codes', 'prior', 'classifier', 'sample', 'reject', 'cas'):
         run_job(run, job)  # stage 1 goes on from its last checkpoint; everything is found done
     assert 'vqvae: continuing from step 8' in capsys.readouterr().out
@@ -67,11 +67,12 @@ def test_codes_on_a_bucket(bucket, tmp_path):
     with pytest.raises(ValueError, match='codebook has 9'):
         codes.write_shard(path, [batch, batch | {'codes_0': batch['codes_0'] + 9}], (9,))
     assert not any(name.startswith('codes/') for name in bucket.objects)  # complete or absent
-    assert codes.write_shard(path, [batch], (9,)) == 5 and codes.missing_shards('gs://bucket/codes', 1) == []
+    assert codes.write_shard(path, [batch], (9,)) == 5 and path.exists()
     meta = dict(num_classes=5, class_names=(), split='train', shards=1)
     meta = codes.CodesMeta(shapes=((2, 2),), codebook_sizes=(9,), count=5, **meta)
     for vqvae in 'ab':  # the second store in the same place, of other codes, is not taken for the first
         output = record.open_output('gs://bucket/codes', codes.JOB, {'vqvae': vqvae}, {}, replace=True)
+        output.add_files(path.name)
         output.finish(dataclasses.asdict(meta))
         np.testing.assert_array_equal(codes.CodeSource('gs://bucket/codes')[3]['codes_0'], batch['codes_0'][3])
         batch['codes_0'] = (batch['codes_0'] + 1) % 9
@@ -97,15 +98,41 @@ def test_a_log_on_a_bucket(bucket, monkeypatch):
     assert [line['train/loss'] for line in logging.read_metrics('gs://bucket/log')] == [1, 2, 4]
 
 
-def test_missing_files_take_one_listing(bucket, monkeypatch):
+def test_damaged_files_take_one_listing_and_no_download(bucket, monkeypatch):
     directory, ranges = epath.Path('gs://bucket/set'), [(start, start + 2) for start in range(0, 20, 2)]
-    assert sample_store.missing_shards(directory, ranges) == ranges and files.list_names(directory) == set()
+    output = record.Record(directory, 'sample', {}, {})
+    assert sample_store.missing_shards(output, ranges) == ranges and files.list_names(directory) == set()
     for r in ranges[::2]:
         sample_store.write_npz(sample_store.shard_path(directory, *r), {'x': np.arange(2)})
+        output.add_files(sample_store.shard_path(directory, *r).name)
+    assert sample_store.missing_shards(output, ranges) == ranges[1::2]
+    assert all(entry[1].startswith('md5:') for entry in output.files.values())
+    names = sorted(output.files)
+    data, generation = bucket.objects[f'set/{names[1]}']
+    bucket.objects[f'set/{names[1]}'] = data[:-1] + bytes([data[-1] ^ 1]), generation
+    bucket.objects[f'set/{names[2]}'] = data[:-1], generation
+    del bucket.objects[f'set/{names[3]}']
     answered, get = [], fake_gcs._Handler._get
     monkeypatch.setattr(fake_gcs._Handler, '_get', lambda handler: answered.append(handler.path) or get(handler))
-    assert sample_store.missing_shards(directory, ranges) == ranges[1::2]
-    assert len(answered) == 1
+    damaged = output.find_damaged()
+    assert list(damaged) == names[1:4] and len(answered) == 1
+    reasons = 'its content has changed', f'it has {len(data) - 1} bytes instead of {len(data)}', 'it is missing'
+    assert tuple(damaged.values()) == reasons
+
+
+def test_files_copied_between_a_disk_and_a_bucket_keep_their_checksums(bucket, tmp_path):
+    there, here = epath.Path('gs://bucket/set'), epath.Path(tmp_path)
+    for directory in (there, here):
+        files.write_bytes(directory / 'a.npz', b'one')
+    entries = {directory: record.Record(directory, '', {}, {}) for directory in (there, here)}
+    for output in entries.values():
+        output.add_files('a.npz')
+    assert entries[there].files != entries[here].files
+    for directory, other in ((there, here), (here, there)):
+        output = record.Record(directory, '', {}, {}, files=entries[other].files)
+        assert output.find_damaged() == {}
+        (directory / 'a.npz').write_bytes(b'two')
+        assert output.find_damaged() == {'a.npz': 'its content has changed'}
 
 
 def test_images_on_a_bucket(bucket):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vqvae2_jax.distributed import processes, sharding
-from vqvae2_jax.io import files
+from vqvae2_jax.io import checksums, files
 from vqvae2_jax.training.checkpoint import BestCheckpoint, Checkpoints
 
 
@@ -48,7 +48,10 @@ def test_worse_weights_and_those_of_a_nan_are_not_written(tmp_path):
     assert saved == [True, True, False, True]  # equal counts as better
     assert not best.save_if_best(9, {'mse': float('nan')}, 'mse', {'w': jnp.zeros(2)})
     np.testing.assert_array_equal(BestCheckpoint(tmp_path).load()['w'], [3, 3])
-    assert BestCheckpoint(tmp_path).best() == {'step': 3, 'metrics': {'mse': 2}, 'directory': '3'}
+    best = BestCheckpoint(tmp_path).best()
+    names = best.pop('files')
+    assert best == {'step': 3, 'metrics': {'mse': 2}, 'directory': '3'}
+    assert names == checksums.file_entries(tmp_path / 'weights' / '3')
 
 
 def test_all_processes_continue_from_the_checkpoint_that_the_main_process_sees(tmp_path, monkeypatch):

@@ -54,7 +54,8 @@ def outputs(finished):
     vqvae, variables = build.make_vqvae(finished.config), workdir.load_trained(finished, 'vqvae').variables
     source = finished.images('test')
     real = np.stack([source[i]['image'] for i in range(len(source))])
-    sampled = [sample_store.read_npz(path) for path in sample_store.shard_paths(finished.sample_set_path('samples'))]
+    samples = sample_store.read_set(finished.sample_set_path('samples'))
+    sampled = [sample_store.read_npz(path) for path in sample_store.shard_paths(samples)]
     again = jax.jit(lambda x: vqvae.apply(variables, to_float(x)).image)(real)
     again = np.round((np.clip(again, -1, 1) + 1) * 127.5).astype(np.uint8)
     sets = {'real': real, 'samples': np.concatenate([d['arr_0'] for d in sampled]), 'reconstructions': again}

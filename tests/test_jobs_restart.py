@@ -56,7 +56,8 @@ def test_only_missing_shards_are_written(run, monkeypatch):
     lost.unlink()
     run.path('codes', 'validation', 'record.json').unlink()
     run_job(run, 'extract_codes')
-    assert written == [lost.name] * 2 and run.codes('validation').meta.count == 9000
+    names = [path.name for path in shards(run, 'validation')]
+    assert written == [lost.name, *names] and run.codes('validation').meta.count == 9000
     assert record.read_done(run.path('codes', 'validation'), 'extract_codes').digest == digest
 
 
@@ -72,7 +73,7 @@ def test_an_interrupted_extraction_continues(run, monkeypatch, capsys):
     assert not run.path('codes', 'test').exists()
     with pytest.raises(JobError, match='--job=extract_codes'):
         run_job(run, 'prior', 'top')
-    torn = run.path('codes', 'validation') / (shards(run, 'validation')[0].name + '.unfinished-0')
+    torn = run.path('codes', 'validation') / (shards(run, 'validation')[0].name + '.unfinished-01234567')
     torn.write_bytes(b'torn')
     run_job(run, 'extract_codes')
     assert len(written) == 5 and not torn.exists()  # none is written twice
@@ -113,6 +114,10 @@ def set_path(run):
 
 def read_all(run, count, name='default'):
     return sample_store.take(run.path('samples', name), np.arange(count))
+
+
+def shard_paths(run):
+    return sample_store.shard_paths(sample_store.read_set(set_path(run)))
 
 
 def assert_same_samples(found, expected):
@@ -161,7 +166,7 @@ def test_growth_that_was_interrupted_leaves_no_sample_twice(run, monkeypatch):
         run_job(run, 'sample')
     run.config.sample.count = 48
     run_job(run, 'sample')
-    assert sorted(set_path(run).glob('*.npz')) == sample_store.shard_paths(set_path(run))
+    assert sorted(set_path(run).glob('*.npz')) == shard_paths(run)
 
 
 def test_a_signal_during_the_last_file_is_not_swallowed(run, monkeypatch):
@@ -190,7 +195,7 @@ def test_a_sample_depends_on_its_number_and_not_on_the_count(run, finished):
     set_path(run).rmtree()
     run.config.sample.update(count=8, shard_size=3)
     run_job(run, 'sample')
-    assert len(sample_store.shard_paths(set_path(run))) == 3
+    assert len(shard_paths(run)) == 3
     assert_same_samples(read_all(run, 8), {k: v[:8] for k, v in read_all(finished, 24).items()})
 
 
@@ -215,7 +220,7 @@ def test_sets_of_samples_lie_side_by_side(run, finished):
     run.config.sample.update(name='cold-0.5', count=8)
     run.config.sample.temperature.top = 0.5
     run_job(run, 'sample')
-    cold = sample_store.take(run.path('samples', 'cold-0.5'), np.arange(8))
+    cold = read_all(run, 8, 'cold-0.5')
     assert (cold['codes_1'] != read_all(finished, 24)['codes_1'][:8]).any()
     assert_same_samples(read_all(run, 24, 'default'), read_all(finished, 24))
     found = {name: record.read_done(run.path('samples', name), 'sample') for name in ('default', 'cold-0.5')}

@@ -53,7 +53,9 @@ def store_samples(run, images, labels, shard_size=100):
     output = record.open_output(directory, 'sample', {}, settings)
     for start, stop in shard_ranges(len(images), shard_size):
         arrays = {'arr_0': images[start:stop], 'label': labels[start:stop], 'index': index[start:stop]}
-        sample_store.write_npz(sample_store.shard_path(directory, start, stop), arrays)
+        path = sample_store.shard_path(directory, start, stop)
+        sample_store.write_npz(path, arrays)
+        output.add_files(path.name)
     output.finish({'count': len(images)})
 
 

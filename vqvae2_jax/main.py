@@ -21,6 +21,7 @@ from vqvae2_jax.config.validation import check_names, validate_config
 from vqvae2_jax.data.decode import UnreadableImage
 from vqvae2_jax.distributed import processes
 from vqvae2_jax.io import gcs
+from vqvae2_jax.io.files import WriteError
 from vqvae2_jax.io.record import JobError
 from vqvae2_jax.jobs.pipeline import JOBS, run_job
 from vqvae2_jax.jobs.workdir import Run
@@ -40,6 +41,13 @@ _TOPOLOGY = flags.DEFINE_string(
     'topology', None, 'With --job=plan: a TPU slice such as v5e:4x8 or GPUs such as h100:8; they need not be attached.'
 )
 _LEVEL = flags.DEFINE_string('level', None, 'With --job=prior: the level (top, bottom, ...); all if not given.')
+_CONTINUE_FROM = flags.DEFINE_integer(
+    'continue_from',
+    None,
+    'With --job=vqvae, prior or classifier: the step of a checkpoint to continue from, with changed fields '
+    '--config.<network>.training; later checkpoints move to abandoned/.',
+    lower_bound=0,
+)
 
 
 def main(config: ConfigDict) -> None:
@@ -50,6 +58,8 @@ def main(config: ConfigDict) -> None:
     """
     if not flags.FLAGS['verbosity'].present:
         logging.set_verbosity(logging.WARNING)  # Orbax logs many lines about every file
+        # Its threads log errors with tracebacks, which the main thread raises again.
+        logging.get_absl_handler().addFilter(lambda line: 'orbax' not in line.pathname)
     if not _TOPOLOGY.value:  # the compiler of another platform may not know the flag, and abort
         xla_flags.set_cpu_flags()
     if _DISTRIBUTED.value:
@@ -59,11 +69,11 @@ def main(config: ConfigDict) -> None:
     try:
         devices = _devices()
         validate_config(config)
-        run = Run(config, _workdir(config), devices)
+        run = Run(config, _workdir(config), devices, _CONTINUE_FROM.value)
         if _DISTRIBUTED.value:
             print(processes.describe_mesh(run.mesh), flush=True)
         run_job(run, _JOB.value, _LEVEL.value)
-    except (ConfigError, JobError, UnreadableImage, CheckpointMismatch, NonFiniteLoss) as error:
+    except (ConfigError, JobError, UnreadableImage, CheckpointMismatch, NonFiniteLoss, WriteError) as error:
         # The message says what to do; a traceback would only hide it.
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:  # in a phase that has nothing to save, or a second time
@@ -168,7 +178,7 @@ def run() -> None:
     """Runs the command line; the console script `vqvae2` starts here."""
     # --help describes the main module, which is not this one if a console script imports it.
     sys.modules['__main__'].__doc__ = __doc__
-    for flag in (_CONFIG, _WORKDIR, _JOB, _DISTRIBUTED, _TOPOLOGY, _LEVEL):
+    for flag in (_CONFIG, _WORKDIR, _JOB, _DISTRIBUTED, _TOPOLOGY, _LEVEL, _CONTINUE_FROM):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
     app.run(main, flags_parser=_parse)
 

@@ -78,15 +78,9 @@ class CodesMeta:
         return cls(**{**results, **tuples, 'shapes': shapes})
 
 
-def shard_path(directory: epath.PathLike, shard: int, shards: int) -> str:
+def shard_path(directory: epath.PathLike, shard: int, shards: int) -> epath.Path:
     """Returns the path of one shard, such as DIRECTORY/shard-00003-of-00010.array_record."""
-    return os.fspath(epath.Path(directory) / f'shard-{shard:05d}-of-{shards:05d}.array_record')
-
-
-def missing_shards(directory: epath.PathLike, shards: int) -> list[int]:
-    """Returns the numbers of the shards that are not completely written, ascending."""
-    names = files.list_names(directory)
-    return [n for n in range(shards) if os.path.basename(shard_path(directory, n, shards)) not in names]
+    return epath.Path(directory) / f'shard-{shard:05d}-of-{shards:05d}.array_record'
 
 
 def write_shard(
@@ -112,6 +106,11 @@ def write_shard(
     name = f'{path.name}.unfinished-{uuid.uuid4().hex[:8]}'
     unfinished = epath.Path(tempfile.gettempdir() if remote else path.parent) / name
     # Fast compression: on codes, stronger settings cost much time and gain little.
+    with files.writing(path):
+        return _write_records(batches, codebook_sizes, path, unfinished)
+
+
+def _write_records(batches, codebook_sizes, path, unfinished) -> int:
     writer = array_record_module.ArrayRecordWriter(os.fspath(unfinished), 'group_size:1,zstd:1')
     count = 0
     try:
@@ -120,7 +119,7 @@ def write_shard(
                 writer.write(row.tobytes())
                 count += 1
         writer.close()
-        if remote:
+        if gcs.is_remote(path):
             gcs.upload(os.fspath(unfinished), path)
         else:
             unfinished.replace(path)
@@ -129,12 +128,6 @@ def write_shard(
             writer.close()
         unfinished.unlink(missing_ok=True)
     return count
-
-
-def remove_unfinished(directory: epath.PathLike) -> None:
-    """Removes partial files of processes that died while they wrote a shard. Call it when no shard is being written."""
-    for path in epath.Path(directory).glob('*.unfinished-*'):
-        path.unlink(missing_ok=True)
 
 
 class CodeSource:
@@ -153,8 +146,7 @@ class CodeSource:
 
         Raises:
           JobError: the store is missing or not finished.
-          FileNotFoundError: a shard is missing.
-          ValueError: a file is damaged, or the number of examples is not that of the record.
+          ValueError: a file is damaged or missing, or the number of examples is not that of the record.
         """
         output = record.read_done(directory, JOB)
         try:
@@ -162,12 +154,9 @@ class CodeSource:
         except ValueError as error:
             raise ValueError(f'{output.directory / record.FILE}: {error}') from error
         shards = self.meta.shards
-        if missing := missing_shards(directory, shards):
-            first = shard_path(directory, missing[0], shards)
-            raise FileNotFoundError(f'{first} is missing ({len(missing)} of the {shards} shards are). {_RUN_AGAIN}')
         # Other codes may replace these on a bucket while this process lives; the digest tells them apart.
         local = gcs.local_copy(directory, output.digest)
-        paths = [shard_path(local, shard, shards) for shard in range(shards)]
+        paths = [os.fspath(shard_path(local, shard, shards)) for shard in range(shards)]
         count = sum(count_records(path) for path in paths)
         if count != self.meta.count:
             raise ValueError(
@@ -206,7 +195,7 @@ class CodeSource:
         return levels | {'label': np.int32(row['label']), 'index': np.int64(row['index'])}
 
 
-def count_records(path: str) -> int:
+def count_records(path: epath.PathLike) -> int:
     """Returns the number of examples in a shard.
 
     Raises:

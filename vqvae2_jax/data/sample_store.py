@@ -13,15 +13,17 @@ last one may hold fewer). N is the number of images of a file:
 import glob
 import io
 import os
+import re
 from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
 
-from vqvae2_jax.data.shards import Range, shard_ranges
-from vqvae2_jax.distributed import processes
+from vqvae2_jax.data.shards import Range
 from vqvae2_jax.io import files, gcs, record
-from vqvae2_jax.io.record import JobError, Record
+from vqvae2_jax.io.record import Record
+
+_SHARD = re.compile(r'samples-(\d+)-(\d+)\.npz')
 
 
 def shard_path(directory: epath.Path, start: int, stop: int) -> epath.Path:
@@ -29,26 +31,33 @@ def shard_path(directory: epath.Path, start: int, stop: int) -> epath.Path:
     return directory / f'samples-{start:08d}-{stop:08d}.npz'
 
 
-def missing_shards(directory: epath.Path, ranges: Sequence[Range]) -> list[Range]:
-    """Returns the ranges whose files do not exist."""
-    names = files.list_names(directory)
-    return [r for r in ranges if shard_path(directory, *r).name not in names]
+def missing_shards(output: Record, ranges: Sequence[Range]) -> list[Range]:
+    """Returns the ranges whose files are not complete."""
+    return [r for r in ranges if shard_path(output.directory, *r).name not in output.files]
 
 
-def stored_count(directory: epath.Path) -> int:
+def stored_count(output: Record) -> int:
     """Returns how many images the files of a set reach up to, finished or not; 0 if there is none."""
-    return max((int(path.stem.rpartition('-')[2]) for path in directory.glob('samples-*.npz')), default=0)
+    matches = [_SHARD.fullmatch(name) for name in output.files]
+    return max((int(match[2]) for match in matches if match), default=0)
 
 
-def remove_others(directory: epath.Path, ranges: Sequence[Range]) -> None:
+def shard_paths(output: Record) -> list[epath.Path]:
+    """Returns the complete files of a set, in the order of their images."""
+    return [output.directory / name for name in sorted(output.files) if _SHARD.fullmatch(name)]
+
+
+def remove_others(output: Record, ranges: Sequence[Range]) -> None:
     """Removes files samples-START-STOP.npz whose (START, STOP) is not in `ranges`; other files stay.
 
     A set that has grown leaves its former, shorter last file behind.
     """
-    own = {shard_path(directory, *r).name for r in ranges}
-    for path in directory.glob('samples-*.npz'):
-        if path.name not in own:
-            path.unlink()
+    own = {shard_path(output.directory, *r).name for r in ranges}
+    for name in files.list_names(output.directory) - own:
+        if _SHARD.fullmatch(name):
+            with files.writing(output.directory / name):
+                (output.directory / name).unlink()
+            output.files.pop(name, None)
 
 
 def write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
@@ -58,7 +67,11 @@ def write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez(buffer, **arrays)
         files.write_bytes(path, buffer.getvalue())
         return
-    with files.replace_file(path) as part, part.open('wb') as file:  # the content is never in memory a second time
+    size = sum(np.asarray(array).nbytes for array in arrays.values())
+    with (
+        files.replace_file(path, size) as part,
+        part.open('wb') as file,
+    ):  # the content is never in memory a second time
         np.savez(file, **arrays)
 
 
@@ -68,26 +81,18 @@ def read_npz(path: epath.Path, names: Sequence[str] | None = None) -> dict[str, 
         return {name: arrays[name] for name in names or arrays.files}
 
 
-def shard_paths(directory: epath.Path) -> list[epath.Path]:
-    """Returns the files of a finished set, in the order of their images. All processes together; process 0 looks.
-
-    Raises:
-      JobError: the set is not finished, or files are missing.
-    """
-    return processes.run_on_main_process(lambda: _shard_paths(read_set(directory)))
-
-
 def local_files(directory: epath.Path) -> str:
     """Returns a glob pattern of the files of a finished set, or of their local copies if it is on a bucket.
 
     All processes call this together.
 
     Raises:
-      JobError: as `shard_paths`.
+      JobError: the set is not finished, or a file is damaged.
     """
-    shard_paths(directory)
+    output = read_set(directory)
+    output.refuse_damaged(output.find_damaged_together())
     folder = str(directory) if gcs.is_remote(directory) else glob.escape(str(directory))
-    return gcs.local_copy(os.path.join(folder, 'samples-*.npz'), read_set(directory).digest)
+    return gcs.local_copy(os.path.join(folder, 'samples-*.npz'), output.digest)
 
 
 def take(directory: epath.Path, index: np.ndarray) -> dict[str, np.ndarray]:
@@ -101,14 +106,17 @@ def take(directory: epath.Path, index: np.ndarray) -> dict[str, np.ndarray]:
       arr_0 uint8 [N, H, W, C], label int32 [N], index int64 [N], codes_l int32 [N, h_l, w_l], in the order of `index`.
 
     Raises:
-      JobError: as `shard_paths`.
+      JobError: the set is not finished, or one of these files is damaged.
     """
     output = read_set(directory)
-    paths, size = _shard_paths(output), output.settings['shard_size']
+    size = output.settings['shard_size']
     index, result = np.asarray(index), {}
-    for shard in np.unique(index // size):
+    all_paths = shard_paths(output)
+    paths = {shard: all_paths[shard] for shard in np.unique(index // size)}
+    output.refuse_damaged(output.find_damaged([path.name for path in paths.values()]))
+    for shard, path in paths.items():
         positions = np.flatnonzero(index // size == shard)
-        for name, values in read_npz(paths[shard]).items():
+        for name, values in read_npz(path).items():
             if name not in result:  # all images are held once: a set may have many
                 result[name] = np.empty((len(index), *values.shape[1:]), values.dtype)
             result[name][positions] = values[index[positions] % size]
@@ -122,13 +130,3 @@ def read_set(directory: epath.Path) -> Record:
       JobError: there is no finished set.
     """
     return record.read_done(directory, 'cas' if directory.parent.name != 'samples' else 'sample')
-
-
-def _shard_paths(output):
-    ranges = shard_ranges(output.results['count'], output.settings['shard_size'])
-    if missing := missing_shards(output.directory, ranges):
-        raise JobError(
-            f'{output.directory} lacks {len(missing)} of {len(ranges)} files, first '
-            f'{shard_path(output.directory, *missing[0]).name}: {record.job_command(output.job)}'
-        )
-    return [shard_path(output.directory, *r) for r in ranges]

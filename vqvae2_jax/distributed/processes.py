@@ -36,6 +36,16 @@ def process_max(number: int) -> int:
     return int(np.max(multihost_utils.process_allgather(np.array(number)))) if jax.process_count() > 1 else number
 
 
+def gather(value: Any) -> list[Any]:
+    """Returns the values of all processes, in their order; waits for all of them. A value must pickle."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    padded = np.zeros(process_max(len(data)), np.uint8)
+    padded[: len(data)] = data  # bytes after the end of a pickle are ignored
+    return [pickle.loads(row.tobytes()) for row in np.asarray(multihost_utils.process_allgather(padded))]
+
+
 def process_any(flag: bool) -> bool:
     """Returns whether the flag is true on any process; waits for all of them."""
     return process_max(int(flag)) > 0

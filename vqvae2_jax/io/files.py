@@ -1,10 +1,13 @@
 """Digests, and files that are written completely or not at all."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +16,71 @@ import numpy as np
 from etils import epath
 
 from vqvae2_jax.io import gcs
+
+_PARTIAL = re.compile(r'\..*\.\d+\.part|.*\.unfinished-[0-9a-f]{8}')  # of `replace_file`, and of the store of codes
+
+
+class WriteError(OSError):
+    """A file below the workdir cannot be written. The message says why and what to do. It is printed in one line."""
+
+
+_REMEDIES = {
+    errno.ENOSPC: 'Make room on this disk',
+    errno.EDQUOT: 'Make room within the quota',
+    errno.EROFS: 'Give another --workdir, or make the disk writable',
+    errno.EACCES: 'Give another --workdir, or change the permissions',
+    errno.EPERM: 'Give another --workdir, or change the permissions',
+    errno.EIO: 'Check the disk, or give another --workdir',
+}
+
+
+@contextlib.contextmanager
+def writing(path: epath.PathLike, size: int | None = None) -> Iterator[None]:
+    """Turns the errors of a failed write or deletion inside the context into one clear error.
+
+    These are an OSError, whoever raised it, and the ValueError of TensorStore, which has the error number in its text.
+
+    Args:
+      path: the file or directory.
+      size: bytes to write, for the message; None: unknown.
+
+    Raises:
+      WriteError: the write failed.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        if (number := _error_number(error)) is None:
+            raise
+        amount = f' ({size:,} bytes)' if size else ''
+        parts = [f'{path} cannot be written{amount}: {os.strerror(number)}']
+        if (free := free_bytes(path)) is not None:
+            parts.append(f'{free:,} bytes are free')
+        parts.append(f'{_REMEDIES.get(number, "Mend this")}; then the same command continues')
+        raise WriteError('. '.join(parts)) from error
+
+
+def free_bytes(path: epath.PathLike) -> int | None:
+    """Returns the free space of the disk that holds a path, which need not exist; None on a bucket."""
+    if gcs.is_remote(path):
+        return None
+    path = os.path.abspath(path)
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return shutil.disk_usage(path).free
+
+
+def _error_number(error: BaseException | None) -> int | None:
+    """Returns the number of the failed system call behind an error; None if there was none."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        if match := re.search(r"os_error_code='(\d+)'", str(error)):
+            return int(match[1])
+        error = error.__cause__
+    return None
 
 
 def digest_arrays(tree: Any) -> str:
@@ -85,24 +153,56 @@ def read_json(path: epath.PathLike) -> Any:
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
     """Writes a file under a temporary name beside it and renames it, so that a killed job leaves no torn file."""
-    with replace_file(path) as part:
+    with replace_file(path, len(data)) as part:
         part.write_bytes(data)
 
 
 @contextlib.contextmanager
-def replace_file(path: epath.PathLike) -> Iterator[epath.Path]:
+def replace_file(path: epath.PathLike, size: int | None = None) -> Iterator[epath.Path]:
     """Yields a temporary path beside `path` for a file to write; it gets its name when the context ends without error.
 
     On a bucket, where no file is ever torn, it is `path` itself.
+
+    Args:
+      path: the file.
+      size: bytes to write, for messages; None: unknown.
+
+    Raises:
+      WriteError: the file cannot be written.
     """
     path = epath.Path(path)
     if gcs.is_remote(path):
         yield path
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.parent / f'.{path.name}.{os.getpid()}.part'
-    yield part
-    part.replace(path)
+    with writing(path, size):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            part.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def remove(path: epath.Path) -> None:
+    """Removes a file, or a directory with all files below it; does nothing if there is none.
+
+    Raises:
+      WriteError: it cannot be removed.
+    """
+    with writing(path):
+        if path.is_dir():
+            path.rmtree()
+        else:
+            path.unlink(missing_ok=True)
+
+
+def remove_partial(directory: epath.PathLike) -> None:
+    """Removes the temporary files of processes that died. Call it while no other process writes in the directory."""
+    for name in list_names(directory):
+        if _PARTIAL.fullmatch(name):
+            remove(epath.Path(directory) / name)
 
 
 def list_names(directory: epath.PathLike) -> set[str]:

@@ -1,35 +1,49 @@
-"""The record of an output directory: inputs, settings, state and results of the job that writes it, in `record.json`.
+"""The record of an output directory: inputs, settings, state, files and results of its job, in `record.json`.
 
 All jobs that write a directory use it in the same way:
 
     output = record.open_output(directory, job='sample', inputs=digests, settings=settings)
+    output.drop_damaged(output.find_damaged_together())  # the job writes these files again
     if output.state != record.DONE:
         output.start()
-        ...                              # write the files
+        ...                                     # write the files that are not in output.files
+        output.add_files('samples.npz')
         output.finish(results)
 
 A job refuses a directory whose inputs or settings have changed, and shows both sides. A job that reads the directory
-calls `read_done`.
+calls `read_done`, and `Record.file` for each file. The record holds the checksum of every file and its own, so that no
+damaged file is used.
 """
 
 import dataclasses
-import json
+from collections.abc import Collection
 from typing import Any
 
+import jax
 from etils import epath
 
-from vqvae2_jax.io import files
+from vqvae2_jax.distributed import processes
+from vqvae2_jax.io import checksums, files
 from vqvae2_jax.version import __version__
 
 FILE = 'record.json'
-SCHEMA = 1
+SCHEMA = 2
 MISSING, STARTED, DONE, STALE = 'missing', 'started', 'done', 'stale'
-_FIELDS = ('schema', 'job', 'state', 'version', 'inputs', 'settings', 'results', 'seconds', 'digest')
+_FIELDS = (
+    *('schema', 'job', 'state', 'version', 'devices', 'inputs', 'settings'),
+    *('results', 'seconds', 'digest', 'files', 'changes'),
+)
+# Files for people. Another version of a library may write them differently, which makes no other output stale.
+_NO_DATA = ('.png', '.html')
 _OLD_FILES = ('trained.json', 'settings.json', 'started.json', 'meta.json')  # of versions before 0.3
 
 
 class JobError(ValueError):
     """A job cannot run as things stand; the message says what to do. It is printed without a traceback."""
+
+
+class DamagedError(JobError):
+    """A record or a file is not as it was written."""
 
 
 class StaleInputError(JobError):
@@ -51,9 +65,13 @@ class Record:
       settings: the settings that decide the outputs, flat, in JSON types.
       state: `MISSING` (nothing written), `STARTED` (may be continued), `DONE`, or `STALE` (to be written again).
       results: numbers and facts that the job reports; {} until it is done.
+      files: {path below the directory: [bytes, checksum]} of every complete file, see io/checksums.py.
       seconds: time spent, over all restarts.
       digest: identifies the content of a finished output, as 64 hex digits; '' until it is done.
+      devices: number and kind of the devices that wrote it, such as '8 x TPU v5 lite'.
       version: version of the package that wrote it.
+      changes: [step, field, old value, new value] of every setting that was changed during a training.
+      devices_now: number and kind of the devices of this process; not stored.
     """
 
     directory: epath.Path
@@ -62,18 +80,34 @@ class Record:
     settings: dict[str, Any]
     state: str = MISSING
     results: dict[str, Any] = dataclasses.field(default_factory=dict)
+    files: dict[str, list] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     digest: str = ''
+    devices: str = ''
     version: str = __version__
+    changes: list[list] = dataclasses.field(default_factory=list)
+    devices_now: str = dataclasses.field(default='', compare=False)
+    _dropped: dict[str, list] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    _dropped_devices: str = dataclasses.field(default='', repr=False, compare=False)
 
     def start(self) -> None:
-        """Records that writing has begun. The outputs count as unfinished until `finish`."""
+        """Records that writing has begun. The output counts as unfinished until `finish`; complete files are kept."""
+        if self.state == STALE:
+            self.files = {}
         self.state, self.results, self.digest, self.version = STARTED, {}, '', __version__
+        self.devices = self.devices_now
+        files.remove_partial(self.directory)
         self.write()
 
-    def save_seconds(self, seconds: float) -> None:
-        """Records the time spent so far, for a restart."""
-        self.seconds = round(seconds, 1)
+    def add_files(self, *names: str, seconds: float | None = None) -> None:
+        """Records that files are complete.
+
+        Args:
+          *names: their paths below the directory.
+          seconds: time spent so far, over all restarts; None leaves it as it is.
+        """
+        self.files |= checksums.file_entries(self.directory, names)
+        self.seconds = self.seconds if seconds is None else round(seconds, 1)
         self.write()
 
     def finish(self, results: dict[str, Any], *, seconds: float | None = None, digest: str | None = None) -> None:
@@ -82,24 +116,91 @@ class Record:
         Args:
           results: numbers and facts to report, in JSON types.
           seconds: time spent over all restarts; None leaves it as it is.
-          digest: digest of the content; None: computed from inputs, settings and results, which determine it.
+          digest: digest of the content; None: computed from inputs, settings, results and the checksums of the files.
         """
         self.state, self.results = DONE, results
         self.seconds = self.seconds if seconds is None else round(seconds, 1)
-        self.digest = digest or files.digest_json([self.job, self.inputs, self.settings, results])
+        data = {name: entry for name, entry in self.files.items() if not name.endswith(_NO_DATA)}
+        self.digest = digest or files.digest_json([self.job, self.inputs, self.settings, results, data])
         self.write()
+        if changed := [name for name in self._dropped if name in data and data[name] != self._dropped[name]]:
+            print(
+                f'{self.directory}: {len(changed)} files, first {changed[0]}, were made again and differ. They were '
+                f'made on {self._dropped_devices}, and now on {self.devices}. All that was made from them is stale',
+                flush=True,
+            )
 
     def write(self) -> None:
         """Writes record.json as it stands."""
         values = {name: getattr(self, name) for name in _FIELDS if name != 'schema'}
-        files.write_json(self.directory / FILE, {'schema': SCHEMA, **values})
+        checksums.write_sealed(self.directory / FILE, {'schema': SCHEMA, **values})
+
+    def file(self, name: str) -> epath.Path:
+        """Returns the path of a recorded file of a finished output, after a comparison with its checksum.
+
+        Raises:
+          DamagedError: the file is damaged or missing; the message names the job to run.
+        """
+        self.refuse_damaged(self.find_damaged([name]))
+        return self.directory / name
+
+    def find_damaged(self, names: Collection[str] | None = None) -> dict[str, str]:
+        """Compares recorded files with their checksums.
+
+        Args:
+          names: names in `files`, or of a file that should be there; None: all of `files`.
+
+        Returns:
+          {name: reason} of the files that are not as recorded.
+        """
+        names = self.files if names is None else names
+        problems = {name: 'the record lacks it' for name in names if name not in self.files}
+        recorded = {name: self.files[name] for name in names if name in self.files}
+        return problems | checksums.find_damaged(self.directory, recorded)
+
+    def find_damaged_together(self) -> dict[str, str]:
+        """Compares all recorded files with their checksums; all processes together, each reads its share of them.
+
+        Returns:
+          {name: reason} of the files that are not as recorded, on every process.
+        """
+        share = sorted(self.files)[jax.process_index() :: jax.process_count()]
+        parts = processes.gather(self.find_damaged(share))
+        return {name: reason for part in parts for name, reason in sorted(part.items())}
+
+    def refuse_damaged(self, damaged: dict[str, str]) -> None:
+        """Refuses files that a job reads.
+
+        Raises:
+          DamagedError: there are damaged files; the message names the job to run.
+        """
+        if damaged:
+            raise DamagedError(
+                f'{self.directory / next(iter(damaged))} is damaged: {_describe(damaged)}. '
+                f'To make it again, {job_command(self.job)}'
+            )
+
+    def drop_damaged(self, damaged: dict[str, str]) -> None:
+        """Removes damaged files from the record, and says so: the job will write them again."""
+        if not damaged:
+            return
+        self._dropped = {name: self.files.pop(name) for name in damaged if name in self.files}
+        self._dropped_devices = self.devices
+        self.state = STARTED if self.state == DONE else self.state
+        print(f'{self.directory / next(iter(damaged))} is damaged: {_describe(damaged)}. Making it again', flush=True)
+
+
+def _describe(damaged: dict[str, str]) -> str:
+    first, more = next(iter(damaged.values())), len(damaged) - 1
+    return first + (f' ({more} more file{"s are" if more > 1 else " is"} damaged)' if more else '')
 
 
 def read(directory: epath.PathLike) -> Record | None:
     """Reads the record of a directory; None if it has none.
 
     Raises:
-      JobError: a version before 0.3 wrote the directory, or the record is damaged.
+      DamagedError: the record is damaged.
+      JobError: another version wrote the directory, or the record cannot be read.
     """
     directory = epath.Path(directory)
     path = directory / FILE
@@ -111,14 +212,17 @@ def read(directory: epath.PathLike) -> Record | None:
             )
         return None
     try:
-        fields = json.loads(path.read_text())
-        if not isinstance(fields, dict) or fields.keys() != set(_FIELDS) or fields['schema'] != SCHEMA:
-            raise ValueError(f'its fields are not those of schema {SCHEMA}')
+        fields = checksums.read_sealed(path)
     except ValueError as error:
+        raise DamagedError(f'{path} is damaged: {error}') from error
+    except OSError as error:
+        raise JobError(f'{path} cannot be read: {error.strerror or error}') from error
+    if fields.pop('schema', None) != SCHEMA or fields.keys() != set(_FIELDS) - {'schema'}:
         raise JobError(
-            f'{path} is damaged: {error}. Restore it from a copy, or delete {directory} to write it again'
-        ) from error
-    return Record(directory, **{name: fields[name] for name in _FIELDS if name != 'schema'})
+            f'{path} has other fields than version {__version__} writes: give another --workdir, or use the version '
+            'that wrote it'
+        )
+    return Record(directory, **fields)
 
 
 def read_done(directory: epath.PathLike, job: str) -> Record:
@@ -129,13 +233,34 @@ def read_done(directory: epath.PathLike, job: str) -> Record:
       job: the value of --job that writes it, for the message.
 
     Raises:
-      JobError: it is not finished; the message names the job to run. Also as `read`.
+      JobError: it is not finished, or damaged; the message names the job to run. Also as `read`.
     """
-    record = read(directory)
+    try:
+        record = read(directory)
+    except DamagedError as error:
+        raise DamagedError(f'{error}. To make it again, {job_command(job)}') from error
     if record is None or record.state != DONE:
         how = 'has nothing' if record is None else 'is not finished'
         raise JobError(f'{directory} {how}: {job_command(job)}')
     return record
+
+
+def read_if_sound(directory: epath.PathLike) -> Record | None:
+    """Reads the record of a directory; None if it is missing or damaged.
+
+    Raises:
+      JobError: another version wrote the directory.
+    """
+    try:
+        return read(directory)
+    except DamagedError:
+        return None
+
+
+def read_if_done(directory: epath.PathLike) -> Record | None:
+    """Reads the record of an output; None if it is missing, not finished or damaged; raises as `read_if_sound`."""
+    record = read_if_sound(directory)
+    return record if record and record.state == DONE else None
 
 
 def open_output(
@@ -146,6 +271,7 @@ def open_output(
     *,
     replace: bool = False,
     hint: str = '',
+    devices: str = '',
 ) -> Record:
     """Compares a directory with the job that is about to write it.
 
@@ -156,10 +282,12 @@ def open_output(
       settings: current settings by name, of values that JSON can hold.
       replace: outputs of other inputs or settings are written again, instead of refused.
       hint: advice about changed settings, as a sentence; '': the usual advice.
+      devices: number and kind of the devices of this process.
 
     Returns:
-      The record to write, with the state, results, seconds and digest that the directory has. With `replace`, if
-      something differs, a record in the state `STALE` without results, seconds and digest. Nothing is written yet.
+      The record to write, with the state, results, files, seconds and digest that the directory has. If its record is
+      damaged, or with `replace` if something differs, a record in the state `STALE` without these. Nothing is written
+      yet.
 
     Raises:
       StaleInputError: an input has changed; the message shows both digests.
@@ -168,8 +296,12 @@ def open_output(
       ValueError: a setting is not finite.
     """
     directory = epath.Path(directory)
-    current = Record(directory, job, dict(inputs), files.to_json(settings, 'settings'))
-    before = read(directory)
+    current = Record(directory, job, dict(inputs), files.to_json(settings, 'settings'), devices_now=devices)
+    try:
+        before = read(directory)
+    except DamagedError as error:
+        print(f'{error}. Everything in {directory} is made again', flush=True)
+        return dataclasses.replace(current, state=STALE)
     if before is None:
         return current
     try:
@@ -179,7 +311,8 @@ def open_output(
         if not replace:
             raise
         return dataclasses.replace(current, state=STALE)
-    kept = {name: getattr(before, name) for name in ('state', 'results', 'seconds', 'digest', 'version')}
+    names = 'state', 'results', 'files', 'seconds', 'digest', 'devices', 'version', 'changes'
+    kept = {name: getattr(before, name) for name in names}
     return dataclasses.replace(current, **kept)
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 
 import jax
+from etils import epath
 
 from vqvae2_jax import inference
 from vqvae2_jax.config import build
@@ -20,7 +21,7 @@ from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.distributed.batches import map_missing
 from vqvae2_jax.distributed.preemption import stop_signals
 from vqvae2_jax.io import record
-from vqvae2_jax.io.record import JobError
+from vqvae2_jax.io.record import DamagedError, JobError
 from vqvae2_jax.jobs import feature_store, train, workdir
 from vqvae2_jax.jobs.workdir import RECONSTRUCTIONS, SAMPLES, Run
 
@@ -39,7 +40,7 @@ def classification_accuracy_score(run: Run) -> None:
     """
     if not build.has_classifier(run.config):
         raise JobError(f'data.num_classes={run.config.data.num_classes}: CAS needs classes')
-    sample_store.shard_paths(run.sample_set_path(SAMPLES))  # refuses before the work begins
+    run.check_files(sample_store.read_set(run.sample_set_path(SAMPLES)))  # refuses before the work begins
     reconstruct(run)
     for source in SOURCES:
         _train(run, source)
@@ -88,13 +89,12 @@ def reconstruct(run: Run) -> None:
     """
     directory = run.path(RECONSTRUCTIONS)
     count = record.read_done(run.path('codes', 'train'), 'extract_codes').results['count']
-    before = processes.run_on_main_process(lambda: record.read(directory))
     # Of all sample sets, whose shards may differ in size: the size of the first one.
-    size = before.settings.get('shard_size') if before else run.config.sample.shard_size
+    size = processes.run_on_main_process(lambda: _shard_size(directory)) or run.config.sample.shard_size
     output = run.open_output(directory, 'cas', inputs(run), {'split': 'train', 'shard_size': size})
     ranges = shard_ranges(count, size)
-    missing = processes.run_on_main_process(lambda: sample_store.missing_shards(directory, ranges))
-    if output.state == record.DONE and not missing:
+    missing = sample_store.missing_shards(output, ranges)
+    if output.state == record.DONE:
         print(f'reconstructions: done ({count} images in {directory})', flush=True)
         return
     source = run.codes('train')
@@ -102,9 +102,10 @@ def reconstruct(run: Run) -> None:
     def write(shard, arrays):
         arrays = {'arr_0': arrays['image'], 'label': arrays['label'], 'index': arrays['index'].astype('int64')}
         path = sample_store.shard_path(directory, *shard)
-        processes.run_on_main_process(lambda: sample_store.write_npz(path, arrays))
+        sample_store.write_npz(path, arrays)
+        output.add_files(path.name)
 
-    writer = ShardWriter(missing, write)
+    writer = ShardWriter(missing, lambda *args: processes.run_on_main_process(lambda: write(*args)))
     with stop_signals() as received_signal:
         with jax.set_mesh(run.mesh):
             variables = workdir.load_trained(run, 'vqvae').variables
@@ -120,6 +121,15 @@ def reconstruct(run: Run) -> None:
                 writer.add(start, arrays)
         processes.run_on_main_process(lambda: output.finish({'count': count}))
     print(f'reconstructions: {count} training images in {directory}', flush=True)
+
+
+def _shard_size(directory: epath.Path) -> int | None:
+    """Returns the recorded size of the files of a set of images; None if there is no sound record."""
+    try:
+        output = record.read(directory)
+    except DamagedError:
+        return None
+    return output and output.settings['shard_size']
 
 
 def _train(run: Run, source: str) -> None:

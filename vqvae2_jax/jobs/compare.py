@@ -101,5 +101,6 @@ def _write(run, network, sources, extracted, output) -> dict:
     report = {'schema': 2, 'protocol': protocol, 'quality': metrics}
     files.write_json(directory / 'report.json', report)
     files.write_bytes(directory / 'report.html', render_comparison(report).encode())
+    output.add_files('report.json', 'report.html')
     output.finish(metrics)
     return report

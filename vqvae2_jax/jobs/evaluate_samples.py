@@ -13,7 +13,7 @@ from vqvae2_jax.distributed.preemption import exit_together
 from vqvae2_jax.evaluation import generative
 from vqvae2_jax.evaluation.features import MAX_STORED_FEATURES, FeatureExtractor
 from vqvae2_jax.io import files, record
-from vqvae2_jax.io.record import Record
+from vqvae2_jax.io.record import DamagedError, Record
 from vqvae2_jax.jobs import cas, feature_store, reject, workdir
 from vqvae2_jax.jobs.workdir import REJECTION, SAMPLES, Run
 from vqvae2_jax.metrics.classification import accuracy, per_class_accuracy
@@ -101,7 +101,7 @@ def evaluate_set(e: Evaluation, cas_metrics: dict | None) -> None:
         seconds = {'sample': samples.seconds}
         if cas_metrics is not None:
             results['cas'] = cas_metrics
-            seconds['cas'] = record.read(run.path(cas.DIRECTORY, SAMPLES, name)).seconds
+            seconds['cas'] = record.read_done(run.path(cas.DIRECTORY, SAMPLES, name), 'cas').seconds
         return results | {'seconds': seconds}
 
     evaluate_part(e, f'{_SETS}/{name}', _set_inputs(e, name), compute, _set_settings(e))
@@ -111,7 +111,11 @@ def all_sets(e: Evaluation) -> dict[str, dict]:
     """Returns the numbers of all sample sets evaluated so far, with the names of the inputs that changed since."""
     entries = {}
     for directory in sorted(e.run.path(DIRECTORY, _SETS).iterdir()):
-        output = record.read(directory)
+        try:
+            output = record.read(directory)
+        except DamagedError as error:  # of another set: this call has written the record of its own
+            print(f'{error}. To evaluate it again, set --config.sample.name={directory.name}', flush=True)
+            continue
         if output is None or output.state != record.DONE:
             continue
         stale = []
@@ -140,8 +144,8 @@ def _set_inputs(e: Evaluation, name: str) -> dict[str, str]:
     if build.has_cas(run.config):
         outputs['cas'] = cas.DIRECTORY, SAMPLES
     for key, parts in outputs.items():
-        output = record.read(run.path(*parts, name))
-        inputs[key] = output.digest if output and output.state == record.DONE else 'missing'
+        output = record.read_if_done(run.path(*parts, name))
+        inputs[key] = output.digest if output else 'missing'
     return inputs
 
 
@@ -198,12 +202,13 @@ def sample_metrics(e: Evaluation, samples: Record) -> dict[str, Any]:
 
 
 def _scores(run: Run) -> dict[str, np.ndarray]:
-    return sample_store.read_npz(run.sample_set_path(REJECTION) / reject.SCORES)
+    rejection = record.read_done(run.sample_set_path(REJECTION), 'reject')
+    return sample_store.read_npz(rejection.file(reject.SCORES))
 
 
 def _class_accuracy(run: Run) -> dict[str, Any]:
     rejection, scores = record.read_done(run.sample_set_path(REJECTION), 'reject'), _scores(run)
-    accepted = sample_store.read_npz(rejection.directory / reject.ACCEPTED, ('index', 'label'))
+    accepted = sample_store.read_npz(rejection.file(reject.ACCEPTED), ('index', 'label'))
     kept = scores['predicted'][np.searchsorted(scores['index'], accepted['index'])]
     each = per_class_accuracy(scores['predicted'], scores['label'], run.config.data.num_classes)
     names = run.images(run.config.evaluate.split).class_names

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 import jax
+from etils import epath
 
 from vqvae2_jax import inference
 from vqvae2_jax.config import build
@@ -64,18 +65,17 @@ def _open_output(run: Run, split: str) -> Record:
 def _extract_split(run: Run, split: str, output: Record, encode: Callable, received_signal: Callable[[], int]) -> None:
     source, directory = run.images(split), output.directory
     ranges = shard_ranges(len(source), output.settings['shard_size'])
-    missing = processes.run_on_main_process(lambda: store.missing_shards(directory, len(ranges)))
-    missing = [ranges[number] for number in missing]
-    if output.state == record.DONE and not missing:
+    paths = {shard: store.shard_path(directory, number, len(ranges)) for number, shard in enumerate(ranges)}
+    missing = [shard for shard, path in paths.items() if path.name not in output.files]
+    if output.state == record.DONE:
         print(f'codes {split}: done ({output.results["count"]} images in {directory})', flush=True)
         return
     processes.run_on_main_process(output.start)
     begin, before, written = time.monotonic(), output.seconds, 0
 
     def write(shard, examples):
-        path = store.shard_path(directory, ranges.index(shard), len(ranges))
-        store.write_shard(path, [examples], tuple(output.settings['codebook_sizes']))
-        output.save_seconds(before + time.monotonic() - begin)
+        store.write_shard(paths[shard], [examples], tuple(output.settings['codebook_sizes']))
+        output.add_files(paths[shard].name, seconds=before + time.monotonic() - begin)
 
     writer = ShardWriter(missing, lambda *args: processes.run_on_main_process(lambda: write(*args)))
     read = functools.partial(
@@ -88,7 +88,7 @@ def _extract_split(run: Run, split: str, output: Record, encode: Callable, recei
     except Interrupted:
         print(f'codes {split}: {written} of {len(missing)} shards written; the same command continues', flush=True)
         raise
-    meta = processes.run_on_main_process(lambda: _finish(output, source.class_names, len(ranges)))
+    meta = processes.run_on_main_process(lambda: _finish(output, source.class_names, list(paths.values())))
     print(f'codes {split}: {meta.count} images in {directory}', flush=True)
 
 
@@ -103,12 +103,10 @@ def _settings(run, split):
     }
 
 
-def _finish(output: Record, class_names: tuple[str, ...], shards: int) -> store.CodesMeta:
+def _finish(output: Record, class_names: tuple[str, ...], paths: list[epath.Path]) -> store.CodesMeta:
     """Records a split whose shards are all written."""
-    store.remove_unfinished(output.directory)
-    paths = [store.shard_path(output.directory, shard, shards) for shard in range(shards)]
     settings = {name: output.settings[name] for name in ('shapes', 'codebook_sizes', 'num_classes', 'split')}
     count = sum(store.count_records(path) for path in paths)
-    meta = store.CodesMeta(**settings, class_names=class_names, count=count, shards=shards)
+    meta = store.CodesMeta(**settings, class_names=class_names, count=count, shards=len(paths))
     output.finish(dataclasses.asdict(meta))
     return meta

@@ -236,15 +236,18 @@ def write_features(
     inputs, settings = {'network': extractor.digest, **inputs}, {**(settings or {}), 'rows': list(rows)}
     settings |= {'count': len(source), 'shard_size': SHARD_SIZE, 'features_version': FEATURES_VERSION}
     output = run.open_output(directory, 'evaluate', inputs, settings, replace=True)
-    missing, finished = processes.run_on_main_process(lambda: _compare_files(output))
-    if output.state == record.DONE and finished:
+    if output.state == record.DONE:
         return output
+    kept = {} if output.state == record.STALE else output.files
+    ranges = shard_ranges(len(source), SHARD_SIZE)
+    missing = [shard for shard in ranges if _shard_path(directory, shard).name not in kept]
 
     def write(shard, arrays):
-        arrays = {k: v for k, v in arrays.items() if k != 'index'}
-        processes.run_on_main_process(lambda: sample_store.write_npz(_shard_path(directory, shard), arrays))
+        path = _shard_path(directory, shard)
+        sample_store.write_npz(path, {k: v for k, v in arrays.items() if k != 'index'})
+        output.add_files(path.name)
 
-    writer = ShardWriter(missing, write)
+    writer = ShardWriter(missing, lambda *args: processes.run_on_main_process(lambda: write(*args)))
     with jax.set_mesh(run.mesh):
         images_of = make_images() if missing and make_images else lambda batch: {IMAGES: batch['image']}
 
@@ -254,7 +257,7 @@ def write_features(
                 arrays |= {f'{k}_{r}': values for k, values in extractor.extract({'image': images[row]}).items()}
             return arrays
 
-        processes.run_on_main_process(output.start)
+        processes.run_on_main_process(lambda: _start(output))
         read = functools.partial(read_batches, run, source, str(directory.relative_to(run.workdir)), received_signal)
         for start, arrays in map_missing(function, missing, read, run.batch_size('evaluate'), len(source)):
             if hash_images:
@@ -268,15 +271,12 @@ def _hashes(images: np.ndarray) -> np.ndarray:
     return np.frombuffer(b''.join(hashes), np.uint8).reshape(-1, 32)
 
 
-def _compare_files(output: Record) -> tuple[list[Range], bool]:
-    """Returns the shards without a file, and whether no file is missing."""
+def _start(output: Record) -> None:
     if output.state in (record.MISSING, record.STALE):  # files may be left of other images
-        for path in output.directory.glob('*.npz'):
-            path.unlink()
-    ranges = shard_ranges(output.settings['count'], output.settings['shard_size'])
-    names = files.list_names(output.directory)
-    missing = [shard for shard in ranges if _shard_path(output.directory, shard).name not in names]
-    return missing, not missing and _STATISTICS in names
+        for name in files.list_names(output.directory):
+            if name.endswith('.npz'):
+                (output.directory / name).unlink()
+    output.start()
 
 
 def _finish(run: Run, output: Record) -> Record:
@@ -303,6 +303,7 @@ def _finish(run: Run, output: Record) -> Record:
     for r in row_indices:
         arrays |= {f'mean_{r}': totals[r].mean, f'scatter_{r}': totals[r].scatter}
     sample_store.write_npz(output.directory / _STATISTICS, arrays)
+    output.add_files(_STATISTICS)
     output.finish({'count': totals[0].count})
     return output
 

@@ -54,6 +54,7 @@ def inpaint(run: Run) -> None:
     run.print_start(
         'inpaint', f'{len(source)} images, {options.count} variants each', parameters=generator.num_parameters
     )
+    output.files = {}  # the record is that of the last call
     processes.run_on_main_process(output.start)
     progress, written = Progress('inpaint', len(source)), 0
     for number in range(len(source)):
@@ -67,7 +68,7 @@ def inpaint(run: Run) -> None:
         with jax.set_mesh(run.mesh):
             variants = make_variants(number, image, mask)
         name = os.path.splitext(os.path.basename(source.example_name(number)))[0]
-        _write(directory, f'{number:04d}-{name}', image, mask, variants)
+        _write(output, f'{number:04d}-{name}', image, mask, variants)
         written += 1
         progress.update(number + 1)
     processes.run_on_main_process(lambda: output.finish({'images': written}))
@@ -172,14 +173,17 @@ def _not_empty(mask, given):
     return mask
 
 
-def _write(directory, name, image, mask, variants):
+def _write(output, name, image, mask, variants):
     """Writes the files of one image, on the main process."""
 
     def write():
         masked = np.where(mask[..., None], np.uint8(_GRAY), image)
         row = np.concatenate([image[None], masked[None], variants['image']])
-        plots.save_png(directory / f'{name}.png', plots.image_grid(row, len(row), scale=plots.visible_scale(row)))
+        plots.save_png(
+            output.directory / f'{name}.png', plots.image_grid(row, len(row), scale=plots.visible_scale(row))
+        )
         codes = {key: values for key, values in variants.items() if key != 'image'}
-        sample_store.write_npz(directory / f'{name}.npz', {'arr_0': variants['image'], 'mask': mask, **codes})
+        sample_store.write_npz(output.directory / f'{name}.npz', {'arr_0': variants['image'], 'mask': mask, **codes})
+        output.add_files(f'{name}.png', f'{name}.npz')
 
     processes.run_on_main_process(write)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from etils import epath
 
 from vqvae2_jax import inference
 from vqvae2_jax.data.images import ImageSource
@@ -17,7 +16,7 @@ from vqvae2_jax.distributed import processes
 from vqvae2_jax.distributed.batches import map_batches
 from vqvae2_jax.distributed.preemption import stop_signals
 from vqvae2_jax.io import files, record
-from vqvae2_jax.io.record import JobError
+from vqvae2_jax.io.record import JobError, Record
 from vqvae2_jax.jobs import feature_store, workdir
 from vqvae2_jax.jobs.workdir import SKIPPED, Generator, Run
 
@@ -53,7 +52,7 @@ def write_likelihood(run: Run) -> None:
         )
     bits = np.array([row[-1] for row in rows])
     results = {'images': len(rows), 'bits_per_image': float(bits.mean())}
-    processes.run_on_main_process(lambda: (_write_csv(directory / FILE, run.levels, rows), output.finish(results)))
+    processes.run_on_main_process(lambda: _write_csv(output, run.levels, rows, results))
     print(f'likelihood: {len(rows)} images, {bits.mean():.1f} bits each ({bits.min():.1f} to {bits.max():.1f})')
     print(f'least likely: {rows[0][0]}\nall images: {directory / FILE}', flush=True)
 
@@ -74,9 +73,11 @@ def _image_rows(
     return sorted(rows, key=lambda row: -row[-1])
 
 
-def _write_csv(path: epath.Path, levels: tuple[str, ...], rows: list[tuple]) -> None:
+def _write_csv(output: Record, levels: tuple[str, ...], rows: list[tuple], results: dict[str, float]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(('image', *(f'nats_{name}' for name in levels), 'bits'))
     writer.writerows((name, *(f'{x:.3f}' for x in numbers)) for name, *numbers in rows)
-    files.write_bytes(path, text.getvalue().encode())
+    files.write_bytes(output.directory / FILE, text.getvalue().encode())
+    output.add_files(FILE)
+    output.finish(results)

@@ -47,6 +47,15 @@ def run_job(run: Run, job: str, level: str | None = None) -> None:
     """
     if level is not None and job != 'prior':
         raise JobError(f'--level belongs to --job=prior, not to --job={job}')
+    if (
+        run.continue_from is not None
+        and job not in ('vqvae', 'prior', 'classifier')
+        or (run.continue_from is not None and job == 'prior' and level is None)
+    ):
+        raise JobError(
+            f'--continue_from={run.continue_from} belongs to one training: give --job=vqvae, --job=classifier or '
+            f'--job=prior --level={run.levels[-1]}'
+        )
     if level is not None and level not in run.levels:
         raise JobError(f'--level={level}: the levels of this config are {", ".join(reversed(run.levels))}')
     if (real := run.config.evaluate.real) and job != 'evaluate':
@@ -85,8 +94,7 @@ def _sections_to_train(run: Run, jobs: list[str], levels: list[str]) -> list[str
     outputs += [('classifier', directory) for directory in cas.directories(run).values()] if 'cas' in jobs else []
 
     def is_done(section, directory):
-        output = record.read(run.path(directory))
-        done = output is not None and output.state == record.DONE
-        return done and output.results['steps'] >= run.config[section].training.steps
+        output = record.read_if_done(run.path(directory))
+        return output is not None and output.results['steps'] >= run.config[section].training.steps
 
     return [section for section, directory in outputs if not is_done(section, directory)]

@@ -82,5 +82,6 @@ def _write(run, output, scored) -> int:
     best_first = np.argsort(-accepted['log_probability'], kind='stable')
     grid = accepted['arr_0'][grid_positions(accepted['label'], best_first)]
     plots.save_png(directory / PICTURE, plots.image_grid(grid, columns=10, scale=plots.visible_scale(grid)))
+    output.add_files(SCORES, ACCEPTED, PICTURE)
     output.finish({'count': len(scored['score']), 'accepted': len(kept)})
     return len(kept)

@@ -11,9 +11,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vqvae2_jax.config import build
+from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.images import SPLITS
 from vqvae2_jax.evaluation.report import render_html, summary
-from vqvae2_jax.io import files, plots, record
+from vqvae2_jax.io import checksums, files, plots, record
 from vqvae2_jax.io.logging import read_metrics
 from vqvae2_jax.io.plots import Panel
 from vqvae2_jax.jobs import cas, reject, sample, workdir
@@ -49,6 +50,8 @@ def write_report(
     _write_set_pictures(run, report['sets'][run.config.sample.name])
     files.write_json(directory / 'report.json', report)
     files.write_bytes(directory / 'report.html', render_html(report, _read_pictures(directory, report)).encode())
+    output.files = {}
+    output.add_files(*(name for name in checksums.file_entries(directory) if name != record.FILE))
     output.finish({'sets': list(report['sets'])})
     print(f'\n{summary(report)}')
     if report['skipped_files']:
@@ -58,9 +61,10 @@ def write_report(
 
 def _write_set_pictures(run, entry):
     directory = run.sample_set_path(DIRECTORY, 'sets')
-    sources = {'samples.png': run.sample_set_path(SAMPLES) / sample.PICTURE}
+    sources = {'samples.png': sample_store.read_set(run.sample_set_path(SAMPLES)).file(sample.PICTURE)}
     if build.has_classifier(run.config):
-        sources['accepted.png'] = run.sample_set_path(REJECTION) / reject.PICTURE
+        rejection = record.read_done(run.sample_set_path(REJECTION), 'reject')
+        sources['accepted.png'] = rejection.file(reject.PICTURE)
     for name, source in sources.items():
         files.write_bytes(directory / name, source.read_bytes())
     if entry.get('sweep'):
@@ -163,4 +167,4 @@ def _seconds(run: Run) -> dict[str, float]:
     directories = {name: name for name in trained}
     if build.has_cas(run.config):
         directories[f'cas_{RECONSTRUCTIONS}'] = cas.directories(run)[RECONSTRUCTIONS]
-    return {name: record.read(run.path(directory)).seconds for name, directory in directories.items()}
+    return {name: record.read_done(run.path(path), name).seconds for name, path in directories.items()}

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from etils import epath
 from ml_collections import ConfigDict
 
 from vqvae2_jax import inference
@@ -44,8 +43,14 @@ def draw_samples(run: Run) -> None:
     )
     output = run.open_output(directory, 'sample', workdir.generator_digests(run), _settings(run), hint=hint)
     ranges = shard_ranges(count, run.config.sample.shard_size)
-    missing, complete = processes.run_on_main_process(lambda: _compare_files(directory, count, ranges))
-    if complete and output.state == record.DONE and output.results['count'] == count:
+    stored = sample_store.stored_count(output)
+    if count < stored:  # else samples beyond the new count would stay in the directory
+        raise JobError(
+            f'{directory} is a set of {stored} samples, more than sample.count={count}: '
+            f'set --config.sample.count={stored}, or delete {directory} to draw the samples again'
+        )
+    missing = sample_store.missing_shards(output, ranges)
+    if output.state == record.DONE and output.results['count'] == count and PICTURE in output.files:
         print(f'sample: done ({count} samples in {directory})', flush=True)
         return
     with stop_signals() as received_signal:
@@ -68,18 +73,6 @@ def _settings(run):
     }
 
 
-def _compare_files(directory: epath.Path, count: int, ranges: Sequence[Range]) -> tuple[list[Range], bool]:
-    """Returns the ranges without a file, and whether the picture is there and no file is missing."""
-    stored = sample_store.stored_count(directory)
-    if count < stored:  # else samples beyond the new count would stay in the directory
-        raise JobError(
-            f'{directory} is a set of {stored} samples, more than sample.count={count}: '
-            f'set --config.sample.count={stored}, or delete {directory} to draw the samples again'
-        )
-    missing = sample_store.missing_shards(directory, ranges)
-    return missing, not missing and (directory / PICTURE).exists()
-
-
 def _draw_shards(run: Run, output: Record, missing: Sequence[Range], received_signal: Callable[[], int]) -> None:
     """Writes the missing files, until a stop signal comes."""
     batch_size, total = run.batch_size('sample'), sum(stop - start for start, stop in missing)
@@ -88,8 +81,9 @@ def _draw_shards(run: Run, output: Record, missing: Sequence[Range], received_si
     def write(shard, arrays):
         arrays = {'arr_0': arrays['image']} | {k: v for k, v in arrays.items() if k not in ('image', 'index')}
         arrays['index'] = np.arange(*shard, dtype=np.int64)
-        sample_store.write_npz(sample_store.shard_path(output.directory, *shard), arrays)
-        output.save_seconds(before + time.monotonic() - begin)
+        path = sample_store.shard_path(output.directory, *shard)
+        sample_store.write_npz(path, arrays)
+        output.add_files(path.name, seconds=before + time.monotonic() - begin)
 
     writer = ShardWriter(missing, lambda *args: processes.run_on_main_process(lambda: write(*args)))
     with jax.set_mesh(run.mesh):
@@ -129,18 +123,19 @@ def _batch(config, index):
 
 
 def _start(output):
-    (output.directory / PICTURE).unlink(missing_ok=True)  # it is not that of the larger set
+    output.files.pop(PICTURE, None)  # it is not that of the larger set
     output.start()
 
 
 def _finish(run: Run, output: Record, ranges: Sequence[Range]) -> None:
     """Writes samples.png, ten samples of each of the first ten labels, and the record."""
     count, directory = run.config.sample.count, output.directory
-    sample_store.remove_others(directory, ranges)
+    sample_store.remove_others(output, ranges)
     output.finish({'count': count})
     labels = sample_labels(run.config, np.arange(count))
     grid = sample_store.take(directory, grid_positions(labels, np.arange(count)))['arr_0']
     plots.save_png(directory / PICTURE, plots.image_grid(grid, columns=10, scale=plots.visible_scale(grid)))
+    output.add_files(PICTURE)
 
 
 def grid_positions(labels: np.ndarray, order: np.ndarray, rows: int = 10, columns: int = 10) -> np.ndarray:

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+from etils import epath
 
 from vqvae2_jax.config import build
 from vqvae2_jax.data.images import ImageSource
@@ -17,7 +18,15 @@ from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.planning import cost, hardware
 from vqvae2_jax.tasks import classifier, prior, vqvae
 from vqvae2_jax.tasks.task import Task
-from vqvae2_jax.training.checkpoint import BestCheckpoint, CheckpointMismatch
+from vqvae2_jax.training import recovery
+from vqvae2_jax.training.checkpoint import (
+    BEST,
+    CHECKPOINTS,
+    WEIGHTS,
+    BestCheckpoint,
+    CheckpointMismatch,
+    checkpoint_steps,
+)
 from vqvae2_jax.training.loop import Data, train
 
 
@@ -115,9 +124,13 @@ def train_network(
       StaleInputError, SettingsChangedError: the training was started with other inputs or settings.
       JobError, NonFiniteLoss, CheckpointMismatch, Interrupted: as `loop.train`.
     """
-    config, job = build.train_config(run.config, section), 'cas' if directory else section.partition('.')[0]
+    config, job = build.train_config(run.config, section), 'cas' if directory else workdir.training_job(section)
     directory = directory or workdir.training_directory(section)
-    output = run.open_output(run.path(directory), job, digests, build.settings(run.config, section))
+    processes.run_on_main_process(lambda: recovery.restore_record(run.path(directory)))
+    settings = build.settings(run.config, section)
+    if run.continue_from is not None:
+        continue_training(run, section, run.path(directory), settings)
+    output = run.open_output(run.path(directory), job, digests, settings, hint=_hint(run, section, directory))
     if output.state == record.DONE and output.results['steps'] >= config.steps:
         print(f'{directory}: done ({_summary(output.results)})', flush=True)
         return
@@ -125,13 +138,16 @@ def train_network(
         make_task(run, section, visualize=config.image_every > 0),
         make_data(),
     )  # both may refuse, before anything changes
+    recovery.recover(output.directory, directory)
     before = dataclasses.replace(output)
     try:
         parameters, flops = _count(task, data, config.batch_size, run.mesh)
         run.print_start(directory, data.description, parameters=parameters)
+        output.files = {}  # the weights may be replaced
         processes.run_on_main_process(output.start)  # even if fewer steps are done: their weights may be replaced
         result = train(
-            task, config, data, output.directory, mesh=run.mesh, name=directory, seed=run.config.seed, **flops
+            *(task, config, data, output.directory),
+            **{'mesh': run.mesh, 'name': directory, 'seed': run.config.seed, 'output': output, **flops},
         )
     except CheckpointMismatch:
         if before.state == record.DONE and processes.is_main_process():
@@ -141,6 +157,64 @@ def train_network(
         data.train.close()
     results = processes.run_on_main_process(lambda: _finish(output, result))
     print(f'{directory}: trained ({_summary(results)})', flush=True)
+
+
+def continue_training(run: Run, section: str, directory: epath.Path, settings: dict) -> None:
+    """Goes back to the checkpoint --continue_from, with changed fields <section>.training (--continue_from).
+
+    Later checkpoints move to abandoned/. The record of the training lists the changes.
+
+    Args:
+      run: the run; its `continue_from` is the step.
+      section: section of the config.
+      directory: directory of the training.
+      settings: the current settings of the training.
+
+    Raises:
+      JobError: there is no training or no sound checkpoint of this step, or no field of the training is changed.
+    """
+
+    def go_back():
+        output, step = record.read(directory), run.continue_from
+        if output is None:
+            raise JobError(f'--continue_from={step}: there is no training in {directory}')
+        now = files.to_json(settings, 'settings')
+        fields = [name for name in sorted(now) if name.startswith(f'{section}.training.')]
+        changed = [name for name in fields if output.settings.get(name) != now[name]]
+        if not changed and any(change[0] == step for change in output.changes):
+            return  # the same command, again
+        if not changed:
+            raise JobError(
+                f'--continue_from={step}: no field of {section}.training is changed. Give one, such as '
+                f'--config.{section}.training.learning_rate={run.config[section].training.learning_rate / 2:g}, or '
+                'leave the flag out'
+            )
+        best = recovery.check_checkpoint(directory, step)
+        recovery.go_back(directory, step, best)
+        output.changes += [[step, name, output.settings.get(name), now[name]] for name in changed]
+        output.settings |= {name: now[name] for name in changed}
+        output.state, output.results, output.digest, output.files = record.STARTED, {}, '', {}
+        output.write()
+        print(f'{directory.name}: continuing from step {step} with {describe_changes(output.changes[-len(changed) :])}')
+
+    processes.run_on_main_process(go_back)
+
+
+def describe_changes(changes: list[list]) -> str:
+    """Returns changes of a training as text, such as 'vqvae.training.learning_rate 0.0004 -> 0.0002 at step 40'."""
+    return ', '.join(f'{field} {old} -> {new} at step {step}' for step, field, old, new in changes)
+
+
+def _hint(run, section, directory):
+    """Returns the advice about changed settings of a training."""
+    steps = checkpoint_steps(run.path(directory) / CHECKPOINTS)
+    other = f'give another --workdir, or delete {run.path(directory)} to train it again.'
+    if not steps or directory.startswith('cas/'):
+        return f'Go back to the recorded settings, {other}'
+    return (
+        f'Go back to the recorded settings, {other} Fields of {section}.training may change from a checkpoint on: '
+        f'run your command with --job={workdir.training_job(section)} --continue_from={steps[-1]}.'
+    )
 
 
 def image_data(
@@ -199,6 +273,9 @@ def _finish(output, result) -> dict:
         'val': best.best()['metrics'],
         'parameters': result['parameters'],
     }
+    output.add_files(
+        f'{WEIGHTS}/{BEST}', *(f'{WEIGHTS}/{best.best()["directory"]}/{name}' for name in best.best()['files'])
+    )
     output.finish(results, seconds=result['seconds'], digest=files.digest_arrays(best.load()))
     return results
 

@@ -41,11 +41,13 @@ class Run:
       config: the complete config.
       workdir: the directory; may be given as a string.
       devices: the devices to run on; None: all of all processes.
+      continue_from: step of the checkpoint that a training goes back to, with changed settings; None: the newest.
     """
 
     config: ConfigDict
     workdir: epath.Path
     devices: Sequence | None = None
+    continue_from: int | None = None
     _images: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # listing a folder takes long
     _vqvae: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # many parts of a report need it
 
@@ -121,8 +123,10 @@ class Run:
         Raises:
           JobError: they are missing or damaged.
         """
+        directory = self.path('codes', split)
+        self.check_files(record.read_done(directory, 'extract_codes'))
         try:
-            return CodeSource(self.path('codes', split))
+            return CodeSource(directory)
         except (ValueError, OSError) as error:
             raise JobError(str(error)) from error
 
@@ -154,8 +158,23 @@ class Run:
     def open_output(
         self, directory: epath.Path, job: str, inputs: dict[str, str], settings: dict[str, Any], **options: Any
     ) -> Record:
-        """Calls `record.open_output` on the main process; all processes get the same record."""
-        return processes.run_on_main_process(lambda: record.open_output(directory, job, inputs, settings, **options))
+        """Calls `record.open_output` on the main process; all processes get the same record.
+
+        Damaged files are not in the record any more: the job that calls this writes them again.
+        """
+        devices = f'{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}'
+        options['devices'] = devices
+        output = processes.run_on_main_process(lambda: record.open_output(directory, job, inputs, settings, **options))
+        output.drop_damaged(output.find_damaged_together())
+        return output
+
+    def check_files(self, output: Record) -> None:
+        """Refuses damaged files of an output that a job reads. All processes together, each reads its share.
+
+        Raises:
+          DamagedError: the message names the file, and the job that makes it again.
+        """
+        output.refuse_damaged(output.find_damaged_together())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,6 +273,7 @@ def load_trained(run: Run, section: str, directory: str = '') -> Trained:
     output = trained_record(run, section, directory)
     if output.digest in run._vqvae:
         return run._vqvae[output.digest]
+    run.check_files(output)
     weights = BestCheckpoint(output.directory).load()
     trained = Trained(weights['params'], weights.get('model_state') or {}, output)
     _check_network(run, trained, section)

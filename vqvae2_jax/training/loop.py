@@ -22,7 +22,7 @@ from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.distributed.preemption import stop_signals
 from vqvae2_jax.io import plots
 from vqvae2_jax.io.logging import MetricsLogger
-from vqvae2_jax.io.record import JobError
+from vqvae2_jax.io.record import JobError, Record
 from vqvae2_jax.tasks.task import Task, to_uint8
 from vqvae2_jax.training import optim
 from vqvae2_jax.training import state as train_state
@@ -66,6 +66,7 @@ def train(
     seed: int,
     flops_per_step: float | None = None,
     peak_flops: float | None = None,
+    output: Record | None = None,
 ) -> dict[str, Any]:
     """Trains a network, or continues from the last checkpoint, and keeps the best weights by `task.best_metric`.
 
@@ -79,6 +80,7 @@ def train(
       seed: seed of the initial weights and of all random numbers of the steps.
       flops_per_step: FLOPs of the model in one step, on all devices; None: the log has no utilization.
       peak_flops: peak FLOP/s of all devices together.
+      output: the record of the directory, of which checkpoints get a copy.
 
     Returns:
       {'steps': number of updates done, 'seconds': training time over all restarts, 'parameters': their number}.
@@ -89,7 +91,7 @@ def train(
       Interrupted: SIGINT or SIGTERM came; everything is saved.
     """
     optimizer = optim.make_optimizer(config)
-    with contextlib.closing(Checkpoints(directory)) as checkpoints, stop_signals() as received_signal:
+    with contextlib.closing(Checkpoints(directory, output)) as checkpoints, stop_signals() as received_signal:
         with jax.set_mesh(mesh):
             state, start, pending = restore_or_init(task, optimizer, data, checkpoints, seed, config.batch_size)
             train_step = make_step(task, optimizer, config, state_sharding(state))
@@ -181,7 +183,7 @@ class TrainLoop:
 
     def _save(self, state, step, buffer):
         self.logger.flush()  # a resumed run continues the log from here
-        self.checkpoints.save(step, state, self.data.train, buffer.rows)
+        self.checkpoints.save(step, state, self.data.train, buffer.rows, self.best.pin())
 
     def eval_and_keep_best(self, state: train_state.TrainState, step: int, received_signal: Callable[[], int]) -> None:
         """Evaluates the averaged weights on the validation split, and keeps them if they are the best so far."""

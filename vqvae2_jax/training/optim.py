@@ -82,6 +82,6 @@ def learning_rate_schedule(training: TrainConfig) -> optax.Schedule:
 def make_optimizer(training: TrainConfig) -> optax.GradientTransformation:
     """Returns Adam or AdamW, with clipping if `clip_norm` is above 0."""
     adam = optax.adamw(learning_rate_schedule(training), b2=training.adam_b2, weight_decay=training.weight_decay)
-    if not training.clip_norm:
-        return adam
-    return optax.chain(optax.clip_by_global_norm(training.clip_norm), adam)
+    # The state has the same structure with and without clipping, so that a training can continue with the other.
+    clip = optax.clip_by_global_norm(training.clip_norm) if training.clip_norm else optax.identity()
+    return optax.chain(clip, adam)

@@ -1,0 +1,226 @@
+"""Continues a training from sound files: sets damaged checkpoints aside, trains lost weights again.
+
+A training repeats its steps exactly: lost weights come back if a checkpoint from before them is sound.
+"""
+
+import functools
+import os
+from typing import Any
+
+import fsspec
+from etils import epath
+
+from vqvae2_jax.distributed import processes
+from vqvae2_jax.io import checksums, gcs, record
+from vqvae2_jax.io.record import DamagedError, JobError, Record
+from vqvae2_jax.training.checkpoint import BEST, CHECKPOINTS, DAMAGED, WEIGHTS, checkpoint_steps, read_best
+
+_ABANDONED = 'abandoned'
+
+
+def restore_record(directory: epath.Path) -> None:
+    """Writes a lost or damaged record of a training again, from its newest sound checkpoint. On the main process only.
+
+    Raises:
+      JobError: the record is damaged, and no checkpoint has a sound one.
+    """
+    try:
+        if record.read(directory) is not None:
+            return
+        problem = f'{directory / record.FILE} is missing'
+    except DamagedError as error:
+        problem = str(error)
+    steps = checkpoint_steps(directory / CHECKPOINTS)
+    for step in reversed(steps):
+        try:
+            saved = record.read(directory / CHECKPOINTS / str(step))
+        except DamagedError:
+            continue
+        if saved is not None:
+            print(f'{problem}. Writing it again from checkpoint {step}', flush=True)
+            output = Record(directory, saved.job, saved.inputs, saved.settings, record.STARTED)
+            output.devices, output.changes = saved.devices, saved.changes
+            output.write()
+            return
+    if steps or not problem.endswith('missing'):
+        raise JobError(
+            f'{problem}, and no checkpoint has a copy: restore it from a backup, or delete {directory} to train from '
+            'the start'
+        )
+
+
+def recover(directory: epath.Path, name: str) -> None:
+    """Sets damaged checkpoints aside, so that the training continues from a sound one. All processes together.
+
+    If the best weights are damaged, the training goes back to a checkpoint from before them.
+
+    Args:
+      directory: the directory of the training.
+      name: its name in messages.
+
+    Raises:
+      JobError: no checkpoint is sound, or none from before the damaged weights.
+    """
+    checkpoints = directory / CHECKPOINTS
+    steps = processes.run_on_main_process(lambda: checkpoint_steps(checkpoints))
+    sound = None
+    for step in reversed(steps):
+        if not (problem := _problem_of(checkpoints / str(step))):
+            sound = step
+            break
+        older = [s for s in steps if s < step]
+        repeated = f'trains from step {older[-1]}: {step - older[-1]} steps are repeated' if older else ''
+        processes.run_on_main_process(functools.partial(set_aside, checkpoints, step))
+        print(f'{name}: {problem}; it is set aside as {checkpoints / f"{step}{DAMAGED}"}. {repeated}', flush=True)
+    if steps and sound is None:
+        raise JobError(
+            f'{name}: no checkpoint in {checkpoints} is sound: restore one from a backup, or delete {directory} to '
+            'train from the start'
+        )
+    problem, best = processes.run_on_main_process(lambda: _check_best(directory, sound))
+    if problem:
+        _recover_weights(directory, name, problem, best)
+
+
+def _recover_weights(directory, name, problem, best) -> None:
+    """Goes back to a sound checkpoint from before the damaged best weights, or to one whose best weights are sound."""
+    checkpoints, steps = directory / CHECKPOINTS, checkpoint_steps(directory / CHECKPOINTS)
+    for step in reversed(steps):
+        if damaged := _problem_of(checkpoints / str(step)):
+            print(f'{name}: {damaged}', flush=True)
+            continue
+        earlier = record.read(checkpoints / str(step)).results['best']
+        best = best or earlier  # of the newest checkpoint, if best.json itself is damaged
+        sound = earlier and not checksums.find_damaged(directory / WEIGHTS / earlier['directory'], earlier['files'])
+        if sound or earlier is None or best['step'] > step:
+            processes.run_on_main_process(functools.partial(go_back, directory, step, earlier if sound else None))
+            repeated = f'{steps[-1] - step} steps are repeated' if steps[-1] > step else 'no step is repeated'
+            print(f'{name}: {problem}. Continuing from step {step}; {repeated}', flush=True)
+            return
+    if steps:
+        raise JobError(
+            f'{name}: {problem}, and no sound checkpoint is from before these weights: restore them from a backup, or '
+            f'delete {directory} to train from the start'
+        )
+    print(f'{name}: {problem}. There is no checkpoint: trains from the start', flush=True)
+    processes.run_on_main_process(lambda: _write_best(directory, None))
+
+
+def check_checkpoint(directory: epath.Path, step: int) -> dict[str, Any] | None:
+    """Checks that a training can continue from a checkpoint. On the main process only.
+
+    Args:
+      directory: the directory of the training.
+      step: step of the checkpoint.
+
+    Returns:
+      The best weights at this step, as `BestCheckpoint.best`; None if there was no evaluation before it.
+
+    Raises:
+      JobError: there is no such checkpoint, or it is damaged, or the best weights at this step are.
+    """
+    steps = checkpoint_steps(directory / CHECKPOINTS)
+    if step not in steps:
+        there = f'at the steps {", ".join(map(str, steps))}' if steps else 'at no step'
+        raise JobError(f'--continue_from={step}: {directory} has checkpoints {there}')
+    checkpoint = directory / CHECKPOINTS / str(step)
+    output = record.read(checkpoint)
+    if output is None:
+        raise JobError(f'--continue_from={step}: {checkpoint / record.FILE} is missing; choose another step of {steps}')
+    damaged, best = {f'{CHECKPOINTS}/{step}/{k}': v for k, v in output.find_damaged().items()}, output.results['best']
+    if best:
+        path = f'{WEIGHTS}/{best["directory"]}'
+        damaged |= {f'{path}/{k}': v for k, v in checksums.find_damaged(directory / path, best['files']).items()}
+    for name, reason in damaged.items():
+        raise JobError(
+            f'--continue_from={step}: {directory / name} is damaged: {reason}; choose another step of {steps}'
+        )
+    return best
+
+
+def go_back(directory: epath.Path, step: int, best: dict[str, Any] | None) -> None:
+    """Makes a checkpoint the newest one: moves later ones to abandoned/. On the main process only.
+
+    Args:
+      directory: the directory of the training.
+      step: step of the checkpoint.
+      best: the best weights at this step, as `BestCheckpoint.best`; None: there are none.
+    """
+    for later in checkpoint_steps(directory / CHECKPOINTS):
+        if later > step:
+            _move(directory / CHECKPOINTS / str(later), _free_path(directory / _ABANDONED / str(later)))
+    _write_best(directory, best)
+
+
+def set_aside(checkpoints: epath.Path, step: int) -> None:
+    """Marks a checkpoint as damaged: renames it to <step>.damaged; on a bucket <step>.damaged is a marker beside it."""
+    path = checkpoints / f'{step}{DAMAGED}'
+    if gcs.is_remote(checkpoints):
+        path.write_text('damaged')
+    else:
+        (checkpoints / str(step)).rename(_free_path(path))
+
+
+def _problem_of(checkpoint: epath.Path) -> str:
+    """Returns the damage of a checkpoint, '' if it is sound; all processes together."""
+
+    def read():
+        try:
+            return record.read(checkpoint), f'{checkpoint / record.FILE} is missing'
+        except DamagedError as error:
+            return None, str(error)
+
+    output, problem = processes.run_on_main_process(read)
+    if output is None:
+        return problem
+    damaged = output.find_damaged_together()
+    return f'{checkpoint / next(iter(damaged))} is damaged: {next(iter(damaged.values()))}' if damaged else ''
+
+
+def _check_best(directory: epath.Path, step: int | None) -> tuple[str, dict[str, Any] | None]:
+    """Returns the damage of the best weights, '' if they are sound or none are needed; and the content of best.json.
+
+    Args:
+      directory: the directory of the training.
+      step: step of the checkpoint that the training continues from; None: there is none.
+    """
+    expected = None if step is None else record.read(directory / CHECKPOINTS / str(step)).results['best']
+    try:
+        best = read_best(directory)
+    except DamagedError as error:
+        return str(error), expected
+    if best is None:
+        return (f'{directory / WEIGHTS / BEST} is missing' if expected else ''), None
+    if step is not None and best['step'] <= step and best != expected:
+        return f'{directory / WEIGHTS / BEST} is not that of checkpoint {step}', expected
+    path = directory / WEIGHTS / best['directory']
+    if damaged := checksums.find_damaged(path, best['files']):
+        return f'{path / next(iter(damaged))} is damaged: {next(iter(damaged.values()))}', best
+    return '', best
+
+
+def _write_best(directory, best):
+    path = directory / WEIGHTS / BEST
+    if best is None:
+        path.unlink(missing_ok=True)
+    else:
+        checksums.write_sealed(path, best)
+
+
+def _free_path(path: epath.Path) -> epath.Path:
+    """Returns a path that does not exist: the path itself, or with '-2', '-3', ... behind its name."""
+    free, number = path, 1
+    while free.exists():
+        number += 1
+        free = path.parent / f'{path.name}-{number}'
+    return free
+
+
+def _move(source: epath.Path, target: epath.Path) -> None:
+    """Moves a directory, on a disk or within a bucket."""
+    if not gcs.is_remote(source):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(target)
+        return
+    system, path = fsspec.core.url_to_fs(os.fspath(source))
+    system.mv(path, fsspec.core.url_to_fs(os.fspath(target))[1], recursive=True)
