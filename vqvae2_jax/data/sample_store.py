@@ -55,8 +55,7 @@ def remove_others(output: Record, ranges: Sequence[Range]) -> None:
     own = {shard_path(output.directory, *r).name for r in ranges}
     for name in files.list_names(output.directory) - own:
         if _SHARD.fullmatch(name):
-            with files.writing(output.directory / name):
-                (output.directory / name).unlink()
+            files.remove(output.directory / name)
             output.files.pop(name, None)
 
 
@@ -68,10 +67,7 @@ def write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
         files.write_bytes(path, buffer.getvalue())
         return
     size = sum(np.asarray(array).nbytes for array in arrays.values())
-    with (
-        files.replace_file(path, size) as part,
-        part.open('wb') as file,
-    ):  # the content is never in memory a second time
+    with files.replace_file(path, size) as part, part.open('wb') as file:  # it is never in memory a second time
         np.savez(file, **arrays)
 
 

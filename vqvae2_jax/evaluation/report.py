@@ -84,6 +84,7 @@ def summary(report: dict[str, Any]) -> str:
     if 'cas' in report:
         rows = ', '.join(f'{name} {row["top1"]:.1%}' for name, row in _cas_rows(report).items())
         lines.append(f'  CAS              {rows} (accuracy on real images of a classifier trained on each source)')
+    lines += [f'  changed          {change}' for change in report['protocol']['changes']]
     seconds = all_seconds(report)
     times = ', '.join(f'{name} {format_duration(value)}' for name, value in seconds.items())
     lines.append(f'  time             {times}; total {format_duration(sum(seconds.values()))}')

@@ -92,8 +92,6 @@ class Record:
 
     def start(self) -> None:
         """Records that writing has begun. The output counts as unfinished until `finish`; complete files are kept."""
-        if self.state == STALE:
-            self.files = {}
         self.state, self.results, self.digest, self.version = STARTED, {}, '', __version__
         self.devices = self.devices_now
         files.remove_partial(self.directory)
@@ -134,6 +132,10 @@ class Record:
         """Writes record.json as it stands."""
         values = {name: getattr(self, name) for name in _FIELDS if name != 'schema'}
         checksums.write_sealed(self.directory / FILE, {'schema': SCHEMA, **values})
+
+    def describe_changes(self) -> str:
+        """Returns `changes` as text, such as 'vqvae.training.learning_rate 0.0004 -> 0.0002 at step 40'."""
+        return ', '.join(f'{field} {old} -> {new} at step {step}' for step, field, old, new in self.changes)
 
     def file(self, name: str) -> epath.Path:
         """Returns the path of a recorded file of a finished output, after a comparison with its checksum.

@@ -52,7 +52,7 @@ def compare_sets(run: Run) -> None:
         raise JobError(f'evaluate: {error}') from error
     except ValueError as error:
         if processes.is_main_process():
-            (directory / record.FILE).unlink(missing_ok=True)  # the next call starts over
+            files.remove(directory / record.FILE)  # the next call starts over
         raise error if isinstance(error, JobError) else JobError(f'evaluate: {error}') from error
     metrics = report['quality']
     for name, value in metrics.items():
@@ -73,8 +73,7 @@ def _open(run: Run, which: str, field: str) -> ImageSource:
 
 def _start(output):
     for name in _SETS:
-        if (output.directory / name).exists():
-            (output.directory / name).rmtree()
+        files.remove(output.directory / name)
     output.start()
 
 

@@ -238,16 +238,8 @@ def write_features(
     output = run.open_output(directory, 'evaluate', inputs, settings, replace=True)
     if output.state == record.DONE:
         return output
-    kept = {} if output.state == record.STALE else output.files
-    ranges = shard_ranges(len(source), SHARD_SIZE)
-    missing = [shard for shard in ranges if _shard_path(directory, shard).name not in kept]
-
-    def write(shard, arrays):
-        path = _shard_path(directory, shard)
-        sample_store.write_npz(path, {k: v for k, v in arrays.items() if k != 'index'})
-        output.add_files(path.name)
-
-    writer = ShardWriter(missing, lambda *args: processes.run_on_main_process(lambda: write(*args)))
+    missing = [s for s in shard_ranges(len(source), SHARD_SIZE) if _shard_path(directory, s).name not in output.files]
+    writer = ShardWriter(missing, lambda *args: processes.run_on_main_process(lambda: _write_shard(output, *args)))
     with jax.set_mesh(run.mesh):
         images_of = make_images() if missing and make_images else lambda batch: {IMAGES: batch['image']}
 
@@ -266,6 +258,12 @@ def write_features(
     return processes.run_on_main_process(lambda: _finish(run, output))
 
 
+def _write_shard(output: Record, shard: Range, arrays: dict[str, np.ndarray]) -> None:
+    path = _shard_path(output.directory, shard)
+    sample_store.write_npz(path, {k: v for k, v in arrays.items() if k != 'index'})
+    output.add_files(path.name)
+
+
 def _hashes(images: np.ndarray) -> np.ndarray:
     hashes = [hashlib.sha256(image.tobytes()).digest() for image in images]
     return np.frombuffer(b''.join(hashes), np.uint8).reshape(-1, 32)
@@ -275,7 +273,7 @@ def _start(output: Record) -> None:
     if output.state in (record.MISSING, record.STALE):  # files may be left of other images
         for name in files.list_names(output.directory):
             if name.endswith('.npz'):
-                (output.directory / name).unlink()
+                files.remove(output.directory / name)
     output.start()
 
 

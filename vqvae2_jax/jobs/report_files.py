@@ -17,13 +17,14 @@ from vqvae2_jax.evaluation.report import render_html, summary
 from vqvae2_jax.io import checksums, files, plots, record
 from vqvae2_jax.io.logging import read_metrics
 from vqvae2_jax.io.plots import Panel
+from vqvae2_jax.io.record import Record
 from vqvae2_jax.jobs import cas, reject, sample, workdir
 from vqvae2_jax.jobs.workdir import RECONSTRUCTIONS, REJECTION, SAMPLES, SKIPPED, Run
 from vqvae2_jax.tasks.vqvae import SSIM_PROTOCOL
 from vqvae2_jax.version import __version__
 
 DIRECTORY = 'report'
-SCHEMA = 4
+SCHEMA = 5
 _DISTANCES = {'fid': 'FID', 'frechet_distance': 'Fréchet distance'}
 
 
@@ -39,8 +40,10 @@ def write_report(
       images: images uint8 [N, H, W, C] of the split and their reconstructions, by label.
     """
     directory = run.path(DIRECTORY)
-    report = {'schema': SCHEMA, 'config': run.config.name, 'protocol': _protocol(run, quality), **parts}
-    report |= {'seconds': _seconds(run), 'skipped_files': len(run.skipped())}
+    trainings = _trainings(run)
+    report = {'schema': SCHEMA, 'config': run.config.name, 'protocol': _protocol(run, quality, trainings), **parts}
+    seconds = {name: training.seconds for name, training in trainings.items()}
+    report |= {'seconds': seconds, 'skipped_files': len(run.skipped())}
     inputs = {name: files.digest_json(part) for name, part in parts.items()}
     output = record.open_output(directory, 'evaluate', inputs, {'config': _config_digest(run)}, replace=True)
     output.start()
@@ -70,7 +73,7 @@ def _write_set_pictures(run, entry):
     if entry.get('sweep'):
         plots.plot_panels(directory / 'rejection.png', _sweep_panels(entry['sweep']))
     else:
-        (directory / 'rejection.png').unlink(missing_ok=True)
+        files.remove(directory / 'rejection.png')
 
 
 def _read_pictures(directory, report) -> dict[str, bytes]:
@@ -141,7 +144,7 @@ def _config_digest(run):
     return files.digest_json(run.config.to_dict())
 
 
-def _protocol(run: Run, quality: dict | None) -> dict:
+def _protocol(run: Run, quality: dict | None, trainings: dict[str, Record]) -> dict:
     options, device = run.config.evaluate, jax.devices()[0]
     return {
         'split': options.split,
@@ -152,6 +155,7 @@ def _protocol(run: Run, quality: dict | None) -> dict:
         'ssim': SSIM_PROTOCOL,
         'quality': quality,
         'seed': run.config.seed,
+        'changes': [f'{name}: {r.describe_changes()}' for name, r in trainings.items() if r.changes],
         'config_digest': _config_digest(run),
         'version': __version__,
         'jax': jax.__version__,
@@ -161,10 +165,11 @@ def _protocol(run: Run, quality: dict | None) -> dict:
     }
 
 
-def _seconds(run: Run) -> dict[str, float]:
+def _trainings(run: Run) -> dict[str, Record]:
+    """Returns the records of all trainings of the run, except those of sample sets."""
     trained = ['vqvae', *(workdir.training_directory(section) for section in reversed(run.prior_sections))]
     trained += ['classifier'] if build.trains_classifier(run.config) else []
     directories = {name: name for name in trained}
     if build.has_cas(run.config):
         directories[f'cas_{RECONSTRUCTIONS}'] = cas.directories(run)[RECONSTRUCTIONS]
-    return {name: record.read_done(run.path(path), name).seconds for name, path in directories.items()}
+    return {name: record.read_done(run.path(path), name) for name, path in directories.items()}

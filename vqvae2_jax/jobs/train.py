@@ -195,14 +195,9 @@ def continue_training(run: Run, section: str, directory: epath.Path, settings: d
         output.settings |= {name: now[name] for name in changed}
         output.state, output.results, output.digest, output.files = record.STARTED, {}, '', {}
         output.write()
-        print(f'{directory.name}: continuing from step {step} with {describe_changes(output.changes[-len(changed) :])}')
+        print(f'{directory.name}: continuing from step {step}: {output.describe_changes()}', flush=True)
 
     processes.run_on_main_process(go_back)
-
-
-def describe_changes(changes: list[list]) -> str:
-    """Returns changes of a training as text, such as 'vqvae.training.learning_rate 0.0004 -> 0.0002 at step 40'."""
-    return ', '.join(f'{field} {old} -> {new} at step {step}' for step, field, old, new in changes)
 
 
 def _hint(run, section, directory):

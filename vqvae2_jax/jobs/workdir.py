@@ -274,6 +274,8 @@ def load_trained(run: Run, section: str, directory: str = '') -> Trained:
     if output.digest in run._vqvae:
         return run._vqvae[output.digest]
     run.check_files(output)
+    if output.changes:
+        print(f'{output.directory} was trained with changed settings: {output.describe_changes()}', flush=True)
     weights = BestCheckpoint(output.directory).load()
     trained = Trained(weights['params'], weights.get('model_state') or {}, output)
     _check_network(run, trained, section)

@@ -20,6 +20,7 @@ from vqvae2_jax.io import checksums, files, gcs, record
 from vqvae2_jax.io.record import DamagedError, Record
 
 CHECKPOINTS, WEIGHTS, BEST = 'checkpoints', 'weights', 'best.json'
+ORBAX_METADATA = '_CHECKPOINT_METADATA'  # times; Orbax writes it again after everything else, and restores without it
 DAMAGED = '.damaged'  # <step>.damaged is a checkpoint that was set aside; on a bucket a marker beside it
 
 
@@ -86,7 +87,7 @@ class Checkpoints:
         self.wait()
         if step in self._manager.all_steps():  # a damaged one on a bucket
             self._manager.delete(step)
-            processes.run_on_main_process((self._directory / f'{step}{DAMAGED}').unlink)
+            processes.run_on_main_process(lambda: files.remove(self._directory / f'{step}{DAMAGED}'))
         items = {
             'state': ocp.args.StandardSave(state),
             'data': ocp.args.JsonSave(iterator.get_state()),
@@ -106,6 +107,7 @@ class Checkpoints:
         directory = next(path for path in self._directory.iterdir() if name.fullmatch(path.name))
         output = dataclasses.replace(self._output, directory=directory, results={'best': self._best}, digest='')
         output.files = checksums.file_entries(directory)
+        output.files.pop(ORBAX_METADATA, None)
         output.write()
 
     def restore(self, step: int, like: Any, iterator: grain.DatasetIterator) -> tuple[Any, list[dict[str, float]]]:
@@ -218,8 +220,7 @@ class BestCheckpoint:
     def _remove_others(self, kept):
         for other in self._directory.iterdir():  # earlier weights, and partial ones of a killed run
             if other.is_dir() and other.name not in kept:
-                with files.writing(other):
-                    other.rmtree()
+                files.remove(other)
 
     def load(self) -> Any:
         """Loads the best weights as NumPy arrays, whatever devices saved them. A process may call it alone."""

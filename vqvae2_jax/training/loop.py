@@ -107,16 +107,14 @@ def train(
         )
         if start:
             print(f'{name}: continuing from step {start}', flush=True)
-        # Process 0 reads best.json for all: they must agree on which weights are the best so far.
-        best = processes.run_on_main_process(lambda: BestCheckpoint(directory))
+        best = processes.run_on_main_process(lambda: BestCheckpoint(directory))  # all must agree on it
         profiler = Profiler(directory, config.profile_steps)
         loop = TrainLoop(task, config, data, mesh, train_step, checkpoints, best, logger, profiler)
         with contextlib.closing(logger), contextlib.closing(profiler):
             step = loop.run(state, start, pending, received_signal)
     if not best.best():
         raise NonFiniteLoss(f'{name}: the validation {task.best_metric} was NaN at every evaluation')
-    parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    return {'steps': step, 'seconds': round(logger.seconds(), 1), 'parameters': parameters}
+    return {'steps': step, 'seconds': round(logger.seconds(), 1), 'parameters': optax.tree.size(state.params)}
 
 
 class TrainLoop:

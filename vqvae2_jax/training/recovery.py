@@ -4,6 +4,7 @@ A training repeats its steps exactly: lost weights come back if a checkpoint fro
 """
 
 import functools
+import json
 import os
 from typing import Any
 
@@ -11,9 +12,17 @@ import fsspec
 from etils import epath
 
 from vqvae2_jax.distributed import processes
-from vqvae2_jax.io import checksums, gcs, record
+from vqvae2_jax.io import checksums, files, gcs, record
 from vqvae2_jax.io.record import DamagedError, JobError, Record
-from vqvae2_jax.training.checkpoint import BEST, CHECKPOINTS, DAMAGED, WEIGHTS, checkpoint_steps, read_best
+from vqvae2_jax.training.checkpoint import (
+    BEST,
+    CHECKPOINTS,
+    DAMAGED,
+    ORBAX_METADATA,
+    WEIGHTS,
+    checkpoint_steps,
+    read_best,
+)
 
 _ABANDONED = 'abandoned'
 
@@ -62,7 +71,7 @@ def recover(directory: epath.Path, name: str) -> None:
       JobError: no checkpoint is sound, or none from before the damaged weights.
     """
     checkpoints = directory / CHECKPOINTS
-    steps = processes.run_on_main_process(lambda: checkpoint_steps(checkpoints))
+    steps = processes.run_on_main_process(lambda: _list_checkpoints(checkpoints))
     sound = None
     for step in reversed(steps):
         if not (problem := _problem_of(checkpoints / str(step))):
@@ -158,7 +167,21 @@ def set_aside(checkpoints: epath.Path, step: int) -> None:
     if gcs.is_remote(checkpoints):
         path.write_text('damaged')
     else:
-        (checkpoints / str(step)).rename(_free_path(path))
+        _move(checkpoints / str(step), _free_path(path))
+
+
+def _list_checkpoints(checkpoints: epath.Path) -> list[int]:
+    """Returns the steps of the checkpoints; removes damaged metadata of Orbax, which it reads but does not need."""
+    steps = checkpoint_steps(checkpoints)
+    for step in steps:
+        path = checkpoints / str(step) / ORBAX_METADATA
+        try:
+            sound = not path.exists() or isinstance(json.loads(path.read_text()), dict)
+        except ValueError:
+            sound = False
+        if not sound:
+            files.remove(path)
+    return steps
 
 
 def _problem_of(checkpoint: epath.Path) -> str:
@@ -202,7 +225,7 @@ def _check_best(directory: epath.Path, step: int | None) -> tuple[str, dict[str,
 def _write_best(directory, best):
     path = directory / WEIGHTS / BEST
     if best is None:
-        path.unlink(missing_ok=True)
+        files.remove(path)
     else:
         checksums.write_sealed(path, best)
 
@@ -219,8 +242,9 @@ def _free_path(path: epath.Path) -> epath.Path:
 def _move(source: epath.Path, target: epath.Path) -> None:
     """Moves a directory, on a disk or within a bucket."""
     if not gcs.is_remote(source):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        source.rename(target)
+        with files.writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source.rename(target)
         return
     system, path = fsspec.core.url_to_fs(os.fspath(source))
     system.mv(path, fsspec.core.url_to_fs(os.fspath(target))[1], recursive=True)
