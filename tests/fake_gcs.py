@@ -18,14 +18,17 @@ _OBJECT = re.compile(r'(?:/download)?/storage/v1/b/([^/]+)/o/([^/]+)(?:/(?:rewri
 
 
 class FakeGCS(http.server.ThreadingHTTPServer):
-    """One bucket. `environment` sends its clients here; `objects` maps names to (bytes, generation)."""
+    """One bucket. `environment` sends its clients here; `objects` maps names to (bytes, generation).
+
+    The next `lost_answers` changes are made, but answered as if the server had failed.
+    """
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(('127.0.0.1', 0), _Handler)
         self.objects, self.uploads, self.lock = {}, {}, threading.RLock()
-        self.numbers = itertools.count(1)
+        self.numbers, self.lost_answers = itertools.count(1), 0
 
     def handle_error(self, *_):
         pass  # a client that hangs up has what it wants
@@ -80,6 +83,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return urllib.parse.unquote(found[group]) if found and found[group] else None
 
     def _answer(self, status, body=b'', headers=None):
+        if self.server.lost_answers and self.command != 'GET':
+            self.server.lost_answers -= 1
+            status, body, headers = 503, b'', None
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for name, value in ({'Content-Length': str(len(body))} | (headers or {})).items():
@@ -111,6 +117,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return 404, {'error': {'code': 404, 'message': f'no {name}'}}
         if status := self._wrong_generation(name):
             return status, b''
+        if self._query.get('generation', now := str(self.server.objects[name][1])) != now:
+            return 404, {'error': {'code': 404, 'message': f'no such generation of {name}'}}
         if self._query.get('alt') != 'media':
             return 200, self._resource(name)
         data, generation = self.server.objects[name]
@@ -148,6 +156,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if upload := query.get('upload_id'):
             name, data = self.server.uploads[upload]
             self.server.uploads[upload] = name, data + body
+            if status := self._wrong_generation(name):
+                return status, b''
             if not self.headers.get('Content-Range', '/0').endswith('/*'):
                 return 200, self._put(name, data + body)
             return 308, b'', {'Range': f'bytes=0-{len(data + body) - 1}'}
@@ -155,7 +165,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             boundary = re.search('boundary="?([^";]+)', self.headers['Content-Type'])[1].encode()
             meta, content = (part.split(b'\r\n\r\n' if b'\r\n\r\n' in part else b'\n\n', 1)[1]
                              for part in body.split(b'--' + boundary)[1:3])  # fmt: skip
-            return 200, self._put(query.get('name') or json.loads(meta)['name'], content.removesuffix(b'\n'))
+            name = query.get('name') or json.loads(meta)['name']
+            if status := self._wrong_generation(name):
+                return status, b''
+            return 200, self._put(name, content.removesuffix(b'\n'))
         name = query.get('name') or json.loads(body)['name']
         if status := self._wrong_generation(name):
             return status, b''

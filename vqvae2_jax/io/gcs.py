@@ -88,6 +88,80 @@ def upload(file: str, path: epath.Path) -> None:
     files.put_file(file, name)
 
 
+def read_generation(path: epath.PathLike) -> tuple[bytes, str] | None:
+    """Reads a small object and the generation that the content has; None if there is no object.
+
+    Raises:
+      OSError: the bucket does not answer, or refuses; the message names the path.
+    """
+    files, bucket, name = _split(path)
+    with _as_os_error(path):
+        try:
+            # By its generation, since a bucket that everybody may read may answer with an older content from a cache.
+            generation = files.call('GET', 'b/{}/o/{}', bucket, name, json_out=True)['generation']
+            _, data = files.call('GET', 'b/{}/o/{}', bucket, name, alt='media', generation=generation)
+        except FileNotFoundError:  # or it was replaced between the two requests
+            return None
+    return data, generation
+
+
+def write_if_generation(path: epath.PathLike, data: bytes, generation: str) -> bool:
+    """Writes an object if its generation is still the given one; of all that try, one process succeeds.
+
+    A request whose answer is lost is sent again, and then finds its own object: read it if the result is False.
+
+    Args:
+      path: the object.
+      data: its new content.
+      generation: the generation that was read; '0': there is no object yet.
+
+    Returns:
+      Whether it was written.
+
+    Raises:
+      OSError: as `read_generation`.
+    """
+    files, bucket, name = _split(path)
+    place = files.base.removesuffix('storage/v1/') + 'upload/storage/v1/b/{}/o'
+    options = {'uploadType': 'media', 'name': name, 'ifGenerationMatch': generation}
+    with _as_os_error(path):
+        try:
+            files.call('POST', place, bucket, data=data, headers={'Content-Type': 'application/json'}, **options)
+        except FileExistsError:  # what gcsfs makes of status 412, "precondition failed"
+            return False
+    return True
+
+
+def remove_if_generation(path: epath.PathLike, generation: str) -> bool:
+    """Deletes an object if its generation is still the given one; arguments and result as `write_if_generation`."""
+    files, bucket, name = _split(path)
+    with _as_os_error(path):
+        try:
+            files.call('DELETE', 'b/{}/o/{}', bucket, name, ifGenerationMatch=generation)
+        except (FileExistsError, FileNotFoundError):
+            return False
+    return True
+
+
+def _split(path):
+    configure()
+    files, name = fsspec.core.url_to_fs(os.fspath(path))
+    return files, *name.split('/', 1)
+
+
+@contextlib.contextmanager
+def _as_os_error(path):
+    """Raises the errors of gcsfs and its libraries, which have no base class in common, as an OSError."""
+    import aiohttp  # they come with gcsfs, which is optional
+    import google.auth.exceptions
+    from gcsfs.retry import HttpError
+
+    try:
+        yield
+    except (HttpError, aiohttp.ClientError, google.auth.exceptions.GoogleAuthError) as error:
+        raise OSError(f'{os.fspath(path)}: {error}') from error
+
+
 def _copy(path, folder):
     configure()
     files, name = fsspec.core.url_to_fs(path)
