@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import logging
 import os
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ def configure() -> None:
     # epath uses fsspec even if TensorFlow is installed, and gcsfs its plain kind of bucket. The tests cover only these.
     os.environ.setdefault('EPATH_USE_TF', 'false')
     os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
+    logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it logs the errors that it raises, with tracebacks
     # Directory listings are not cached: other processes write there.
     for name in ('gs', 'gcs'):
         fsspec.config.conf.setdefault(name, {})['use_listings_cache'] = False

@@ -152,7 +152,7 @@ class _Lock:
         self._thread.start()
 
     def _take(self):
-        watched, since, told = b'', 0.0, False
+        watched, since, told = None, 0.0, False
         while True:
             found = self._store.read()
             if found is None:
@@ -162,7 +162,7 @@ class _Lock:
                 return
             owner = _read_owner(found)
             alive = owner and owner.is_alive()
-            beats = owner and found != watched and owner.token.encode() in watched
+            beats = owner and watched and found != watched and owner.token.encode() in watched
             if alive or beats:
                 raise JobError(
                     f'{self.directory} is being written by {owner}: '
