@@ -21,7 +21,7 @@ from vqvae2_jax.io.record import JobError
 # Obeys a line at a time: be HEARTBEAT LEASE [MACHINE], hold DIRECTORY, write FILE TEXT, fork, release.
 # Its answers begin with '> '.
 WORKER = """
-import contextlib, os, socket, sys, time
+import contextlib, os, socket, sys
 from etils import epath
 from vqvae2_jax.io import lock
 kernel, host, lock.POLL = lock._kernel, socket.gethostname, 0.02
@@ -39,13 +39,14 @@ with contextlib.ExitStack() as stack:
             elif command == 'write':
                 lock.check(arguments[0])
                 epath.Path(arguments[0]).write_text(arguments[1])
-            elif command == 'fork' and not (child := os.fork()):
-                assert not lock._held
+            elif command == 'fork':
+                if os.fork():
+                    continue  # the other one answers
+                command = f'{os.getpid()} holds {len(lock._held)}'
                 stack.close()
-                time.sleep(600)
             elif command == 'release':
                 stack.close()
-            answer = str(child) if command == 'fork' else command
+            answer = command
         except lock.JobError as error:
             answer = f'refused: {error}'
         print(f'> {answer}', flush=True)
@@ -260,14 +261,15 @@ def test_an_interrupt_releases_the_lock(tmp_path, start):
 def test_a_forked_process_neither_holds_nor_releases(tmp_path, start):
     first, second = start(), start()
     assert first.ask(f'hold {tmp_path}') == 'hold'
-    child = int(first.ask('fork'))
+    child, holds = first.ask('fork').split(' ', 1)
     try:
+        assert holds == 'holds 0'
         assert 'refused' in second.ask(f'hold {tmp_path}') and files.list_names(tmp_path) == {'.lock'}
         first.process.kill()
         first.process.wait()
         assert second.ask(f'hold {tmp_path}') == 'hold'
     finally:
-        os.kill(child, signal.SIGKILL)
+        os.kill(int(child), signal.SIGKILL)
 
 
 def test_a_later_process_with_the_same_pid_is_not_the_owner(tmp_path):
@@ -429,7 +431,10 @@ def test_a_check_reads_nothing_unless_the_heartbeat_is_old(place, monkeypatch):
             with pytest.raises(JobError, match=f'{place}/.lock, the lock of this process, was deleted'):
                 lock.check(place)
         lock.check(place.parent / 'elsewhere')
-        forge(place)  # once lost, it is lost
+        (place / '.lock').write_text(after)  # another process may have written in between
+        with pytest.raises(JobError, match='the lock of this process'):
+            lock.check(place / 'x')
+        forge(place)
         with pytest.raises(JobError, match='was taken over by process 7 on far'):
             lock.check(place / 'x' / 'y')
     assert json.loads((place / '.lock').read_text())['host'] == 'far'
@@ -461,11 +466,16 @@ def test_conditional_writes(server):
     assert data == b'2' and gcs.remove_if_generation(path, generation) and gcs.read_generation(path) is None
 
 
-def test_requests_whose_answer_is_lost(server):
+def test_requests_whose_answer_is_lost(server, monkeypatch):
     """gcsfs sends them again, and they find their own work."""
     directory = epath.Path('gs://bucket/lost')
-    server.lost_answers = 2
-    with lock.hold(directory, 'sample'):  # creation and first heartbeat
+    server.lost_answers = 1
+    with lock.hold(directory, 'sample'):
+        assert not server.lost_answers
+        later = lock._clock() + lock.LEASE / 2
+        monkeypatch.setattr(lock, '_clock', lambda: later)
+        server.lost_answers = 1
+        lock.check(directory / 'x')
         assert not server.lost_answers
         server.lost_answers = 1
     assert not server.lost_answers and not (directory / '.lock').exists()
