@@ -33,7 +33,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from vqvae2_jax.io import gcs, lock_store
+from vqvae2_jax.io import files, gcs, lock_store
 from vqvae2_jax.io.logging import format_duration
 from vqvae2_jax.io.record import JobError
 
@@ -140,14 +140,10 @@ class _Lock:
 
     def acquire(self):
         """Takes the lock, at once or after the watch, and starts the heartbeat; raises JobError."""
-        try:
+        with self._job_errors('cannot be locked'):
             self._take()
-            self._store.clean()
-        except OSError as error:
-            reason = _one_line(error)
-            raise JobError(
-                f'{self.directory} cannot be locked: {reason}. Make it writable, free space, or give another --workdir'
-            ) from error
+            if not gcs.is_remote(self.directory):
+                files.remove_partial(self.directory)
         self.check()
         self._thread.start()
 
@@ -190,15 +186,10 @@ class _Lock:
 
     def check(self):
         """Renews the lock now; raises JobError if it is lost."""
-        try:
+        with self._job_errors('is not written any more, as its lock cannot be renewed'):
             if self._beat():
                 return
             found = self._store.read()
-        except OSError as error:
-            raise JobError(
-                f'{self.directory}: the lock of this process cannot be renewed: {_one_line(error)}. '
-                'Nothing more is written; the same command continues'
-            ) from error
         taken = f'taken over by {_read_owner(found) or _UNKNOWN}' if found else 'deleted'
         raise JobError(
             f'{self.directory / FILE}, the lock of this process, was {taken}; this process writes nothing more there. '
@@ -216,6 +207,14 @@ class _Lock:
             found = self._store.read()
             if found is not None and self._token in found:
                 self._store.remove(found)
+
+    @contextlib.contextmanager
+    def _job_errors(self, fault):
+        try:
+            with files.writing(self.directory / FILE):
+                yield
+        except OSError as error:
+            raise JobError(f'{self.directory} {fault}: {" ".join(str(error).split())}') from error
 
     def _content(self):
         # Of one length whatever the heartbeat, so that it can be written in place.
@@ -270,7 +269,3 @@ def _process_start(pid: int) -> str | None:
 def _clock() -> float:
     """Returns seconds of a clock that goes on while the machine sleeps: an owner's lease runs out meanwhile."""
     return time.clock_gettime(getattr(time, 'CLOCK_BOOTTIME', time.CLOCK_MONOTONIC))
-
-
-def _one_line(error):
-    return ' '.join(str(error.strerror or error).split())

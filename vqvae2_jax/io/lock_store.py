@@ -28,7 +28,7 @@ class LocalStore:
         """Creates the file, unless there is one; only one process succeeds. Makes its directory."""
         os.makedirs(os.path.dirname(self._path), exist_ok=True)
         part = self._part()
-        # FileNotFoundError: `clean` took the part, or the directory is being deleted.
+        # FileNotFoundError: the part was removed, or the directory is being deleted.
         with contextlib.suppress(FileExistsError, FileNotFoundError):
             try:
                 _write_new(part, content)
@@ -99,18 +99,10 @@ class LocalStore:
         except FileNotFoundError:
             return False
 
-    def clean(self) -> None:
-        """Deletes what killed processes left beside the file.
-
-        Only the owner of the file calls it: what it takes from processes that still run, they could not have used.
-        """
-        directory, name = os.path.split(self._path)
-        for other in os.listdir(directory):
-            if other.startswith(f'{name}.') and other.endswith('.part'):
-                pathlib.Path(directory, other).unlink(missing_ok=True)
-
     def _part(self):
-        return f'{self._path}.{secrets.token_hex(8)}.part'
+        # A killed process leaves it. The owner of the lock removes it (`files.remove_partial`); whoever still uses it
+        # finds that there is a lock.
+        return f'{self._path}.{secrets.token_hex(8)}.{os.getpid()}.part'
 
 
 class BucketStore:
@@ -140,9 +132,6 @@ class BucketStore:
         """Removes the object if it still has the content that was read; returns whether it did."""
         found = gcs.read_generation(self._path)
         return bool(found) and found[0] == content and gcs.remove_if_generation(self._path, found[1])
-
-    def clean(self) -> None:
-        """Does nothing: a killed process leaves no part of an object."""
 
 
 def _read(path):
