@@ -324,7 +324,7 @@ def test_another_set_costs_only_its_own_images_and_stands_beside_the_first(run, 
         'features/classifier/samples/other', 'evaluation/sets/other', 'report/sets/other',
     }  # fmt: skip
     found = read_json(run.path('report', 'report.json'))
-    assert found['schema'] == 4 and list(found['sets']) == ['default', 'other']
+    assert found['schema'] == 5 and list(found['sets']) == ['default', 'other']
     assert found['sets']['default'] == {k: v for k, v in report['sets']['default'].items() if k != 'cas'} | {
         'seconds': {'sample': report['sets']['default']['seconds']['sample']}
     }
