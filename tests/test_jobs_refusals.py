@@ -3,8 +3,8 @@
 import pytest
 
 from vqvae2_jax.data import images
-from vqvae2_jax.io import record
-from vqvae2_jax.io.files import read_json, write_json
+from vqvae2_jax.io import checksums, record
+from vqvae2_jax.io.files import read_json
 from vqvae2_jax.io.record import JobError, SettingsChangedError, StaleInputError
 from vqvae2_jax.jobs import evaluate, feature_store, train
 from vqvae2_jax.jobs.pipeline import run_job
@@ -14,8 +14,8 @@ from vqvae2_jax.training.checkpoint import BestCheckpoint
 def edit_record(run, *directory, **changes):
     """Changes fields of a record; returns it as it was."""
     path = run.path(*directory, record.FILE)
-    fields = read_json(path)
-    write_json(path, fields | changes)
+    fields = checksums.read_sealed(path)
+    checksums.write_sealed(path, fields | changes)
     return fields
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -34,6 +34,9 @@ _REMEDIES = {
 }
 
 
+guards: list[Callable[[epath.PathLike], None]] = []  # called before every write; io/lock.py adds its check
+
+
 @contextlib.contextmanager
 def writing(path: epath.PathLike, size: int | None = None) -> Iterator[None]:
     """Turns the errors of a failed write or deletion inside the context into one clear error.
@@ -46,7 +49,10 @@ def writing(path: epath.PathLike, size: int | None = None) -> Iterator[None]:
 
     Raises:
       WriteError: the write failed.
+      JobError: this process has lost the lock of the directory (io/lock.py).
     """
+    for guard in guards:
+        guard(path)
     try:
         yield
     except WriteError:
@@ -172,7 +178,8 @@ def replace_file(path: epath.PathLike, size: int | None = None) -> Iterator[epat
     """
     path = epath.Path(path)
     if gcs.is_remote(path):
-        yield path
+        with writing(path, size):
+            yield path
         return
     part = path.parent / f'.{path.name}.{os.getpid()}.part'
     with writing(path, size):

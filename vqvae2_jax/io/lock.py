@@ -69,6 +69,8 @@ def hold(directory: epath.PathLike, job: str) -> Iterator[None]:
     try:
         lock.acquire()
         _held[key] = lock
+        if check not in files.guards:
+            files.guards.append(check)
         yield
     finally:
         _held.pop(key, None)

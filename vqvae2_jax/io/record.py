@@ -16,6 +16,7 @@ damaged file is used.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Collection
 from typing import Any
 
@@ -72,6 +73,7 @@ class Record:
       version: version of the package that wrote it.
       changes: [step, field, old value, new value] of every setting that was changed during a training.
       devices_now: number and kind of the devices of this process; not stored.
+      content_read: digest of the record.json that was read, '' if there was none; not stored.
     """
 
     directory: epath.Path
@@ -87,6 +89,7 @@ class Record:
     version: str = __version__
     changes: list[list] = dataclasses.field(default_factory=list)
     devices_now: str = dataclasses.field(default='', compare=False)
+    content_read: str = dataclasses.field(default='', repr=False, compare=False)
     _dropped: dict[str, list] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     _dropped_devices: str = dataclasses.field(default='', repr=False, compare=False)
 
@@ -127,6 +130,15 @@ class Record:
                 f'made on {self._dropped_devices}, and now on {self.devices}. All that was made from them is stale',
                 flush=True,
             )
+
+    def refuse_changed(self) -> None:
+        """Refuses to write if another process has written the record since it was read; call it under the lock.
+
+        Raises:
+          JobError: the record has changed.
+        """
+        if _content_digest(self.directory) != self.content_read:
+            raise JobError(f'another process has just written {self.directory}: the same command continues')
 
     def write(self) -> None:
         """Writes record.json as it stands."""
@@ -298,7 +310,8 @@ def open_output(
       ValueError: a setting is not finite.
     """
     directory = epath.Path(directory)
-    current = Record(directory, job, dict(inputs), files.to_json(settings, 'settings'), devices_now=devices)
+    not_stored = {'devices_now': devices, 'content_read': _content_digest(directory)}
+    current = Record(directory, job, dict(inputs), files.to_json(settings, 'settings'), **not_stored)
     try:
         before = read(directory)
     except DamagedError as error:
@@ -316,6 +329,11 @@ def open_output(
     names = 'state', 'results', 'files', 'seconds', 'digest', 'devices', 'version', 'changes'
     kept = {name: getattr(before, name) for name in names}
     return dataclasses.replace(current, **kept)
+
+
+def _content_digest(directory: epath.Path) -> str:
+    path = directory / FILE
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ''
 
 
 def check_inputs(output: epath.PathLike, recorded: dict[str, str], current: dict[str, str], hint: str) -> None:

@@ -106,7 +106,7 @@ def reconstruct(run: Run) -> None:
         output.add_files(path.name)
 
     writer = ShardWriter(missing, lambda *args: processes.run_on_main_process(lambda: write(*args)))
-    with stop_signals() as received_signal:
+    with run.lock(directory, output.job, output), stop_signals() as received_signal:
         with jax.set_mesh(run.mesh):
             variables = workdir.load_trained(run, 'vqvae').variables
             parameters = workdir.num_parameters(variables['params'])

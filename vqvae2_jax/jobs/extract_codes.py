@@ -45,7 +45,11 @@ def extract_codes(run: Run) -> None:
         )
     with stop_signals() as received_signal:
         for split, output in outputs.items():
-            _extract_split(run, split, output, encode, received_signal)
+            if output.state == record.DONE:
+                print(f'codes {split}: done ({output.results["count"]} images in {output.directory})', flush=True)
+                continue
+            with run.lock(output.directory, output.job, output):
+                _extract_split(run, split, output, encode, received_signal)
             exit_together(received_signal)
 
 
@@ -67,9 +71,6 @@ def _extract_split(run: Run, split: str, output: Record, encode: Callable, recei
     ranges = shard_ranges(len(source), output.settings['shard_size'])
     paths = {shard: store.shard_path(directory, number, len(ranges)) for number, shard in enumerate(ranges)}
     missing = [shard for shard, path in paths.items() if path.name not in output.files]
-    if output.state == record.DONE:
-        print(f'codes {split}: done ({output.results["count"]} images in {directory})', flush=True)
-        return
     processes.run_on_main_process(output.start)
     begin, before, written = time.monotonic(), output.seconds, 0
 

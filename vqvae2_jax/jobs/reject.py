@@ -34,7 +34,7 @@ def reject(run: Run) -> None:
     if output.state == record.DONE:
         print(f'reject: done (see {directory})', flush=True)
         return
-    with stop_signals() as received_signal:
+    with run.lock(directory, output.job, output), stop_signals() as received_signal:
         scored = _score(run, feature_store.load_classifier(run), received_signal)
         kept = processes.run_on_main_process(lambda: _write(run, output, scored))
     print(f'reject: kept {kept} of {len(scored["score"])} samples in {directory}', flush=True)

@@ -14,7 +14,7 @@ from vqvae2_jax.config import build
 from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.images import SPLITS
 from vqvae2_jax.evaluation.report import render_html, summary
-from vqvae2_jax.io import checksums, files, plots, record
+from vqvae2_jax.io import checksums, files, lock, plots, record
 from vqvae2_jax.io.logging import read_metrics
 from vqvae2_jax.io.plots import Panel
 from vqvae2_jax.io.record import Record
@@ -54,7 +54,7 @@ def write_report(
     files.write_json(directory / 'report.json', report)
     files.write_bytes(directory / 'report.html', render_html(report, _read_pictures(directory, report)).encode())
     output.files = {}
-    output.add_files(*(name for name in checksums.file_entries(directory) if name != record.FILE))
+    output.add_files(*(name for name in checksums.file_entries(directory) if name not in (record.FILE, lock.FILE)))
     output.finish({'sets': list(report['sets'])})
     print(f'\n{summary(report)}')
     if report['skipped_files']:

@@ -53,7 +53,7 @@ def draw_samples(run: Run) -> None:
     if output.state == record.DONE and output.results['count'] == count and PICTURE in output.files:
         print(f'sample: done ({count} samples in {directory})', flush=True)
         return
-    with stop_signals() as received_signal:
+    with run.lock(directory, output.job, output), stop_signals() as received_signal:
         if missing:
             _draw_shards(run, output, missing, received_signal)
             exit_together(received_signal)

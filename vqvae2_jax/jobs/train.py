@@ -12,7 +12,7 @@ from vqvae2_jax.data.images import ImageSource
 from vqvae2_jax.data.loader import eval_batches, train_batches
 from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.io import files, record
-from vqvae2_jax.io.record import JobError
+from vqvae2_jax.io.record import JobError, Record
 from vqvae2_jax.jobs import workdir
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.planning import cost, hardware
@@ -126,25 +126,40 @@ def train_network(
     """
     config, job = build.train_config(run.config, section), 'cas' if directory else workdir.training_job(section)
     directory = directory or workdir.training_directory(section)
-    processes.run_on_main_process(lambda: recovery.restore_record(run.path(directory)))
-    settings = build.settings(run.config, section)
-    if run.continue_from is not None:
-        continue_training(run, section, run.path(directory), settings)
-    output = run.open_output(run.path(directory), job, digests, settings, hint=_hint(run, section, directory))
-    if output.state == record.DONE and output.results['steps'] >= config.steps:
-        print(f'{directory}: done ({_summary(output.results)})', flush=True)
-        return
-    task, data = (
-        make_task(run, section, visualize=config.image_every > 0),
-        make_data(),
-    )  # both may refuse, before anything changes
+    path, settings = run.path(directory), build.settings(run.config, section)
+
+    def is_done(output):
+        return output.state == record.DONE and output.results['steps'] >= config.steps
+
+    if run.continue_from is None and processes.run_on_main_process(lambda: record.read_if_done(path)):
+        output = processes.run_on_main_process(
+            lambda: record.open_output(path, job, digests, settings, hint=_hint(run, section, path))
+        )
+        if is_done(output) and not output.find_damaged_together():
+            print(f'{directory}: done ({_summary(output.results)})', flush=True)
+            return
+    with run.lock(path, job):
+        processes.run_on_main_process(lambda: recovery.restore_record(path))
+        if run.continue_from is not None:
+            continue_training(run, section, path, settings)
+        output = run.open_output(path, job, digests, settings, hint=_hint(run, section, path))
+        if is_done(output):  # since it was read
+            print(f'{directory}: done ({_summary(output.results)})', flush=True)
+            return
+        _train(run, section, make_data, output, directory)
+
+
+def _train(run: Run, section: str, make_data: Callable[[], Data], output: Record, directory: str) -> None:
+    """Trains and records a network, under the lock of its directory."""
+    config = build.train_config(run.config, section)
+    task, data = make_task(run, section, visualize=config.image_every > 0), make_data()  # both may refuse
     recovery.recover(output.directory, directory)
     before = dataclasses.replace(output)
     try:
         parameters, flops = _count(task, data, config.batch_size, run.mesh)
         run.print_start(directory, data.description, parameters=parameters)
-        output.files = {}  # the weights may be replaced
-        processes.run_on_main_process(output.start)  # even if fewer steps are done: their weights may be replaced
+        output.files = {}  # even if fewer steps are done: the weights may be replaced
+        processes.run_on_main_process(output.start)
         result = train(
             *(task, config, data, output.directory),
             **{'mesh': run.mesh, 'name': directory, 'seed': run.config.seed, 'output': output, **flops},
@@ -200,11 +215,11 @@ def continue_training(run: Run, section: str, directory: epath.Path, settings: d
     processes.run_on_main_process(go_back)
 
 
-def _hint(run, section, directory):
+def _hint(run: Run, section: str, directory: epath.Path) -> str:
     """Returns the advice about changed settings of a training."""
-    steps = checkpoint_steps(run.path(directory) / CHECKPOINTS)
-    other = f'give another --workdir, or delete {run.path(directory)} to train it again.'
-    if not steps or directory.startswith('cas/'):
+    steps = checkpoint_steps(directory / CHECKPOINTS)
+    other = f'give another --workdir, or delete {directory} to train it again.'
+    if not steps or directory != run.path(workdir.training_directory(section)):  # a training of --job=cas
         return f'Go back to the recorded settings, {other}'
     return (
         f'Go back to the recorded settings, {other} Fields of {section}.training may change from a checkpoint on: '

@@ -4,9 +4,10 @@ Every output directory has a `record.json` (io/record.py) with the digests of it
 not the recorded ones, and shows both digests.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from vqvae2_jax.data import images, loader
 from vqvae2_jax.data.codes import CodeSource
 from vqvae2_jax.data.images import SPLITS, ImageSource
 from vqvae2_jax.distributed import processes, sharding
-from vqvae2_jax.io import files, gcs, record
+from vqvae2_jax.io import files, gcs, lock, record
 from vqvae2_jax.io.record import JobError, Record
 from vqvae2_jax.models.prior import Prior
 from vqvae2_jax.models.vqvae import VQVAE
@@ -167,6 +168,28 @@ class Run:
         output = processes.run_on_main_process(lambda: record.open_output(directory, job, inputs, settings, **options))
         output.drop_damaged(output.find_damaged_together())
         return output
+
+    @contextlib.contextmanager
+    def lock(self, directory: epath.Path, job: str, output: Record | None = None) -> Iterator[None]:
+        """Holds the lock of a directory that a job writes (io/lock.py). All processes together; process 0 holds it.
+
+        Args:
+          directory: the directory.
+          job: the job, for messages.
+          output: the record of the directory as it was read before; None: it is read under the lock.
+
+        Raises:
+          JobError: another process writes the directory, or has written it since `output` was read.
+        """
+        with contextlib.ExitStack() as stack:
+
+            def acquire():
+                stack.enter_context(lock.hold(directory, job))
+                if output is not None:
+                    output.refuse_changed()
+
+            processes.run_on_main_process(acquire)
+            yield
 
     def check_files(self, output: Record) -> None:
         """Refuses damaged files of an output that a job reads. All processes together, each reads its share.
