@@ -17,7 +17,7 @@ from vqvae2_jax.models.vqvae import map_shapes
 
 
 def validate_config(config: ConfigDict) -> None:
-    """Checks all of a config; lists in place of tuples and integers in place of floats are converted in it.
+    """Checks all of a config; lists become tuples in it, integers floats where needed, and `~` the home folder.
 
     Args:
       config: from `base.get_config`, or with the same fields.
@@ -126,7 +126,7 @@ def _check_section(path, section, fields):
             _check_section(field_path, value, field)
             continue
         checked = field.check(field_path, value)
-        if type(checked) is not type(value):
+        if type(checked) is not type(value) or checked != value:  # a path with its home folder
             with section.unlocked(), section.ignore_type():
                 section[name] = checked
 
