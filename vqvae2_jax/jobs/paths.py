@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -44,29 +45,23 @@ def check_paths(config: ConfigDict, workdir: epath.Path, job: str) -> None:
 
 
 def _check_name(workdir):
-    shown = names.printable(workdir)
-    advice = 'give another --workdir'
+    shown, size = names.printable(workdir), len(os.fsencode(workdir))
+    reason = ''
     if special := _SPECIAL.search(workdir):
-        raise JobError(f'--workdir={shown}: {special[0]!r} has a special meaning in names of checkpoints: {advice}')
-    try:
-        workdir.encode()
-        is_other = os.path.lexists(workdir) and not os.path.isdir(workdir)
-        os.lstat(os.path.dirname(workdir))
-    except UnicodeEncodeError as error:
-        character = ascii(workdir[error.start])[1:-1]
-        raise JobError(
-            f'--workdir={shown}: the byte {character} is not UTF-8, as checkpoints need it: {advice}'
-        ) from error
-    except FileNotFoundError:
-        is_other = False
-    except OSError as error:
-        raise JobError(f'--workdir={shown}: {error.strerror}: {advice}') from error
-    if is_other:
-        raise JobError(f'--workdir={shown} is no directory: {advice}')
-    if len(os.fsencode(workdir)) > _MAX_BYTES:
-        raise JobError(
-            f'--workdir={shown[:100]}... has {len(os.fsencode(workdir))} bytes, more than {_MAX_BYTES}: {advice}'
-        )
+        reason = f"'{special[0]}' has a special meaning in names of checkpoints"
+    elif other := re.search('[\ud800-\udfff]', workdir):
+        reason = f'the byte 0x{ord(other[0]) & 0xFF:x} in it is not UTF-8, which names of checkpoints are'
+    elif size > _MAX_BYTES:
+        reason = f'it has {size} bytes, more than {_MAX_BYTES}'
+    else:
+        try:
+            reason = '' if stat.S_ISDIR(os.stat(workdir).st_mode) else 'it is no directory'
+        except FileNotFoundError:
+            pass
+        except OSError as error:  # a file among the folders, a name that is too long, a loop of links, no permission
+            reason = error.strerror
+    if reason:
+        raise JobError(f'--workdir={shown}: {reason}: give another --workdir')
 
 
 def _folders(config) -> dict[str, str]:
@@ -76,7 +71,7 @@ def _folders(config) -> dict[str, str]:
     given |= {f'evaluate.{name}': evaluate[name] for name in ('real', 'generated') if evaluate[name] not in SPLITS}
     if data.name == 'folder':
         for split in data.splits or ('',):
-            given[f'data.path{split and "/"}{split}'] = os.path.join(data.path, split)
+            given[f'data.path{split and "/"}{split}'] = os.path.join(data.path, split) if split else data.path
     return {field: path for field, path in given.items() if path and not gcs.is_remote(path)}
 
 
