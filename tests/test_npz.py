@@ -1,6 +1,7 @@
 """Hostile and damaged .npz files: refused in one line, within bounded memory, and nothing in them is executed."""
 
 import io
+import os
 import random
 import resource
 import threading
@@ -151,6 +152,14 @@ class TestClaims:
 
 
 class TestForeign:
+    def test_a_pipe_does_not_block(self, tmp_path):
+        for name, read in (('a.npz', images), ('a.npz', npz.read), ('a.pth', npz.check_archive)):
+            path = tmp_path / name
+            if not path.exists():
+                os.mkfifo(path)
+            with pytest.raises(ValueError, match=rf'{name}.*it is a folder or a special file'):
+                read(str(path))
+
     def test_pickles_are_not_read(self, tmp_path):
         np.savez(tmp_path / 'a.npz', arr_0=np.array([threading.Thread, None]), allow_pickle=True)
         np.savez(tmp_path / 'b.npz', arr_0=np.zeros((2, 4, 4, 3), np.uint8), class_names=np.array(['a', None], object))

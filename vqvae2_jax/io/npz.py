@@ -139,9 +139,10 @@ def check_archive(path: str, max_bytes: int = 0) -> None:
     Raises:
       ValueError: its list claims more, or is damaged.
     """
-    with _errors_name(path, 'archive of arrays'), open(path, 'rb') as file:
-        if file.read(4) == b'PK\x03\x04':
-            with zipfile.ZipFile(file) as archive:
+    with _errors_name(path, 'archive of arrays'):
+        _check_regular(epath.Path(path))
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
                 _check_bytes(sum(info.file_size for info in archive.infolist()), max_bytes)
 
 
@@ -181,7 +182,9 @@ def _errors_name(path, kind='.npz file') -> Iterator[None]:
 
 @contextlib.contextmanager
 def _open(path) -> Iterator[zipfile.ZipFile]:
-    with epath.Path(path).open('rb') as file:
+    path = epath.Path(path)
+    _check_regular(path)
+    with path.open('rb') as file:
         if file.read(6) == b'\x93NUMPY':
             raise ValueError(
                 "it is an .npy file, a single array: write it into an .npz file by np.savez('NEW.npz', "
@@ -190,6 +193,11 @@ def _open(path) -> Iterator[zipfile.ZipFile]:
         file.seek(0)
         with zipfile.ZipFile(file) as archive:
             yield archive
+
+
+def _check_regular(path):
+    if path.exists() and not path.is_file():
+        raise ValueError('it is a folder or a special file')  # a pipe would block whoever opens it
 
 
 def _members(archive) -> dict[str, Member]:
