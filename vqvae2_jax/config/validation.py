@@ -67,7 +67,7 @@ def check_batch_sizes(config: ConfigDict, mesh_shape: tuple[int, int], sections:
         if training.batch_size % (mesh_shape[0] * parts):
             unit = mesh_shape[0] * parts
             example = -(-training.batch_size // unit) * unit
-            among = f'{devices} devices' + (f' in {parts} microbatches' if parts > 1 else '')
+            among = f'{devices} devices' + (f' in {parts} microbatches (grad_accum_steps)' if parts > 1 else '')
             divisors = [n for n in range(1, devices + 1) if devices % n == 0]
             fsdp = next((n for n in divisors if training.batch_size % (devices // n * parts) == 0), None)
             advice = f', or set --config.parallel.fsdp={fsdp}' if fsdp else ''
