@@ -99,7 +99,7 @@ def test_arrays_of_any_name_in_a_folder_of_any_name(folder, stem):
 def test_names_pass_through_lists_and_tables(stems):
     with tempfile.TemporaryDirectory() as root:
         rows = [(f'{root}/{stem}', 1.25, 2.5, 3.75) for stem in stems]
-        likelihood._write_csv(epath.Path(root) / 'images.csv', ('bottom', 'top'), rows)
+        pathlib.Path(root, 'images.csv').write_bytes(likelihood.format_csv(('bottom', 'top'), rows))
         with open(f'{root}/images.csv', encoding='utf-8', errors='surrogateescape', newline='') as file:
             found = [(row['image'], *map(float, list(row.values())[1:])) for row in csv.DictReader(file)]
         assert found == rows

@@ -5,7 +5,7 @@ import functools
 import io
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -74,10 +74,21 @@ def _image_rows(
 
 
 def _write_csv(output: Record, levels: tuple[str, ...], rows: list[tuple], results: dict[str, float]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator='\n')  # a name may hold a line break
-    writer.writerow(('image', *(f'nats_{name}' for name in levels), 'bits'))
-    writer.writerows((name, *(round(float(x), 3) for x in numbers)) for name, *numbers in rows)
-    files.write_bytes(output.directory / FILE, text.getvalue().encode('utf-8', 'surrogateescape'))
+    files.write_bytes(output.directory / FILE, format_csv(levels, rows))
     output.add_files(FILE)
     output.finish(results)
+
+
+def format_csv(levels: Sequence[str], rows: Sequence[tuple]) -> bytes:
+    """Returns the content of images.csv.
+
+    Args:
+      levels: names of the levels.
+      rows: (name of the image, nats of every level, bits) of each image. A name may hold line breaks and bytes that are
+        not UTF-8, which are kept.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator='\n')
+    writer.writerow(('image', *(f'nats_{name}' for name in levels), 'bits'))
+    writer.writerows((name, *(round(float(x), 3) for x in numbers)) for name, *numbers in rows)
+    return text.getvalue().encode('utf-8', 'surrogateescape')
