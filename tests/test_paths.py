@@ -153,6 +153,12 @@ def test_unreadable_images_of_odd_names_are_listed(tmp_path):
     assert '\n' not in str(error.value)
 
 
+def test_a_prepared_dataset_is_not_read_from_a_folder_that_is_not_utf8(config):
+    config.data.update(name='mnist', path='/b\udce9')
+    with pytest.raises(ConfigError, match=r"data\.path is '/b\\udce9'; it must be in UTF-8"):
+        validate_config(config)
+
+
 class TestHome:
     def test_it_is_expanded_in_every_path(self, config, tmp_path, monkeypatch):
         monkeypatch.setenv('HOME', str(tmp_path))

@@ -72,6 +72,8 @@ class ImageSpec:
         needed, built_in = self.name in ('folder', 'npz'), self.name == 'fashion'
         self._require('path', self.path or not needed, f'the path of the images, as data.name is {self.name!r}')
         self._require('path', not self.path or not built_in, "'', as data.name='fashion' is built in")
+        is_text = self.path == self.path.encode(errors='ignore').decode()
+        self._require('path', is_text or needed, 'in UTF-8, as prepared datasets are read by libraries that need it')
         self._require('splits', not self.splits or not built_in, "() for data.name='fashion'")
         self._require('held_out', sum(self.held_out) < 1, 'two fractions (validation, test) with a sum below 1')
 
