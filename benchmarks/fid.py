@@ -76,7 +76,7 @@ def main():
     mesh = sharding.make_mesh(jax.devices()[:1])
     with jax.set_mesh(mesh):
         extract_fn = load_inception(options.weights).extract
-    reference = reference_network(state_dict.read(options.weights)).to(device)
+    reference = reference_network(state_dict.read(options.weights, pattern=True)).to(device)
 
     def extract(images):
         with jax.set_mesh(mesh):

@@ -53,11 +53,12 @@ def test_files_of_a_folder_as_splits_and_all_images_of_one(file, tmp_path):
     np.testing.assert_array_equal([e['image'] for e in everything], np.load(file)['arr_0'])
 
 
-def test_several_files_are_one_pool_and_a_compressed_file_is_as_good(file, tmp_path):
-    arrays = dict(np.load(file))
-    np.savez_compressed(tmp_path / 'part1.npz', **{k: v[:25] for k, v in arrays.items() if k != 'class_names'})
-    np.savez(tmp_path / 'part2.npz', **{k: v[25:] for k, v in arrays.items() if k != 'class_names'})
-    together = open_images(spec(tmp_path / 'part*.npz', num_classes=2), 'train')
+def test_files_of_a_folder_are_one_pool_and_a_compressed_file_is_as_good(file, tmp_path):
+    arrays, parts = dict(np.load(file)), tmp_path / 'parts'
+    parts.mkdir()
+    np.savez_compressed(parts / 'part1.npz', **{k: v[:25] for k, v in arrays.items() if k != 'class_names'})
+    np.savez(parts / 'part2.npz', **{k: v[25:] for k, v in arrays.items() if k != 'class_names'})
+    together = open_images(spec(parts, num_classes=2), 'train')
     assert len(together.dataset) == 40
     for example, position in zip(together, together.indices, strict=True):
         np.testing.assert_array_equal(example['image'], arrays['arr_0'][position])
@@ -65,9 +66,9 @@ def test_several_files_are_one_pool_and_a_compressed_file_is_as_good(file, tmp_p
     assert together.dataset.example_name(24).endswith('part1.npz[24]') and together.dataset.example_name(25).endswith(
         'part2.npz[0]'
     )
-    np.savez(tmp_path / 'part3.npz', arr_0=np.zeros((2, 4, 4, 3), np.uint8), label=[0, 1])
+    np.savez(parts / 'part3.npz', arr_0=np.zeros((2, 4, 4, 3), np.uint8), label=[0, 1])
     with pytest.raises(ValueError, match='differ in the shape of their images'):
-        open_images(spec(tmp_path / 'part*.npz', num_classes=2), 'train')
+        open_images(spec(parts, num_classes=2), 'train')
 
 
 def test_a_file_that_was_replaced_is_read_anew(file):

@@ -142,7 +142,7 @@ def test_images_on_a_bucket(bucket):
             Image.fromarray(pixels[i]).save(file, 'PNG')
     sample_store.write_npz(epath.Path('gs://bucket/arrays/a.npz'), {'arr_0': pixels, 'label': np.array([0, 0, 1, 1])})
     sizes = dict(image_size=(6, 6), num_classes=2, held_out=(0.5, 0.0), channels=3)
-    for name, path in (('folder', 'images'), ('npz', 'arrays/a.npz'), ('npz', 'arrays/*.npz')):
+    for name, path in (('folder', 'images'), ('npz', 'arrays/a.npz'), ('npz', 'arrays')):
         source = open_images(image_spec(name, f'gs://bucket/{path}', **sizes), 'train')
         found = {source[i]['image'].tobytes(): int(source[i]['label']) for i in range(len(source))}
         assert found and found.items() <= {p.tobytes(): i // 2 for i, p in enumerate(pixels)}.items()
@@ -150,6 +150,26 @@ def test_images_on_a_bucket(bucket):
     assert folder.example_name(0).startswith('gs://bucket/images/')  # not the copy
     with pytest.raises(FileNotFoundError, match='data.path: there is nothing at gs://bucket/none'):
         open_images(image_spec('folder', 'gs://bucket/none', **sizes), 'train')
+
+
+def test_no_character_of_a_name_on_a_bucket_is_special(bucket):
+    names = ('odd/a[b]c*?/x#1.npz', 'odd/a[b]c*?/::y.npz', 'odd/abc!/z.npz')
+    for number, name in enumerate(names):
+        sample_store.write_npz(epath.Path(f'gs://bucket/{name}'), {'arr_0': np.full((1, 6, 6, 3), number, np.uint8)})
+    fields = dict(image_size=(6, 6), channels=3, held_out=(0.0, 0.0))
+    for path, found in ((names[0], {0}), ('odd/a[b]c*?', {0, 1})):
+        source = open_images(image_spec('npz', f'gs://bucket/{path}', **fields), 'train')
+        assert {int(example['image'][0, 0, 0]) for example in source} == found
+    with pytest.raises(FileNotFoundError, match='there is nothing at'):
+        gcs.local_copy('gs://bucket/odd/a*')
+    copies = gcs.expand(gcs.local_copy('gs://bucket/odd/abc!/*.npz', pattern=True))
+    assert [copy.rpartition('/')[2] for copy in copies] == ['z.npz']
+
+
+def test_names_on_a_bucket_do_not_lead_out_of_the_copy(bucket):
+    bucket.objects['evil/../../outside.npz'] = b'', 1
+    with pytest.raises(FileNotFoundError, match=r'data\.path: gs://bucket/evil holds the name .*outside.*rename it'):
+        open_images(image_spec('npz', 'gs://bucket/evil'), 'train')
 
 
 def test_a_mask_on_a_bucket(bucket):

@@ -73,7 +73,7 @@ def test_weights_of_another_resnet_are_refused():
 @pytest.mark.slow
 def test_features_are_those_of_the_reference():
     golden = np.load(DATA / 'fid_golden.npz')
-    network, params = from_state_dict(state_dict.read(str(DATA / 'fid_inception_part*.npz')))
+    network, params = from_state_dict(state_dict.read(str(DATA / 'fid_inception_part*.npz'), pattern=True))
     found = jax.jit(network.apply)({'params': params}, golden['images_u8'])
     assert set(found) == {'features'}
     np.testing.assert_allclose(found['features'], golden['features_bilinear299_pm1'], atol=1e-4)
@@ -118,7 +118,11 @@ class TestStateDict:
     def test_several_files_make_one(self, tmp_path):
         np.savez(tmp_path / 'part1.npz', a=np.arange(3))
         np.savez(tmp_path / 'part2.npz', b=np.ones(2))
-        assert set(state_dict.read(str(tmp_path / 'part*.npz'))) == {'a', 'b'}
+        assert set(state_dict.read(str(tmp_path / 'part*.npz'), pattern=True)) == {'a', 'b'}
+        with pytest.raises(FileNotFoundError, match='there is no file .*part'):
+            state_dict.read(str(tmp_path / 'part*.npz'))
+        np.savez(tmp_path / 'part*.npz', c=np.ones(2))  # a file that exists is no pattern
+        assert set(state_dict.read(str(tmp_path / 'part*.npz'), pattern=True)) == {'c'}
 
     def test_refusals(self, tmp_path):
         with pytest.raises(FileNotFoundError, match='there is no file .*nothing'):

@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from vqvae2_jax import xla_flags
-from vqvae2_jax.config.fields import ConfigError
+from vqvae2_jax.config.fields import ConfigError, expand_home
 from vqvae2_jax.config.loading import load_config
 from vqvae2_jax.config.validation import check_names, validate_config
 from vqvae2_jax.data.decode import UnreadableImage
@@ -65,7 +65,7 @@ def main(config: ConfigDict) -> None:
     if _DISTRIBUTED.value:
         processes.initialize_distributed()
         if not processes.is_main_process():
-            sys.stdout = open(os.devnull, 'w')  # only process 0 prints; all processes print errors
+            sys.stdout = open(os.devnull, 'w', errors='replace')  # only process 0 prints; all processes print errors
     try:
         devices = _devices()
         validate_config(config)
@@ -82,7 +82,7 @@ def main(config: ConfigDict) -> None:
 
 
 def _workdir(config):
-    path = _WORKDIR.value or os.path.join('runs', config.name)
+    path = expand_home(_WORKDIR.value or os.path.join('runs', config.name), '--workdir')
     if gcs.is_remote(path) and config.data.on_error == 'skip':
         raise JobError(
             f'data.on_error=skip keeps a growing list, which --workdir={path} on a bucket cannot hold: '
@@ -176,6 +176,8 @@ def _parse_value(text, default):
 
 def run() -> None:
     """Runs the command line; the console script `vqvae2` starts here."""
+    if sys.stdout is not None:  # names of files may hold bytes that are not UTF-8
+        sys.stdout.reconfigure(errors='backslashreplace')
     # --help describes the main module, which is not this one if a console script imports it.
     sys.modules['__main__'].__doc__ = __doc__
     for flag in (_CONFIG, _WORKDIR, _JOB, _DISTRIBUTED, _TOPOLOGY, _LEVEL, _CONTINUE_FROM):

@@ -20,7 +20,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vqvae2_jax.config.fields import Bool, Choice, Field, Float, Int, Name, Text, Tuple
+from vqvae2_jax.config.fields import Bool, Choice, Field, Float, Int, Name, Path, Text, Tuple
 from vqvae2_jax.data.images import SPLITS
 from vqvae2_jax.models.prior import ATTENTION_DROPOUT_KINDS, DROPOUT_PLACEMENTS
 
@@ -57,10 +57,11 @@ _DATA = {
         default='fashion',
         doc='`fashion` (in the package), `folder`, `npz`, or the name of a TensorFlow dataset prepared as array_record',
     ),
-    'path': Text(
+    'path': Path(
         default='',
-        doc="the folder, the .npz file (`arr_0`, `label`, `class_names`; with `splits`, their folder), or TFDS's "
-        "data_dir; all also on a bucket (gs://), copied by every process; `''`: TFDS's default",
+        doc='the folder; the .npz file (`arr_0`, `label`, `class_names`) or a folder of some, which are joined (with '
+        "`splits`, the folder of them); or TFDS's data_dir; all also on a bucket (gs://), copied by every process; "
+        "`''`: TFDS's default",
     ),
     'image_size': Tuple(Int(1, 2**14), (2,), default=(28, 28), doc='(height, width); images are resized and cropped'),
     'channels': Choice((1, 3), default=1, doc='1: gray, 3: RGB'),
@@ -83,6 +84,12 @@ _DATA = {
     'crop': Bool(default=False, doc='stage 1 trains on crops at random places'),
     'on_error': Choice(
         ('raise', 'skip'), default='raise', doc='an image that cannot be decoded; `skip` lists it in `skipped.txt`'
+    ),
+    'max_bytes': Int(
+        0,
+        2**60,
+        default=0,
+        doc='limit of the arrays of compressed .npz files, which are held in memory; 0: half of the free memory',
     ),
     'workers': Int(0, 1024, default=0, doc='processes that read images; 0: threads'),
 }
@@ -246,7 +253,7 @@ _REJECT = {
         default=0.0,
         doc='keeps of these only samples whose class has at least this probability; may unbalance the classes',
     ),
-    'classifier': Text(
+    'classifier': Path(
         default='',
         doc="state dict (`.pth`, `.npz`) of a torchvision ResNet-50, -101 or -152 that replaces the run's classifier; "
         "same classes in the same order; `''`: the run's own",
@@ -260,10 +267,10 @@ _EVALUATE = {
         default='',
         doc="split that samples and reconstructions are compared with by FID and related metrics; `''`: `split`",
     ),
-    'inception': Text(
+    'inception': Path(
         default='',
-        doc='weights of the FID Inception network: a `.pth` or `.npz` file, a pattern for several `.npz`, or `fetch`; '
-        "`''`: the run's classifier replaces it, and its numbers are not called FID",
+        doc='weights of the FID Inception network: a `.pth` or `.npz` file, a pattern of several `.npz` if there is no '
+        "such file, or `fetch`; `''`: the run's classifier replaces it, and its numbers are not called FID",
     ),
     'batch_size': Int(1, _BATCH, default=16, doc='images evaluated at once, over all devices'),
     'sweep': Tuple(
@@ -278,12 +285,12 @@ _EVALUATE = {
         doc='trains two more classifiers, on reconstructions and on samples: Classification Accuracy Score; '
         'needs classes',
     ),
-    'real': Text(
+    'real': Path(
         default='',
         doc='with `generated`, compares two sets instead of evaluating the run: folders, `.npz` files '
-        '(`samples/*.npz`), or splits of the data; needs `inception`',
+        '(`samples/*.npz`, a pattern if there is no such file), or splits of the data; needs `inception`',
     ),
-    'generated': Text(default='', doc='the other set'),
+    'generated': Path(default='', doc='the other set'),
 }
 
 
@@ -316,8 +323,8 @@ def schema(levels: Sequence[str] = ('bottom', 'top')) -> Schema:
         '`top`; `bottom`, `top`; `bottom`, `middle`, `top`; `bottom`, `level1`, ..., `top`',
     )
     inpaint = {
-        'path': Text(default='', doc='the image file, or the folder of images, to inpaint'),
-        'mask': Text(
+        'path': Path(default='', doc='the image file, or the folder of images, to inpaint'),
+        'mask': Path(
             default='',
             doc="where to sample: `''`, everywhere; `top,left,bottom,right` in fractions of the cropped image, as "
             '`0.5,0,1,1` for its lower half; or an image file (also on a bucket), white where to sample',
@@ -348,7 +355,7 @@ def schema(levels: Sequence[str] = ('bottom', 'top')) -> Schema:
         'inpaint': inpaint,
         'likelihood': {
             'split': Choice(SPLITS, default='test', doc='whose images are evaluated'),
-            'path': Text(default='', doc='instead of a split: an image, or a folder of images, of unknown class'),
+            'path': Path(default='', doc='instead of a split: an image, or a folder of images, of unknown class'),
         },
     }
 

@@ -7,6 +7,7 @@ and lengths have an upper bound.
 
 import dataclasses
 import numbers
+import os
 import re
 import unicodedata
 from collections.abc import Collection
@@ -144,6 +145,39 @@ class Text(Field):
         if not isinstance(value, str) or not int(self.required) <= len(value) <= _MAX_LENGTH:
             return False
         return all(unicodedata.category(character) not in ('Cc', 'Cs') for character in value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Path(Field):
+    """A path, local or on a bucket (gs://), of any characters that a file system allows; `~` is expanded."""
+
+    _type = str
+
+    @property
+    def allowed(self) -> str:
+        return f'a path of at most {_MAX_LENGTH} characters'
+
+    def check(self, path: str, value: Any) -> str:
+        return expand_home(super().check(path, value), path)
+
+    def _allows(self, value: Any) -> bool:
+        return isinstance(value, str) and len(value) <= _MAX_LENGTH and '\0' not in value
+
+
+def expand_home(path: str, name: str) -> str:
+    """Returns a path with the home folder in place of a leading `~` or `~user`.
+
+    Args:
+      path: the path.
+      name: name of the field or flag, for the message.
+
+    Raises:
+      ConfigError: there is no such home folder.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith('~'):
+        raise ConfigError(f'{name} is {show(path)}; there is no such home folder: write ./{path} for one of that name')
+    return expanded
 
 
 @dataclasses.dataclass(frozen=True)

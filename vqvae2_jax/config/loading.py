@@ -6,6 +6,7 @@ A checkout keeps them in `configs/`, an installed wheel in `vqvae2_jax/configs/`
 import importlib.util
 import os
 import pathlib
+import re
 import traceback
 
 import ml_collections
@@ -38,8 +39,9 @@ def load_config(name: str | os.PathLike) -> ConfigDict:
       ConfigError: the file sets an unknown field, or a value of another type (the message has its line), or
         `get_config` returns no ConfigDict.
     """
-    name, *argument = os.fspath(name).split(':', 1)
-    directory, is_path = config_directory(), name.endswith('.py')
+    directory, text = config_directory(), os.fspath(name)
+    is_path = re.fullmatch(r'(.*?\.py)(?::(.*))?', text, re.DOTALL)  # a folder may have a colon in its name
+    name, *argument = [part for part in is_path.groups() if part is not None] if is_path else text.split(':', 1)
     path = pathlib.Path(name).expanduser() if is_path else directory / f'{name}.py'
     if not path.is_file():
         names = ', '.join(sorted(file.stem for file in directory.glob('*.py')))

@@ -17,7 +17,7 @@ from vqvae2_jax.models.vqvae import map_shapes
 
 
 def validate_config(config: ConfigDict) -> None:
-    """Checks all of a config; lists in place of tuples and integers in place of floats are converted in it.
+    """Checks all of a config; lists become tuples in it, integers floats where needed, and `~` the home folder.
 
     Args:
       config: from `base.get_config`, or with the same fields.
@@ -67,7 +67,7 @@ def check_batch_sizes(config: ConfigDict, mesh_shape: tuple[int, int], sections:
         if training.batch_size % (mesh_shape[0] * parts):
             unit = mesh_shape[0] * parts
             example = -(-training.batch_size // unit) * unit
-            among = f'{devices} devices' + (f' in {parts} microbatches' if parts > 1 else '')
+            among = f'{devices} devices' + (f' in {parts} microbatches (grad_accum_steps)' if parts > 1 else '')
             divisors = [n for n in range(1, devices + 1) if devices % n == 0]
             fsdp = next((n for n in divisors if training.batch_size % (devices // n * parts) == 0), None)
             advice = f', or set --config.parallel.fsdp={fsdp}' if fsdp else ''
@@ -126,7 +126,7 @@ def _check_section(path, section, fields):
             _check_section(field_path, value, field)
             continue
         checked = field.check(field_path, value)
-        if type(checked) is not type(value):
+        if type(checked) is not type(value) or checked != value:  # a path with its home folder
             with section.unlocked(), section.ignore_type():
                 section[name] = checked
 

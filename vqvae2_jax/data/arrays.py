@@ -1,67 +1,97 @@
 """Images in .npz files, the format of sample sets here and in common evaluators.
 
     arr_0         uint8 [N, H, W, C] or [N, H, W], C 1 or 3
-    label         int [N], optional
+    label         int [N], optional; without it arr_1, as in the sample sets of ADM
     class_names   str [K], optional
 
 np.savez('images.npz', arr_0=images, label=labels) makes one. Its pixels are read from disk on access; those of a
-compressed file are held in memory. A pattern such as 'samples/*.npz' joins several files, in the order of their names.
-With data.splits=('train.npz', 'val.npz', 'test.npz') these are files in the folder data.path.
+compressed file are held in memory. The .npz files of a folder are one set, in the order of their names; so are those of
+a pattern such as 'samples/*.npz', in the fields that allow one. With data.splits=('train.npz', 'val.npz', 'test.npz')
+these are files in the folder data.path.
 """
 
 import functools
-import glob
 import os
-import zipfile
 
 import numpy as np
 from PIL import Image
 
 from vqvae2_jax.data.decode import to_channels
-
-_STORED_HEADER = 30  # bytes of a zip member's own header, before its name
+from vqvae2_jax.data.outputs import IMAGE_JOBS, job_of
+from vqvae2_jax.io import gcs, npz
 
 
 @functools.lru_cache(maxsize=4096)
-def _pixels(path: str, *state: int) -> np.ndarray:
-    """arr_0 of a file, memory-mapped unless it is compressed. `state` tells apart files that replace each other."""
-    with zipfile.ZipFile(path) as archive, archive.open('arr_0.npy') as member:
-        info = archive.getinfo('arr_0.npy')
-        version = np.lib.format.read_magic(member)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read_header(member)
-        begin = member.tell()
-    if info.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject:
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays['arr_0']
-    with open(path, 'rb') as file:
-        file.seek(info.header_offset)
-        header = file.read(_STORED_HEADER)
-    begin += info.header_offset + _STORED_HEADER + sum(np.frombuffer(header[26:30], '<u2').tolist())  # name and extra
-    return np.memmap(path, dtype, 'r', begin, shape)
+def _pixels(path: str, max_bytes: int, *state: int) -> np.ndarray:
+    """arr_0 of a file, memory-mapped if possible. `state` tells apart files that replace each other."""
+    member = npz.read_members(path)['arr_0']
+    return npz.memory_map(path, member) if member.is_mappable else npz.read(path, ('arr_0',), max_bytes)['arr_0']
+
+
+def is_arrays(path: str) -> bool:
+    """Returns whether a path is for `ArraysDataset`: an .npz or .npy file, or a folder of them that a job wrote."""
+    return job_of(path) in IMAGE_JOBS if os.path.isdir(path) else path.endswith(('.npz', '.npy'))
+
+
+def list_arrays(path: str, field: str, pattern: bool = False) -> list[str]:
+    """Lists .npz files, in the order of their names.
+
+    Args:
+      path: an .npz file, or a folder that holds some. A folder that a job wrote stands for the images that it made.
+      field: name of the config field, for messages.
+      pattern: whether a path that does not exist may be a pattern of files.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the folder holds no .npz file.
+    """
+    if os.path.isdir(path):
+        # Of a rejection's files only accepted.npz has images.
+        names = [name for name in os.listdir(path) if name.endswith('.npz') and not name.startswith('.')]
+        names = ['accepted.npz'] if job_of(path) == 'reject' else names
+        if not names:
+            raise ValueError(f'{field}: the folder {path!r} holds no .npz files.')
+        return sorted(os.path.join(path, name) for name in names)
+    paths = gcs.expand(path) if pattern else [path] if os.path.exists(path) else []
+    if not paths:
+        hint = (
+            ': give a folder to join its .npz files, since this field takes no pattern'
+            if set('*?[') & set(path)
+            else ''
+        )
+        raise FileNotFoundError(f'{field}: there is no file {path!r}{"" if pattern else hint}.')
+    return paths
 
 
 class ArraysDataset:
     """The images of .npz files (an `images.Dataset`). It holds labels, not pixels, so it pickles cheaply."""
 
-    def __init__(self, pattern: str, num_classes: int, field: str = 'data.path'):
+    def __init__(
+        self, path: str, num_classes: int, field: str = 'data.path', *, pattern: bool = False, max_bytes: int = 0
+    ):
         """Opens the files.
 
         Args:
-          pattern: path of an .npz file, or a pattern of several files.
+          path: see `list_arrays`.
           num_classes: 0 ignores the labels, every label is 0.
           field: name of the config field, for messages.
+          pattern: see `list_arrays`.
+          max_bytes: limit of the arrays that are held in memory, data.max_bytes.
 
         Raises:
           FileNotFoundError: no such file.
-          ValueError: a file does not hold images, or its labels do not fit num_classes.
+          ValueError: a file does not hold images, its labels do not fit num_classes, or the limit is too small.
         """
-        paths = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
-        if not paths:
-            raise FileNotFoundError(f'{field}: there is no file {pattern!r}.')
-        files = [_File(path, num_classes, field) for path in paths]
+        files = [_File(each, num_classes, field, max_bytes) for each in list_arrays(path, field, pattern)]
         if len({file.class_names for file in files}) > 1 or len({file.shape for file in files}) > 1:
-            raise ValueError(f'{field}: the files {pattern!r} differ in the shape of their images or in their classes.')
+            raise ValueError(f'{field}: the files {path!r} differ in the shape of their images or in their classes.')
+        try:
+            npz.check_size((member for file in files for member in file.held), max_bytes)
+        except ValueError as error:
+            raise ValueError(
+                f'{field}: {path!r} is compressed, so that it is held in memory, but {error}: write it by np.savez, '
+                'or raise --config.data.max_bytes if you trust it.'
+            ) from error
         self._keys = [file.key for file in files]
         self._ends = np.cumsum([file.count for file in files])
         self._checksums = [checksum for file in files for checksum in file.checksums]
@@ -94,44 +124,88 @@ class ArraysDataset:
 
 
 class _File:
-    """One file: its key (for `_pixels`), count, image shape, labels, class_names and checksums."""
+    """One file: its key (for `_pixels`), count, image shape, labels, class_names, checksums and held members."""
 
-    def __init__(self, path, num_classes, field):
+    def __init__(self, path, num_classes, field, max_bytes):
+        self._path, self._field = path, field
         try:
-            with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as arrays:
-                # Checksums of the arrays identify the images without reading pixels.
-                self.checksums = [archive.getinfo(f'{name}.npy').CRC for name in ('arr_0', 'label') if name in arrays]
-                self.labels = arrays['label'] if 'label' in arrays and num_classes else None
-                names = [str(name) for name in arrays['class_names']] if 'class_names' in arrays else None
-            state = os.stat(path)
-            self.key = path, state.st_mtime_ns, state.st_size
-            images = _pixels(*self.key)
-        except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
-            raise ValueError(f'{field}: {path!r} is no .npz file with images in arr_0 ({error}).') from error
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.ndim == 4 and images.shape[-1] not in (1, 3):
-            raise ValueError(
-                f'{field}: arr_0 of {path!r} is {images.dtype} {list(images.shape)}; '
-                'images are uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3].'
-            )
-        self.count, self.shape, self.class_names = len(images), images.shape[1:], ()
+            members = npz.read_members(path)
+        except ValueError as error:
+            raise ValueError(f'{field}: {error}.') from error
+        images = self._images(members)
+        self.count, self.shape, self.class_names = images.shape[0], images.shape[1:], ()
+        self.held = [] if images.is_mappable else [images]
+        adm = members.get('arr_1')
+        is_adm = 'label' not in members and adm is not None and adm.shape == (self.count,) and adm.dtype.kind in 'iu'
+        label = 'arr_1' if is_adm and num_classes else 'label'
+        # Checksums of the arrays identify the images without reading pixels.
+        self.checksums = [members[name].info.CRC for name in ('arr_0', label) if name in members]
+        state = os.stat(path)
+        self.key = path, max_bytes, state.st_mtime_ns, state.st_size
         if num_classes:
-            self._check_labels(path, num_classes)
-            self.class_names = tuple(names or (str(i) for i in range(num_classes)))
-            if len(self.class_names) != num_classes:
-                raise ValueError(
-                    f'data.num_classes={num_classes}, but {path!r} names {len(self.class_names)} classes: '
-                    f'set --config.data.num_classes={len(self.class_names)}.'
-                )
+            self._read_labels(members, label, num_classes, max_bytes)
 
-    def _check_labels(self, path, num_classes):
-        labels = self.labels
-        if labels is None:
+    def _images(self, members: dict[str, npz.Member]) -> npz.Member:
+        """Returns arr_0; refuses a file without images."""
+        where = f'{self._field}: {self._path!r}'
+        if 'arr_0' not in members:
             raise ValueError(
-                f'data.num_classes={num_classes}, but {path!r} has no `label`: set --config.data.num_classes=0.'
+                f'{where} is no .npz file with images in arr_0, it has {npz.describe(members)}: write images of '
+                "another name by np.savez('NEW.npz', arr_0=images, label=labels)."
             )
-        if labels.shape != (self.count,) or not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError(f'label of {path!r} is {labels.dtype} {list(labels.shape)}, not int [{self.count}].')
-        if self.count and not 0 <= labels.min() <= labels.max() < num_classes:
+        images = members['arr_0']
+        if (advice := _advice(images)) is not None:
             raise ValueError(
-                f'data.num_classes={num_classes}, but {path!r} has labels from {labels.min()} to {labels.max()}.'
+                f'{self._field}: arr_0 of {self._path!r} is {images}; images are uint8 [N, H, W], '
+                f'[N, H, W, 1] or [N, H, W, 3]{advice}.'
             )
+        return images
+
+    def _read_labels(self, members, label, num_classes, max_bytes):
+        if label not in members:
+            raise ValueError(
+                f'data.num_classes={num_classes}, but {self._path!r} has no `label`: set --config.data.num_classes=0.'
+            )
+        labels, names = members[label], members.get('class_names')
+        if labels.shape != (self.count,) or labels.dtype.kind not in 'iu':
+            raise ValueError(f'{label} of {self._path!r} is {labels}, not int [{self.count}].')
+        if names is not None and (len(names.shape) != 1 or names.dtype.kind not in 'US'):
+            raise ValueError(f'class_names of {self._path!r} is {names}, not text [{num_classes}].')
+        try:
+            arrays = npz.read(self._path, (label, 'class_names') if names else (label,), max_bytes)
+        except ValueError as error:
+            raise ValueError(f'{self._field}: {error}.') from error
+        self.labels = arrays[label]
+        self.class_names = _names(arrays['class_names']) if names else tuple(map(str, range(num_classes)))
+        if len(self.class_names) != num_classes:
+            raise ValueError(
+                f'data.num_classes={num_classes}, but {self._path!r} names {len(self.class_names)} classes: '
+                f'set --config.data.num_classes={len(self.class_names)}.'
+            )
+        if not 0 <= self.labels.min() <= self.labels.max() < num_classes:
+            raise ValueError(
+                f'data.num_classes={num_classes}, but {self._path!r} has labels from {self.labels.min()} to '
+                f'{self.labels.max()}.'
+            )
+
+
+def _advice(images: npz.Member) -> str | None:
+    """Returns None for images, else how to make the array images, if that is clear."""
+    shape = images.shape
+    if not all(shape):
+        return ': it holds no pixels'
+    if images.dtype == np.uint8 and (len(shape) == 2 or len(shape) == 3 and shape[-1] in (1, 3)):
+        return ': this looks like a single image, which arr_0=image[None] makes a set'  # not many of 3 pixels in width
+    if len(shape) not in (3, 4):
+        return ''
+    if len(shape) == 4 and shape[-1] not in (1, 3):
+        if shape[1] in (1, 3):
+            return ': channels come last, as in arr_0=images.transpose(0, 2, 3, 1)'
+        return ': leave out alpha, as in arr_0=images[..., :3]' if shape[-1] == 4 else ''
+    return (
+        None if images.dtype == np.uint8 else ': scale other numbers to 0 to 255 and convert them by astype(np.uint8)'
+    )
+
+
+def _names(names: np.ndarray) -> tuple[str, ...]:
+    return tuple(name.decode('utf-8', 'surrogateescape') if isinstance(name, bytes) else str(name) for name in names)

@@ -9,6 +9,8 @@ import struct
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
+from vqvae2_jax.io import names
+
 # Suffixes of image files (in lower case) and Pillow's names of their formats. Pillow tries no other format: some of its
 # plugins start other programs (EPS) or are rarely tested.
 FORMAT_OF = {
@@ -78,7 +80,7 @@ class UnreadableImage(ValueError):
 
     def __str__(self) -> str:
         return (
-            f'cannot decode the image {self.example_name}: {self.reason}. '
+            f'cannot decode the image {names.printable(self.example_name)}: {self.reason}. '
             'Repair, convert or remove it, or set --config.data.on_error=skip to go on without such images.'
         )
 

@@ -14,6 +14,7 @@ import os
 import numpy as np
 from PIL import Image
 
+from vqvae2_jax.data import outputs
 from vqvae2_jax.data.decode import SUFFIXES, decode_image
 
 _SPLIT_LIKE = {'train', 'training', 'val', 'valid', 'validation', 'test'}
@@ -61,6 +62,7 @@ def find_images(root: str, field: str, shown: str | None = None) -> list[str]:
     if not files:
         instead = f', only {_suffixes(ignored)}' if ignored else ''
         raise ValueError(f'{field}: no images in {shown!r}{instead} (looked for {", ".join(SUFFIXES)} in any case).')
+    outputs.refuse(root, {os.path.dirname(file) for file in files}, field)
     if ignored:
         count = ignored.total()
         _print_once(f'{shown!r}: ignored {count} file{"s" * (count != 1)}: {_suffixes(ignored)}')

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from vqvae2_jax.data.arrays import ArraysDataset
+from vqvae2_jax.data.arrays import ArraysDataset, is_arrays
 from vqvae2_jax.data.decode import UnreadableImage, resize_and_crop
 from vqvae2_jax.data.fashion import FashionDataset
 from vqvae2_jax.data.folder import FilesDataset, find_images, open_folder
@@ -34,7 +34,8 @@ class ImageSpec:
 
     Attributes:
       name: 'fashion', 'folder', 'npz' or a TFDS name.
-      path: the folder, the .npz file (with splits: their folder), or the TFDS data_dir ('': TFDS's default).
+      path: the folder, the .npz file or a folder of some (with splits: their folder), or the TFDS data_dir ('': TFDS's
+        default).
       image_size: (height, width).
       channels: 1 or 3.
       num_classes: 0 is unlabeled: every label is 0 and there are no class names.
@@ -46,6 +47,7 @@ class ImageSpec:
       flip: training only: mirror half of the images.
       crop: training only: crop at a random position from 1 to decode.CROP_ZOOM times the size.
       on_error: for images that cannot be decoded: 'raise', or 'skip' them in the loader.
+      max_bytes: limit of the arrays of compressed .npz files, which are held in memory; 0: half of the free memory.
       workers: grain worker processes.
 
     Raises:
@@ -63,12 +65,15 @@ class ImageSpec:
     flip: bool
     crop: bool
     on_error: str
+    max_bytes: int
     workers: int
 
     def __post_init__(self):
         needed, built_in = self.name in ('folder', 'npz'), self.name == 'fashion'
         self._require('path', self.path or not needed, f'the path of the images, as data.name is {self.name!r}')
         self._require('path', not self.path or not built_in, "'', as data.name='fashion' is built in")
+        is_text = self.path == self.path.encode(errors='ignore').decode()
+        self._require('path', is_text or needed, 'in UTF-8, as prepared datasets are read by libraries that need it')
         self._require('splits', not self.splits or not built_in, "() for data.name='fashion'")
         self._require('held_out', sum(self.held_out) < 1, 'two fractions (validation, test) with a sum below 1')
 
@@ -187,7 +192,8 @@ def open_images(spec: ImageSpec, split: str) -> ImageSource:
         dataset = open_folder(_local(spec.path), spec.num_classes, named, train, shown)
     elif spec.name == 'npz':
         path = _local(spec.path)
-        dataset = ArraysDataset(os.path.join(path, named) if named else path, spec.num_classes)
+        path = os.path.join(path, named) if named else path
+        dataset = ArraysDataset(path, spec.num_classes, max_bytes=spec.max_bytes)
     else:
         dataset = TfdsDataset(spec.name, spec.path, named, spec.num_classes)
     if named:
@@ -215,14 +221,16 @@ def open_all(path: str, spec: ImageSpec, field: str) -> ImageSource:
       ValueError: there are no images.
       FileNotFoundError: there is no such file or folder.
     """
-    dataset = _open_dataset(path, field)
+    dataset = _open_dataset(path, field, spec.max_bytes)
     return ImageSource(dataset, np.arange(len(dataset)), tuple(spec.image_size), spec.channels, spec.on_error)
 
 
-def _open_dataset(path, field):
-    shown, path = path, _local(path, field)
-    if path.endswith('.npz'):
-        return ArraysDataset(path, num_classes=0, field=field)
+def _open_dataset(path, field, max_bytes, pattern=False):
+    shown, path = path, _local(path, field, pattern)
+    if is_arrays(path):
+        if os.path.isdir(path):
+            print(f'{field}: a job wrote {shown!r}; the images are those of its .npz files', flush=True)
+        return ArraysDataset(path, 0, field, pattern=pattern, max_bytes=max_bytes)
     if not os.path.exists(path):
         raise FileNotFoundError(f'{field}: there is no file or folder {path!r}.')
     if os.path.isfile(path):
@@ -230,22 +238,23 @@ def _open_dataset(path, field):
     return FilesDataset(path, find_images(path, field, shown))
 
 
-def open_native_size(path: str, field: str, on_error: str = 'raise') -> ImageSource:
+def open_native_size(path: str, field: str, on_error: str = 'raise', max_bytes: int = 0) -> ImageSource:
     """Opens all images of a folder or of .npz files, in RGB and at their own size, in a fixed random order.
 
     The order is random since some metrics use the first images, or blocks of them, which sorted by name would be of
     few classes. All images must have one size; reading one of another size raises ValueError.
 
     Args:
-      path: the folder or file.
+      path: the folder or file, or a pattern of .npz files if there is no such file.
       field: name of the config field, for messages.
       on_error: as in `ImageSource`.
+      max_bytes: as in `ImageSpec`.
 
     Raises:
       ValueError: there are no images; the first one cannot be read, with 'skip' none.
       FileNotFoundError: there is no such file or folder.
     """
-    dataset = _open_dataset(path, field)
+    dataset = _open_dataset(path, field, max_bytes, pattern=True)
     for index in range(len(dataset)):
         try:
             first, _ = dataset.read(index, 3)
@@ -258,10 +267,10 @@ def open_native_size(path: str, field: str, on_error: str = 'raise') -> ImageSou
 
 
 @functools.cache
-def _local(path, field='data.path'):
+def _local(path, field='data.path', pattern=False):
     try:
         gcs.check(path)
-        return gcs.local_copy(path)
+        return gcs.local_copy(path, pattern=pattern)
     except (FileNotFoundError, ValueError) as error:
         raise FileNotFoundError(f'{field}: {error}') from error
 

@@ -24,6 +24,7 @@ import numpy as np
 from absl import flags, logging
 
 from vqvae2_jax.data.decode import CROP_ZOOM, UnreadableImage
+from vqvae2_jax.io import names
 from vqvae2_jax.io.record import JobError
 
 _READ_THREADS = 4  # Decoding releases the GIL, so a few threads help even without worker processes.
@@ -139,8 +140,8 @@ def read_skipped(skip_log: str) -> list[str]:
     """Returns the distinct names in a skip log, sorted; [] if nothing was skipped."""
     if not os.path.exists(skip_log):
         return []
-    with open(skip_log, encoding='utf-8', errors='surrogateescape') as file:
-        return sorted(set(file.read().splitlines()))
+    with open(skip_log, 'rb') as file:
+        return sorted({names.from_line(line.removesuffix(b'\n')) for line in file})
 
 
 class BatchIterator(grain.DatasetIterator):
@@ -322,13 +323,12 @@ class _Reader:
         if error.example_name in self._logged:
             return
         self._logged.add(error.example_name)
-        logging.warning('skipping %s: %s', error.example_name, error.reason)
+        logging.warning('skipping %s: %s', names.printable(error.example_name), error.reason)
         if self._skip_log:
             os.makedirs(os.path.dirname(self._skip_log) or '.', exist_ok=True)  # nothing else may be there yet
-            line = error.example_name.replace('\n', ' ') + '\n'
             # One write to a file opened for appending is atomic, so that worker processes can share the file.
             with open(self._skip_log, 'ab', buffering=0) as file:
-                file.write(line.encode('utf-8', 'surrogateescape'))
+                file.write(names.to_line(error.example_name) + b'\n')
 
 
 class _Chunks:

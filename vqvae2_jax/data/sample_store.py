@@ -10,9 +10,7 @@ last one may hold fewer). N is the number of images of a file:
     codes_l  int32 [N, h_l, w_l] of level l, 0 is the finest
 """
 
-import glob
 import io
-import os
 import re
 from collections.abc import Sequence
 
@@ -20,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from vqvae2_jax.data.shards import Range
-from vqvae2_jax.io import files, gcs, record
+from vqvae2_jax.io import files, gcs, npz, record
 from vqvae2_jax.io.record import Record
 
 _SHARD = re.compile(r'samples-(\d+)-(\d+)\.npz')
@@ -73,12 +71,11 @@ def write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
 
 def read_npz(path: epath.Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     """Reads the named arrays of an `.npz` file; None: all."""
-    with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in names or arrays.files}
+    return npz.read(path, names)
 
 
 def local_files(directory: epath.Path) -> str:
-    """Returns a glob pattern of the files of a finished set, or of their local copies if it is on a bucket.
+    """Returns the folder of a finished set, or its local copy if it is on a bucket.
 
     All processes call this together.
 
@@ -87,8 +84,7 @@ def local_files(directory: epath.Path) -> str:
     """
     output = read_set(directory)
     output.refuse_damaged(output.find_damaged_together())
-    folder = str(directory) if gcs.is_remote(directory) else glob.escape(str(directory))
-    return gcs.local_copy(os.path.join(folder, 'samples-*.npz'), output.digest)
+    return gcs.local_copy(directory, output.digest)
 
 
 def take(directory: epath.Path, index: np.ndarray) -> dict[str, np.ndarray]:

@@ -72,7 +72,7 @@ def load_inception(path: str) -> FeatureExtractor:
     if path == FETCH:
         path = _CACHE / _URL.rpartition('/')[2]
         state_dict.fetch(_URL, _SHA256, path)
-    model, params = inception.from_state_dict(state_dict.read(str(path)))
+    model, params = inception.from_state_dict(state_dict.read(str(path), pattern=True))
     protocol = {
         'network': 'Inception-v3 of 2015-12-05, features of the last pool',
         'resize': 'bilinear to 299 pixels, half-pixel centers, no antialiasing, from uint8',

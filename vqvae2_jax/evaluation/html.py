@@ -10,7 +10,8 @@ from importlib import resources
 def page(title: str, parts: Sequence[str]) -> str:
     """Returns a document from the template assets/report.html; `parts` come from the functions below."""
     template = resources.files(__package__).joinpath('assets', 'report.html').read_text(encoding='utf-8')
-    return string.Template(template).substitute(title=html.escape(title), body=''.join(parts))
+    text = string.Template(template).substitute(title=html.escape(title), body=''.join(parts))
+    return text.encode('utf-8', 'backslashreplace').decode()  # names of files may hold bytes that are not UTF-8
 
 
 def heading(text: str, level: int = 2) -> str:

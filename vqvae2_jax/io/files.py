@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from vqvae2_jax.io import gcs
+from vqvae2_jax.io import gcs, names
 
 _PARTIAL = re.compile(r'\..*\.\d+\.part|.*\.unfinished-[0-9a-f]{8}')  # of `replace_file`, and of the store of codes
 
@@ -181,7 +181,7 @@ def replace_file(path: epath.PathLike, size: int | None = None) -> Iterator[epat
         with writing(path, size):
             yield path
         return
-    part = path.parent / f'.{path.name}.{os.getpid()}.part'
+    part = path.parent / f'.{names.shorten(path.name)}.{os.getpid()}.part'
     with writing(path, size):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import glob
 import logging
 import os
 import shutil
@@ -34,9 +35,9 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """Returns a local path as an absolute one, and a path on a bucket as it is."""
+    """Returns a local path as an absolute one, without `~` and links, and a path on a bucket as it is."""
     if not is_remote(path):
-        return epath.Path(path).resolve()
+        return epath.Path(os.path.realpath(os.path.expanduser(path)))
     configure()
     return epath.Path(path)
 
@@ -53,7 +54,7 @@ def check(path: str) -> None:
         raise ValueError(f'{path}: there are local folders and buckets of Google Cloud Storage, gs://bucket/folder')
     configure()
     try:
-        files, name = fsspec.core.url_to_fs(path)
+        files, name = _address(path)
         there = files.exists(name.split('/')[0])
     except ImportError as error:
         raise ValueError(f'{path}: {error}: pip install -e ".[gcs]"') from error
@@ -63,17 +64,25 @@ def check(path: str) -> None:
         raise ValueError(f'{path}: there is no such bucket, or it may not be listed with these credentials')
 
 
-def local_copy(path: epath.PathLike, version: str = '') -> str:
+def expand(path: str) -> list[str]:
+    """Returns the local files that a pattern names, sorted; a path that exists is no pattern and names itself."""
+    return [path] if os.path.lexists(path) else sorted(glob.glob(path))
+
+
+def local_copy(path: epath.PathLike, version: str = '', *, pattern: bool = False) -> str:
     """Returns a local path as it is, and copies a path on a bucket, once for as long as this process lives.
 
     Args:
-      path: a file, a folder, or a pattern of files such as gs://bucket/samples/*.npz.
+      path: a file or a folder.
       version: identifies the content, if it may be replaced while this process lives; another version is copied again.
+      pattern: whether a path where there is nothing may be a pattern of files, such as gs://bucket/samples/*.npz.
+        Returned is a pattern of their copies.
 
     Raises:
       FileNotFoundError: there is nothing at the path.
+      ValueError: a name on the bucket leads out of the folder.
     """
-    return _cached_copy(os.fspath(path), version) if is_remote(path) else os.fspath(path)
+    return _cached_copy(os.fspath(path), version, pattern) if is_remote(path) else os.fspath(path)
 
 
 @contextlib.contextmanager
@@ -86,7 +95,7 @@ def local(path: epath.PathLike) -> Iterator[str]:
 def upload(file: str, path: epath.Path) -> None:
     """Copies a local file to a bucket; readers see all of it or nothing."""
     configure()
-    files, name = fsspec.core.url_to_fs(os.fspath(path))
+    files, name = _address(os.fspath(path))
     files.put_file(file, name)
 
 
@@ -147,7 +156,7 @@ def remove_if_generation(path: epath.PathLike, generation: str) -> bool:
 
 def _split(path):
     configure()
-    files, name = fsspec.core.url_to_fs(os.fspath(path))
+    files, name = _address(os.fspath(path))
     return files, *name.split('/', 1)
 
 
@@ -164,21 +173,32 @@ def _as_os_error(path):
         raise OSError(f'{os.fspath(path)}: {error}') from error
 
 
-def _copy(path, folder):
+def _address(path):
+    """Returns the file system of a bucket, and the name that it has for a path; no character of it is special."""
+    return fsspec.filesystem('gs'), path.removeprefix('gs://').rstrip('/')
+
+
+def _copy(path, folder, pattern=False):
     configure()
-    files, name = fsspec.core.url_to_fs(path)
-    folder, last = tempfile.mkdtemp(dir=folder), os.path.basename(name)
-    paths = files.glob(name) if set('*?[') & set(last) else [name] if files.exists(name) else []
-    if not paths:
+    files, name = _address(path)
+    parent, last = name.rpartition('/')[::2]
+    found = [name] if files.exists(name) else files.glob(name) if pattern else []
+    sources = [file for each in found for file in files.find(each) if not file.endswith('/')]
+    if not sources:
         raise FileNotFoundError(f'there is nothing at {path}')
-    for each in paths:
-        files.get(each, os.path.join(folder, os.path.basename(each)), recursive=files.isdir(each))
+    folder = tempfile.mkdtemp(dir=folder)
+    if outside := next((file for file in sources if {'.', '..', ''} & set(file.split('/'))), None):
+        raise ValueError(f'{path} holds the name {outside!r}, which is none of a file here: rename it')
+    targets = [os.path.join(folder, file.removeprefix(f'{parent}/')) for file in sources]
+    for directory in {os.path.dirname(target) for target in targets}:
+        os.makedirs(directory, exist_ok=True)
+    files.get(sources, targets)  # lists are taken as they are, one path would be a pattern
     return os.path.join(folder, last)
 
 
 @functools.cache
-def _cached_copy(path, version):
-    return _copy(path, _cache_folder())
+def _cached_copy(path, version, pattern):
+    return _copy(path, _cache_folder(), pattern)
 
 
 @functools.cache

@@ -1,37 +1,37 @@
 """Weights that others trained: PyTorch state dicts from .pth and .npz files, as NumPy arrays; no pickle is executed."""
 
-import glob
 import hashlib
 import http.client
 import os
 import pickle
 import urllib.request
-import zipfile
 
 import numpy as np
 from etils import epath
 
-from vqvae2_jax.io import files
+from vqvae2_jax.io import files, gcs, npz
 
 
-def read(pattern: str) -> dict[str, np.ndarray]:
+def read(path: str, pattern: bool = False) -> dict[str, np.ndarray]:
     """Name -> array.
 
     Args:
-      pattern: a .pth or .pt file (needs PyTorch), an .npz file, or a pattern such as 'weights_part*.npz' for several
-        .npz files that make one state dict together.
+      path: a .pth or .pt file (needs PyTorch), or an .npz file.
+      pattern: whether a path that does not exist may be a pattern such as 'weights_part*.npz' for several .npz files
+        that make one state dict together.
 
     Raises:
       FileNotFoundError: no such file.
       ImportError: a .pth file without PyTorch.
       ValueError: a file of another format, or one that holds something else.
     """
-    paths = sorted(glob.glob(os.path.expanduser(pattern)))
+    path = os.path.expanduser(path)
+    paths = gcs.expand(path) if pattern else [path] * os.path.lexists(path)
     if not paths:
-        raise FileNotFoundError(f'there is no file {pattern!r}')
+        raise FileNotFoundError(f'there is no file {path!r}')
     state: dict[str, np.ndarray] = {}
-    for path in paths:
-        state |= _read_torch(path) if path.endswith(('.pth', '.pt')) else _read_npz(path)
+    for each in paths:
+        state |= _read_torch(each) if each.endswith(('.pth', '.pt')) else npz.read(each)
     return state
 
 
@@ -60,14 +60,6 @@ def _download(url):
         return response.read()
 
 
-def _read_npz(path):
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (ValueError, OSError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f'{path!r} is no .npz file of arrays ({error})') from error
-
-
 def _read_torch(path):
     try:
         import torch
@@ -75,9 +67,16 @@ def _read_torch(path):
         raise ImportError(
             f'{path!r} needs PyTorch to be read: pip install torch, or give the weights as .npz'
         ) from error
+    npz.check_archive(path)
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f'{path!r} is no state dict, or holds more than arrays, which is not read') from error
-    state = state.get('state_dict', state)  # training scripts wrap it
-    return {name.removeprefix('module.'): tensor.numpy() for name, tensor in state.items() if hasattr(tensor, 'numpy')}
+    state = state.get('state_dict', state) if isinstance(state, dict) else state  # training scripts wrap it
+    if not isinstance(state, dict):
+        raise ValueError(f'{path!r} holds a {type(state).__name__}, not a state dict, {{name: array}}')
+    tensors = {str(name): tensor.detach() for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    return {
+        name.removeprefix('module.'): (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        for name, tensor in tensors.items()
+    }

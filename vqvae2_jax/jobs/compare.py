@@ -65,8 +65,9 @@ def compare_sets(run: Run) -> None:
 
 
 def _open(run: Run, which: str, field: str) -> ImageSource:
+    options = run.config.data.on_error, run.config.data.max_bytes
     try:
-        return run.images(which) if which in SPLITS else open_native_size(which, field, run.config.data.on_error)
+        return run.images(which) if which in SPLITS else open_native_size(which, field, *options)
     except (ValueError, OSError) as error:
         raise JobError(str(error)) from error
 

@@ -19,7 +19,7 @@ from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.decode import UnreadableImage, decode_image, resize_and_crop
 from vqvae2_jax.data.images import ImageSource
 from vqvae2_jax.distributed import processes, sharding
-from vqvae2_jax.io import files, gcs, plots, record
+from vqvae2_jax.io import files, gcs, names, plots, record
 from vqvae2_jax.io.progress import Progress
 from vqvae2_jax.io.record import JobError
 from vqvae2_jax.jobs import workdir
@@ -63,12 +63,11 @@ def inpaint(run: Run) -> None:
         except UnreadableImage as error:
             if source.on_error == 'raise':
                 raise
-            print(f'inpaint: skipped {error.example_name}: {error.reason}', flush=True)
+            print(f'inpaint: skipped {names.printable(error.example_name)}: {error.reason}', flush=True)
             continue
         with jax.set_mesh(run.mesh):
             variants = make_variants(number, image, mask)
-        name = os.path.splitext(os.path.basename(source.example_name(number)))[0]
-        _write(output, f'{number:04d}-{name}', image, mask, variants)
+        _write(output, output_name(number, source.example_name(number)), image, mask, variants)
         written += 1
         progress.update(number + 1)
     processes.run_on_main_process(lambda: output.finish({'images': written}))
@@ -88,6 +87,11 @@ def _checked_options(run: Run) -> tuple[ImageSource, np.ndarray, tuple[str, ...]
     if classes and not 0 <= options.label < classes:
         raise JobError(f'inpaint.label is {options.label}: give the class to sample, 0 to {classes - 1}')
     return source, read_mask(options.mask, run.config.data.image_size), levels
+
+
+def output_name(number: int, example_name: str) -> str:
+    """Returns the name of an image's outputs, without suffix: `NNNN-<name>`, unlike that of any other image."""
+    return f'{number:04d}-{names.safe(os.path.splitext(os.path.basename(example_name))[0])}'
 
 
 def make_inpainter(
@@ -141,6 +145,7 @@ def read_mask(mask: str, size: tuple[int, int]) -> np.ndarray:
         gcs.check(mask)
     except ValueError as error:
         raise JobError(f'inpaint.mask={error}') from error
+    mask = os.path.expanduser(mask)
     if epath.Path(mask).is_file():
         return _mask_of_file(mask, size)
     try:

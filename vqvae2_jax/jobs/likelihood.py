@@ -5,7 +5,7 @@ import functools
 import io
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from vqvae2_jax.data.images import ImageSource
 from vqvae2_jax.distributed import processes
 from vqvae2_jax.distributed.batches import map_batches
 from vqvae2_jax.distributed.preemption import stop_signals
-from vqvae2_jax.io import files, record
+from vqvae2_jax.io import files, names, record
 from vqvae2_jax.io.record import JobError, Record
 from vqvae2_jax.jobs import feature_store, workdir
 from vqvae2_jax.jobs.workdir import SKIPPED, Generator, Run
@@ -33,7 +33,7 @@ def write_likelihood(run: Run) -> None:
     """
     options = run.config.likelihood
     source = run.folder(options.path, 'likelihood.path') if options.path else run.images(options.split)
-    of_folder = f'of-{os.path.basename(os.path.abspath(options.path))}'  # no split has such a name
+    of_folder = f'of-{names.safe(os.path.basename(os.path.abspath(options.path)))}'  # no split has such a name
     directory = run.path(DIRECTORY, of_folder if options.path else options.split)
     inputs = {'images': source.digest, **workdir.generator_digests(run)}
     output = run.open_output(directory, 'likelihood', inputs, options.to_dict(), replace=True)
@@ -54,7 +54,7 @@ def write_likelihood(run: Run) -> None:
     results = {'images': len(rows), 'bits_per_image': float(bits.mean())}
     processes.run_on_main_process(lambda: _write_csv(output, run.levels, rows, results))
     print(f'likelihood: {len(rows)} images, {bits.mean():.1f} bits each ({bits.min():.1f} to {bits.max():.1f})')
-    print(f'least likely: {rows[0][0]}\nall images: {directory / FILE}', flush=True)
+    print(f'least likely: {names.printable(rows[0][0])}\nall images: {directory / FILE}', flush=True)
 
 
 def _image_rows(
@@ -74,10 +74,21 @@ def _image_rows(
 
 
 def _write_csv(output: Record, levels: tuple[str, ...], rows: list[tuple], results: dict[str, float]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(('image', *(f'nats_{name}' for name in levels), 'bits'))
-    writer.writerows((name, *(f'{x:.3f}' for x in numbers)) for name, *numbers in rows)
-    files.write_bytes(output.directory / FILE, text.getvalue().encode())
+    files.write_bytes(output.directory / FILE, format_csv(levels, rows))
     output.add_files(FILE)
     output.finish(results)
+
+
+def format_csv(levels: Sequence[str], rows: Sequence[tuple]) -> bytes:
+    """Returns the content of images.csv.
+
+    Args:
+      levels: names of the levels.
+      rows: (name of the image, nats of every level, bits) of each image. A name may hold line breaks and bytes that are
+        not UTF-8, which are kept.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator='\n')
+    writer.writerow(('image', *(f'nats_{name}' for name in levels), 'bits'))
+    writer.writerows((name, *(round(float(x), 3) for x in numbers)) for name, *numbers in rows)
+    return text.getvalue().encode('utf-8', 'surrogateescape')

@@ -13,6 +13,7 @@ from vqvae2_jax.jobs.evaluate import evaluate
 from vqvae2_jax.jobs.extract_codes import extract_codes
 from vqvae2_jax.jobs.inpaint import inpaint
 from vqvae2_jax.jobs.likelihood import write_likelihood
+from vqvae2_jax.jobs.paths import check_paths
 from vqvae2_jax.jobs.plan import plan
 from vqvae2_jax.jobs.reject import reject
 from vqvae2_jax.jobs.sample import draw_samples
@@ -60,6 +61,7 @@ def run_job(run: Run, job: str, level: str | None = None) -> None:
         raise JobError(f'--level={level}: the levels of this config are {", ".join(reversed(run.levels))}')
     if (real := run.config.evaluate.real) and job != 'evaluate':
         raise JobError(f'evaluate.real={real!r}: two sets of images are compared by --job=evaluate, not by {job}')
+    check_paths(run.config, run.workdir, job)
     jobs = _pipeline_jobs(run) if job == 'pipeline' else [job]
     # The coarsest prior first, as it is sampled; their order does not matter.
     levels = [level] if level else list(reversed(run.levels))

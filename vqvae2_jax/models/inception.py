@@ -149,7 +149,7 @@ def from_state_dict(state: Mapping[str, np.ndarray]) -> tuple[Inception, dict]:
     """
     if any(name.startswith('AuxLogits.') for name in state):
         raise ValueError("these are the weights of torchvision's Inception-v3, which is not the network of FID")
-    network = Inception(classes=len(state.get('fc.weight', ())))
+    network = Inception(classes=(np.shape(state.get('fc.weight', ())) or (0,))[0])
     params = convert_state_dict(
         network,
         state,

@@ -41,9 +41,9 @@ def convert_state_dict(
     try:
         for layer in shapes:
             if layer == 'fc':
-                params[layer] = {'kernel': state['fc.weight'].T}
+                params[layer] = {'kernel': _numbers(state, 'fc.weight', 2).T}
                 if 'bias' in shapes[layer]:
-                    params[layer]['bias'] = state['fc.bias']
+                    params[layer]['bias'] = _numbers(state, 'fc.bias', 1)
             else:
                 params[layer] = _fold_batch_norm(state, *names_of(layer), epsilon)
     except KeyError as error:
@@ -57,8 +57,17 @@ def convert_state_dict(
 
 
 def _fold_batch_norm(state, conv, norm, epsilon):
-    scale = state[f'{norm}.weight'] / np.sqrt(state[f'{norm}.running_var'] + epsilon)
-    return {
-        'kernel': (state[f'{conv}.weight'] * scale[:, None, None, None]).transpose(2, 3, 1, 0),
-        'bias': state[f'{norm}.bias'] - state[f'{norm}.running_mean'] * scale,
-    }
+    kernel = _numbers(state, f'{conv}.weight', 4)
+    names = ('weight', 'bias', 'running_mean', 'running_var')
+    weight, bias, mean, variance = (_numbers(state, f'{norm}.{name}', 1, len(kernel)) for name in names)
+    scale = weight / np.sqrt(variance + epsilon)
+    return {'kernel': (kernel * scale[:, None, None, None]).transpose(2, 3, 1, 0), 'bias': bias - mean * scale}
+
+
+def _numbers(state, name, axes, length=None):
+    """Returns an array of the state dict, of float numbers with so many axes."""
+    array = np.asarray(state[name])
+    if array.dtype.kind != 'f' or array.ndim != axes or (length is not None and len(array) != length):
+        wanted = f'{axes} axes' if length is None else f'{length} items'
+        raise ValueError(f'{name} of the weights is {array.dtype} {list(array.shape)}, not float with {wanted}')
+    return array

@@ -76,7 +76,8 @@ def from_state_dict(state: Mapping[str, np.ndarray]) -> tuple[BottleneckResNet, 
       ValueError: the arrays belong to another network; the message names one.
     """
     blocks = tuple(len({k.split('.')[1] for k in state if k.startswith(f'layer{group}.')}) for group in range(1, 5))
-    network = BottleneckResNet(len(state.get('fc.weight', [0])), blocks)  # without it the conversion names it
+    classes = np.shape(state.get('fc.weight', [0])) or (1,)  # the conversion refuses what is missing or has no axes
+    network = BottleneckResNet(classes[0], blocks)
     params = convert_state_dict(
         network,
         state,
