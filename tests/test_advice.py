@@ -266,8 +266,21 @@ def test_a_training_that_diverges_before_a_checkpoint_starts_anew_with_a_lower_r
 
 def test_a_training_that_diverges_later_continues_from_its_last_checkpoint(run, no_training):
     no_training.append(diverged(4))
-    run.path('prior_top').rmtree()
+    run.config.prior.top.training.steps = 16  # so that it is not done
+    run.config.prior.top.training.lr_schedule = 'constant'
     run.config.prior.top.training.clip_norm = 0.0
+    run.path('prior_top').rmtree()
     message = message_of(run, 'prior', 'top', NonFiniteLoss)
     command = re.escape('run your command with --job=prior --level=top --continue_from=4 --config.prior.top.training.')
-    assert re.search(rf'{command}learning_rate=\S+ or --config.prior.top.training.clip_norm=1.0$', message)
+    remedy = rf'{command}learning_rate=\S+ or {re.escape("--config.prior.top.training.")}clip_norm=1.0$'
+    assert re.search(remedy, message)
+
+
+@pytest.mark.parametrize('field, value', [('learning_rate', 1e-4), ('clip_norm', 0.5)])
+def test_a_finished_training_is_continued_with_the_field_of_the_advice(run, no_training, field, value):
+    no_training.append(diverged(4))
+    with pytest.raises(NonFiniteLoss) as error, remedies.of_training(run, 'prior.top', run.path('prior_top')):
+        raise no_training.pop()
+    step = int(re.search(r'--continue_from=([0-9]+) ', str(error.value))[1])
+    run.config.prior.top.training[field] = value
+    accept(Run(run.config, run.workdir, None, step), 'prior', 'top')
