@@ -104,4 +104,8 @@ def _stabler(run, section, directory, last_saved):
     if last_saved is None or directory.name != training_directory(section):
         return f'{again}: delete {directory} to train with {changes}'
     command = record.job_command(training_job(section))
-    return f'{again}: {command} --continue_from={last_saved} {changes}'
+    # The last checkpoint may hold a state that is finite and past saving.
+    return (
+        f'{again}: {command} --continue_from={last_saved} {changes}, or if that meets it too, from an earlier '
+        f'checkpoint, or delete {directory} to train with them from the start'
+    )
