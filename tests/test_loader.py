@@ -1,8 +1,11 @@
 """Batches: deterministic, resumable, independent of workers and hosts; evaluation reads every example."""
 
+import errno
 import multiprocessing
+import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -12,10 +15,11 @@ import numpy as np
 import pytest
 
 from tests.defaults import image_spec
-from vqvae2_jax.data import loader
+from vqvae2_jax.data import loader, worker_processes
 from vqvae2_jax.data.decode import UnreadableImage
 from vqvae2_jax.data.images import open_images
 from vqvae2_jax.data.loader import BatchIterator, eval_batches, train_batches
+from vqvae2_jax.io.record import JobError
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -192,7 +196,8 @@ from vqvae2_jax.data.loader import eval_batches
 
 start = SpawnProcess.start
 def watched(process):
-    print(signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []), flush=True)
+    stop_signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    print(stop_signals <= signal.pthread_sigmask(signal.SIG_BLOCK, []), flush=True)
     start(process)
 SpawnProcess.start = watched
 
@@ -204,10 +209,98 @@ assert len(list(eval_batches(Source(), batch_size=2, workers=1))) == 2
 """
 
 
-def test_workers_start_where_sigterm_waits():
-    """Grain hangs if a worker dies while it starts. In its own process, since the first start is special."""
+def test_workers_start_where_stop_signals_wait():
+    """A worker must not die while it starts. In its own process, since the first start is special."""
     found = subprocess.run([sys.executable, '-c', WATCHED], capture_output=True, text=True, cwd=ROOT)
     assert found.stdout == 'True\n', found.stderr
+
+
+class Fatal(Numbers):
+    """Ends every worker process that reads example 5, by a signal or an exit status."""
+
+    def __init__(self, how):
+        super().__init__(40)
+        self.how, self.parent = how, os.getpid()
+
+    def __getitem__(self, index):
+        if index == 5 and os.getpid() != self.parent:
+            os._exit(self.how) if self.how < 100 else os.kill(os.getpid(), self.how - 100)
+        return super().__getitem__(index)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'how, message',
+    [
+        (100 + signal.SIGKILL, r'data.workers=2 processes was killed \(SIGKILL\), as the system does when the memory'),
+        (100 + signal.SIGBUS, r'data.workers is 2, and these .* shared memory, /dev/shm of [0-9.]+ MiB: '),
+        (100 + signal.SIGSEGV, 'data.workers=2 processes ended by SIGSEGV; its own message'),
+        (3, 'data.workers=2 processes ended with exit status 3; its own message'),
+    ],
+)
+def test_a_dead_worker_is_one_line_whose_advice_works(how, message):
+    source = Fatal(how)
+    batches = eval_batches(source, batch_size=4, workers=2)
+    with pytest.raises(JobError, match=f'^[^\\n]*{message}[^\\n]*--config.data.workers=0[^\\n]*$'):
+        list(batches)
+    batches.close()
+    assert len(indices(eval_batches(source, batch_size=4, workers=0))) == 10
+
+
+@pytest.mark.parametrize(
+    'error',
+    [
+        RuntimeError('their own'),
+        OSError(errno.ENOSPC, 'No space left on device', '/data/skipped.txt'),
+        OSError(errno.EIO, 'Input/output error'),
+        ValueError('Worker process was terminated unexpectedly with exit code -9'),
+    ],
+)
+def test_other_errors_of_workers_keep_their_traceback(error):
+    assert worker_processes.failure(error, 2) == ''
+
+
+@pytest.mark.parametrize('name', [None, '/psm_1234'])
+def test_shared_memory_without_room_for_another_block_is_full(name):
+    error = OSError(errno.ENOSPC, 'No space left on device', name)
+    assert 'filled the shared memory' in worker_processes.failure(error, 1)
+    assert 'to fewer than' not in worker_processes.failure(error, 1)  # than 1 is 0
+
+
+READ_WITH_WORKERS = """
+import numpy as np
+from vqvae2_jax.data.loader import eval_batches
+from vqvae2_jax.io.record import JobError
+
+class Source:
+    __len__ = lambda _: 64
+    __getitem__ = lambda _, index: {'image': np.zeros((64, 64, 3), np.uint8)}
+
+if __name__ == '__main__':
+    try:
+        list(eval_batches(Source(), batch_size=32, workers=2))
+    except JobError as error:
+        print(error)
+    print(len(list(eval_batches(Source(), batch_size=32, workers=0))))
+"""
+
+
+@pytest.mark.system
+@pytest.mark.parametrize('options', ['size=256k', 'size=1m,nr_inodes=30', 'size=1m,nr_inodes=4'])
+def test_a_full_shared_memory_is_told_with_its_size(tmp_path, options):
+    mount = ['unshare', '-m', 'sh', '-c', f'mount -t tmpfs -o {options} tmpfs /dev/shm && exec "$@"', 'sh']
+    if subprocess.run([*mount, 'true'], capture_output=True).returncode:
+        pytest.skip('may not mount')
+    (tmp_path / 'program.py').write_text(READ_WITH_WORKERS)
+    environment = os.environ | {'PYTHONPATH': str(ROOT)}
+    command = [*mount, sys.executable, tmp_path / 'program.py']
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    message, count = found.stdout.splitlines()
+    size = '0.25' if '256k' in options else '1'
+    assert message.startswith(
+        f'data.workers is 2, and these processes have filled the shared memory, /dev/shm of {size} '
+    )
+    assert count == '2' and found.stderr == '', found.stderr
 
 
 @pytest.mark.parametrize('count', [24, 25])

@@ -91,15 +91,46 @@ def test_a_new_run_starts_the_file_anew(tmp_path):
     assert [line['step'] for line in logging.read_metrics(tmp_path)] == [5]
 
 
-def test_read_metrics_leaves_out_a_torn_last_line_only(tmp_path):
+WHOLE = ['{"step": 1, "time": 1.0}', '{"step": 2, "time": 2.0}', '{"step": 3, "time": 3.0}']
+
+
+@pytest.mark.parametrize(
+    'number, line, message',
+    [
+        (2, b'{"step": 2, "ti', '{path}: line 2 of 3 is damaged; it is left out'),
+        (2, b'{"step": 2, "t\xe9me": 2.0}', '{path}: line 2 of 3 is damaged; it is left out'),
+        (2, b'{"stup": 2, "time": 2.0}', '{path}: line 2 of 3 is damaged; it is left out'),
+        (2, b'{"step": 2, "time": 2.0, "train/loss": "x"}', '{path}: line 2 of 3 is damaged; it is left out'),
+        (1, b'[]', '{path}: line 1 of 3 is damaged; it is left out'),
+        (1, b'\0' * 24, '{path}: line 1 of 3 is damaged; it is left out'),
+        (3, b'{"step": 3, "ti', '{path}: the last line is not complete, as after a kill; it is left out'),
+    ],
+)
+def test_a_damaged_line_is_left_out_with_a_message(tmp_path, capsys, number, line, message):
     path = tmp_path / 'metrics.jsonl'
-    path.write_text('{"step": 1, "time": 1.0}\n{"step": 2, "ti')
-    assert logging.read_metrics(tmp_path) == [{'step': 1, 'time': 1.0}]
-    path.write_text('{"step": 1, "ti\n{"step": 2, "time": 1.0}\n')
-    with pytest.raises(ValueError, match='line 1 of 2 is not JSON'):
-        logging.read_metrics(tmp_path)
+    lines = [text.encode() for text in WHOLE]
+    lines[number - 1] = line
+    path.write_bytes(b'\n'.join(lines) + b'\n')
+    kept = [step for step in (1, 2, 3) if step != number]
+    assert [row['step'] for row in logging.read_metrics(tmp_path)] == kept
+    assert capsys.readouterr().out == message.format(path=path) + '\n'
+    log = open_log(tmp_path, start_step=3)
+    assert capsys.readouterr().out == message.format(path=path) + '\n'
+    assert [row['step'] for row in log.lines()] == kept and log.seconds() >= kept[-1]
+    assert capsys.readouterr().out == ''  # the line is gone
+
+
+def test_metrics_that_are_missing_name_the_file(tmp_path):
     with pytest.raises(FileNotFoundError, match='has not run in this folder'):
-        logging.read_metrics(tmp_path / 'elsewhere')
+        logging.read_metrics(tmp_path)
+
+
+def test_write_returns_the_line_and_the_loss_comes_first(tmp_path, capsys):
+    log = open_log(tmp_path)
+    line = log.write(4, 'train', {'accuracy': 0.5, 'gradient_norm': 1.0, 'loss': 2.0, 'nll': 3.0})
+    assert [line] == logging.read_metrics(tmp_path) == log.lines()
+    assert capsys.readouterr().out.endswith('  loss 2  nll 3  accuracy 0.5  gradient_norm 1\n')
+    assert open_log(tmp_path, enabled=False).write(5, 'train', {}) == {}
 
 
 def test_progress_line(tmp_path, clock, capsys):

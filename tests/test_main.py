@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from etils import epath
 
 from vqvae2_jax import load_config
-from vqvae2_jax.io import record
+from vqvae2_jax.io import plots, record
+from vqvae2_jax.io.logging import read_metrics
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.training.checkpoint import Checkpoints
@@ -233,3 +235,72 @@ def test_a_signal_to_the_whole_group_while_workers_start_stops_all(run):
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM, output
+
+
+def until(process, pattern):
+    """Reads the output up to a line that the pattern matches; returns all of it."""
+    output = ''
+    for line in process.stdout:
+        output += line
+        if re.search(pattern, line):
+            return output
+    raise AssertionError(output)
+
+
+@pytest.mark.system
+def test_a_hangup_stops_a_training_with_workers_like_sigterm(tmp_path):
+    """As a terminal that closes: all its processes get the signal, and nobody reads the output any more."""
+    flags = [f'--config.vqvae.training.{field}={value}' for field, value in OVERRIDES.items()]
+    flags += ['--config.data.workers=1', f'--workdir={tmp_path}/run', '--job=vqvae']
+    process = start('--config=configs/tiny.py', *flags, start_new_session=True)
+    until(process, r'vqvae  (20|40)/200')
+    process.stdout.close()
+    os.killpg(process.pid, signal.SIGHUP)
+    assert process.wait(timeout=120) == 128 + signal.SIGHUP
+    assert 20 <= Checkpoints(tmp_path / 'run' / 'vqvae').latest_step() < 200
+
+
+@pytest.mark.system
+def test_a_training_whose_output_is_closed_goes_on_to_its_end(tmp_path):
+    flags = [f'--config.vqvae.training.{field}={value}' for field, value in (OVERRIDES | {'steps': 60}).items()]
+    process = start('--config=configs/tiny.py', *flags, f'--workdir={tmp_path}/run', '--job=vqvae')
+    until(process, 'compiling')
+    process.stdout.close()  # as `| head` does
+    assert process.wait(timeout=120) == 0
+    assert record.read(tmp_path / 'run' / 'vqvae').results['steps'] == 60
+    assert read_metrics(tmp_path / 'run' / 'vqvae')[-1]['step'] == 60
+
+
+INTERRUPTED = {  # job -> what is missing, flags
+    'extract_codes': ('codes', []),
+    'prior': ('prior_top', ['--level=top']),
+    'sample': ('samples', []),
+    'reject': ('rejection', []),
+    'cas': ('reconstructions', []),
+    'evaluate': ('evaluation', []),
+    'likelihood': ('likelihood', []),
+    'inpaint': ('inpaint', ['--config.inpaint.path=tests/picture.png', '--config.inpaint.label=1']),
+    'plan': ('plan', []),
+}
+
+
+@pytest.mark.system
+@pytest.mark.parametrize('job', INTERRUPTED)
+@pytest.mark.parametrize('delay', [0.5, 4])
+def test_an_interrupt_of_any_job_ends_with_a_line_and_status_130(run, tmp_path, job, delay):
+    """While it imports, and while it compiles or works."""
+    missing, flags = INTERRUPTED[job]
+    if run.path(missing).exists():
+        run.path(missing).rmtree()
+    plots.save_png(tmp_path / 'picture.png', np.zeros((28, 28, 1), np.uint8))
+    flags = [flag.replace('tests/picture.png', f'{tmp_path}/picture.png') for flag in flags]
+    flags += ['--config.data.held_out=(0.9,0.06)', f'--workdir={run.workdir}', f'--job={job}']
+    flags += [f'--config.prior.top.training.eval_examples={64}', '--config.prior.bottom.training.eval_examples=64']
+    flags += ['--config.vqvae.training.eval_examples=64', '--config.classifier.training.eval_examples=64']
+    process = start('--config=configs/tiny.py', *flags)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, output
+    assert 'Traceback' not in output and 'KeyboardInterrupt' not in output, output
+    assert 'the same command continues' in output or 'saving before the exit' in output, output

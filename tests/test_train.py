@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+import types
 
 import grain
 import jax
@@ -17,9 +18,10 @@ from vqvae2_jax.distributed.preemption import Interrupted
 from vqvae2_jax.io.logging import RUNTIME_FIELDS, read_metrics
 from vqvae2_jax.tasks import vqvae
 from vqvae2_jax.tasks.task import Task
-from vqvae2_jax.training import loop, optim, state
+from vqvae2_jax.training import loop, optim, state, warnings
 from vqvae2_jax.training.checkpoint import BestCheckpoint, CheckpointMismatch, Checkpoints
-from vqvae2_jax.training.loop import Data, NonFiniteLoss, make_eval_fn, train
+from vqvae2_jax.training.finite import NonFiniteLoss
+from vqvae2_jax.training.loop import Data, make_eval_fn, train
 
 BATCH = 16
 NO_STOP = {loop.SHOULD_STOP: np.zeros(BATCH, bool)}
@@ -327,7 +329,7 @@ def test_of_equals_the_later_weights_are_kept(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_loses_nothing(tmp_path):
-    with pytest.raises(NonFiniteLoss, match='^loss is nan at step 6'):
+    with pytest.raises(NonFiniteLoss, match='^loss is nan at step 6$'):
         train_toy(tmp_path, toy_task(bad_batch=5))
     assert Checkpoints(tmp_path).latest_step() == 4
     assert max(row['step'] for row in read_metrics(tmp_path)) == 5
@@ -426,11 +428,26 @@ def test_evaluation_is_exact_on_a_ragged_last_batch():
             mean({'w': jnp.ones(2)}, {}, [{'x': np.ones(8, np.float32), 'mask': np.zeros(8, bool)}])
 
 
-def test_weights_of_a_nan_are_never_the_best(tmp_path):
-    train_toy(tmp_path, toy_task(distance=lambda w: jnp.where(w < 1.5, jnp.nan, w)))
-    assert BestCheckpoint(tmp_path).best()['step'] == 2
-    with pytest.raises(NonFiniteLoss, match='validation distance was NaN at every evaluation'):
+@pytest.mark.parametrize('value', [jnp.nan, jnp.inf])
+def test_an_evaluation_that_is_not_finite_stops_with_its_step_and_keeps_nothing_of_it(tmp_path, value):
+    task = toy_task(distance=lambda w: jnp.where(w > 4.5, value, 5 - w))
+    with pytest.raises(NonFiniteLoss, match=f'^distance is {value} in the evaluation at step 5$') as error:
+        train_toy(tmp_path, task)
+    assert error.value.last_saved == 4 == Checkpoints(tmp_path).latest_step()
+    assert BestCheckpoint(tmp_path).best()['step'] == 4
+    assert max(row['step'] for row in read_metrics(tmp_path) if 'validation/distance' in row) == 4
+    with pytest.raises(NonFiniteLoss, match='at step 1$') as error:
         train_toy(tmp_path / 'other', toy_task(distance=lambda w: w * jnp.nan))
+    assert error.value.last_saved is None and not BestCheckpoint(tmp_path / 'other').best()
+
+
+def test_a_nan_of_stage_1_is_found_before_the_psnr_is_taken():
+    with jax.set_mesh(sharding.make_mesh()):
+        before, batch, _ = first_state(small_task(), CONFIG)
+        broken = jax.tree.map(lambda x: x * jnp.nan, before.params)
+        eval_fn = make_eval_fn(small_task())
+        with pytest.raises(NonFiniteLoss, match='^mse is nan.* in the evaluation'):
+            eval_fn(broken, before.model_state, [batch | {'mask': np.ones(BATCH, bool)}])
 
 
 def test_images_are_made_outside_the_mesh_on_one_device(tmp_path):
@@ -440,6 +457,40 @@ def test_images_are_made_outside_the_mesh_on_one_device(tmp_path):
 
     train_toy(tmp_path, toy_task()._replace(image_labels=('x',), visualize=visualize), image_every=4)
     assert sorted(path.name for path in (tmp_path / 'pictures').iterdir()) == ['validation-4.png', 'validation-8.png']
+
+
+def overfit_task():
+    """The training NLL falls with every step; the validation NLL rises from step 3 on."""
+    task = toy_task(distance=lambda w: 10 + jnp.abs(w - 3))
+
+    def loss(*arguments):
+        value, (model_state, metrics) = task.loss(*arguments)
+        return value, (model_state, {'nll': 100 + value, **metrics})
+
+    def reduce_metrics(means):
+        return {'nll': float(means['distance']), 'distance': float(means['distance'])}
+
+    return task._replace(loss=loss, reduce_metrics=reduce_metrics)
+
+
+def test_warnings_are_printed_once_also_over_a_restart(tmp_path, capsys):
+    fields = {'warn_overfit': 0.15, 'log_every': 1}
+    train_toy(tmp_path, overfit_task(), **fields)
+    warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith('warning: ')]
+    assert len(warned) == 1 and warned[0].startswith('warning: toy, step 5: the validation nll is 12, 20.0% above')
+    train_toy(tmp_path, overfit_task(), **fields, steps=10)
+    assert 'warning: ' not in capsys.readouterr().out
+    train_toy(tmp_path / 'other', overfit_task(), **fields | {'warn_overfit': 0.0})
+    assert 'warning: ' not in capsys.readouterr().out
+
+
+def test_a_disk_that_the_next_checkpoint_may_fill_is_warned_of_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(warnings.shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=100))
+    train_toy(tmp_path, toy_task())  # four saves
+    warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith('warning: ')]
+    assert len(warned) == 1 and f'the disk of {tmp_path} has 0.0001 MB left' in warned[0]
+    train_toy(tmp_path / 'other', toy_task(), warn_free_space=0.0)
+    assert 'warning: ' not in capsys.readouterr().out
 
 
 def traces(directory):

@@ -8,8 +8,12 @@ vqvae2 --config=fashion --config.sample.count=50000 --job=sample           # the
 import ast
 import os
 import re
-import signal
 import sys
+
+from vqvae2_jax.io import terminal
+
+if __name__ == '__main__':
+    terminal.prepare()  # the other imports take seconds
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
@@ -27,7 +31,7 @@ from vqvae2_jax.jobs.pipeline import JOBS, run_job
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.planning.hardware import topology_devices
 from vqvae2_jax.training.checkpoint import CheckpointMismatch
-from vqvae2_jax.training.loop import NonFiniteLoss
+from vqvae2_jax.training.finite import NonFiniteLoss
 
 _CONFIG = flags.DEFINE_string(
     'config', None, 'A config of the package such as fashion, or a .py file; --config.a.b=value sets a field.'
@@ -76,9 +80,6 @@ def main(config: ConfigDict) -> None:
     except (ConfigError, JobError, UnreadableImage, CheckpointMismatch, NonFiniteLoss, WriteError) as error:
         # The message says what to do; a traceback would only hide it.
         sys.exit(f'error: {error}')
-    except KeyboardInterrupt:  # in a phase that has nothing to save, or a second time
-        print('interrupted; the same command continues', file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
 
 
 def _workdir(config):
@@ -176,6 +177,7 @@ def _parse_value(text, default):
 
 def run() -> None:
     """Runs the command line; the console script `vqvae2` starts here."""
+    terminal.prepare()
     if sys.stdout is not None:  # names of files may hold bytes that are not UTF-8
         sys.stdout.reconfigure(errors='backslashreplace')
     # --help describes the main module, which is not this one if a console script imports it.

@@ -15,6 +15,7 @@ The config is locked: an unknown field and a value of another type are errors. T
 from this file (`python -m tests.config_tables`).
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -121,6 +122,25 @@ _TRAINING = {
     'profile_steps': Tuple(
         Int(1, _STEPS), (0, 2), default=(), doc='(first, last): writes a `jax.profiler` trace of these steps'
     ),
+    'warn_usage': _share(
+        0.2, 'stage 1: warns of a level that uses less than this share of its codes, 5 log lines in a row; 0: never'
+    ),
+    'warn_perplexity': Float(
+        0,
+        2**20,
+        default=1.2,
+        doc='stage 1: warns of a level whose batches have a lower perplexity, 5 log lines in a row; 0: never',
+    ),
+    'warn_overfit': Float(
+        0,
+        1000,
+        default=0.05,
+        doc='priors: warns when the validation NLL is above its best by this share while that of training falls; '
+        '0: never, as classifiers have it',
+    ),
+    'warn_free_space': Float(
+        0, 1000, default=2.0, doc='warns of a disk that has less room than this many checkpoints; 0: never'
+    ),
 }
 
 _VQVAE = {
@@ -215,7 +235,7 @@ _CLASSIFIER = {
     'flip': Bool(default=False, doc='trains on mirrored images too'),
     'crop': Bool(default=False, doc='trains on crops at random places'),
     'dtype': _dtype('of the computation'),
-    'training': _TRAINING,
+    'training': _TRAINING | {'warn_overfit': dataclasses.replace(_TRAINING['warn_overfit'], default=0.0)},
 }
 
 _SAMPLE = {

@@ -13,16 +13,15 @@ import functools
 import gc
 import itertools
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags, logging
 
+from vqvae2_jax.data import worker_processes
 from vqvae2_jax.data.decode import CROP_ZOOM, UnreadableImage
 from vqvae2_jax.io import names
 from vqvae2_jax.io.record import JobError
@@ -173,12 +172,15 @@ class BatchIterator(grain.DatasetIterator):
         if self._next_batch * self._batch_size >= len(self._examples):
             self._stop_reading()
             raise StopIteration
-        self.start_prefetch()
         try:
-            with _block_sigterm() if self._workers else contextlib.nullcontext():  # Grain starts workers here, too.
+            self.start_prefetch()
+            # Grain starts workers here, too.
+            with worker_processes.block_stop_signals() if self._workers else contextlib.nullcontext():
                 batch = self._assemble(self._reading)
-        except Exception:
+        except Exception as error:
             self._stop_reading()  # The next call would continue in the middle of this batch.
+            if self._workers and (message := worker_processes.failure(error, self._workers)):
+                raise JobError(message) from error
             raise
         self._next_batch += 1
         return batch
@@ -228,8 +230,8 @@ class BatchIterator(grain.DatasetIterator):
             dataset = remaining.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
             buffer = max(_WORKER_BUFFER, -(-per_batch // max(workers, 1)))
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer)
-            with _block_sigterm() if workers else contextlib.nullcontext():
-                self._reading = iter(dataset.mp_prefetch(options, _prepare_worker if workers else None))
+            with worker_processes.block_stop_signals() if workers else contextlib.nullcontext():
+                self._reading = iter(dataset.mp_prefetch(options, worker_processes.prepare if workers else None))
                 self._reading.start_prefetch()
 
     def fall_back_to_threads(self) -> None:
@@ -248,26 +250,6 @@ class BatchIterator(grain.DatasetIterator):
             self._reading = None
             if self._workers:
                 gc.collect()  # Grain leaves its last batches in reference cycles, and with them shared memory.
-
-
-@contextlib.contextmanager
-def _block_sigterm():
-    """Blocks SIGTERM for threads and processes that start inside: grain hangs if a worker dies while it starts."""
-    resource_tracker.ensure_running()  # workers would start it, and its start unblocks SIGTERM
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _prepare_worker(worker: int, workers: int):
-    """Runs in every worker process: a terminal sends Ctrl-C to all, but the parent has to save and to close them first.
-
-    SIGTERM is not ignored, since Python uses it at its exit to end daemonic processes, and then waits for them.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 class _Reader:
@@ -326,9 +308,12 @@ class _Reader:
         logging.warning('skipping %s: %s', names.printable(error.example_name), error.reason)
         if self._skip_log:
             os.makedirs(os.path.dirname(self._skip_log) or '.', exist_ok=True)  # nothing else may be there yet
-            # One write to a file opened for appending is atomic, so that worker processes can share the file.
-            with open(self._skip_log, 'ab', buffering=0) as file:
-                file.write(names.to_line(error.example_name) + b'\n')
+            try:
+                # One write to a file opened for appending is atomic, so that worker processes can share the file.
+                with open(self._skip_log, 'ab', buffering=0) as file:
+                    file.write(names.to_line(error.example_name) + b'\n')
+            except OSError as failed:
+                raise JobError(f'{self._skip_log} cannot be written: {failed.strerror}') from failed
 
 
 class _Chunks:

@@ -1,4 +1,4 @@
-"""Graceful shutdown: SIGINT and SIGTERM set a flag that long loops poll, so that they save before they exit."""
+"""Graceful shutdown: SIGINT, SIGTERM and SIGHUP set a flag that long loops poll, so that they save before they exit."""
 
 import contextlib
 import os
@@ -6,6 +6,9 @@ import signal
 from collections.abc import Callable, Iterator
 
 from vqvae2_jax.distributed import processes
+from vqvae2_jax.io import terminal
+
+STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 class Interrupted(SystemExit):
@@ -20,7 +23,7 @@ def exit_together(received_signal: Callable[[], int]) -> None:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
-    """Within the context, SIGINT and SIGTERM only set a flag.
+    """Within the context, SIGINT, SIGTERM and SIGHUP only set a flag; a SIGHUP that is ignored (nohup) stays ignored.
 
     The end of the context raises `Interrupted` on all processes if a signal came to any of them, even one that came too
     late for the loop to see. All processes enter and leave the context together. The same signal, sent again, acts as
@@ -36,14 +39,17 @@ def stop_signals() -> Iterator[Callable[[], int]]:
         nonlocal received
         received = number
         signal.signal(number, previous[number])
-        # Not print: a signal may interrupt a print, which cannot be entered twice.
-        os.write(2, f'{signal.Signals(number).name}: saving before the exit ...\n'.encode())
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            # Not print: a signal may interrupt a print, which cannot be entered twice.
+            os.write(2, f'{signal.Signals(number).name}: saving before the exit ...\n'.encode())
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, remember)
-    try:
-        yield lambda: received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    with terminal.saves_on_interrupt():
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, remember)
+        try:
+            yield lambda: received
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
     exit_together(lambda: received)

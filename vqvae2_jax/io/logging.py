@@ -15,6 +15,7 @@ from etils import epath
 
 from vqvae2_jax.io import files, gcs, plots
 
+_FIRST = ('loss', 'mse', 'nll')  # metrics that a progress line begins with
 PREFIXES = ('train', 'validation')
 _FILE = 'metrics.jsonl'
 _UPLOAD_EVERY = 60  # seconds
@@ -67,15 +68,13 @@ class MetricsLogger:
         self._name, self._total, self._examples = name, total_steps, examples_per_step
         self._utilization = flops_per_step / peak_flops if flops_per_step and peak_flops else None  # at one step/s
         self._directory.mkdir(parents=True, exist_ok=True)
-        kept = _keep_lines(self._directory / _FILE, start_step)
-        if kept:
-            self._time_before = kept[-1]['time']
+        self._time_before = _keep_lines(self._directory / _FILE, start_step)
         self._recent = collections.deque(maxlen=_WINDOW + 1)  # (step, clock) of train lines
         self._first = None  # (step, clock) of the first train line: all compilation of the train step lies before it
         self._lines = _Lines(self._directory / _FILE)
         self._events = _event_writer(self._directory, start_step)
 
-    def write(self, step: int, prefix: str, metrics: dict) -> None:
+    def write(self, step: int, prefix: str, metrics: dict) -> dict[str, int | float]:
         """Appends one line to metrics.jsonl, prints a progress line, and adds the scalars to TensorBoard.
 
         Args:
@@ -83,27 +82,39 @@ class MetricsLogger:
           prefix: 'train' or 'validation'; it goes before every name in the files.
           metrics: name -> scalar (Python, NumPy or JAX).
 
+        Returns:
+          The line; {} on processes that write no log.
+
         Raises:
           ValueError: an unknown prefix, or a metric that is not one number.
         """
         if not self._enabled:
-            return
+            return {}
         if prefix not in PREFIXES:
             raise ValueError(f'MetricsLogger.write: prefix is {prefix!r}; it must be one of {", ".join(PREFIXES)}')
-        values = {name: _scalar(name, value) for name, value in metrics.items()}
+        # JAX sorts the names; the first ones tell most.
+        names = sorted(metrics, key=lambda name: name not in _FIRST)
+        values = {name: _scalar(name, metrics[name]) for name in names}
         step, now, seconds = int(step), time.monotonic(), self.seconds()
         runtime = self._runtime(step, prefix, now)
-        line = {f'{prefix}/{name}': value for name, value in (values | runtime).items()}
-        self._lines.write(json.dumps({'step': step, **line, 'time': round(seconds, 3)}) + '\n')
+        scalars = {f'{prefix}/{name}': value for name, value in (values | runtime).items()}
+        line = {'step': step, **scalars, 'time': round(seconds, 3)}
+        self._lines.write(json.dumps(line) + '\n')
         if prefix == 'validation':
             self._lines.flush()
         if self._events:
-            for name, value in line.items():
+            for name, value in scalars.items():
                 self._events.add_scalar(name, value, step)
         middle = 'validation' if prefix == 'validation' else '  '.join(self._pace(step, now, seconds, runtime))
         numbers = '  '.join(f'{name} {format_number(value)}' for name, value in values.items())
         percent = 100 * step // max(self._total, 1)
         print(f'{self._name}  {step}/{self._total} {percent}%  {middle}  {numbers}', flush=True)
+        return line
+
+    def lines(self) -> list[dict[str, int | float]]:
+        """Returns the lines in the file, those from before a restart included; [] on processes that write no log."""
+        path = self._directory / _FILE if self._enabled else None
+        return _parse(path)[0] if path and path.exists() else []
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes `pictures/<name>-<step>.png`, and to TensorBoard; `image` is uint8 [H, W, C] with C 1 or 3."""
@@ -215,11 +226,10 @@ def device_memory() -> dict[str, int]:
 
 
 def read_metrics(directory: epath.PathLike) -> list[dict]:
-    """Reads the lines of `directory`/metrics.jsonl in order, without a partial last line of a killed run.
+    """Reads the lines of `directory`/metrics.jsonl in order; damaged ones are left out with a printed message.
 
     Raises:
       FileNotFoundError: there are no metrics.
-      ValueError: a line other than the last is broken; the message names it.
     """
     path = epath.Path(directory) / _FILE
     if not path.exists():
@@ -257,39 +267,55 @@ def _scalar(name: str, value) -> int | float:
 
 
 def _parse(path) -> tuple[list[dict], bool]:
-    """Returns the complete lines of a file, and whether a partial last line was left out."""
+    """Returns the lines of a file, and whether it ends in a whole line and none was left out.
+
+    The file grows, so it has no checksum. A killed run may leave a partial last line; any other damage is rare.
+    """
     # As bytes, since a partial line may end in the middle of a character.
     raw = path.read_bytes()
     lines = raw.split(b'\n')
     if lines[-1] == b'':
         lines.pop()
     parsed = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            parsed.append(json.loads(line))
-        except ValueError as error:
-            if number == len(lines):
-                return parsed, True
-            raise ValueError(
-                f'{path}, line {number} of {len(lines)} is not JSON ({error}); it is not the last line, '
-                'so no kill explains it: repair or remove the line'
-            ) from error
-    return parsed, bool(raw) and not raw.endswith(b'\n')
+    for number, text in enumerate(lines, start=1):
+        line = _parse_line(text)
+        if line is not None:
+            parsed.append(line)
+        elif number == len(lines):
+            print(f'{path}: the last line is not complete, as after a kill; it is left out', flush=True)
+        else:
+            print(f'{path}: line {number} of {len(lines)} is damaged; it is left out', flush=True)
+    return parsed, len(parsed) == len(lines) and (not raw or raw.endswith(b'\n'))
 
 
-def _keep_lines(path, start_step: int) -> list[dict]:
-    """Drops the lines after `start_step`, where a run resumes, from the file; returns the rest."""
+def _parse_line(text: bytes) -> dict | None:
+    """Returns a line with a step, a time and no values but numbers; None for anything else."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or not isinstance(line.get('step'), int) or 'time' not in line:
+        return None
+    return line if all(type(value) in (int, float) for value in line.values()) else None
+
+
+def _keep_lines(path, start_step: int) -> float:
+    """Drops the lines after `start_step`, where a run resumes, and damaged ones from the file.
+
+    Returns:
+      The time in the last line, in seconds; 0 if there is none.
+    """
     if not path.exists():
-        return []
+        return 0.0
     if start_step == 0:
         path.unlink()
-        return []
-    lines, torn = _parse(path)
+        return 0.0
+    lines, whole = _parse(path)
     kept = [line for line in lines if line['step'] <= start_step]
-    if torn or len(kept) < len(lines):
+    if not whole or len(kept) < len(lines):
         text = ''.join(json.dumps(line) + '\n' for line in kept)
         files.write_bytes(path, text.encode())
-    return kept
+    return kept[-1]['time'] if kept else 0.0
 
 
 def _event_writer(directory, start_step: int):

@@ -8,7 +8,7 @@ from vqvae2_jax.distributed import processes
 from vqvae2_jax.io import record
 from vqvae2_jax.io.logging import format_duration
 from vqvae2_jax.io.record import JobError
-from vqvae2_jax.jobs import cas
+from vqvae2_jax.jobs import cas, remedies
 from vqvae2_jax.jobs.evaluate import evaluate
 from vqvae2_jax.jobs.extract_codes import extract_codes
 from vqvae2_jax.jobs.inpaint import inpaint
@@ -70,7 +70,8 @@ def run_job(run: Run, job: str, level: str | None = None) -> None:
     for name in jobs:
         for arguments in [(level,) for level in levels] if name == 'prior' else [()]:
             begin = time.monotonic()
-            (_PIPELINE | _OTHERS)[name](run, *arguments)
+            with remedies.of_job(run, name):
+                (_PIPELINE | _OTHERS)[name](run, *arguments)
             processes.process_any(False)  # all processes can read the files that the main process has written
             if run.config.data.on_error == 'skip' and (skipped := run.skipped()):
                 print(f'{len(skipped)} unreadable files were skipped so far: {run.path(SKIPPED)}', flush=True)

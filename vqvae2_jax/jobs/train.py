@@ -13,7 +13,7 @@ from vqvae2_jax.data.loader import eval_batches, train_batches
 from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.io import files, record
 from vqvae2_jax.io.record import JobError, Record
-from vqvae2_jax.jobs import workdir
+from vqvae2_jax.jobs import remedies, workdir
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.planning import cost, hardware
 from vqvae2_jax.tasks import classifier, prior, vqvae
@@ -160,10 +160,11 @@ def _train(run: Run, section: str, make_data: Callable[[], Data], output: Record
         run.print_start(directory, data.description, parameters=parameters)
         output.files = {}  # even if fewer steps are done: the weights may be replaced
         processes.run_on_main_process(output.start)
-        result = train(
-            *(task, config, data, output.directory),
-            **{'mesh': run.mesh, 'name': directory, 'seed': run.config.seed, 'output': output, **flops},
-        )
+        with remedies.of_training(run, section, output.directory):
+            result = train(
+                *(task, config, data, output.directory),
+                **{'mesh': run.mesh, 'name': directory, 'seed': run.config.seed, 'output': output, **flops},
+            )
     except CheckpointMismatch:
         if before.state == record.DONE and processes.is_main_process():
             before.write()  # its weights are unchanged

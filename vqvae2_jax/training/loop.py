@@ -5,8 +5,7 @@ A step is dispatched before the metrics of the previous one are read, so the dev
 
 import contextlib
 import functools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import grain
@@ -27,12 +26,13 @@ from vqvae2_jax.tasks.task import Task, to_uint8
 from vqvae2_jax.training import optim
 from vqvae2_jax.training import state as train_state
 from vqvae2_jax.training.checkpoint import BestCheckpoint, Checkpoints
+from vqvae2_jax.training.finite import SHOULD_STOP, MetricsBuffer, NonFiniteLoss, check_finite
 from vqvae2_jax.training.profiler import Profiler
+from vqvae2_jax.training.warnings import Warnings
 
 _IMAGES_PER_ROW = 10
-SHOULD_STOP = 'stop'  # of a batch: for every device, whether its process received a signal
 
-EvalFn = Callable[[Any, Any, Iterator[dict]], dict[str, float]]
+EvalFn = Callable[..., dict[str, float]]
 
 
 class Data(NamedTuple):
@@ -49,10 +49,6 @@ class Data(NamedTuple):
     val: Callable[[], BatchIterator]
     first_batch: dict[str, np.ndarray]
     description: str = ''
-
-
-class NonFiniteLoss(FloatingPointError):
-    """A loss, a gradient or another metric was NaN or infinite. The last checkpoint is from before that step."""
 
 
 def train(
@@ -86,7 +82,7 @@ def train(
       {'steps': number of updates done, 'seconds': training time over all restarts, 'parameters': their number}.
 
     Raises:
-      NonFiniteLoss: the message names the steps.
+      NonFiniteLoss: a metric of a step or of an evaluation is not finite; the message names it and the step.
       CheckpointMismatch: the last checkpoint is of another network.
       Interrupted: SIGINT or SIGTERM came; everything is saved.
     """
@@ -109,20 +105,30 @@ def train(
             print(f'{name}: continuing from step {start}', flush=True)
         best = processes.run_on_main_process(lambda: BestCheckpoint(directory))  # all must agree on it
         profiler = Profiler(directory, config.profile_steps)
-        loop = TrainLoop(task, config, data, mesh, train_step, checkpoints, best, logger, profiler)
-        with contextlib.closing(logger), contextlib.closing(profiler):
+        warnings = Warnings(config, name, directory, logger.lines())
+        loop = TrainLoop(task, config, data, mesh, train_step, checkpoints, best, logger, profiler, warnings)
+        with contextlib.closing(logger), contextlib.closing(profiler), _with_last_saved(checkpoints):
             step = loop.run(state, start, pending, received_signal)
-    if not best.best():
-        raise NonFiniteLoss(f'{name}: the validation {task.best_metric} was NaN at every evaluation')
     return {'steps': step, 'seconds': round(logger.seconds(), 1), 'parameters': optax.tree.size(state.params)}
+
+
+@contextlib.contextmanager
+def _with_last_saved(checkpoints):
+    """Notes in a NonFiniteLoss the step of the last checkpoint."""
+    try:
+        yield
+    except NonFiniteLoss as error:
+        error.last_saved = checkpoints.latest_step()
+        raise
 
 
 class TrainLoop:
     """The steps between two starts of a process. SPMD programs run inside the mesh, files and pictures outside."""
 
-    def __init__(self, task, config, data, mesh, train_step, checkpoints, best, logger, profiler):
+    def __init__(self, task, config, data, mesh, train_step, checkpoints, best, logger, profiler, warnings):
         self.task, self.config, self.data, self.mesh, self.train_step = task, config, data, mesh, train_step
         self.checkpoints, self.best, self.logger, self.profiler = checkpoints, best, logger, profiler
+        self.warnings = warnings
         with jax.set_mesh(mesh):
             self.eval_fn = make_eval_fn(task, config.batch_size)
         self.visualize_fn = jax.jit(task.visualize) if task.visualize else None
@@ -163,7 +169,7 @@ class TrainLoop:
                 self.stopping |= buffer.add(*previous)  # nothing is evaluated or saved before its loss is checked
                 previous = None
                 if last or _due(step, config.log_every):
-                    self.logger.write(step, 'train', buffer.means())
+                    self._log(step, 'train', buffer.means())
                 if last or _due(step, config.eval_every):
                     self.eval_and_keep_best(state, step, received_signal)
                 if self.visualize_fn and config.image_every and (last or _due(step, config.image_every)):
@@ -179,15 +185,22 @@ class TrainLoop:
             print(f'saved at step {step}; the same command continues from there', flush=True)
         return step
 
+    def _log(self, step, prefix, metrics):
+        if line := self.logger.write(step, prefix, metrics):
+            _print(self.warnings.of_line(line))
+
     def _save(self, state, step, buffer):
         self.logger.flush()  # a resumed run continues the log from here
+        if processes.is_main_process():
+            _print(self.warnings.before_save(state))
         self.checkpoints.save(step, state, self.data.train, buffer.rows, self.best.pin())
 
     def eval_and_keep_best(self, state: train_state.TrainState, step: int, received_signal: Callable[[], int]) -> None:
         """Evaluates the averaged weights on the validation split, and keeps them if they are the best so far."""
         with jax.set_mesh(self.mesh), contextlib.closing(self.data.val()) as batches:
-            metrics = self.eval_fn(state.ema_params, state.model_state, read_all(batches, received_signal))
-        self.logger.write(step, 'validation', metrics)
+            weights, batches = (state.ema_params, state.model_state), read_all(batches, received_signal)
+            metrics = self.eval_fn(*weights, batches, f'in the evaluation at step {step}')
+        self._log(step, 'validation', metrics)
         weights = {'params': state.ema_params, 'model_state': state.model_state}
         self.best.save_if_best(step, metrics, self.task.best_metric, weights)
 
@@ -204,37 +217,9 @@ class TrainLoop:
         self.logger.image(step, 'validation', plots.labeled_rows(rows, scale=plots.visible_scale(rows[0][1])))
 
 
-class MetricsBuffer:
-    """Metrics of the steps since the last log line, some of which may be from before a restart."""
-
-    def __init__(self, rows: list[dict[str, float]]):
-        self.rows = rows
-
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> bool:
-        """Waits for the metrics of a step.
-
-        Returns:
-          Whether any process had received a signal before the step.
-
-        Raises:
-          NonFiniteLoss: a metric is NaN or infinite.
-        """
-        row = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        # All of them: a loss is computed before its update, so that it alone would let a state of NaNs be saved.
-        if wrong := [f'{name} is {value}' for name, value in row.items() if not math.isfinite(value)]:
-            raise NonFiniteLoss(
-                f'{", ".join(wrong)} at step {step}. Nothing of it was saved: the same command restarts from '
-                'the last checkpoint. To lower training.learning_rate or to set training.clip_norm, delete the '
-                'directory of this training or give another --workdir'
-            )
-        stop = bool(row.pop(SHOULD_STOP))
-        self.rows.append(row)
-        return stop
-
-    def means(self) -> dict[str, float]:
-        """Returns the mean of every metric, and empties the buffer."""
-        rows, self.rows = self.rows, []
-        return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+def _print(warnings):
+    for warning in warnings:
+        print(warning, flush=True)
 
 
 def _due(step: int, every: int) -> bool:
@@ -363,7 +348,8 @@ def make_eval_fn(task: Task, batch_size: int | None = None) -> EvalFn:
 
     Returns:
       A function (params, model_state, batches of the rows of this process with 'mask') -> the metrics of
-      `task.reduce_metrics`. Masked examples do not count. It raises JobError if none is left.
+      `task.reduce_metrics`. Masked examples do not count. It raises JobError if none is left, and NonFiniteLoss for a
+      mean that is not finite; a fourth argument says when, for its message.
     """
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated_sharding())
@@ -373,7 +359,7 @@ def make_eval_fn(task: Task, batch_size: int | None = None) -> EvalFn:
         masked = {k: v * mask.reshape(-1, *(1,) * (v.ndim - 1)) for k, v in values.items()}
         return {k: jnp.sum(v, axis=0) for k, v in masked.items()}, jnp.sum(mask)
 
-    def eval_fn(params, model_state, batches):
+    def eval_fn(params, model_state, batches, when='in the evaluation'):
         totals, count = {}, 0
         for batch in batches:
             sums = masked_sums(params, model_state, sharding.make_global_batch(batch, batch_size))
@@ -382,6 +368,8 @@ def make_eval_fn(task: Task, batch_size: int | None = None) -> EvalFn:
             totals = {k: totals.get(k, 0) + v.astype(np.float64) for k, v in batch_sums.items()}
         if not count:
             raise JobError('no example to evaluate on can be read: repair the files that skipped.txt lists')
-        return task.reduce_metrics({k: v / count for k, v in totals.items()})
+        means = {k: v / count for k, v in totals.items()}
+        check_finite(means, when)
+        return task.reduce_metrics(means)
 
     return eval_fn

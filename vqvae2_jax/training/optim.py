@@ -31,6 +31,10 @@ class TrainConfig:
       image_every: steps between images; 0: never.
       save_every: steps between checkpoints.
       profile_steps: (), or the first and the last step of a trace.
+      warn_usage: warns of a level that uses less than this share of its codes; 0: never.
+      warn_perplexity: warns of a level whose batches have a lower perplexity; 0: never.
+      warn_overfit: warns of a validation NLL that is above its best by this share; 0: never.
+      warn_free_space: warns of a disk that has less room than this many checkpoints; 0: never.
 
     Raises:
       ValueError: two fields contradict each other; the message begins with the name of one.
@@ -52,6 +56,10 @@ class TrainConfig:
     image_every: int
     save_every: int
     profile_steps: tuple[int, ...]
+    warn_usage: float
+    warn_perplexity: float
+    warn_overfit: float
+    warn_free_space: float
 
     def __post_init__(self):
         if self.warmup_steps > self.steps:
@@ -63,7 +71,7 @@ class TrainConfig:
         """Returns the fields that a continued training must not change, by name.
 
         Left out are `steps`, unless the schedule is cosine; `grad_accum_steps`, which changes dropout masks and
-        rounding only; and fields that say when to log, evaluate, save or trace.
+        rounding only; and fields that say when to log, evaluate, save, trace or warn.
         """
         # A cosine schedule ends at `steps`; a constant rate can always continue.
         steps = () if self.lr_schedule == 'constant' else ('steps',)

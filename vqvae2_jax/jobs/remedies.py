@@ -1,0 +1,111 @@
+"""Advice for jobs that end because the devices run out of memory, or because a training diverges."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+from etils import epath
+
+from vqvae2_jax.config import build
+from vqvae2_jax.io import record
+from vqvae2_jax.io.record import JobError
+from vqvae2_jax.jobs.workdir import Run, training_directory, training_job
+from vqvae2_jax.training.finite import NonFiniteLoss
+
+# What a job computes at once. None of it is part of the settings of an output, except inpaint.count.
+_BATCHES = {
+    'extract_codes': 'codes.batch_size',
+    'sample': 'sample.batch_size',
+    'reject': 'evaluate.batch_size',
+    'cas': 'codes.batch_size',
+    'evaluate': 'evaluate.batch_size',
+    'likelihood': 'evaluate.batch_size',
+    'inpaint': 'inpaint.count',
+}
+
+
+@contextlib.contextmanager
+def of_job(run: Run, job: str) -> Iterator[None]:
+    """Within the context, running out of memory is a JobError that names the batch size of a job.
+
+    Raises:
+      JobError: the devices ran out of memory.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if job not in _BATCHES or not _is_out_of_memory(error):
+            raise
+        field = _BATCHES[job]
+        now, least = run.config[field.partition('.')[0]][field.partition('.')[2]], run.mesh.size
+        remedy = (
+            f'Lower --config.{field}, which is {now}, for example to {max(now // 2, least)}; what is written is kept'
+            if now > least
+            else f'{field} is {now}, which {least} devices cannot share further: use devices with more memory'
+        )
+        raise JobError(f'{job}: {_first_line(error)}. {remedy}') from error
+
+
+@contextlib.contextmanager
+def of_training(run: Run, section: str, directory: epath.Path) -> Iterator[None]:
+    """Within the context, running out of memory and metrics that are not finite end with what to do next.
+
+    Args:
+      run: the run.
+      section: section of the config of the network that is trained.
+      directory: the directory of the training.
+
+    Raises:
+      JobError: the devices ran out of memory.
+      NonFiniteLoss: with the advice.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise JobError(f'{directory}: {_first_line(error)}. {_less_memory(run, section, directory)}') from error
+    except NonFiniteLoss as error:
+        raise NonFiniteLoss(f'{directory}: {error}. {_stabler(run, section, directory, error.last_saved)}') from error
+
+
+def _is_out_of_memory(error):
+    return str(error).startswith('RESOURCE_EXHAUSTED')
+
+
+def _first_line(error):
+    return str(error).splitlines()[0].removesuffix('.')
+
+
+def _less_memory(run, section, directory):
+    training, path = build.train_config(run.config, section), f'--config.{section}'
+    remedies = []
+    if section != 'vqvae':  # each microbatch has a row for every device
+        parts = 2 * training.grad_accum_steps
+        if training.batch_size % (run.mesh.shape['data'] * parts) == 0:
+            remedies.append(f'set {path}.training.grad_accum_steps={parts}')
+    if run.config[section].get('remat') is False:
+        remedies.append(f'set {path}.remat=True')
+    if training.batch_size > run.mesh.size:
+        remedies.append(
+            f'delete {directory} to train with a lower {path}.training.batch_size than {training.batch_size}'
+        )
+    if not remedies:
+        return 'Use devices with more memory, or a smaller network'
+    return f'To need less memory, {", or ".join(remedies)}'
+
+
+def _stabler(run, section, directory, last_saved):
+    training, path = build.train_config(run.config, section), f'--config.{section}.training'
+    changes = f'{path}.learning_rate={training.learning_rate / 2:.3g}'
+    if not training.clip_norm:
+        changes += f' or {path}.clip_norm=1.0'
+    again = 'Nothing of it was saved, and the same command would meet it again'
+    if last_saved is None or directory.name != training_directory(section):
+        return f'{again}: delete {directory} to train with {changes}'
+    command = record.job_command(training_job(section))
+    # The last checkpoint may hold a state that is finite and past saving.
+    return (
+        f'{again}: {command} --continue_from={last_saved} {changes}, or if that meets it too, from an earlier '
+        f'checkpoint, or delete {directory} to train with them from the start'
+    )
