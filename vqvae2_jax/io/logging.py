@@ -67,12 +67,14 @@ class MetricsLogger:
         self._directory = epath.Path(directory)
         self._name, self._total, self._examples = name, total_steps, examples_per_step
         self._utilization = flops_per_step / peak_flops if flops_per_step and peak_flops else None  # at one step/s
-        self._directory.mkdir(parents=True, exist_ok=True)
+        with files.writing(self._directory):
+            self._directory.mkdir(parents=True, exist_ok=True)
         self._time_before = _keep_lines(self._directory / _FILE, start_step)
         self._recent = collections.deque(maxlen=_WINDOW + 1)  # (step, clock) of train lines
         self._first = None  # (step, clock) of the first train line: all compilation of the train step lies before it
         self._lines = _Lines(self._directory / _FILE)
-        self._events = _event_writer(self._directory, start_step)
+        with self._writing_events():
+            self._events = _event_writer(self._directory, start_step)
 
     def write(self, step: int, prefix: str, metrics: dict) -> dict[str, int | float]:
         """Appends one line to metrics.jsonl, prints a progress line, and adds the scalars to TensorBoard.
@@ -103,8 +105,9 @@ class MetricsLogger:
         if prefix == 'validation':
             self._lines.flush()
         if self._events:
-            for name, value in scalars.items():
-                self._events.add_scalar(name, value, step)
+            with self._writing_events():
+                for name, value in scalars.items():
+                    self._events.add_scalar(name, value, step)
         middle = 'validation' if prefix == 'validation' else '  '.join(self._pace(step, now, seconds, runtime))
         numbers = '  '.join(f'{name} {format_number(value)}' for name, value in values.items())
         percent = 100 * step // max(self._total, 1)
@@ -122,7 +125,8 @@ class MetricsLogger:
             return
         plots.save_png(self._directory / 'pictures' / f'{name}-{step}.png', image)
         if self._events:
-            self._events.add_image(name, plots.to_rgb(image), step, dataformats='HWC')
+            with self._writing_events():
+                self._events.add_image(name, plots.to_rgb(image), step, dataformats='HWC')
 
     def seconds(self) -> float:
         """Returns the seconds of training, summed over restarts, each up to the line that the next one resumed from.
@@ -142,7 +146,11 @@ class MetricsLogger:
             return
         self._lines.flush()
         if self._events:
-            self._events.close()
+            with self._writing_events():
+                self._events.close()
+
+    def _writing_events(self):
+        return files.writing(self._directory / 'tensorboard')
 
     def _runtime(self, step, prefix, now) -> dict[str, float]:
         """Rates and memory at a train line; updates the window of the rates."""
@@ -194,7 +202,8 @@ class _Lines:
         self._path, self._remote = path, gcs.is_remote(path)
         self._pending, self._flushed = '', time.monotonic()
         if not self._remote:
-            path.touch()
+            with files.writing(path):
+                path.touch()
 
     def write(self, line: str) -> None:
         self._pending += line
@@ -204,11 +213,12 @@ class _Lines:
     def flush(self) -> None:
         if not self._pending:
             return
-        if self._remote:
-            self._path.write_text((self._path.read_text() if self._path.exists() else '') + self._pending)
-        else:
-            with self._path.open('a') as file:
-                file.write(self._pending)
+        with files.writing(self._path, len(self._pending)):
+            if self._remote:
+                self._path.write_text((self._path.read_text() if self._path.exists() else '') + self._pending)
+            else:
+                with self._path.open('a') as file:
+                    file.write(self._pending)
         self._pending, self._flushed = '', time.monotonic()
 
 

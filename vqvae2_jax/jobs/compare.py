@@ -37,10 +37,10 @@ def compare_sets(run: Run) -> None:
     inputs = {'network': network.digest} | {name: source.digest for name, source in sources.items()}
     settings = {name: options[name] for name in _SETS}
     output = run.open_output(directory, 'evaluate', inputs, settings, replace=True)
-    if output.state != record.STARTED:
-        processes.run_on_main_process(lambda: _start(output))
     try:
-        with stop_signals() as received_signal:
+        with run.lock(directory, output.job, output), stop_signals() as received_signal:
+            if output.state != record.STARTED:
+                processes.run_on_main_process(lambda: _start(output))
             extracted = {}
             for name, source in sources.items():
                 images = {'images': source.digest}
@@ -48,8 +48,6 @@ def compare_sets(run: Run) -> None:
                     run, network, source, directory / name, images, received_signal, hash_images=True
                 )
             report = processes.run_on_main_process(lambda: _write(run, network, sources, extracted, output))
-    except OSError as error:
-        raise JobError(f'evaluate: {error}') from error
     except ValueError as error:
         if processes.is_main_process():
             files.remove(directory / record.FILE)  # the next call starts over

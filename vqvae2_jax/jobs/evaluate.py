@@ -29,7 +29,7 @@ from vqvae2_jax.io.progress import track
 from vqvae2_jax.io.record import Record
 from vqvae2_jax.jobs import cas, compare, extract_codes, feature_store, reject, train, workdir
 from vqvae2_jax.jobs.evaluate_samples import Evaluation, all_sets, evaluate_part, evaluate_set
-from vqvae2_jax.jobs.report_files import write_report
+from vqvae2_jax.jobs.report_files import DIRECTORY, write_report
 from vqvae2_jax.jobs.workdir import RECONSTRUCTIONS, REJECTION, SAMPLES, Run
 from vqvae2_jax.metrics.classification import accuracy, per_class_accuracy, top_k_accuracy
 from vqvae2_jax.models.vqvae import map_shapes
@@ -59,7 +59,8 @@ def evaluate(run: Run) -> None:
     parameters = workdir.num_parameters(network.params) if network else None
     run.print_start('evaluate', data, parameters=parameters, batch='evaluate')
     try:
-        with stop_signals() as received_signal:
+        # Evaluations of other sets write the same parts and features.
+        with run.lock(run.path(DIRECTORY), 'evaluate'), stop_signals() as received_signal:
             parts = evaluate_parts(Evaluation(run, network, classifier, received_signal))
             quality = generative.protocol(network, generative.IMAGES_OF_RUN) if network else None
             pictures = _first_reconstructions(run)

@@ -21,7 +21,7 @@ from vqvae2_jax.data.images import ImageSource
 from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.io import files, gcs, names, plots, record
 from vqvae2_jax.io.progress import Progress
-from vqvae2_jax.io.record import JobError
+from vqvae2_jax.io.record import JobError, Record
 from vqvae2_jax.jobs import workdir
 from vqvae2_jax.jobs.workdir import Generator, Run
 
@@ -54,6 +54,14 @@ def inpaint(run: Run) -> None:
     run.print_start(
         'inpaint', f'{len(source)} images, {options.count} variants each', parameters=generator.num_parameters
     )
+    with run.lock(directory, output.job, output):
+        written = _write_variants(run, output, source, mask, make_variants)
+        processes.run_on_main_process(lambda: output.finish({'images': written}))
+    print(f'inpaint: {options.count} variants of {written} images in {directory}', flush=True)
+
+
+def _write_variants(run: Run, output: Record, source: ImageSource, mask: np.ndarray, make_variants: Callable) -> int:
+    """Writes the files of all images; returns the number of readable ones."""
     output.files = {}  # the record is that of the last call
     processes.run_on_main_process(output.start)
     progress, written = Progress('inpaint', len(source)), 0
@@ -70,8 +78,7 @@ def inpaint(run: Run) -> None:
         _write(output, output_name(number, source.example_name(number)), image, mask, variants)
         written += 1
         progress.update(number + 1)
-    processes.run_on_main_process(lambda: output.finish({'images': written}))
-    print(f'inpaint: {options.count} variants of {written} images in {directory}', flush=True)
+    return written
 
 
 def _checked_options(run: Run) -> tuple[ImageSource, np.ndarray, tuple[str, ...]]:

@@ -41,11 +41,17 @@ def write_likelihood(run: Run) -> None:
         print(f'likelihood: done (see {directory / FILE})', flush=True)
         return
     labeled = not options.path and bool(run.config.data.num_classes)  # images of a folder may be of any class
-    with jax.set_mesh(run.mesh):
+    with run.lock(directory, output.job, output), jax.set_mesh(run.mesh):
         generator = workdir.load_generator(run)  # it refuses before any file changes
         processes.run_on_main_process(output.start)
         with stop_signals() as received_signal:
             rows = _image_rows(run, source, generator, labeled, received_signal)
+        _finish(run, output, source, rows)
+
+
+def _finish(run: Run, output: Record, source: ImageSource, rows: list[tuple]) -> None:
+    """Writes and prints the results."""
+    path = output.directory / FILE
     if not rows:
         raise JobError(
             f'likelihood: none of the {len(source)} images could be read; they are listed in {run.path(SKIPPED)}'
@@ -54,7 +60,7 @@ def write_likelihood(run: Run) -> None:
     results = {'images': len(rows), 'bits_per_image': float(bits.mean())}
     processes.run_on_main_process(lambda: _write_csv(output, run.levels, rows, results))
     print(f'likelihood: {len(rows)} images, {bits.mean():.1f} bits each ({bits.min():.1f} to {bits.max():.1f})')
-    print(f'least likely: {names.printable(rows[0][0])}\nall images: {directory / FILE}', flush=True)
+    print(f'least likely: {names.printable(rows[0][0])}\nall images: {path}', flush=True)
 
 
 def _image_rows(
