@@ -21,6 +21,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vqvae2_jax.config.fields import Bool, Choice, Field, Float, Int, Name, Text, Tuple
+from vqvae2_jax.data.decode import MAX_PIXELS
 from vqvae2_jax.data.images import SPLITS
 from vqvae2_jax.models.prior import ATTENTION_DROPOUT_KINDS, DROPOUT_PLACEMENTS
 
@@ -82,7 +83,20 @@ _DATA = {
     'flip': Bool(default=False, doc='stage 1 trains on mirrored images too'),
     'crop': Bool(default=False, doc='stage 1 trains on crops at random places'),
     'on_error': Choice(
-        ('raise', 'skip'), default='raise', doc='an image that cannot be decoded; `skip` lists it in `skipped.txt`'
+        ('raise', 'skip'),
+        default='raise',
+        doc='an image that cannot be opened or decoded; `skip` lists it in `skipped.txt`',
+    ),
+    'max_pixels': Int(
+        1,
+        2**40,
+        default=MAX_PIXELS,
+        doc='of an image as it is stored; a larger one counts as an image that cannot be decoded',
+    ),
+    'check_all': Bool(
+        default=False,
+        doc='before a training, decode all images, not 2000 of each split, and compare all by their content, even more '
+        'than 50,000',
     ),
     'workers': Int(0, 1024, default=0, doc='processes that read images; 0: threads'),
 }

@@ -66,7 +66,8 @@ def compare_sets(run: Run) -> None:
 
 def _open(run: Run, which: str, field: str) -> ImageSource:
     try:
-        return run.images(which) if which in SPLITS else open_native_size(which, field, run.config.data.on_error)
+        data = run.config.data
+        return run.images(which) if which in SPLITS else open_native_size(which, field, data.on_error, data.max_pixels)
     except (ValueError, OSError) as error:
         raise JobError(str(error)) from error
 
