@@ -108,7 +108,7 @@ def test_variants_depend_on_their_number_and_not_on_devices_or_count(run, folder
         ({'path': 'own', 'label': 1, 'mask': '0.5,0,1'}, "inpaint.mask is '0.5,0,1': give"),
         ({'path': 'own', 'label': 1, 'mask': '0.5,0,0.2,1'}, 'top < bottom'),
         ({'path': 'own', 'label': 1, 'mask': '0.5,0.5,0.501,0.501'}, 'inpaint.mask .* covers no pixel'),
-        ({'path': 'own', 'label': 1, 'mask': __file__}, 'inpaint.mask: cannot decode'),
+        ({'path': 'own', 'label': 1, 'mask': __file__}, 'inpaint.mask: cannot read the image'),
     ],
 )
 def test_options_that_do_not_fit_are_refused(run, folder, options, message):
