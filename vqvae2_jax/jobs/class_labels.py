@@ -49,8 +49,8 @@ def print_names(run: Run, labels: Sequence[int], field: str) -> None:
 
 def names_in_codes(run: Run) -> tuple[str, ...]:
     """Returns the names of the classes by label, from the codes of the training split; () if there are none."""
-    codes = processes.run_on_main_process(lambda: record.read(run.path('codes', 'train')))
-    names = codes.results['class_names'] if codes and codes.state == record.DONE else ()
+    codes = processes.run_on_main_process(lambda: record.read_if_done(run.path('codes', 'train')))
+    names = codes.results['class_names'] if codes else ()
     return tuple(names) if len(names) == run.config.data.num_classes else ()
 
 

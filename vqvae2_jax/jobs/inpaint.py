@@ -16,7 +16,7 @@ from etils import epath
 from vqvae2_jax import inference
 from vqvae2_jax.config import build
 from vqvae2_jax.data import sample_store
-from vqvae2_jax.data.decode import UnreadableImage, decode_image, read_file, resize_and_crop
+from vqvae2_jax.data.decode import UnreadableImage, decode_image, printable, read_file, resize_and_crop
 from vqvae2_jax.data.images import ImageSource
 from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.io import files, gcs, plots, record
@@ -63,7 +63,7 @@ def inpaint(run: Run) -> None:
         except UnreadableImage as error:
             if source.on_error == 'raise':
                 raise
-            print(f'inpaint: skipped {error.example_name}: {error.reason}', flush=True)
+            print(f'inpaint: skipped {printable(error.example_name)}: {error.reason}', flush=True)
             continue
         with jax.set_mesh(run.mesh):
             variants = make_variants(number, image, mask)

@@ -22,22 +22,22 @@ def print_inspection(run: Run) -> None:
             sources[split] = run.images(split)
         except JobError as error:  # a training does without a test split
             missing[split] = error
-    processes.run_on_main_process(lambda: _inspect(run, sources, missing))
-
-
-def _inspect(run, sources, missing):
     data, directory = run.config.data, run.path(DIRECTORY)
     inputs = {split: source.digest for split, source in sources.items()}
     settings = {name: data[name] for name in ('image_size', 'channels', 'max_pixels', 'check_all')}
-    output = record.open_output(directory, 'vqvae', inputs, settings, replace=True)
+    output = run.open_output(directory, 'vqvae', inputs, settings, replace=True)
     if output.state == record.DONE:
         print(f'data: inspected before, see {directory / record.FILE}', flush=True)
         return
-    facts = inspection.inspect(sources, data.check_all)
-    print(inspection.describe(facts), flush=True)
-    for split, error in missing.items():
-        print(f'data: {split}: {error}', flush=True)
-    if data.on_error == 'raise' and (error := inspection.unreadable(facts)):
-        raise error
-    output.start()
-    output.finish(facts)
+
+    def inspect():
+        facts = inspection.inspect(sources, data.check_all)
+        print(inspection.describe(facts), flush=True)
+        for split, error in missing.items():
+            print(f'data: warning: {split}: {error}', flush=True)
+        if data.on_error == 'raise' and (error := inspection.unreadable(facts)):
+            raise error
+        output.start()
+        output.finish(facts)
+
+    processes.run_on_main_process(inspect)
