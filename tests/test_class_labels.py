@@ -62,8 +62,9 @@ def test_names_without_classes_are_refused(config):
     for field, value in (('sample.labels', ('Coat',)), ('inpaint.label', 'Coat')):
         unlabeled = config.copy_and_resolve_references()
         unlabeled.data.num_classes = 0
+        section, name = field.split('.')
         with unlabeled.ignore_type():
-            unlabeled[field] = value
+            unlabeled[section][name] = value
         with pytest.raises(ConfigError, match=rf"{field} .*'Coat'.*, but data.num_classes=0 means"):
             validate_config(unlabeled)
 
