@@ -144,6 +144,15 @@ def test_a_bomb_in_metadata_is_not_unpacked(kind, place):
     assert out.shape == (4, 2, 3) and (out == (9, 8, 7)).all()  # its sound EXIF still turns it
 
 
+def test_broken_exif_of_an_avif_file_is_ignored():
+    exif = Image.Exif()
+    exif[0x010E] = 'a description'
+    data = encoded(Image.new('RGB', (16, 8), (9, 8, 7)), 'AVIF', exif=exif)
+    header = data.index(b'Exif', data.index(b'mdat')) + 6
+    assert data[header : header + 2] in (b'II', b'MM')
+    np.testing.assert_allclose(decoded(data[:header] + b'xx' + data[header + 2 :]), decoded(data))
+
+
 def test_transparency_beside_broken_metadata_is_kept():
     image = Image.new('P', (2, 1))
     image.putpalette([200, 10, 20, 30, 40, 50])

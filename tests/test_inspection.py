@@ -82,8 +82,11 @@ def test_copies_within_and_across_splits(images):
     found = {(pair['split'], pair['also_in']): pair['images'] for pair in facts['copies']['across']}
     assert found == {('validation', 'train'): 0, ('test', 'train'): 2, ('test', 'validation'): 0}
     assert 'data: compared by content: some images are there twice' in text
-    assert 'data: train: 1 images are copies of others in it, such as ' in text
-    assert 'data: warning: test: 2 of 4 images are also in train, such as ' in text and 'leaked.png' in text
+    assert 'data: train: 1 of 9 images repeat another one of it, such as ' in text
+    assert (
+        'data: warning: test: 2 of 4 images (1 with another label) are also in train, such as ' in text
+        and 'leaked.png' in text
+    )
 
 
 def test_large_sets_are_compared_by_length_and_start(images, monkeypatch):
@@ -125,7 +128,7 @@ def test_classes_without_training_images_are_said(tmp_path):
     found = {split: open_images(image_spec('npz', tmp_path / 'a.npz', **fields), split) for split in SPLITS}
     facts = inspection.inspect(found)
     assert "warning: 1 of 3 classes have no readable training images: 1 'dog'" in inspection.describe(facts)
-    assert facts['copies']['within']['train'] == {'images': 0, 'example': []}
+    assert facts['copies']['within']['train'] == {'images': 0, 'example': [], 'relabeled': 0}
 
 
 def test_a_class_of_unreadable_images_has_no_training_images(images):

@@ -167,9 +167,9 @@ def decode_image(data: bytes, channels: int, example_name: str, max_pixels: int 
         try:
             return _decode(data, channels, max_pixels)
         except _DECODE_ERRORS:
-            if not data.startswith(_PNG_SIGNATURE):
+            if (pixels := _without_metadata(data)) is None:
                 raise
-        return _decode(_png_without_metadata(data), channels, max_pixels)
+        return _decode(pixels, channels, max_pixels)
     except UnidentifiedImageError as error:
         unknown = f'not an image in a known format ({", ".join(FORMATS)})'
         reason = f'{tiff} is not supported; {_HINT}' if tiff else unknown
@@ -218,11 +218,15 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     raise UnidentifiedImageError
 
 
-def _png_without_metadata(data: bytes) -> bytes:
-    """Returns the chunks of a PNG file that decide its pixels, and its EXIF chunk if that is intact.
+def _without_metadata(data: bytes) -> bytes | None:
+    """Returns a file without the metadata whose damage makes Pillow refuse it; None if its format has no such metadata.
 
-    Pillow refuses files with broken or very large metadata.
+    Of a PNG file these are the chunks that decide its pixels, and its EXIF chunk if that is intact.
     """
+    if data[4:8] == b'ftyp':  # AVIF: the type of the item becomes an unknown one, all offsets stay
+        return data.replace(b'Exif', b'none')
+    if not data.startswith(_PNG_SIGNATURE):
+        return None
     chunks, position = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
     while position + 12 <= len(data):
         length, kind = struct.unpack('>I4s', data[position : position + 8])

@@ -181,8 +181,14 @@ def _keys(split: str, source: ImageSource, limit: int) -> Iterator[bytes]:
 
 
 def _pairs(first: ImageSource, second: ImageSource, pairs: list[tuple[int, int]]) -> dict[str, Any]:
-    example = [first.example_name(pairs[0][0]), second.example_name(pairs[0][1])] if pairs else []
-    return {'images': len(pairs), 'example': example}
+    """Returns the facts about pairs (position in first, position in second) of equal images."""
+    facts = {'images': len(pairs), 'example': []}
+    if pairs:
+        facts['example'] = [first.example_name(pairs[0][0]), second.example_name(pairs[0][1])]
+    if first.labels is not None and second.labels is not None:
+        labels, others = first.labels, second.labels
+        facts['relabeled'] = sum(bool(labels[i] != others[j]) for i, j in pairs)
+    return facts
 
 
 def describe(facts: Mapping[str, Any]) -> str:
@@ -245,14 +251,19 @@ def _copies_lines(facts) -> list[str]:
     copies, lines = facts['copies'], []
     for split, found in copies['within'].items():
         if found['images']:
-            lines.append(f'{split}: {found["images"]} images are copies of others in it, such as {_names(found)}')
+            lines.append(f'{split}: {_copied(found, facts["images"][split])} repeat another one of it, {_names(found)}')
     for found in copies['across']:
         if found['images']:
-            both = f'{found["images"]} of {facts["images"][found["split"]]} images are also in {found["also_in"]}'
-            lines.append(f'warning: {found["split"]}: {both}, such as {_names(found)}')
+            number = _copied(found, facts['images'][found['split']])
+            lines.append(f'warning: {found["split"]}: {number} are also in {found["also_in"]}, {_names(found)}')
     how = 'by content' if copies['whole'] else f'by length and first {_PREFIX} bytes (data.check_all=True: by content)'
     return [f'compared {how}: {"some images are there twice" if lines else "no image is there twice"}', *lines]
 
 
-def _names(found):
-    return ' and '.join(map(printable, found['example']))
+def _copied(found, total) -> str:
+    relabeled = f' ({found["relabeled"]} with another label)' if found.get('relabeled') else ''
+    return f'{found["images"]} of {total} images{relabeled}'
+
+
+def _names(found) -> str:
+    return f'such as {" and ".join(map(printable, found["example"]))}'
