@@ -95,6 +95,7 @@ def test_large_sets_are_compared_by_length_and_start(images, monkeypatch):
     for name, last in (('a', 1), ('b', 2)):
         raw = b'P6 8 8 255\n' + bytes(191) + bytes([last])
         (images / 'train' / 'cat' / f'{name}.ppm').write_bytes(raw)
+    (images / 'train' / 'cat' / 'longer.ppm').write_bytes(raw + b'2')
     facts, text = inspect(images)
     assert not facts['copies']['whole'] and facts['copies']['within']['train']['images'] == 1
     assert 'data.check_all=True' in text

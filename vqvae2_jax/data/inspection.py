@@ -75,14 +75,11 @@ def _map(function: Callable[[int], Any], count: int, name: str, per_task: int = 
     """Yields function(i) for i < count, computed in threads; an interrupt waits for the running tasks only."""
     progress, done = Progress(name, count), 0
     tasks = [range(start, min(start + per_task, count)) for start in range(0, count, per_task)]
-    pool = ThreadPoolExecutor(_THREADS)
-    try:
-        for results in pool.map(lambda task: [function(i) for i in task], tasks):
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for results in pool.map(lambda task: [function(i) for i in task], tasks):  # an exception cancels the rest
             yield from results
             done += len(results)
             progress.update(done)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _decode(source: ImageSource, index: int) -> _Decoded:
