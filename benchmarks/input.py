@@ -66,7 +66,7 @@ def packed(path, directory):
     """Writes the files of a folder as an unlabeled TensorFlow Dataset `packed` below `directory`."""
     import tensorflow_datasets as tfds
 
-    images = ((pathlib.Path(path, file).read_bytes(), 0) for file in folder.find_images(path, '--path'))
+    images = ((pathlib.Path(path, file).read_bytes(), 0) for file in folder.find_images(path, '--path').images)
     write_dataset(directory, 'packed', {'image': tfds.features.Image(shape=(None, None, 3))}, {'train': images})
 
 

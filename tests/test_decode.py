@@ -1,7 +1,11 @@
 """Any image file becomes upright 8-bit pixels of the size asked for."""
 
 import io
+import pathlib
 import pickle
+import struct
+import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -102,6 +106,83 @@ def test_truncated_bytes_are_refused(format):
 def test_unreadable_image_survives_pickling():
     error = pickle.loads(pickle.dumps(decode.UnreadableImage('a.png', 'broken')))
     assert (error.example_name, error.reason) == ('a.png', 'broken') and 'a.png' in str(error)
+
+
+# --- metadata and limits ----------------------------------------------------------------------------------------------
+
+METADATA = pathlib.Path(__file__).parents[1] / 'benchmarks' / 'cases' / 'files' / 'metadata'
+SOUND = ('apng.png', 'exif_empty_segment.jpg', 'phone.mpo.jpg', 'rgb16.png')
+BROKEN = (
+    *('png_bad_ancillary_crc.png', 'png_eXIf_bad.png', 'png_iccp_1MB.png', 'png_itxt_1MB.png'),
+    *('png_raw_profile_exif.png', 'png_ztxt_1MB.png'),
+)
+
+
+@pytest.mark.parametrize('name', [*SOUND, *BROKEN])
+def test_metadata_decides_nothing(name):
+    """All hold the same picture beside sound, broken or very large metadata."""
+    expected = decoded((METADATA / 'apng.png').read_bytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        warnings.filterwarnings('ignore', module=r'PIL\.')  # as decode.py does; pytest undoes it
+        np.testing.assert_allclose(decoded((METADATA / name).read_bytes()), expected, atol=40)
+
+
+def chunk(kind, data):
+    return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize('place', [33, -12])  # after IHDR, before IEND
+@pytest.mark.parametrize('kind', [b'zTXt', b'iTXt', b'iCCP'])
+def test_a_bomb_in_metadata_is_not_unpacked(kind, place):
+    bomb = zlib.compress(bytes(2**27))
+    text = {b'zTXt': b'a\0\0', b'iTXt': b'a\0\1\0\0\0', b'iCCP': b'a\0\0'}[kind] + bomb
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.new('RGB', (4, 2), (9, 8, 7)), exif=exif)
+    out = decoded(data[:place] + chunk(kind, text) + data[place:])
+    assert out.shape == (4, 2, 3) and (out == (9, 8, 7)).all()  # its sound EXIF still turns it
+
+
+def test_broken_exif_of_an_avif_file_is_ignored():
+    exif = Image.Exif()
+    exif[0x010E] = 'a description'
+    data = encoded(Image.new('RGB', (16, 8), (9, 8, 7)), 'AVIF', exif=exif)
+    header = data.index(b'Exif', data.index(b'mdat')) + 6
+    assert data[header : header + 2] in (b'II', b'MM')
+    np.testing.assert_allclose(decoded(data[:header] + b'xx' + data[header + 2 :]), decoded(data))
+
+
+def test_transparency_beside_broken_metadata_is_kept():
+    image = Image.new('P', (2, 1))
+    image.putpalette([200, 10, 20, 30, 40, 50])
+    data = encoded(image, transparency=0)
+    out = decoded(data[:33] + chunk(b'zTXt', b'a\0\0' + zlib.compress(bytes(2**21))) + data[33:])
+    assert (out == 255).all()
+
+
+@pytest.mark.parametrize('format', decode.FORMATS)
+def test_max_pixels_names_field_size_and_limit(format):
+    data = encoded(Image.new('RGB', (20, 10), 'red'), format)
+    assert decode.decode_image(data, 3, 'a', max_pixels=200).size == (20, 10)
+    message = r'10x20 pixels, more than data\.max_pixels=199 .*--config\.data\.max_pixels=200'
+    with pytest.raises(decode.UnreadableImage, match=message):
+        decode.decode_image(data, 3, 'a', max_pixels=199)
+
+
+def test_an_image_above_the_limit_of_pillow(monkeypatch):
+    """Only data.max_pixels counts, and Pillow warns of nothing."""
+    data, limit = encoded(Image.new('L', (100, 100), 5)), Image.MAX_IMAGE_PIXELS
+    for pillow in (4000, 6000):  # more than twice the limit is an error for Pillow, more than once a warning
+        monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', pillow)
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            assert decode.decode_image(data, 1, 'a', max_pixels=10_000).size == (100, 100)
+            with pytest.raises(decode.UnreadableImage, match=r'data\.max_pixels=9999'):
+                decode.decode_image(data, 1, 'a', max_pixels=9999)
+    monkeypatch.undo()
+    decode.decode_image(data, 1, 'a', max_pixels=10_000)
+    assert Image.MAX_IMAGE_PIXELS == limit  # other users of Pillow keep their protection
 
 
 # --- size -------------------------------------------------------------------------------------------------------------

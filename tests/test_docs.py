@@ -15,6 +15,7 @@ FOLDERS = ('vqvae2_jax', 'configs', 'launch', 'docs', 'tests', 'notebooks', 'ben
 # Records of a run with classes, and the headings of docs/files.md over the tables that describe them. Every record.json
 # also has the fields below the heading "The record".
 RECORDS = {
+    'data/record.json': ('Facts about the images',),
     'vqvae/record.json': ('Trained', 'record.json'),
     'prior_top/record.json': ('Trained', 'record.json'),
     'classifier/record.json': ('Trained', 'record.json'),

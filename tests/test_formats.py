@@ -184,9 +184,9 @@ def test_a_training_reads_files_of_every_format(config, tmp_path, monkeypatch):
         copy.write_bytes((FILES / name).read_bytes())
     read = set()
 
-    def decode_image(data, channels, where):
+    def decode_image(data, channels, where, max_pixels):
         read.add(pathlib.Path(where).name)
-        return decode.decode_image(data, channels, where)
+        return decode.decode_image(data, channels, where, max_pixels)
 
     monkeypatch.setattr(folder, 'decode_image', decode_image)
     config.data.update(name='folder', path=str(tmp_path / 'images'), image_size=(16, 16), channels=3)

@@ -49,6 +49,8 @@ def labelled_folder(path, per_class=10):
         ({'flip': 'yes'}, 'data.flip'),
         ({'crop': 1}, 'data.crop'),
         ({'on_error': 'ignore'}, 'data.on_error'),
+        ({'max_pixels': 0}, 'data.max_pixels'),
+        ({'check_all': 'yes'}, 'data.check_all'),
         ({'workers': -1}, 'data.workers'),
     ],
 )
@@ -178,6 +180,43 @@ def test_random_split_shares():
     splits = random_split(100, (0.25, 0.0), seed=3)
     assert [len(splits[s]) for s in SPLITS] == [75, 25, 0]
     assert not np.array_equal(splits['train'], random_split(100, (0.25, 0.0), seed=4)['train'])
+
+
+def test_every_class_keeps_a_training_image(tmp_path):
+    for name, count in (('many', 40), ('one', 1), ('two', 2)):
+        for i in range(count):
+            save(tmp_path / name / f'{i}.png', (i, 0, 0))
+    for seed in range(8):
+        spec = folder_spec(tmp_path, num_classes=3, held_out=(0.4, 0.4), split_seed=seed)
+        sources = {split: open_images(spec, split) for split in SPLITS}
+        assert np.bincount(sources['train'].labels, minlength=3).min() >= 1
+        everything = np.concatenate([sources[split].indices for split in SPLITS])
+        assert sorted(everything) == list(range(43))  # each in one split
+    labels = np.array([0] * 8 + [1, 2, 2])
+    splits = random_split(11, (0.2, 0.2), 0, stratify_by=labels, labels=labels)  # each share rounds up to an image
+    assert set(labels[splits['train']]) == {0, 1, 2} and set(labels[splits['test']]) == {0, 2}
+    without = random_split(11, (0.2, 0.2), 0, stratify_by=labels)
+    np.testing.assert_array_equal(splits['train'][: len(without['train'])], without['train'])  # others stay
+
+
+@pytest.mark.parametrize('seed', [0, 1])
+def test_a_split_that_needs_no_change_is_not_changed(seed):
+    labels = np.arange(100) % 4
+    plain, labeled = (random_split(100, (0.1, 0.1), seed, labels=given) for given in (None, labels))
+    for split in SPLITS:
+        np.testing.assert_array_equal(plain[split], labeled[split])
+
+
+def test_two_classes_with_one_name_are_refused(tmp_path):
+    fields = {'name': 'npz', 'path': tmp_path / 'a.npz', 'num_classes': 3}
+    pixels, label = np.zeros((30, 28, 28), np.uint8), np.arange(30) % 3
+    np.savez(tmp_path / 'a.npz', arr_0=pixels, label=label, class_names=['crane', 'maillot', 'crane'])
+    message = r"data\.path: the classes 0, 2 have one name, 'crane': .*--config\.data\.num_classes=0"
+    with pytest.raises(ValueError, match=message):
+        open_images(image_spec(**fields), 'train')
+    assert open_images(image_spec(**fields | {'num_classes': 0}), 'train').class_names == ()  # as advised
+    np.savez(tmp_path / 'a.npz', arr_0=pixels, label=label, class_names=['crane', 'maillot', 'crane (bird)'])
+    assert open_images(image_spec(**fields), 'train').class_names[2] == 'crane (bird)'
 
 
 def test_empty_split_names_held_out(tmp_path):

@@ -232,7 +232,7 @@ def test_sets_without_a_number(empty_run, inception, images, tmp_path):
             compare(empty_run, inception, good, folder_of(tmp_path / name, broken))
     corrupt = folder_of(tmp_path / 'corrupt', images)
     (corrupt / '003.png').write_bytes(b'no image')
-    with pytest.raises(JobError, match=r'cannot decode the image .*003\.png'):
+    with pytest.raises(JobError, match=r'cannot read the image .*003\.png'):
         compare(empty_run, inception, good, corrupt)
     np.savez(tmp_path / 'four.npz', arr_0=np.zeros((4, 8, 8, 4), np.uint8))
     with pytest.raises(JobError, match=r'evaluate.generated: arr_0 of .* is uint8 \[4, 8, 8, 4\]'):
@@ -252,7 +252,7 @@ def test_sets_without_a_number(empty_run, inception, images, tmp_path):
 def test_unreadable_images_of_a_set_are_skipped_as_the_error_advises(empty_run, inception, images, tmp_path, capsys):
     good, corrupt = folder_of(tmp_path / 'good', images), folder_of(tmp_path / 'corrupt', images)
     (corrupt / '000.png').write_bytes(b'no image')  # the one whose size the others must have
-    with pytest.raises(JobError, match=r'(?s)cannot decode the image .*000\.png.*--config\.data\.on_error=skip'):
+    with pytest.raises(JobError, match=r'(?s)cannot read the image .*000\.png.*--config\.data\.on_error=skip'):
         compare(empty_run, inception, good, corrupt)
     empty_run.config.data.on_error = 'skip'
     found = compare(empty_run, inception, good, corrupt)

@@ -97,3 +97,35 @@ def test_a_file_more_is_refused_with_both_digests(folder_run, folder):
         ):
             run_job(again, job)
     assert not folder_run.path('codes').exists()
+
+
+def test_the_images_are_inspected_once_before_a_training(folder_run, folder, capsys):
+    shutil.copy(folder / '000.png', folder / 'copy.png')
+    run_job(folder_run, 'vqvae')
+    lines = capsys.readouterr().out.splitlines()
+    block = [line for line in lines if line.startswith('data: ')]
+    assert block[:2] == ['data: 62 images: 24 train, 19 validation, 19 test', 'data: no classes']
+    assert sum('decoded' in line for line in block) == 3 and 'some images are there twice' in '\n'.join(block)
+    assert sum('cannot be read, such as' in line and 'broken.jpg' in line for line in block) == 1
+    assert lines.index(block[-1]) < next(i for i, line in enumerate(lines) if line.startswith('vqvae: '))
+    found = record.read_done(folder_run.path('data'), 'vqvae')
+    assert found.inputs == {split: folder_run.images(split).digest for split in ('train', 'validation', 'test')}
+    assert found.results['images'] == {'train': 24, 'validation': 19, 'test': 19}
+    shutil.rmtree(folder_run.path('vqvae'))
+    run_job(Run(folder_run.config, folder_run.workdir), 'vqvae')
+    again = [line for line in capsys.readouterr().out.splitlines() if line.startswith('data: ')]
+    assert again == [f'data: inspected before, see {folder_run.path("data", "record.json")}']
+    run_job(Run(folder_run.config, folder_run.workdir), 'vqvae')  # done: nothing to say about images
+    assert 'data: ' not in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_read_ends_a_training_before_it_begins(folder_run, folder, capsys):
+    (folder / 'broken.jpg').unlink()
+    (folder / 'link.png').symlink_to('/nowhere/1.png')
+    folder_run.config.data.on_error = 'raise'
+    with pytest.raises(UnreadableImage, match=r'link\.png: No such file .*--config\.data\.on_error=skip'):
+        run_job(folder_run, 'vqvae')
+    assert '1 of ' in capsys.readouterr().out and record.read(folder_run.path('vqvae')) is None
+    folder_run.config.data.on_error = 'skip'  # as advised
+    run_job(Run(folder_run.config, folder_run.workdir), 'vqvae')
+    assert 'vqvae: trained' in capsys.readouterr().out

@@ -104,17 +104,19 @@ def test_variants_depend_on_their_number_and_not_on_devices_or_count(run, folder
             {'path': 'own', 'levels': ('middle',), 'label': 1},
             r"inpaint.levels holds \['middle'\]; the levels are top, bottom",
         ),
-        ({'path': 'own'}, 'inpaint.label is -1: give the class to sample, 0 to 9'),
+        ({'path': 'own'}, "inpaint.label is -1: give the class to sample, 0 to 9, or its name: 0 'T-shirt/top', 1 "),
+        ({'path': 'own', 'label': 'Cot'}, "inpaint.label: there is no class 'Cot'; the classes are 0 'T-shirt/top', "),
         ({'path': 'own', 'label': 1, 'mask': '0.5,0,1'}, "inpaint.mask is '0.5,0,1': give"),
         ({'path': 'own', 'label': 1, 'mask': '0.5,0,0.2,1'}, 'top < bottom'),
         ({'path': 'own', 'label': 1, 'mask': '0.5,0.5,0.501,0.501'}, 'inpaint.mask .* covers no pixel'),
-        ({'path': 'own', 'label': 1, 'mask': __file__}, 'inpaint.mask: cannot decode'),
+        ({'path': 'own', 'label': 1, 'mask': __file__}, 'inpaint.mask: cannot read the image'),
     ],
 )
 def test_options_that_do_not_fit_are_refused(run, folder, options, message):
     if options.get('path') == 'own':
         options = options | {'path': folder[0]}
-    run.config.inpaint.update(options)
+    with run.config.inpaint.ignore_type():
+        run.config.inpaint.update(options)
     with pytest.raises(JobError, match=message):
         run_job(run, 'inpaint')
     assert not run.path('inpaint').exists()

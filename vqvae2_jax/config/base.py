@@ -21,7 +21,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vqvae2_jax.config.fields import Bool, Choice, Field, Float, Int, Name, Path, Text, Tuple
+from vqvae2_jax.config.fields import Bool, Choice, Field, Float, Int, Label, Name, Path, Text, Tuple
+from vqvae2_jax.data.decode import MAX_PIXELS
 from vqvae2_jax.data.images import SPLITS
 from vqvae2_jax.models.prior import ATTENTION_DROPOUT_KINDS, DROPOUT_PLACEMENTS
 
@@ -84,7 +85,20 @@ _DATA = {
     'flip': Bool(default=False, doc='stage 1 trains on mirrored images too'),
     'crop': Bool(default=False, doc='stage 1 trains on crops at random places'),
     'on_error': Choice(
-        ('raise', 'skip'), default='raise', doc='an image that cannot be decoded; `skip` lists it in `skipped.txt`'
+        ('raise', 'skip'),
+        default='raise',
+        doc='an image that cannot be opened or decoded; `skip` lists it in `skipped.txt`',
+    ),
+    'max_pixels': Int(
+        1,
+        2**40,
+        default=MAX_PIXELS,
+        doc='of an image as it is stored; a larger one counts as an image that cannot be decoded',
+    ),
+    'check_all': Bool(
+        default=False,
+        doc='before a training, decode all images, not 2000 of each split, and compare all by their content, even more '
+        'than 50,000',
     ),
     'max_bytes': Int(
         0,
@@ -244,7 +258,9 @@ _SAMPLE = {
     'batch_size': Int(1, _BATCH, default=64, doc='samples generated at once, over all devices'),
     'shard_size': Int(1, _BATCH, default=1000, doc='images a file'),
     'seed': _seed('of the samples; with its index and label it decides a sample'),
-    'labels': Tuple(Int(0, _CLASSES), range(10_001), default=(), doc='cycled through; `()`: all classes'),
+    'labels': Tuple(
+        Label(0, _CLASSES), range(10_001), default=(), doc='numbers or names, cycled through; `()`: all classes'
+    ),
     'dtype': Choice(
         ('', 'float32', 'bfloat16'), default='', doc="of weights and caches while sampling; `''`: each prior's own"
     ),
@@ -350,7 +366,12 @@ def schema(levels: Sequence[str] = ('bottom', 'top')) -> Schema:
             '`0.5,0,1,1` for its lower half; or an image file (also on a bucket), white where to sample',
         ),
         'levels': Tuple(Choice(tuple(levels)), range(9), default=(), doc='levels to sample; `()`: all'),
-        'label': Int(-1, _CLASSES, default=-1, doc='class of the sampled codes; -1: not given'),
+        'label': Label(
+            -1,
+            _CLASSES,
+            default=-1,
+            doc='class of the sampled codes, its number or (on the command line) its name; -1: not given',
+        ),
         'count': Int(1, 10_000, default=4, doc='variants of each image'),
     }
     return {

@@ -21,7 +21,7 @@ from vqvae2_jax.sampling.params import SamplingParams
 from vqvae2_jax.training.optim import TrainConfig
 
 # Fields of config.data that change how and from where images are read, but not which images they are.
-IO_ONLY_FIELDS = ('path', 'workers', 'on_error', 'max_bytes')
+IO_ONLY_FIELDS = ('path', 'workers', 'on_error', 'max_pixels', 'max_bytes', 'check_all')
 # Fields of modules that change how they are computed, but not their outputs.
 COMPUTE_ONLY_FIELDS = ('remat', 'scan_layers')
 

@@ -195,6 +195,24 @@ class Name(Field):
 
 
 @dataclasses.dataclass(frozen=True)
+class Label(Field):
+    """A class: its number from `low` to `high`, or its name."""
+
+    low: int
+    high: int
+
+    @property
+    def allowed(self) -> str:
+        return f'{Int(self.low, self.high).allowed}, or the name of a class'
+
+    def _type(self, value: Any) -> int | str:
+        return value if isinstance(value, str) else int(value)
+
+    def _allows(self, value: Any) -> bool:
+        return Int(self.low, self.high)._allows(value) or Text(True)._allows(value)
+
+
+@dataclasses.dataclass(frozen=True)
 class Choice(Field):
     """One of several strings or integers."""
 

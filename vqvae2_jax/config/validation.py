@@ -67,7 +67,7 @@ def check_batch_sizes(config: ConfigDict, mesh_shape: tuple[int, int], sections:
         if training.batch_size % (mesh_shape[0] * parts):
             unit = mesh_shape[0] * parts
             example = -(-training.batch_size // unit) * unit
-            among = f'{devices} devices' + (f' in {parts} microbatches (grad_accum_steps)' if parts > 1 else '')
+            among = f'{devices} devices' + (f' in grad_accum_steps={parts} microbatches' if parts > 1 else '')
             divisors = [n for n in range(1, devices + 1) if devices % n == 0]
             fsdp = next((n for n in divisors if training.batch_size % (devices // n * parts) == 0), None)
             advice = f', or set --config.parallel.fsdp={fsdp}' if fsdp else ''
@@ -167,7 +167,7 @@ def _check_training(config, levels):
 
 def _check_sampling(config, levels):
     sample, classes = config.sample, config.data.num_classes
-    if wrong := [label for label in sample.labels if label >= classes]:
+    if wrong := [label for label in sample.labels if _is_no_class(label, classes)]:
         there = f'has labels 0 to {classes - 1}' if classes else 'means that there are no labels'
         raise ConfigError(f'sample.labels holds {show(wrong)}, but data.num_classes={classes} {there}')
     for name in levels:
@@ -178,6 +178,11 @@ def _check_sampling(config, levels):
                 f'with itself without class. Train it with {prior}.label_dropout=0.1, for example, or set '
                 'guidance to 1'
             )
+
+
+def _is_no_class(label, classes):
+    """Returns whether no class can have a label; names are looked up by the job, which knows the data."""
+    return not classes if isinstance(label, str) else label >= classes
 
 
 def _check_evaluation(config):
@@ -192,7 +197,9 @@ def _check_evaluation(config):
             "evaluate.inception is '', but two sets are compared by the Inception network; it must be the path of its "
             "weights, or 'fetch'"
         )
-    if classes and label >= classes:
+    if isinstance(label, str) and not classes:
+        raise ConfigError(f'inpaint.label is {show(label)}, but data.num_classes=0 means that there are no labels')
+    if classes and _is_no_class(label, classes):
         raise ConfigError(f'inpaint.label is {label}; with data.num_classes={classes} it must be at most {classes - 1}')
 
 

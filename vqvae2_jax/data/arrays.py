@@ -96,7 +96,7 @@ class ArraysDataset:
         self._ends = np.cumsum([file.count for file in files])
         self._checksums = [checksum for file in files for checksum in file.checksums]
         self.class_names = files[0].class_names
-        self.stratify_by = np.concatenate([file.labels for file in files]) if num_classes else None
+        self.labels = self.stratify_by = np.concatenate([file.labels for file in files]) if num_classes else None
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -114,6 +114,12 @@ class ArraysDataset:
         """Returns bytes that identify these images, their order and their labels, wherever the data are."""
         head = f'{self._checksums}, {len(self.class_names)} classes\n'
         return head.encode() + np.asarray(indices).astype('<i8').tobytes()
+
+    def content(self, index: int, limit: int = -1) -> tuple[bytes, int]:
+        """Returns the first `limit` bytes of an image's pixels, and the number of all."""
+        key, row = self._locate(index)
+        data = _pixels(*key)[row].tobytes()
+        return data[: None if limit < 0 else limit], len(data)
 
     def read(self, index: int, channels: int) -> tuple[Image.Image, int]:
         """Reads an upright image in mode 'L' or 'RGB', and its label; raises UnreadableImage."""

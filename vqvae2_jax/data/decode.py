@@ -3,8 +3,13 @@
 Shapes: H, W are the target height and width, h, w those of the stored image, C the channels.
 """
 
+import errno
 import io
+import os
+import stat
 import struct
+import warnings
+import zlib
 
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
@@ -35,6 +40,7 @@ FORMATS = tuple(sorted(set(FORMAT_OF.values())))
 # Random crops are taken from an image of 1 up to this many times the target size (256 -> 224 is usual), so that
 # training also sees images at the scale of evaluation and sampling.
 CROP_ZOOM = 8 / 7
+MAX_PIXELS = 89_478_485  # Pillow's limit, above which it warns of decompression bombs
 
 # Pillow's errors for bytes that are not an image, or only a part of one.
 _DECODE_ERRORS = (
@@ -53,6 +59,16 @@ _DECODE_ERRORS = (
 _HINT = 'convert it to grayscale or RGB of 8 or 16 bits'
 _MODES = ('1', 'L', 'LA', 'La', 'P', 'PA', 'RGB', 'RGBA', 'RGBa', 'CMYK', 'YCbCr')
 
+_PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
+# Errors of this process, not of the file that it opens.
+_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_FILE_TYPES = {
+    stat.S_IFDIR: 'folder',
+    stat.S_IFIFO: 'named pipe',
+    stat.S_IFSOCK: 'socket',
+    stat.S_IFCHR: 'device',
+    stat.S_IFBLK: 'device',
+}
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -65,12 +81,16 @@ _TRANSPOSE = {
 }
 
 
+# Pillow warns of broken metadata, such as EXIF, on the screen. Images are read without it.
+warnings.filterwarnings('ignore', module=r'PIL\.')
+
+
 class UnreadableImage(ValueError):
-    """An image that cannot be decoded.
+    """An image that cannot be opened or decoded.
 
     Attributes:
       example_name: the file's path, or the name of the record.
-      reason: the decoder's message.
+      reason: the message of the decoder or of the operating system.
     """
 
     def __init__(self, example_name: str, reason: str):
@@ -80,7 +100,7 @@ class UnreadableImage(ValueError):
 
     def __str__(self) -> str:
         return (
-            f'cannot decode the image {names.printable(self.example_name)}: {self.reason}. '
+            f'cannot read the image {names.printable(self.example_name)}: {self.reason}. '
             'Repair, convert or remove it, or set --config.data.on_error=skip to go on without such images.'
         )
 
@@ -89,31 +109,64 @@ class _Unsupported(Exception):
     """An intact image whose pixels cannot be converted; the message says why."""
 
 
-def decode_image(data: bytes, channels: int, example_name: str) -> Image.Image:
+def read_file(path: str, example_name: str, limit: int = -1) -> tuple[bytes, int]:
+    """Reads an image file. Only regular files are opened, since opening a named pipe would block.
+
+    Args:
+      path: the file.
+      example_name: its name in messages.
+      limit: number of bytes to read from the start; -1: all.
+
+    Returns:
+      The bytes, and the length of the whole file.
+
+    Raises:
+      UnreadableImage: there is no such regular file, or it cannot be read.
+      OSError: this process has no more memory or file descriptors.
+    """
+    try:
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+        if kind != stat.S_IFREG:
+            raise UnreadableImage(example_name, f'it is a {_FILE_TYPES.get(kind, "special file")}, not a file')
+        with open(path, 'rb') as file:
+            data = file.read(limit)
+            return data, os.fstat(file.fileno()).st_size
+    except OSError as error:
+        if error.errno in _OUT_OF_RESOURCES:
+            raise
+        raise UnreadableImage(example_name, error.strerror or str(error)) from error
+
+
+def decode_image(data: bytes, channels: int, example_name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes an image in one of `FORMATS`, upright as its EXIF orientation says.
 
     Transparency (alpha channel, transparent palette entry or color) is composited on white. Samples of more than 8
     bits are scaled to 8, so that white stays white. CMYK becomes RGB. Of an animation the first frame is taken, of
-    several pages the first.
+    several pages the first. Broken metadata is ignored; without a readable orientation the image is taken as upright.
 
     Args:
       data: the encoded image.
       channels: 1 for grayscale (ITU-R 601 luma), 3 for RGB.
       example_name: path or record name, for the error.
+      max_pixels: data.max_pixels, the largest number of pixels.
 
     Returns:
       A Pillow image in mode 'L' or 'RGB'.
 
     Raises:
-      UnreadableImage: the bytes are corrupt, truncated or of another format, or the image has other channels than gray,
-        RGB, CMYK and alpha, or samples without a known range (floating-point, signed, 32-bit).
+      UnreadableImage: the bytes are corrupt, truncated or of another format, or the image is larger than max_pixels, or
+        has other channels than gray, RGB, CMYK and alpha, or samples without a known range (floating-point, signed,
+        32-bit).
     """
+    tiff = ''
     try:
         tiff = _check_tiff(data) if data[:2] in (b'II', b'MM') else ''
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            image.load()
-            orientation = image.getexif().get(_EXIF_ORIENTATION)  # Pillow turns a TIFF itself, and leaves 1 or None.
-            image = to_channels(_to_8_bits(image), channels)
+        try:
+            return _decode(data, channels, max_pixels)
+        except _DECODE_ERRORS:
+            if (pixels := _without_metadata(data)) is None:
+                raise
+        return _decode(pixels, channels, max_pixels)
     except UnidentifiedImageError as error:
         unknown = f'not an image in a known format ({", ".join(FORMATS)})'
         reason = f'{tiff} is not supported; {_HINT}' if tiff else unknown
@@ -122,7 +175,65 @@ def decode_image(data: bytes, channels: int, example_name: str) -> Image.Image:
         raise UnreadableImage(example_name, str(error)) from error
     except _DECODE_ERRORS as error:
         raise UnreadableImage(example_name, f'{type(error).__name__}: {error}') from error
+
+
+def _decode(data: bytes, channels: int, max_pixels: int) -> Image.Image:
+    with _open(data, max_pixels) as image:
+        image.load()
+        try:
+            orientation = image.getexif().get(_EXIF_ORIENTATION)  # Pillow turns a TIFF itself, and leaves 1 or None.
+        except _DECODE_ERRORS:
+            orientation = None
+        image = to_channels(_to_8_bits(image), channels)
     return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """Reads the header of an image. It is `Image.open` with `max_pixels` as the limit, which has the size in its error.
+
+    Raises:
+      UnidentifiedImageError: the image has none of `FORMATS`.
+      _Unsupported: it has more than max_pixels.
+    """
+    # Some plugins check sizes themselves against the limit of the module; it is only ever raised, for all threads.
+    Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS and max(Image.MAX_IMAGE_PIXELS, max_pixels)
+    Image.init()
+    for name in FORMATS:
+        factory, accept = Image.OPEN[name]
+        if accept and accept(data[:16]) is not True:
+            continue
+        try:
+            image = factory(io.BytesIO(data), '')
+        except (SyntaxError, IndexError, TypeError, struct.error):  # as in Image.open, another format may fit
+            continue
+        if image.width * image.height > max_pixels:
+            raise _Unsupported(
+                f'it has {image.height}x{image.width} pixels, more than data.max_pixels={max_pixels} '
+                f'(--config.data.max_pixels={image.width * image.height} allows it)'
+            )
+        return image
+    raise UnidentifiedImageError
+
+
+def _without_metadata(data: bytes) -> bytes | None:
+    """Returns a file without the metadata whose damage makes Pillow refuse it; None if its format has no such metadata.
+
+    Of a PNG file these are the chunks that decide its pixels, and its EXIF chunk if that is intact.
+    """
+    if data[4:8] == b'ftyp':  # AVIF: the type of the item becomes an unknown one, all offsets stay
+        return data.replace(b'Exif', b'none')
+    if not data.startswith(_PNG_SIGNATURE):
+        return None
+    chunks, position = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
+    while position + 12 <= len(data):
+        length, kind = struct.unpack('>I4s', data[position : position + 8])
+        chunk = data[position : position + 12 + length]
+        is_critical = not kind[0] & 0x20
+        is_intact = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
+        if is_critical or kind == b'tRNS' or (kind == b'eXIf' and is_intact):
+            chunks.append(chunk)
+        position += len(chunk)
+    return b''.join(chunks)
 
 
 def _check_tiff(data: bytes) -> str:

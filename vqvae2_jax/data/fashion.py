@@ -65,6 +65,11 @@ class FashionDataset:
         """The class of each image, int64 [10000]: splits get the same share of every class."""
         return np.arange(len(self)) // _PER_CLASS
 
+    @property
+    def labels(self) -> np.ndarray:
+        """The class of each image, int64 [10000], also if the labels are not used."""
+        return self.stratify_by
+
     def example_name(self, index: int) -> str:
         """Returns the path or name of an image, for messages."""
         return f'fashion image {index}'
@@ -72,6 +77,11 @@ class FashionDataset:
     def fingerprint(self, indices: np.ndarray) -> bytes:
         """Returns bytes that identify these images, their order and their labels, wherever the data are."""
         return f'fashion, {len(self.class_names)} classes\n'.encode() + indices.astype('<i8').tobytes()
+
+    def content(self, index: int, limit: int = -1) -> tuple[bytes, int]:
+        """Returns the first `limit` bytes of an image as it is stored, and the number of all."""
+        data = _pixels()[index].tobytes()
+        return data[: None if limit < 0 else limit], len(data)
 
     def read(self, index: int, channels: int) -> tuple[Image.Image, int]:
         """Reads an upright image in mode 'L' or 'RGB', and its label; raises UnreadableImage."""

@@ -8,65 +8,189 @@ With data.splits=('train', 'val', 'test') each of root/train, root/val and root/
 """
 
 import collections
+import dataclasses
 import functools
+import heapq
 import os
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from vqvae2_jax.data import outputs
-from vqvae2_jax.data.decode import SUFFIXES, decode_image
+from vqvae2_jax.data.decode import MAX_PIXELS, SUFFIXES, decode_image, read_file
+from vqvae2_jax.io.names import printable
 
 _SPLIT_LIKE = {'train', 'training', 'val', 'valid', 'validation', 'test'}
+# Folders that operating systems and network drives make for thumbnails, deleted files and repairs, in lower case.
+_SYSTEM_FOLDERS = {
+    '#recycle',
+    '#snapshot',
+    '$recycle.bin',
+    '@__thumb',
+    '@eadir',
+    '@recently-snapshot',
+    '@recycle',
+    '@tmp',
+    '__macosx',
+    'found.000',
+    'lost+found',
+    'network trash folder',
+    'recycler',
+    'system volume information',
+    'temporary items',
+}
 
 
-def list_images(root: str, ignored: collections.Counter | None = None) -> list[str]:
-    """Lists all images below a folder; hidden files and folders are left out.
+@dataclasses.dataclass
+class Listing:
+    """The files below a folder.
+
+    Attributes:
+      images: paths relative to the folder, sorted.
+      ignored: number of other files by suffix, in lower case and with its dot, or 'without suffix'.
+      system_folders: number of folders of thumbnails and the like by name; they are not listed.
+      repeated: links to folders that are listed under another path, or that hold this folder, sorted.
+      unlisted: {path of a folder: why it cannot be listed}.
+    """
+
+    images: list[str] = dataclasses.field(default_factory=list)
+    ignored: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    system_folders: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    repeated: list[str] = dataclasses.field(default_factory=list)
+    unlisted: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """Returns what is left out, one line for each reason."""
+        lines = []
+        if count := self.ignored.total():
+            lines.append(f'ignored {count} file{"s" * (count != 1)}: {_counts(self.ignored)}')
+        if count := self.system_folders.total():
+            lines.append(f'ignored {count} system folder{"s" * (count != 1)}: {_counts(self.system_folders)}')
+        if count := len(self.repeated):
+            links = 'links' if count > 1 else 'link'
+            lines.append(f'ignored {count} {links} to folders above or listed already: {few(self.repeated, 3)}')
+        if count := len(self.unlisted):
+            lines.append(f'{count} folder{"s" * (count != 1)} cannot be listed: {self._unlisted()}')
+        return lines
+
+    def _unlisted(self):
+        path, reason = next(iter(self.unlisted.items()))
+        return f'{path!r} ({reason})' + ', ...' * (len(self.unlisted) > 1)
+
+
+def list_images(root: str) -> Listing:
+    """Lists all images below a folder, without hidden files and folders. It follows links.
+
+    Each folder is listed once, under its own path rather than a link's, and a link never leads to a folder above
+    `root`. So links may form loops. A folder with an image's name is listed as an image if there are no images in it.
 
     Args:
       root: the folder.
-      ignored: counts the other files by suffix, in lower case and with its dot, or 'without suffix'.
-
-    Returns:
-      Paths relative to `root`, sorted.
     """
-    images = []
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith('.')]
-        for name in files:
-            if name.startswith('.'):
+    listing, named_like_images = Listing(), []
+    # Paths of folders still to list, relative to root. Links come last, so that they do not hide what they lead to.
+    pending, links, seen = [''], [], _folders_above(root)
+    while pending or links:
+        folder = pending.pop() if pending else heapq.heappop(links)
+        path = os.path.join(root, folder)
+        try:
+            identity = _identity(path)
+            if identity in seen:
+                listing.repeated.append(folder)
                 continue
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in SUFFIXES:
-                images.append(os.path.relpath(os.path.join(folder, name), root))
-            elif ignored is not None:
+            seen.add(identity)
+            with os.scandir(path) as entries:
+                found = list(entries)
+        except OSError as error:
+            listing.unlisted[folder or '.'] = error.strerror or str(error)
+            continue
+        if _is_image(folder):
+            named_like_images.append(folder)
+        for entry in found:
+            name = os.path.join(folder, entry.name)
+            if _is_folder(entry):
+                if entry.name.lower() in _SYSTEM_FOLDERS or entry.name.startswith('.Trash'):
+                    listing.system_folders[printable(entry.name)] += 1
+                elif not entry.name.startswith('.'):
+                    if entry.is_symlink():
+                        heapq.heappush(links, name)
+                    else:
+                        pending.append(name)
+            elif entry.name.startswith('.'):
+                continue
+            elif _is_image(name):
+                listing.images.append(name)
+            else:
+                suffix = os.path.splitext(name)[1].lower()
                 # Messages have one line and can be printed.
                 is_word = len(suffix) > 1 and suffix.isprintable() and ' ' not in suffix
-                ignored[suffix if is_word else 'without suffix'] += 1
-    return sorted(images)
+                listing.ignored[suffix if is_word else 'without suffix'] += 1
+    if named_like_images:
+        listing.images += set(named_like_images) - _parents(listing.images)
+    listing.images.sort()
+    listing.repeated.sort()
+    return listing
 
 
-def find_images(root: str, field: str, shown: str | None = None) -> list[str]:
-    """Lists all images below a folder, as `list_images`, and prints how many other files it ignores.
+def _is_image(path):
+    return os.path.splitext(path)[1].lower() in SUFFIXES
+
+
+def _is_folder(entry):
+    try:
+        return entry.is_dir()
+    except OSError:  # such as a link to itself
+        return False
+
+
+def _identity(path):
+    status = os.stat(path)
+    # Some network file systems have no inodes.
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
+
+
+def _folders_above(root):
+    """Returns the identities of the folders that hold `root`."""
+    found, path = set(), os.path.realpath(root)
+    while path != (path := os.path.dirname(path)):
+        found.add(_identity(path))
+    return found
+
+
+def _parents(paths: Iterable[str]) -> set[str]:
+    """Returns the folders, at any depth, that hold files."""
+    found = set()
+    for path in paths:
+        while (path := os.path.dirname(path)) and path not in found:
+            found.add(path)
+    return found
+
+
+def find_images(root: str, field: str, shown: str | None = None, on_error: str = 'raise') -> Listing:
+    """Lists all images below a folder, as `list_images`, and prints what it leaves out.
 
     Args:
       root: the folder.
       field: name of the config field, for the error.
       shown: the folder's name in messages, if `root` is a local copy.
+      on_error: 'raise' refuses folders below `root` that cannot be listed; 'skip' leaves them out.
 
     Raises:
-      ValueError: there are no images; the message names the suffixes of the other files.
+      ValueError: there are no images (the message names the suffixes of the other files), or a folder cannot be listed.
     """
-    ignored = collections.Counter()
-    files, shown = list_images(root, ignored), shown or root
-    if not files:
-        instead = f', only {_suffixes(ignored)}' if ignored else ''
+    listing, shown = list_images(root), shown or root
+    if listing.unlisted and (on_error == 'raise' or '.' in listing.unlisted):
+        remedy = '' if '.' in listing.unlisted else ', or set --config.data.on_error=skip to go on without it'
+        raise ValueError(f'{field}: {shown!r}: {listing.notes()[-1]}. Change its permissions{remedy}.')
+    if not listing.images:
+        instead = f', only {_counts(listing.ignored)}' if listing.ignored else ''
         raise ValueError(f'{field}: no images in {shown!r}{instead} (looked for {", ".join(SUFFIXES)} in any case).')
-    outputs.refuse(root, {os.path.dirname(file) for file in files}, field)
-    if ignored:
-        count = ignored.total()
-        _print_once(f'{shown!r}: ignored {count} file{"s" * (count != 1)}: {_suffixes(ignored)}')
-    return files
+    outputs.refuse(root, {os.path.dirname(file) for file in listing.images}, field)
+    for line in listing.notes():
+        _print_once(f'{shown!r}: {line}')
+    return listing
 
 
 @functools.cache
@@ -75,15 +199,25 @@ def _print_once(line: str) -> None:
     print(line, flush=True)
 
 
-def _suffixes(counts: collections.Counter, limit: int = 8) -> str:
+def _counts(counts: collections.Counter, limit: int = 8) -> str:
     """'3 .heic, 2 .txt': the most frequent first."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return ', '.join(f'{count} {suffix}' for suffix, count in ordered[:limit]) + ', ...' * (len(ordered) > limit)
 
 
 def subfolders(root: str) -> list[str]:
-    """Returns the names of the folders directly in `root`, sorted, without hidden ones."""
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.'))
+    """Returns the names of the folders directly in `root`, sorted, without hidden ones and those of the system."""
+    names = [entry.name for entry in os.scandir(root) if _is_folder(entry) and not entry.name.startswith('.')]
+    return sorted(name for name in names if name.lower() not in _SYSTEM_FOLDERS)
+
+
+def class_folders(root: str) -> tuple[str, ...]:
+    """Returns the names of the class folders of a split: its subfolders, without links that `list_images` ignores."""
+    names = subfolders(root)
+    if any(os.path.islink(os.path.join(root, name)) for name in names):
+        repeated = set(list_images(root).repeated)
+        names = [name for name in names if name not in repeated]
+    return tuple(names)
 
 
 class FilesDataset:
@@ -93,10 +227,10 @@ class FilesDataset:
     subfolder = ''  # the part of data.path that `root` is
     shown = None  # the folder's name in messages, if `root` is a local copy
 
-    def __init__(self, root: str, files: list[str]):
-        """`files`: paths relative to `root`."""
-        self.root, self.files, self.class_names = root, files, ()
-        self.labels = np.zeros(len(files), np.int32)
+    def __init__(self, root: str, listing: Listing, max_pixels: int = MAX_PIXELS):
+        """Takes the images of `listing`, whose paths are relative to `root`; `max_pixels` is that of the config."""
+        self.root, self.listing, self.files, self.class_names = root, listing, listing.images, ()
+        self.labels, self._max_pixels = np.zeros(len(self.files), np.int32), max_pixels
 
     def __len__(self) -> int:
         return len(self.files)
@@ -110,11 +244,14 @@ class FilesDataset:
         names = '\0'.join([self.subfolder, *(self.files[i] for i in indices), ''])  # no file name holds a NUL
         return names.encode('utf-8', 'surrogateescape') + self.labels[indices].astype('<i4').tobytes()
 
+    def content(self, index: int, limit: int = -1) -> tuple[bytes, int]:
+        """Returns the first `limit` bytes of an image as it is stored, and the number of all; as `decode.read_file`."""
+        return read_file(os.path.join(self.root, self.files[index]), self.example_name(index), limit)
+
     def read(self, index: int, channels: int) -> tuple[Image.Image, int]:
         """Reads an upright image in mode 'L' or 'RGB', and its label; raises UnreadableImage."""
-        with open(os.path.join(self.root, self.files[index]), 'rb') as file:
-            data = file.read()
-        return decode_image(data, channels, self.example_name(index)), int(self.labels[index])
+        data, _ = self.content(index)
+        return decode_image(data, channels, self.example_name(index), self._max_pixels), int(self.labels[index])
 
 
 class FolderDataset(FilesDataset):
@@ -127,6 +264,8 @@ class FolderDataset(FilesDataset):
         class_names: tuple[str, ...] | None = None,
         subfolder: str = '',
         shown: str | None = None,
+        on_error: str = 'raise',
+        max_pixels: int = MAX_PIXELS,
     ):
         """Lists the folder.
 
@@ -137,6 +276,8 @@ class FolderDataset(FilesDataset):
           class_names: the classes to use (those of the training split); None: the class folders of `root`.
           subfolder: name of `root` below data.path; '': `root` is data.path.
           shown: the folder's name in messages, if `root` is a local copy.
+          on_error: data.on_error, see `find_images`.
+          max_pixels: data.max_pixels, see `decode.decode_image`.
 
         Raises:
           FileNotFoundError: no such folder.
@@ -144,7 +285,7 @@ class FolderDataset(FilesDataset):
         """
         if not os.path.isdir(root):
             raise FileNotFoundError(f'data.path: there is no folder {root!r}.')
-        super().__init__(os.path.normpath(root), find_images(root, 'data.path', shown))
+        super().__init__(os.path.normpath(root), find_images(root, 'data.path', shown, on_error), max_pixels)
         self.subfolder, self.shown = subfolder, shown
         folders = [path.split(os.sep)[0] if os.sep in path else '' for path in self.files]
         self.class_names = self._classes(sorted(set(folders)), num_classes, class_names)
@@ -156,7 +297,8 @@ class FolderDataset(FilesDataset):
             return ()
         if folders == [''] and num_classes == 1:
             return (os.path.basename(os.path.abspath(self.root)),)
-        self._check_empty(sorted(set(subfolders(self.root)) - set(folders)), some_allowed=class_names is not None)
+        left_out = {*folders, *self.listing.repeated, *self.listing.unlisted}
+        self._check_empty(sorted(set(subfolders(self.root)) - left_out), some_allowed=class_names is not None)
         if folders == ['']:
             raise ValueError(
                 f'data.num_classes={num_classes}, but the images in {self.root!r} lie in no class folders: '
@@ -175,22 +317,20 @@ class FolderDataset(FilesDataset):
             if set(folders) <= _SPLIT_LIKE:
                 hint = ' These look like splits: name them in data.splits, as (train, validation, test).'
             raise ValueError(
-                f'data.num_classes={num_classes}, but {self.root!r} has {len(known)} class folders: {_few(known)}. '
+                f'data.num_classes={num_classes}, but {self.root!r} has {len(known)} class folders: {few(known)}. '
                 f'Set --config.data.num_classes={len(known)}.{hint}'
             )
         if unknown := sorted(set(folders) - set(known)):
             raise ValueError(
-                f'data.splits: {self.root!r} has class folders that the training split lacks: {_few(unknown)}; '
-                f'the training split has {_few(known)}.'
+                f'data.splits: {self.root!r} has class folders that the training split lacks: {few(unknown)}; '
+                f'the training split has {few(known)}.'
             )
         return known
 
     def _check_empty(self, names: list[str], some_allowed: bool) -> None:
         """Refuses class folders without images; empty ones only unless `some_allowed`."""
-        ignored = {name: collections.Counter() for name in names}
-        for name, counts in ignored.items():
-            list_images(os.path.join(self.root, name), counts)
-        unread = [f'{name!r} (only {_suffixes(counts)})' for name, counts in ignored.items() if counts]
+        ignored = {name: list_images(os.path.join(self.root, name)).ignored for name in names}
+        unread = [f'{name!r} (only {_counts(counts)})' for name, counts in ignored.items() if counts]
         where = f'data.path: class folders of {self.shown or self.root!r} without images'
         if unread:
             raise ValueError(
@@ -198,11 +338,11 @@ class FolderDataset(FilesDataset):
                 'or move folders that are not classes elsewhere.'
             )
         if names and not some_allowed:
-            raise ValueError(f'{where}: {_few(names)}. They hold no files: add images to them, or delete them.')
+            raise ValueError(f'{where}: {few(names)}. They hold no files: add images to them, or delete them.')
 
 
 def open_folder(
-    path: str, num_classes: int, subfolder: str | None, train_subfolder: str | None, shown: str | None = None
+    path: str, num_classes: int, subfolder: str | None, train_subfolder: str | None, **options: Any
 ) -> FolderDataset:
     """Opens data.path, or one split's subfolder of it with the classes of the training split.
 
@@ -211,29 +351,30 @@ def open_folder(
       num_classes: see `FolderDataset`.
       subfolder: subfolder of this split; None: the whole of data.path.
       train_subfolder: subfolder of the training split.
-      shown: the name of data.path in messages, if `path` is a local copy.
+      **options: on_error, max_pixels; and shown, the name of data.path in messages, if `path` is a local copy.
 
     Raises:
       FileNotFoundError: no such folder.
       ValueError: as `FolderDataset`.
     """
     if subfolder is None:
-        return FolderDataset(path, num_classes, shown=shown)
+        return FolderDataset(path, num_classes, **options)
     if not os.path.isdir(path):
         raise FileNotFoundError(f'data.path: there is no folder {path!r}.')
-    there = subfolders(path)
     for name in (subfolder, train_subfolder):
         if not os.path.isdir(os.path.join(path, name)):
-            raise FileNotFoundError(f'data.splits names {name!r}, but {path!r} has {_few(there) or "no subfolders"}.')
-    train = os.path.join(path, train_subfolder)
+            there = few(subfolders(path)) or 'no subfolders'
+            raise FileNotFoundError(f'data.splits names {name!r}, but {path!r} has {there}.')
     # A flat training split has no class folders.
-    class_names = tuple(subfolders(train)) if num_classes and subfolder != train_subfolder else None
-    shown = os.path.join(shown, subfolder) if shown else None
-    return FolderDataset(os.path.join(path, subfolder), num_classes, class_names or None, subfolder, shown)
+    is_other = num_classes and subfolder != train_subfolder
+    of_train = class_folders(os.path.join(path, train_subfolder)) if is_other else ()
+    options['shown'] = os.path.join(shown, subfolder) if (shown := options.get('shown')) else None
+    return FolderDataset(os.path.join(path, subfolder), num_classes, of_train or None, subfolder, **options)
 
 
-def _few(names) -> str:
-    return _join([repr(name) for name in names])
+def few(names: Iterable[str], limit: int = 12) -> str:
+    """Returns the first names, quoted, for messages."""
+    return _join([repr(name) for name in names], limit)
 
 
 def _join(items: list[str], limit: int = 12) -> str:

@@ -8,6 +8,7 @@ reproducible way; otherwise each split has its own dataset. In both cases the or
 metrics and pictures use its first examples alone.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -19,9 +20,9 @@ import numpy as np
 from PIL import Image
 
 from vqvae2_jax.data.arrays import ArraysDataset, is_arrays
-from vqvae2_jax.data.decode import UnreadableImage, resize_and_crop
+from vqvae2_jax.data.decode import MAX_PIXELS, UnreadableImage, resize_and_crop
 from vqvae2_jax.data.fashion import FashionDataset
-from vqvae2_jax.data.folder import FilesDataset, find_images, open_folder
+from vqvae2_jax.data.folder import FilesDataset, Listing, find_images, open_folder
 from vqvae2_jax.data.tfds_records import TfdsDataset
 from vqvae2_jax.io import gcs
 
@@ -46,7 +47,9 @@ class ImageSpec:
       split_seed: seed of that split, and of the order of every split.
       flip: training only: mirror half of the images.
       crop: training only: crop at a random position from 1 to decode.CROP_ZOOM times the size.
-      on_error: for images that cannot be decoded: 'raise', or 'skip' them in the loader.
+      on_error: for images that cannot be opened or decoded: 'raise', or 'skip' them in the loader.
+      max_pixels: a stored image with more pixels counts as one that cannot be decoded.
+      check_all: see `inspection.inspect`.
       max_bytes: limit of the arrays of compressed .npz files, which are held in memory; 0: half of the free memory.
       workers: grain worker processes.
 
@@ -65,6 +68,8 @@ class ImageSpec:
     flip: bool
     crop: bool
     on_error: str
+    max_pixels: int
+    check_all: bool
     max_bytes: int
     workers: int
 
@@ -88,10 +93,12 @@ class Dataset(Protocol):
     Attributes:
       class_names: names of the classes by label; () if unlabeled.
       stratify_by: None, or int [N]: a random split takes the same share of each value.
+      labels: int [N]; None if there are none, or if they would take long to read.
     """
 
     class_names: tuple[str, ...]
     stratify_by: np.ndarray | None
+    labels: np.ndarray | None
 
     def __len__(self) -> int: ...
 
@@ -100,6 +107,12 @@ class Dataset(Protocol):
 
     def fingerprint(self, indices: np.ndarray) -> bytes:
         """Returns bytes that identify these images, their order and their labels, wherever the data are."""
+
+    def content(self, index: int, limit: int = -1) -> tuple[bytes, int]:
+        """Returns the first `limit` bytes of an image as it is stored (-1: all), and the number of all.
+
+        It raises UnreadableImage.
+        """
 
     def read(self, index: int, channels: int) -> tuple[Image.Image, int]:
         """Reads an upright image in mode 'L' or 'RGB', and its label; raises UnreadableImage."""
@@ -129,6 +142,12 @@ class ImageSource:
     def class_names(self) -> tuple[str, ...]:
         """Names by label; () if unlabeled."""
         return self.dataset.class_names
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Labels int [N]; None if there are no classes, or if reading them takes long."""
+        known = self.class_names and self.dataset.labels is not None
+        return self.dataset.labels[self.indices] if known else None
 
     @functools.cached_property
     def digest(self) -> str:
@@ -188,25 +207,38 @@ def open_images(spec: ImageSpec, split: str) -> ImageSource:
     if spec.name == 'fashion':
         dataset = FashionDataset(spec.num_classes)
     elif spec.name == 'folder':
-        train, shown = spec.splits[0] if named else None, spec.path if gcs.is_remote(spec.path) else None
-        dataset = open_folder(_local(spec.path), spec.num_classes, named, train, shown)
+        options = {'on_error': spec.on_error, 'max_pixels': spec.max_pixels}
+        options['shown'] = spec.path if gcs.is_remote(spec.path) else None
+        train = spec.splits[0] if named else None
+        dataset = open_folder(_local(spec.path), spec.num_classes, named, train, **options)
     elif spec.name == 'npz':
         path = _local(spec.path)
         path = os.path.join(path, named) if named else path
         dataset = ArraysDataset(path, spec.num_classes, max_bytes=spec.max_bytes)
     else:
-        dataset = TfdsDataset(spec.name, spec.path, named, spec.num_classes)
+        dataset = TfdsDataset(spec.name, spec.path, named, spec.num_classes, spec.max_pixels)
+    _check_names(dataset.class_names)
     if named:
         # In random order, since the order of a dataset is class by class.
         indices = np.random.RandomState(spec.split_seed).permutation(len(dataset))
     else:
-        indices = random_split(len(dataset), spec.held_out, spec.split_seed, dataset.stratify_by)[split]
+        labels = dataset.labels if dataset.class_names else None
+        indices = random_split(len(dataset), spec.held_out, spec.split_seed, dataset.stratify_by, labels)[split]
     if not len(indices):
         raise ValueError(
             f'data.held_out={spec.held_out} leaves the {split} split of {len(dataset)} images empty: '
             'change it, or name the splits in data.splits.'
         )
     return ImageSource(dataset, indices, spec.image_size, spec.channels, spec.on_error)
+
+
+def _check_names(class_names):
+    if repeated := [name for name, count in collections.Counter(class_names).items() if count > 1]:
+        labels = [label for label, name in enumerate(class_names) if name == repeated[0]]
+        raise ValueError(
+            f'data.path: the classes {", ".join(map(str, labels))} have one name, {repeated[0]!r}: give each class a '
+            'name of its own, or set --config.data.num_classes=0 to ignore the classes.'
+        )
 
 
 def open_all(path: str, spec: ImageSpec, field: str) -> ImageSource:
@@ -221,11 +253,11 @@ def open_all(path: str, spec: ImageSpec, field: str) -> ImageSource:
       ValueError: there are no images.
       FileNotFoundError: there is no such file or folder.
     """
-    dataset = _open_dataset(path, field, spec.max_bytes)
+    dataset = _open_dataset(path, field, spec.on_error, spec.max_pixels, spec.max_bytes)
     return ImageSource(dataset, np.arange(len(dataset)), tuple(spec.image_size), spec.channels, spec.on_error)
 
 
-def _open_dataset(path, field, max_bytes, pattern=False):
+def _open_dataset(path, field, on_error, max_pixels, max_bytes, pattern=False):
     shown, path = path, _local(path, field, pattern)
     if is_arrays(path):
         if os.path.isdir(path):
@@ -233,12 +265,14 @@ def _open_dataset(path, field, max_bytes, pattern=False):
         return ArraysDataset(path, 0, field, pattern=pattern, max_bytes=max_bytes)
     if not os.path.exists(path):
         raise FileNotFoundError(f'{field}: there is no file or folder {path!r}.')
-    if os.path.isfile(path):
-        return FilesDataset(os.path.dirname(path) or '.', [os.path.basename(path)])
-    return FilesDataset(path, find_images(path, field, shown))
+    if os.path.isdir(path):
+        return FilesDataset(path, find_images(path, field, shown, on_error), max_pixels)
+    return FilesDataset(os.path.dirname(path) or '.', Listing([os.path.basename(path)]), max_pixels)
 
 
-def open_native_size(path: str, field: str, on_error: str = 'raise', max_bytes: int = 0) -> ImageSource:
+def open_native_size(
+    path: str, field: str, on_error: str = 'raise', max_pixels: int = MAX_PIXELS, max_bytes: int = 0
+) -> ImageSource:
     """Opens all images of a folder or of .npz files, in RGB and at their own size, in a fixed random order.
 
     The order is random since some metrics use the first images, or blocks of them, which sorted by name would be of
@@ -248,13 +282,14 @@ def open_native_size(path: str, field: str, on_error: str = 'raise', max_bytes: 
       path: the folder or file, or a pattern of .npz files if there is no such file.
       field: name of the config field, for messages.
       on_error: as in `ImageSource`.
+      max_pixels: as in `ImageSpec`.
       max_bytes: as in `ImageSpec`.
 
     Raises:
       ValueError: there are no images; the first one cannot be read, with 'skip' none.
       FileNotFoundError: there is no such file or folder.
     """
-    dataset = _open_dataset(path, field, max_bytes, pattern=True)
+    dataset = _open_dataset(path, field, on_error, max_pixels, max_bytes, pattern=True)
     for index in range(len(dataset)):
         try:
             first, _ = dataset.read(index, 3)
@@ -276,7 +311,11 @@ def _local(path, field='data.path', pattern=False):
 
 
 def random_split(
-    count: int, held_out: tuple[float, float], seed: int, stratify_by: np.ndarray | None = None
+    count: int,
+    held_out: tuple[float, float],
+    seed: int,
+    stratify_by: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Splits range(count) at random; every prefix of a split is a random sample too.
 
@@ -285,6 +324,7 @@ def random_split(
       held_out: shares for (validation, test); a share above 0 gets at least one example of each stratum.
       seed: seed of the random order.
       stratify_by: int [count]; the images of each value are split in the same shares. None: all together.
+      labels: int [count]; every class keeps at least one training image, even if its share were 0. None: no classes.
 
     Returns:
       {'train', 'validation', 'test'}: int64 indices, disjoint.
@@ -301,4 +341,15 @@ def random_split(
         validation, test, train = np.split(group, np.cumsum(sizes))
         for split, part in zip(SPLITS, (train, validation, test), strict=True):
             splits[split].append(part)
-    return {split: generator.permutation(np.concatenate(parts)) for split, parts in splits.items()}
+    splits = {split: generator.permutation(np.concatenate(parts)) for split, parts in splits.items()}
+    return splits if labels is None else _with_all_classes_in_train(splits, labels)
+
+
+def _with_all_classes_in_train(splits, labels):
+    """Moves one image of every class that has none in 'train' there, from 'validation' or else from 'test'."""
+    for label in np.setdiff1d(labels, labels[splits['train']]):
+        origin = 'validation' if label in labels[splits['validation']] else 'test'
+        position = np.flatnonzero(labels[splits[origin]] == label)[-1]
+        splits['train'] = np.append(splits['train'], splits[origin][position])
+        splits[origin] = np.delete(splits[origin], position)
+    return splits

@@ -4,15 +4,17 @@ The records are tf.train.Example messages. Only the features 'image' and 'label'
 the same decoder as image files.
 """
 
+import functools
 import os
 
 import numpy as np
 from PIL import Image
 
-from vqvae2_jax.data.decode import UnreadableImage, decode_image
+from vqvae2_jax.data.decode import MAX_PIXELS, UnreadableImage, decode_image
 from vqvae2_jax.io import gcs
 
 _DEFAULT_SPLIT = 'train'
+_MAX_LABELED = 50_000  # records that are read for their labels alone
 
 
 def _import_tfds():
@@ -31,7 +33,7 @@ class TfdsDataset:
 
     stratify_by = None
 
-    def __init__(self, name: str, data_dir: str, split: str | None, num_classes: int):
+    def __init__(self, name: str, data_dir: str, split: str | None, num_classes: int, max_pixels: int = MAX_PIXELS):
         """Opens a prepared dataset.
 
         Args:
@@ -39,6 +41,7 @@ class TfdsDataset:
           data_dir: directory in which it was prepared; '': TFDS's default.
           split: TFDS split string such as 'train[:95%]'; None is all of 'train'.
           num_classes: 0 ignores the labels, every label is 0.
+          max_pixels: data.max_pixels, see `decode.decode_image`.
 
         Raises:
           ImportError: tensorflow_datasets is not installed.
@@ -51,7 +54,7 @@ class TfdsDataset:
         image = features.get('image')
         if not isinstance(image, tfds.features.Image) or image.np_dtype not in ('uint8', 'uint16'):
             raise ValueError(f"data.name={name!r} has no 8- or 16-bit image feature called 'image': it has {features}.")
-        self.name = name
+        self.name, self._max_pixels = name, max_pixels
         self._full_name = builder.info.full_name  # with the version, which `name` need not hold
         self.split = split or _DEFAULT_SPLIT
         self.class_names = _class_names(tfds, name, features, num_classes)
@@ -74,16 +77,37 @@ class TfdsDataset:
         head = f'{self._full_name}/{self.split} of {len(self)}, {len(self.class_names)} classes\n'
         return head.encode() + indices.astype('<i8').tobytes()
 
+    @functools.cached_property
+    def labels(self) -> np.ndarray | None:
+        """The labels, int32 [N]; None if that means to read more than 50,000 records."""
+        if len(self) > _MAX_LABELED:
+            return None
+        return np.array([self._label(self._features(index)) for index in range(len(self))], np.int32)
+
+    def content(self, index: int, limit: int = -1) -> tuple[bytes, int]:
+        """Returns the first `limit` bytes of an image as it is stored, and the number of all."""
+        image = self._encoded(self._features(index), index)
+        return image[: None if limit < 0 else limit], len(image)
+
     def read(self, index: int, channels: int) -> tuple[Image.Image, int]:
         """Reads an upright image in mode 'L' or 'RGB', and its label; raises UnreadableImage."""
+        features = self._features(index)
+        image = self._encoded(features, index)
+        return decode_image(image, channels, self.example_name(index), self._max_pixels), self._label(features)
+
+    def _features(self, index):
         from tensorflow_datasets.proto import tf_example_pb2
 
-        features = tf_example_pb2.Example.FromString(self._records[index]).features.feature
-        image = features['image'].bytes_list.value
-        if len(image) != 1:
-            raise UnreadableImage(self.example_name(index), f'the record holds {len(image)} images')
-        label = features['label'].int64_list.value[0] if self.class_names else 0
-        return decode_image(image[0], channels, self.example_name(index)), label
+        return tf_example_pb2.Example.FromString(self._records[index]).features.feature
+
+    def _encoded(self, features, index) -> bytes:
+        images = features['image'].bytes_list.value
+        if len(images) != 1:
+            raise UnreadableImage(self.example_name(index), f'the record holds {len(images)} images')
+        return images[0]
+
+    def _label(self, features) -> int:
+        return features['label'].int64_list.value[0] if self.class_names else 0
 
 
 def _prepared_builder(tfds, name: str, data_dir: str):

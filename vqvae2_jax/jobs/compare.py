@@ -63,7 +63,8 @@ def compare_sets(run: Run) -> None:
 
 
 def _open(run: Run, which: str, field: str) -> ImageSource:
-    options = run.config.data.on_error, run.config.data.max_bytes
+    data = run.config.data
+    options = data.on_error, data.max_pixels, data.max_bytes
     try:
         return run.images(which) if which in SPLITS else open_native_size(which, field, *options)
     except (ValueError, OSError) as error:

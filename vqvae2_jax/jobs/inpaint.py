@@ -16,13 +16,13 @@ from etils import epath
 from vqvae2_jax import inference
 from vqvae2_jax.config import build
 from vqvae2_jax.data import sample_store
-from vqvae2_jax.data.decode import UnreadableImage, decode_image, resize_and_crop
+from vqvae2_jax.data.decode import UnreadableImage, decode_image, read_file, resize_and_crop
 from vqvae2_jax.data.images import ImageSource
 from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.io import files, gcs, names, plots, record
 from vqvae2_jax.io.progress import Progress
 from vqvae2_jax.io.record import JobError, Record
-from vqvae2_jax.jobs import workdir
+from vqvae2_jax.jobs import class_labels, workdir
 from vqvae2_jax.jobs.workdir import Generator, Run
 
 DIRECTORY = 'inpaint'
@@ -91,8 +91,16 @@ def _checked_options(run: Run) -> tuple[ImageSource, np.ndarray, tuple[str, ...]
     if unknown := sorted(set(levels) - set(run.levels)):
         raise JobError(f'inpaint.levels holds {unknown}; the levels are {", ".join(reversed(run.levels))}')
     classes = run.config.data.num_classes
-    if classes and not 0 <= options.label < classes:
-        raise JobError(f'inpaint.label is {options.label}: give the class to sample, 0 to {classes - 1}')
+    if classes:
+        with options.ignore_type():
+            options.label = class_labels.resolve(run, options.label, 'inpaint.label')
+        if not 0 <= options.label < classes:
+            names = class_labels.table(class_labels.names_in_codes(run))
+            raise JobError(
+                f'inpaint.label is {options.label}: give the class to sample, 0 to {classes - 1}'
+                + f', or its name: {names}' * bool(names)
+            )
+        class_labels.print_names(run, [options.label], 'inpaint.label')
     return source, read_mask(options.mask, run.config.data.image_size), levels
 
 
@@ -171,9 +179,9 @@ def read_mask(mask: str, size: tuple[int, int]) -> np.ndarray:
 
 def _mask_of_file(path, size):
     try:
-        image = decode_image(epath.Path(path).read_bytes(), 1, path)
+        image = decode_image(read_file(gcs.local_copy(path), path)[0], 1, path)
     except UnreadableImage as error:
-        raise JobError(f'inpaint.mask: cannot decode the image {path}: {error.reason}') from error
+        raise JobError(f'inpaint.mask: cannot read the image {path}: {error.reason}') from error
     return _not_empty(resize_and_crop(image, size)[..., 0] >= _GRAY, path)  # cropped and resized as the images are
 
 

@@ -8,7 +8,7 @@ from vqvae2_jax.distributed import processes
 from vqvae2_jax.io import record
 from vqvae2_jax.io.logging import format_duration
 from vqvae2_jax.io.record import JobError
-from vqvae2_jax.jobs import cas, remedies
+from vqvae2_jax.jobs import cas, class_labels, remedies
 from vqvae2_jax.jobs.evaluate import evaluate
 from vqvae2_jax.jobs.extract_codes import extract_codes
 from vqvae2_jax.jobs.inpaint import inpaint
@@ -63,6 +63,8 @@ def run_job(run: Run, job: str, level: str | None = None) -> None:
         raise JobError(f'evaluate.real={real!r}: two sets of images are compared by --job=evaluate, not by {job}')
     check_paths(run.config, run.workdir, job)
     jobs = _pipeline_jobs(run) if job == 'pipeline' else [job]
+    if job == 'pipeline':  # a name that no class has is refused before any training
+        class_labels.resolve_sample_labels(run)
     # The coarsest prior first, as it is sampled; their order does not matter.
     levels = [level] if level else list(reversed(run.levels))
     sections = processes.run_on_main_process(lambda: _sections_to_train(run, jobs, levels))

@@ -21,7 +21,7 @@ from vqvae2_jax.distributed.preemption import exit_together, stop_signals
 from vqvae2_jax.io import plots, record
 from vqvae2_jax.io.progress import Progress
 from vqvae2_jax.io.record import JobError, Record
-from vqvae2_jax.jobs import workdir
+from vqvae2_jax.jobs import class_labels, workdir
 from vqvae2_jax.jobs.workdir import SAMPLES, Generator, Run
 
 PICTURE = 'samples.png'
@@ -36,6 +36,7 @@ def draw_samples(run: Run) -> None:
       SettingsChangedError: the set was sampled with other settings.
       Interrupted: a stop signal came; the same command continues.
     """
+    class_labels.resolve_sample_labels(run)
     count, directory = run.config.sample.count, run.sample_set_path(SAMPLES)
     hint = (
         'Set --config.sample.name=OTHER to keep both, go back to the recorded settings, '

@@ -13,7 +13,7 @@ from vqvae2_jax.data.loader import eval_batches, train_batches
 from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.io import files, record
 from vqvae2_jax.io.record import JobError, Record
-from vqvae2_jax.jobs import remedies, workdir
+from vqvae2_jax.jobs import inspect_data, remedies, workdir
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.planning import cost, hardware
 from vqvae2_jax.tasks import classifier, prior, vqvae
@@ -243,6 +243,8 @@ def image_data(
     Raises:
       JobError: images are missing.
     """
+    if train is None:
+        inspect_data.print_inspection(run)
     train, val = train or run.images('train'), val or run.images('validation')
     return _make_data(run, section, train, val, run.loader_kwargs(), **augment)
 
