@@ -13,7 +13,7 @@ from vqvae2_jax.training.checkpoint import BestCheckpoint
 
 # Directories of a workdir by the job that writes them.
 OUTPUTS = {
-    'vqvae': ('vqvae',),
+    'vqvae': ('data', 'vqvae'),
     'extract_codes': ('codes',),
     'prior': ('prior_top', 'prior_bottom'),
     'classifier': ('classifier',),
