@@ -74,18 +74,14 @@ class Cases(Commands):
         return int(found[1]) if found else None
 
     def c01(self) -> None:
-        paths = [
-            path for path in sorted(_FILES.iterdir()) if not path.name.startswith(('grey12', 'la16', 'scan', 'rgb16'))
-        ]
-        for path in paths:
-            self.expect(self.python(path.name, _DECODE, path).well, f'{path.name} is not read')
+        for path in sorted(_FILES.iterdir()):
+            if path.name != 'scan_14000x13000.png':  # 12
+                self.expect(self.python(path.name, _DECODE, path).well, f'{path.name} is not read')
 
     def c02(self) -> None:
         ended = self.folder('class folder in Latin-1', 'w02', '02_latin1', 2)
         trained = (self.out / 'w02/vqvae/weights').exists()
-        self.expect(
-            ended.well or (ended.refused('02_latin1') and not trained), 'neither run nor refused before training'
-        )
+        self.expect(ended.well or (ended.refused('02_latin1') and not trained), 'neither run nor refused before it')
 
     def c03(self) -> None:
         for name, images, text in (('03_loop', 20, 'a link to its own folder'), ('03_two_loops', 6, 'two links above')):
@@ -266,11 +262,11 @@ class Cases(Commands):
             raise Skipped('needs --inception')
 
     def _package_alone(self) -> str:
-        """Returns a folder that has the package, but not the folder of configs, as an installation has it."""
+        """Returns a folder that has the package as an installation has it, with the configs in it."""
         folder = self.out / 'site'
         if not folder.exists():
-            folder.mkdir()
-            (folder / 'vqvae2_jax').symlink_to(ROOT / 'vqvae2_jax')
+            shutil.copytree(ROOT / 'vqvae2_jax', folder / 'vqvae2_jax')
+            shutil.copytree(ROOT / 'configs', folder / 'vqvae2_jax' / 'configs')
         return str(folder)
 
 
