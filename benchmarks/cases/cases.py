@@ -75,7 +75,7 @@ class Cases(Commands):
 
     def c01(self) -> None:
         for path in sorted(_FILES.iterdir()):
-            if path.name != 'scan_14000x13000.png':  # 12
+            if path.name not in ('scan_14000x13000.png', 'jpeg_no_eoi.jpg'):  # 12; a stream that is cut
                 self.expect(self.python(path.name, _DECODE, path).well, f'{path.name} is not read')
 
     def c02(self) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from benchmarks.faults import damage
 from benchmarks.faults.reference import JOBS, PAIR_JOBS, TIMEOUT, TRAININGS, Fault, Setup, start_pair
-from benchmarks.faults.trial import Result, Trial
+from benchmarks.faults.trial import GOOD, Result, Trial
 
 SIGNALS = {'KILL': signal.SIGKILL, 'TERM': signal.SIGTERM, 'INT': signal.SIGINT, 'HUP': signal.SIGHUP}
 MAX_WRITES = 200  # failing calls of one job
@@ -68,7 +68,7 @@ def perform(setup: Setup, attack: Attack, seed: int) -> Result:
     folder = pathlib.Path(tempfile.mkdtemp(prefix='attack-', dir=setup.out))
     try:
         result = KINDS[attack.kind][1](setup, attack, random.Random(f'{seed}/{attack.name}'), folder)
-        if result.outcome not in ('identical', 'refused', 'healed'):
+        if result.outcome not in GOOD:
             kept = setup.out / 'failed' / attack.name.replace('/', '-')
             shutil.rmtree(kept, ignore_errors=True)
             shutil.copytree(folder, kept, symlinks=True)

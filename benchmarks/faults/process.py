@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 PRELOAD = ['vqvae2_jax.main', 'vqvae2_jax.jobs.pipeline', 'matplotlib.pyplot', 'scipy.linalg', 'tensorboardX', __name__]
 ENVIRONMENT = {
     'JAX_PLATFORMS': 'cpu',
+    'JAX_NUM_CPU_DEVICES': '1',
     'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true',  # the suite waits for the compiler, not for what it makes
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',

@@ -20,6 +20,7 @@ OUTCOMES = {
     'wrong': 'the result differs, or the same command does not end well',
     'hang': 'a command did not end',
 }
+GOOD = ('identical', 'refused', 'healed')
 _HEALED = re.compile(r'damaged|set aside|made again|drawn again|missing', re.IGNORECASE)
 _DELETE = re.compile(r'\b[Dd]elete (/\S+?)[.,;:)]*(?=\s|$)')
 _JOB = re.compile(r'--job=(\w+)(?: --level=(\w+))?')
