@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 TOLERANCE = 0.02
 MEASURES = {'memory': 'resident memory, MB', 'descriptors': 'open descriptors', 'threads': 'threads'}
 _START, _END = (0.1, 0.2), (0.9, 1.0)  # of the work of a process: what is compared, as medians
-_LINE_BYTES = 1000  # of metrics.jsonl and of event files, at most, for every line of the log
+_LINE_BYTES = 2500  # of metrics.jsonl and of event files, at most, for every line of the log
 _LOGS, _SAVES, _PICTURES = 1000, 100, 10  # in the whole training
 
 
@@ -111,6 +111,8 @@ def run_phase(phase: Phase, out: pathlib.Path, interval: float) -> None:
                 row = {'phase': phase.job, 'pid': process.pid, 'time': time.time(), 'done': phase.progress(workdir)}
                 row |= measure(process.pid) | directories(workdir / phase.directory)
             except OSError:  # it ends, or replaces a file
+                continue
+            if not row['descriptors']:  # it has ended
                 continue
             file.write(json.dumps(row) + '\n')
             file.flush()

@@ -6,10 +6,12 @@ import errno
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 
 from benchmarks.faults import damage
@@ -17,6 +19,7 @@ from benchmarks.faults.reference import JOBS, PAIR_JOBS, TIMEOUT, TRAININGS, Fau
 from benchmarks.faults.trial import GOOD, Result, Trial
 
 SIGNALS = {'KILL': signal.SIGKILL, 'TERM': signal.SIGTERM, 'INT': signal.SIGINT, 'HUP': signal.SIGHUP}
+_OF_TRAINING = re.compile(r'/checkpoints/|metrics\.jsonl$')  # read only where a training goes on
 MAX_WRITES = 200  # failing calls of one job
 _KILLS = 5  # of each signal and job
 _READERS = {  # jobs whose outputs a job reads
@@ -103,14 +106,23 @@ def _list_kills(setup, job, rng):
 
 
 def _kill(setup, attack, rng, folder):
-    number, delay = SIGNALS[attack.what.split('-')[0]], rng.uniform(0, setup.seconds[attack.job])
+    """Sends a signal at a random moment, or, every second time, just after a random call that changes a file."""
+    name, _, number = attack.what.partition('-')
     trial = Trial(setup, attack.job, setup.before(attack.job), folder)
-    command = trial.start()
-    ended_before = command.wait(delay)
-    command.send(number)
-    ended = command.end(TIMEOUT)
-    text = 'after its end' if ended_before else f'after {delay:.2f} s'
-    return trial.settle(f'{attack.what.split("-")[0]} {text}', [ended], sent=number)
+    if int(number) % 2 and setup.shim.exists():
+        fault, calls = Fault(trial.workdir, folder / 'state'), rng.randint(1, setup.calls[attack.job])
+        command = trial.start(fault.environment)
+        while fault.calls < calls and command.running():
+            time.sleep(0.001)
+        text = f'at call {fault.calls}'
+    else:
+        delay = rng.uniform(0, setup.seconds[attack.job])
+        command = trial.start()
+        command.wait(delay)
+        text = f'after {delay:.2f} s'
+    text = text if command.running() else 'after the end'
+    command.send(SIGNALS[name])
+    return trial.settle(f'{name} {text}', [command.end(TIMEOUT)], sent=SIGNALS[name])
 
 
 # Damaged files.
@@ -119,7 +131,7 @@ def _kill(setup, attack, rng, folder):
 def _list_damages(setup, job, rng):
     """For every kind of file that the job writes: two damages before it runs again."""
     found = damage.files_by_kind(setup.after(job), job)
-    return [f'{how}:{kind}' for kind in found for how in rng.sample(damage.DAMAGES, 2) if '/checkpoints/' not in kind]
+    return [f'{how}:{kind}' for kind in found for how in rng.sample(damage.DAMAGES, 2) if not _OF_TRAINING.search(kind)]
 
 
 def _damage_own(setup, attack, rng, folder):
@@ -143,11 +155,11 @@ def _damage_input(setup, attack, rng, folder):
 
 
 def _list_checkpoints(setup, job, rng):
-    """For every kind of file of the checkpoints of a training that is not finished: two damages."""
+    """For every kind of file that a training which was stopped halfway reads: two damages."""
     if job not in TRAININGS:
         return []
     found = damage.files_by_kind(setup.halfway(job), job)
-    return [f'{how}:{kind}' for kind in found for how in rng.sample(damage.DAMAGES, 2) if '/checkpoints/' in kind]
+    return [f'{how}:{kind}' for kind in found for how in rng.sample(damage.DAMAGES, 2) if _OF_TRAINING.search(kind)]
 
 
 def _damage_checkpoint(setup, attack, rng, folder):
@@ -158,6 +170,8 @@ def _damage(setup, attack, rng, folder, source, writer):
     how, _, kind = attack.what.partition(':')
     trial = Trial(setup, attack.job, source, folder)
     text = damage.damage(trial.workdir, damage.files_by_kind(trial.workdir, writer)[kind], how, rng)
+    if kind.endswith('metrics.jsonl'):  # it grows, so that it has no checksum: damage to it may show in the curves
+        trial.exempt = re.compile(r'(^|/)metrics\.jsonl$|^report/(curves\.png|report\.html)$')
     return trial.settle(text, [trial.start().end(TIMEOUT)], advice=True)
 
 

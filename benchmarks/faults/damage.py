@@ -8,8 +8,7 @@ import shutil
 from benchmarks.faults.compare import OUTPUTS
 
 DAMAGES = ('flip', 'zero', 'cut', 'empty', 'swap', 'delete')
-# A sample of these is enough: directories of a finished training that no later job reads, and event files.
-_IGNORED = re.compile(r'/tensorboard/|\.part$|unfinished')
+_IGNORED = re.compile(r'/tensorboard/')
 
 
 def kind_of(name: str) -> str:

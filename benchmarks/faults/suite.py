@@ -46,7 +46,12 @@ def run(
     # New processes, since this one may have started JAX's backend; each forks commands from a server of its own.
     with (
         unittest.mock.patch.dict(os.environ, environment),
-        concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context('spawn')) as pool,
+        concurrent.futures.ProcessPoolExecutor(
+            processes,
+            multiprocessing.get_context('spawn'),
+            initializer=_log_errors,
+            initargs=(str(out / 'workers.log'),),
+        ) as pool,
     ):
         setup = pool.submit(reference.prepare, out, 'pair' in kinds).result()
         if only is None:
@@ -54,6 +59,11 @@ def run(
         else:
             todo = [attacks.Attack(*name.split('/', 2)) for name in only]
         return _make(pool, setup, todo, seed)
+
+
+def _log_errors(path):
+    """Sends to a file what libraries print of the damaged files that a worker compares."""
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
 
 
 def _make(pool, setup, todo, seed):

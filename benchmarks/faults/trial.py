@@ -56,6 +56,7 @@ class Trial:
         self.setup, self.job, self.folder, self.flags = setup, job, folder, flags
         self.workdir = folder / 'workdir'
         shutil.copytree(source, self.workdir)
+        self.exempt = None  # a pattern of files that are not compared
         self._commands, self._jobs, self._further = 0, {job}, []
 
     def start(
@@ -106,7 +107,10 @@ class Trial:
     def _differences(self):
         directories = [name for job in self._jobs for name in OUTPUTS[job]]
         expected = {k: v for k, v in self.setup.contents.items() if k.split('/')[0] in directories}
-        return differences(contents(self.workdir, directories), expected)
+        found = contents(self.workdir, directories)
+        if self.exempt:
+            found, expected = ({k: v for k, v in x.items() if not self.exempt.search(k)} for x in (found, expected))
+        return differences(found, expected)
 
     def _check_end(self, ended, sent=0):
         if ended.status is None:
