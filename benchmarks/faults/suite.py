@@ -39,20 +39,16 @@ def run(
     Returns:
       The result of every chosen attack: name, seed, seconds, and the fields of `trial.Result`.
     """
+    out.mkdir(parents=True, exist_ok=True)
     attacks.unmount_all(out)
     environment = ENVIRONMENT | {'JAX_COMPILATION_CACHE_DIR': str(out / 'cache')}
     if reference.build_shim(out):
         environment['LD_PRELOAD'] = str(out / 'shim.so')
     # New processes, since this one may have started JAX's backend; each forks commands from a server of its own.
-    with (
-        unittest.mock.patch.dict(os.environ, environment),
-        concurrent.futures.ProcessPoolExecutor(
-            processes,
-            multiprocessing.get_context('spawn'),
-            initializer=_log_errors,
-            initargs=(str(out / 'workers.log'),),
-        ) as pool,
-    ):
+    pool = concurrent.futures.ProcessPoolExecutor(
+        processes, multiprocessing.get_context('spawn'), initializer=_log_errors, initargs=(out / 'workers.log',)
+    )
+    with unittest.mock.patch.dict(os.environ, environment), pool:
         setup = pool.submit(reference.prepare, out, 'pair' in kinds).result()
         if only is None:
             todo = [a for a in attacks.plan(setup, seed) if a.kind in kinds and a.job in jobs][:limit]
