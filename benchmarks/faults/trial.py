@@ -22,6 +22,8 @@ OUTCOMES = {
 }
 GOOD = ('identical', 'refused', 'healed')
 _HEALED = re.compile(r'damaged|set aside|made again|drawn again|missing', re.IGNORECASE)
+_REMEDY = re.compile(r'room|space|writable|permission|again|continue|delete|restore|run your command', re.IGNORECASE)
+_LOG_LINE = re.compile(r'[EWFI]\d{4} |WARNING:|Exception ignored')
 _DELETE = re.compile(r'\b[Dd]elete (/\S+?)[.,;:)]*(?=\s|$)')
 _JOB = re.compile(r'--job=(\w+)(?: --level=(\w+))?')
 _ROUNDS = 6  # of following advice
@@ -127,7 +129,9 @@ class Trial:
         self._further += [line for line in ended.errors.splitlines() if line.strip() and line not in lines]
         if len(lines) != 1:
             return f'status {ended.status} with {len(lines)} lines of error: {_last_line(ended)}'
-        return '' if str(self.workdir) in ended.errors else f'names no path: {lines[0]}'
+        if str(self.workdir) not in ended.errors or not _REMEDY.search(ended.errors):
+            return f'names no path or no remedy: {lines[0]}'
+        return next((line for line in self._further if _LOG_LINE.match(line)), '')
 
     def _follow(self, refusal):
         """Follows the advice of refusals until the command ends well; returns why one has no advice, or ''."""
