@@ -60,7 +60,7 @@ def phases(steps: int, samples: int) -> list[Phase]:
     every = {'log': _LOGS, 'eval': _SAVES, 'save': _SAVES, 'image': _PICTURES}
     training = {f'{name}_every': max(1, steps // times) for name, times in every.items()} | {'steps': steps}
     flags = [f'--config.vqvae.training.{name}={value}' for name, value in training.items()]
-    sampling = {'count': samples, 'batch_size': 64, 'shard_size': max(1, samples // 200)}
+    sampling = {'count': samples} | dict.fromkeys(('batch_size', 'shard_size'), max(1, samples // 100))
     sample_flags = tuple(f'--config.sample.{name}={value}' for name, value in sampling.items())
     flags += ['--config.vqvae.training.batch_size=8']
     return [
@@ -206,7 +206,10 @@ def main() -> None:
             subprocess.run(command, check=True, stdout=output, stderr=output, cwd=ROOT)
     run_phase(sampling, out, arguments.interval)
     rows = [json.loads(line) for line in (out / 'measurements.jsonl').read_text().splitlines()]
-    results = [(phase, judge(rows, phase)) for phase in (training, sampling)]
+    try:
+        results = [(phase, judge(rows, phase)) for phase in (training, sampling)]
+    except ValueError as error:
+        raise SystemExit(f'error: {error}') from error
     plot(rows, [phase.job for phase, _ in results], arguments.plot or out / 'long_run.png')
     print('\n'.join(table(results)))
     if bad := [text for phase, found in results for text in failures(found, phase)]:
