@@ -26,7 +26,7 @@ OUTPUTS = {
 }
 # Not compared: train states (they serve only to resume, and TensorStore names their files at random), event files (they
 # hold times), and files that a damaged one was set aside as.
-_EXEMPT = re.compile(r'(^|/)(checkpoints|tensorboard|abandoned|[^/]*\.damaged)(/|$)|(^|/)\.?lock[^/]*$')
+_EXEMPT = re.compile(r'(^|/)(checkpoints|tensorboard|abandoned|[^/]*\.damaged)(/|$)')
 # Fields of a record that are reproducible. Its seconds, and the names of the files of weights, are not.
 _RECORD = ('job', 'state', 'inputs', 'settings', 'results', 'digest')
 _TIMES = ('seconds', 'date')  # fields of report.json, at any depth

@@ -22,7 +22,9 @@ OUTCOMES = {
 }
 GOOD = ('identical', 'refused', 'healed')
 _HEALED = re.compile(r'damaged|set aside|made again|drawn again|missing', re.IGNORECASE)
-_REMEDY = re.compile(r'room|space|writable|permission|again|continue|delete|restore|run your command', re.IGNORECASE)
+_REMEDY = re.compile(
+    r'wait|room|space|writable|permission|again|continue|delete|restore|run your command', re.IGNORECASE
+)
 _LOG_LINE = re.compile(r'[EWFI]\d{4} |WARNING:|Exception ignored')
 _DELETE = re.compile(r'\b[Dd]elete (/\S+?)[.,;:)]*(?=\s|$)')
 _JOB = re.compile(r'--job=(\w+)(?: --level=(\w+))?')
