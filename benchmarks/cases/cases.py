@@ -212,11 +212,11 @@ class Cases(Commands):
         self.expect((ended.well and (home / 'run/vqvae').exists()) or ended.refused('~'), 'neither home nor refused')
 
     def c27(self) -> None:
-        for name in ('folder256', 'tiny', 'cifar10_small'):
-            command = [sys.executable, '-m', 'vqvae2_jax.main', f'--config={ROOT / "configs" / name}.py', '--job=plan']
-            environment = {k: v for k, v in self.environment().items() if k != 'PYTHONPATH'}
-            environment['PYTHONPATH'] = self._package_alone()
-            ended = self.show(f'{name} by its path', [*command, '--config.data.path=/tmp'], cwd='/', env=environment)
+        environment = self.environment() | {'PYTHONPATH': self._package_alone()}
+        for name, path in (('folder256', '/tmp'), ('tiny', ''), ('cifar10_small', '/tmp/cifar10.npz')):
+            config = f'--config={ROOT / "configs" / name}.py'
+            command = [sys.executable, '-m', 'vqvae2_jax.main', config, '--job=plan', f'--config.data.path={path}']
+            ended = self.show(f'{name} by its path', command, cwd='/', env=environment)
             self.expect(not ended.says('No module named') and not ended.traceback, f'{name} is not found')
 
     def c29(self) -> None:
