@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 
 import numpy as np
 from PIL import Image
@@ -59,6 +60,16 @@ def _folders(out, images):
         images.write(out / '07_dangling' / f'{i:02d}.png')
     for i in range(5):
         os.symlink(f'/nowhere/{i}.png', out / '07_dangling' / f'a{i}.png')
+    for name, suffix in (('a', '.png'), ('b', '.heic')):  # 04: a class in another format
+        for i in range(10):
+            images.write(out / '04_heic' / name / f'{i}{suffix}')
+    metadata = pathlib.Path(__file__).parent / 'files' / 'metadata'
+    for i in range(40):  # 10: 12 bits in 16-bit files, one in 16 of the range
+        path = out / '10_dark' / f'{i:02d}.png'
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray((images.pixels(28, 28).astype(np.uint16) << 4) | 15).save(path)
+        images.write(out / '12_scan' / f'{i:02d}.png')
+    shutil.copyfile(metadata / 'scan_14000x13000.png', out / '12_scan' / 'scan.png')  # 12: beyond Pillow's limit
     for i in range(80):  # 29: for worker processes
         images.write(out / '29_workers' / f'{i}.jpg', 128)
 
