@@ -21,8 +21,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vqvae2_jax.config.fields import Bool, Choice, Field, Float, Int, Label, Name, Path, Text, Tuple
-from vqvae2_jax.data.decode import MAX_PIXELS
+from vqvae2_jax.config.data_fields import DATA, MAX_CLASSES, seed_field
+from vqvae2_jax.config.fields import Bool, Choice, Field, Float, Int, Label, Name, Path, Tuple
 from vqvae2_jax.data.images import SPLITS
 from vqvae2_jax.models.prior import ATTENTION_DROPOUT_KINDS, DROPOUT_PLACEMENTS
 
@@ -32,12 +32,6 @@ _STEPS = 10**9
 _BATCH = 2**20  # images
 _CHANNELS = 2**16
 _BLOCKS = 256
-_CLASSES = 10**6
-
-
-def _seed(doc: str) -> Int:
-    # JAX would take the low 32 bits of a larger one.
-    return Int(0, 2**32 - 1, default=0, doc=doc)
 
 
 def _share(default: float, doc: str) -> Float:
@@ -50,63 +44,7 @@ def _dtype(doc: str) -> Choice:
 
 _CONFIG = {
     'name': Name(default='unnamed', doc='of the run: its directory is `runs/<name>` unless `--workdir` is given'),
-    'seed': _seed('of initial weights, shuffling, augmentation and dropout'),
-}
-
-_DATA = {
-    'name': Text(
-        True,
-        default='fashion',
-        doc='`fashion` (in the package), `folder`, `npz`, or the name of a TensorFlow dataset prepared as array_record',
-    ),
-    'path': Path(
-        default='',
-        doc='the folder; the .npz file (`arr_0`, `label`, `class_names`) or a folder of some, which are joined (with '
-        "`splits`, the folder of them); or TFDS's data_dir; all also on a bucket (gs://), copied by every process; "
-        "`''`: TFDS's default",
-    ),
-    'image_size': Tuple(Int(1, 2**14), (2,), default=(28, 28), doc='(height, width); images are resized and cropped'),
-    'channels': Choice((1, 3), default=1, doc='1: gray, 3: RGB'),
-    'num_classes': Int(0, _CLASSES, default=0, doc='0: unlabeled, without classifier and rejection'),
-    'splits': Tuple(
-        Text(True),
-        (0, 3),
-        default=(),
-        doc='names of (train, validation, test): subfolders, .npz files or TFDS splits such as `train[:95%]`; '
-        '`()`: all images are one set, split at random',
-    ),
-    'held_out': Tuple(
-        Float(0, 1, high_open=True),
-        (2,),
-        default=(0.1, 0.1),
-        doc='fractions of that set for (validation, test); their sum is below 1',
-    ),
-    'split_seed': _seed('of that split, and of the order of every split'),
-    'flip': Bool(default=False, doc='stage 1 trains on mirrored images too'),
-    'crop': Bool(default=False, doc='stage 1 trains on crops at random places'),
-    'on_error': Choice(
-        ('raise', 'skip'),
-        default='raise',
-        doc='an image that cannot be opened or decoded; `skip` lists it in `skipped.txt`',
-    ),
-    'max_pixels': Int(
-        1,
-        2**40,
-        default=MAX_PIXELS,
-        doc='of an image as it is stored; a larger one counts as an image that cannot be decoded',
-    ),
-    'check_all': Bool(
-        default=False,
-        doc='before a training, decode all images, not 2000 of each split, and compare all by their content, even more '
-        'than 50,000',
-    ),
-    'max_bytes': Int(
-        0,
-        2**60,
-        default=0,
-        doc='limit of the arrays of compressed .npz files, which are held in memory; 0: half of the free memory',
-    ),
-    'workers': Int(0, 1024, default=0, doc='processes that read images; 0: threads'),
+    'seed': seed_field('of initial weights, shuffling, augmentation and dropout'),
 }
 
 _TRAINING = {
@@ -257,9 +195,9 @@ _SAMPLE = {
     'count': Int(1, 10**9, default=1000, doc='samples wanted; may grow later'),
     'batch_size': Int(1, _BATCH, default=64, doc='samples generated at once, over all devices'),
     'shard_size': Int(1, _BATCH, default=1000, doc='images a file'),
-    'seed': _seed('of the samples; with its index and label it decides a sample'),
+    'seed': seed_field('of the samples; with its index and label it decides a sample'),
     'labels': Tuple(
-        Label(0, _CLASSES), range(10_001), default=(), doc='numbers or names, cycled through; `()`: all classes'
+        Label(0, MAX_CLASSES), range(10_001), default=(), doc='numbers or names, cycled through; `()`: all classes'
     ),
     'dtype': Choice(
         ('', 'float32', 'bfloat16'), default='', doc="of weights and caches while sampling; `''`: each prior's own"
@@ -368,7 +306,7 @@ def schema(levels: Sequence[str] = ('bottom', 'top')) -> Schema:
         'levels': Tuple(Choice(tuple(levels)), range(9), default=(), doc='levels to sample; `()`: all'),
         'label': Label(
             -1,
-            _CLASSES,
+            MAX_CLASSES,
             default=-1,
             doc='class of the sampled codes, its number or (on the command line) its name; -1: not given',
         ),
@@ -376,7 +314,7 @@ def schema(levels: Sequence[str] = ('bottom', 'top')) -> Schema:
     }
     return {
         **_CONFIG,
-        'data': _DATA,
+        'data': DATA,
         'parallel': {
             'fsdp': Int(
                 1,
