@@ -1,6 +1,7 @@
 """The undisturbed run: the workdir before every job, the time and the calls of the job, and what it leaves."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import time
 import numpy as np
 from PIL import Image
 
+import vqvae2_jax
 from benchmarks.faults.compare import OUTPUTS, contents
 from benchmarks.faults.process import Command, Ended
 from vqvae2_jax.data.fashion import CLASS_NAMES, FashionDataset
@@ -41,6 +43,7 @@ class Setup:
       calls: number of calls that the shim counts in every job; {} without a shim.
       contents: digest of every file that the finished pipeline leaves (`compare.contents`).
       pair_contents: the same of the jobs that two processes run together; {} if there are none.
+      code: digest of the package that made all this.
     """
 
     out: pathlib.Path
@@ -48,6 +51,7 @@ class Setup:
     calls: dict[str, int] = dataclasses.field(default_factory=dict)
     contents: dict[str, str] = dataclasses.field(default_factory=dict)
     pair_contents: dict[str, str] = dataclasses.field(default_factory=dict)
+    code: str = ''
 
     def before(self, job: str) -> pathlib.Path:
         """Returns the finished directories before a job."""
@@ -90,16 +94,26 @@ def prepare(out: pathlib.Path, pairs: bool) -> Setup:
     setup, path = Setup(out), out / 'setup.json'
     if path.exists():
         setup = Setup(out, **json.loads(path.read_text()))
+        if setup.code != _code():
+            raise SystemExit(f'error: the runs in {out} were made by other code: give another --out, or delete it')
     else:
         out.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(out / 'states', ignore_errors=True)
         write_images(out)
+        setup.code = _code()
         _run_all(setup)
         _save(setup, path)
     if pairs and not setup.pair_contents:
         _run_pairs(setup)
         _save(setup, path)
     return setup
+
+
+def _code():
+    root, sha = pathlib.Path(vqvae2_jax.__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob('*.py')):
+        sha.update(f'{path.relative_to(root)}\n'.encode() + path.read_bytes())
+    return sha.hexdigest()
 
 
 def _save(setup, path):
