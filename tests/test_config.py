@@ -322,7 +322,10 @@ def test_every_odd_value_of_every_field_is_accepted_as_that_type_or_refused_in_o
 )
 def test_any_value_of_any_field_passes_or_is_refused_in_one_line(field, value):
     config = load_config('tiny')
-    set_field(config, field, value)
+    try:
+        set_field(config, field, value)
+    except OverflowError:  # of ml_collections, for a float; load_config names the line
+        return
     try:
         check(config)
     except ConfigError as error:
@@ -504,6 +507,7 @@ def test_a_mistake_in_a_config_file_is_one_line_and_another_error_is_not_hidden(
     for line, message in (
         ('c.vqvae.training.stepps = 3', 'line 6: Key "stepps" does not exist .* Did you mean "steps"'),
         ("c.vqvae.training.steps = 'x'", "line 6: Could not override field 'steps'"),
+        ('c.vqvae.training.learning_rate = 10**400', 'line 6: int too large to convert to float'),
         ('c.nothing.at_all = 3', "line 6: there is no field 'nothing'"),
     ):
         with pytest.raises(ConfigError, match=message) as error:

@@ -77,7 +77,9 @@ def main(config: ConfigDict) -> None:
         if _DISTRIBUTED.value:
             print(processes.describe_mesh(run.mesh), flush=True)
         run_job(run, _JOB.value, _LEVEL.value)
-    except (ConfigError, JobError, UnreadableImage, CheckpointMismatch, NonFiniteLoss, WriteError) as error:
+    except WriteError as error:
+        terminal.end(f'error: {error}')
+    except (ConfigError, JobError, UnreadableImage, CheckpointMismatch, NonFiniteLoss) as error:
         # The message says what to do; a traceback would only hide it.
         sys.exit(f'error: {error}')
 

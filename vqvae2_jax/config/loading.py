@@ -54,7 +54,7 @@ def load_config(name: str | os.PathLike) -> ConfigDict:
     try:
         spec.loader.exec_module(module)
         config = module.get_config(*argument)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         if not frames[-1].filename.startswith(_ML_COLLECTIONS):
             raise  # a mistake in the file, for which the traceback is the best message

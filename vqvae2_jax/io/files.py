@@ -41,7 +41,7 @@ guards: list[Callable[[epath.PathLike], None]] = []  # called before every write
 def writing(path: epath.PathLike, size: int | None = None) -> Iterator[None]:
     """Turns the errors of a failed write or deletion inside the context into one clear error.
 
-    These are an OSError, whoever raised it, and the ValueError of TensorStore, which has the error number in its text.
+    These are an OSError, whoever raised it, and errors of TensorStore and ArrayRecord that name a failed system call.
 
     Args:
       path: the file or directory.
@@ -83,8 +83,10 @@ def _error_number(error: BaseException | None) -> int | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
-        if match := re.search(r"os_error_code='(\d+)'", str(error)):
+        if match := re.search(r"os_error_code='(\d+)'", str(error)):  # of TensorStore
             return int(match[1])
+        if match := re.match(r'\w+\(\) failed: ([^;]+);', str(error)):  # of ArrayRecord
+            return next((number for number in errno.errorcode if os.strerror(number) == match[1]), None)
         error = error.__cause__
     return None
 

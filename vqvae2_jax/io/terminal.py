@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 _CLOSED = (errno.EPIPE, errno.EIO)  # of a pipe whose reader has ended, of a terminal that was closed
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # of a log file
@@ -35,6 +36,7 @@ def prepare() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     sys.stdout, sys.stderr = _reopen(sys.stdout), _reopen(sys.stderr)
+    threading.excepthook = _ignore_event_writer
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         _watch_interrupts()
 
@@ -113,9 +115,26 @@ def _watch(receiver: int):
         first = first or now
 
 
-def _exit(message: str):
+def end(message: str) -> NoReturn:
+    """Ends the process with a message and status 1, without waiting for threads of libraries.
+
+    After a failed write they would print errors of their own: of Orbax, of TensorStore, of TensorBoard's writer.
+    """
+    if not isinstance(getattr(sys.stdout, 'buffer', None), _Writer):  # not a command line
+        sys.exit(message)
+    sys.stdout.flush()
+    _exit(message, 1)
+
+
+def _ignore_event_writer(args):
+    """Prints the exception of a thread, unless it is TensorBoard's writer: its caller raises the same."""
+    if not type(args.thread).__module__.startswith('tensorboardX'):
+        threading.__excepthook__(args)
+
+
+def _exit(message: str, status: int = 128 + signal.SIGINT):
     with contextlib.suppress(OSError):
-        os.write(2, f'{message}\n'.encode())
+        os.write(2, f'{message}\n'.encode('utf-8', 'backslashreplace'))
     for worker in multiprocessing.active_children():  # they ignore Ctrl-C
         worker.kill()
-    os._exit(128 + signal.SIGINT)
+    os._exit(status)

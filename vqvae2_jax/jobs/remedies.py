@@ -1,6 +1,7 @@
-"""Advice for jobs that end because the devices run out of memory, or because a training diverges."""
+"""Advice for jobs that end because the devices run out of memory, a training diverges, or another process ends."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 import jax
@@ -24,16 +25,25 @@ _BATCHES = {
 }
 
 
+# Of collective operations and of the coordination service, in all their versions.
+_LOST_PROCESS = re.compile('Gloo|Connection (reset|closed|refused)|[Hh]eartbeat|[Cc]oordination|UNAVAILABLE|Barrier')
+
+
 @contextlib.contextmanager
 def of_job(run: Run, job: str) -> Iterator[None]:
-    """Within the context, running out of memory is a JobError that names the batch size of a job.
+    """Within the context, running out of memory and the loss of another process end with one line.
 
     Raises:
-      JobError: the devices ran out of memory.
+      JobError: the devices ran out of memory (it names the batch size of the job), or another process has ended.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() > 1 and _LOST_PROCESS.search(str(error)):
+            raise JobError(
+                f'{job}: another process of this run has ended, see its output ({_first_line(error)}). The same '
+                'command, started again on all hosts, continues'
+            ) from error
         if job not in _BATCHES or not _is_out_of_memory(error):
             raise
         field = _BATCHES[job]
