@@ -273,7 +273,7 @@ def test_a_training_that_diverges_before_a_checkpoint_starts_anew_with_a_lower_r
     run.path(section.replace('.', '_')).rmtree()
     no_training.append(diverged(None))
     message = message_of(run, job, level or None, NonFiniteLoss)
-    assert 'loss is nan at step 6. Nothing of it was saved, and the same command would meet it again: ' in message
+    assert 'loss is nan at step 6. No such state was saved, and the same command would diverge again: ' in message
     delete(run, message)
     before = run.config[section].training.learning_rate
     assert set_fields(run, message) == f'{section}.training.learning_rate'
@@ -291,7 +291,7 @@ def test_a_training_that_diverges_later_continues_from_its_last_checkpoint(run, 
     message = message_of(run, 'prior', 'top', NonFiniteLoss)
     command = re.escape('run your command with --job=prior --level=top --continue_from=4 --config.prior.top.training.')
     remedy = rf'{command}learning_rate=\S+ or {re.escape("--config.prior.top.training.")}clip_norm=1.0, '
-    assert re.search(remedy + 'or if that meets it too, from an earlier checkpoint, or delete ', message)
+    assert re.search(remedy + 'or if that diverges too, from an earlier checkpoint, or delete ', message)
     delete(run, message)
     set_fields(run, message)
     accept(run, 'prior', 'top')

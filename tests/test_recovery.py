@@ -93,8 +93,8 @@ def test_a_damaged_newest_checkpoint_is_set_aside(directory, whole, damage, caps
     DAMAGE[damage](directory / 'checkpoints' / '8')
     continue_training(directory)
     out = capsys.readouterr().out
-    assert f'{directory}/checkpoints/8' in out and f'set aside as {directory}/checkpoints/8.damaged' in out
-    assert 'trains from step 6: 2 steps are repeated' in out and 'toy: continuing from step 6' in out
+    assert f'{directory}/checkpoints/8' in out and f'It is set aside as {directory}/checkpoints/8.damaged' in out
+    assert 'training continues from step 6: 2 steps are repeated' in out and 'toy: continuing from step 6' in out
     assert (directory / 'checkpoints' / '8.damaged').is_dir()
     assert_same(directory, whole)
 
@@ -110,8 +110,9 @@ def test_metadata_that_orbax_does_not_need_are_removed(directory, whole, content
 def test_without_a_sound_checkpoint_the_choices_are_named(directory):
     for step in (6, 8):
         flip(largest(directory / 'checkpoints' / str(step)))
-    with pytest.raises(JobError, match=f'no checkpoint in .* is sound: restore one .*, or delete {directory} to train'):
-        recovery.recover(directory, 'toy')
+    for _ in range(2):  # nothing is renamed that would hide the damage from the next call
+        with pytest.raises(JobError, match=f'No checkpoint is sound: restore one .*, or delete {directory} to train'):
+            recovery.recover(directory, 'toy')
     shutil.rmtree(directory)  # the advice
     recovery.recover(directory, 'toy')
 
@@ -154,6 +155,30 @@ def test_weights_older_than_every_checkpoint_cannot_be_trained_again(tmp_path):
     flip(largest(epath.Path(tmp_path) / 'weights' / '3'))
     with pytest.raises(JobError, match=r'weights/3/.* is damaged.*no sound checkpoint.*restore them .*, or delete'):
         recovery.recover(epath.Path(tmp_path), 'toy')
+
+
+def test_weights_of_a_lost_training_are_not_kept(directory):
+    """Without record and checkpoints nobody knows whether they are of the same settings."""
+    shutil.rmtree(directory / 'checkpoints')
+    recovery.recover(directory, 'toy', has_record=True)  # a kill before the first checkpoint
+    assert BestCheckpoint(directory).best()['step'] == 7
+    recovery.recover(directory, 'toy', has_record=False)
+    assert BestCheckpoint(directory).best() is None
+
+
+@pytest.mark.parametrize('name', ['record.json', 'checkpoints/8/record.json', 'weights/best.json'])
+def test_a_directory_in_place_of_a_file_is_damage(run, name, capsys):
+    path = run.path('classifier', name)
+    path.unlink()
+    path.mkdir()
+    if name == 'record.json':
+        with pytest.raises(
+            JobError, match='record.json cannot be read: Is a directory. Change its perm.*, or remove it'
+        ):
+            run_job(run, 'classifier')
+        path.rmdir()  # the advice
+    run_job(run, 'classifier')
+    assert 'classifier' in capsys.readouterr().out
 
 
 def test_a_kill_before_the_first_checkpoint_is_no_damage(tmp_path, capsys):
@@ -247,11 +272,27 @@ def test_steps_and_jobs_to_go_back_to(run, step, change, job, message):
         run_job(workdir.Run(run.config, run.workdir, continue_from=step), job)
 
 
+def test_a_schedule_may_change_and_a_step_be_gone_back_to_twice(run):
+    training, results = run.config.classifier.training, []
+    for schedule, rate in (('constant', 1e-3), ('constant', 1e-4), ('cosine', 1e-4)):
+        training.update(lr_schedule=schedule, learning_rate=rate)
+        run_job(workdir.Run(run.config, run.workdir, continue_from=4), 'classifier')
+        run_job(run, 'classifier')  # accepts the settings
+        output = record.read(run.path('classifier'))
+        assert output.state == record.DONE and output.settings['classifier.training.learning_rate'] == rate
+        results.append(output.digest)
+    assert len(set(results)) == 3
+    assert sorted(p.name for p in run.path('classifier', 'abandoned').iterdir()) == ['8', '8-2', '8-3']
+
+
 def test_only_settings_of_the_training_change_on_the_way(run):
     run.config.classifier.widths = (8, 8)
     run.config.classifier.training.learning_rate /= 2
+    before = record.read(run.path('classifier'))
     with pytest.raises(SettingsChangedError, match='classifier.widths: recorded'):
         run_job(workdir.Run(run.config, run.workdir, continue_from=4), 'classifier')
+    assert record.read(run.path('classifier')) == before  # nothing has changed
+    assert not run.path('classifier', 'abandoned').exists()
 
 
 def test_nothing_goes_back_where_nothing_is(run):

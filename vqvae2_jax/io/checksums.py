@@ -18,6 +18,7 @@ from etils import epath
 from vqvae2_jax.io import files, gcs
 
 _SEAL = 'checksum'
+_MAX_SINGLE = 4  # objects of a bucket that are asked for one by one, instead of by a listing
 _THREADS = 8  # hashing and reading release the lock of the interpreter
 _MAX_CACHED = 1 << 16
 _cache: dict[tuple, str] = {}  # (path, inode, bytes, time of the last change, algorithm) -> checksum
@@ -34,7 +35,7 @@ def file_entries(directory: epath.PathLike, names: Collection[str] | None = None
       {name: [bytes, checksum]}, sorted by name. Names without a file are left out.
     """
     if gcs.is_remote(directory):
-        listed = _list_remote(directory)
+        listed = _list_remote(directory, names)
         wanted = listed.keys() if names is None else names
         return {name: list(listed[name]) for name in sorted(wanted) if name in listed}
     names = sorted(_list_local(directory) if names is None else names)
@@ -85,16 +86,23 @@ def read_sealed(path: epath.PathLike) -> dict[str, Any]:
 def _list_local(directory):
     names = []
     for folder, _, filenames in os.walk(directory):
+        filenames = [name for name in filenames if not files.PARTIAL.fullmatch(name)]
         names += [os.path.relpath(os.path.join(folder, name), directory).replace(os.sep, '/') for name in filenames]
     return names
 
 
-def _list_remote(directory) -> dict[str, tuple[int, str]]:
-    """Returns (bytes, checksum) of every object below a directory of a bucket."""
+def _list_remote(directory, names=None) -> dict[str, tuple[int, str]]:
+    """Returns (bytes, checksum) of objects below a directory of a bucket: all, or at least those of `names`."""
     gcs.configure()
     system, root = fsspec.core.url_to_fs(os.fspath(directory))
+    with gcs.as_os_error(directory):
+        if names is not None and len(names) <= _MAX_SINGLE:
+            paths = [f'{root}/{name}' for name in names]
+            infos = {path: system.info(path) for path in paths if system.exists(path)}
+        else:
+            infos = system.find(root, detail=True)
     entries = {}
-    for path, info in system.find(root, detail=True).items():
+    for path, info in infos.items():
         algorithm = 'md5' if info.get('md5Hash') else 'crc32c'  # composite objects have no MD5
         checksum = info.get('md5Hash') or info.get('crc32c', '')
         entries[path.removeprefix(root).lstrip('/')] = int(info['size']), f'{algorithm}:{checksum}'

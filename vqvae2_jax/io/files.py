@@ -17,7 +17,7 @@ from etils import epath
 
 from vqvae2_jax.io import gcs, names
 
-_PARTIAL = re.compile(r'\..*\.\d+\.part|.*\.unfinished-[0-9a-f]{8}')  # of `replace_file`, and of the store of codes
+PARTIAL = re.compile(r'\..*\.\d+\.part|.*\.unfinished-[0-9a-f]{8}')  # of `replace_file`, and of the store of codes
 
 
 class WriteError(OSError):
@@ -54,17 +54,20 @@ def writing(path: epath.PathLike, size: int | None = None) -> Iterator[None]:
     for guard in guards:
         guard(path)
     try:
-        yield
+        with gcs.as_os_error(path) if gcs.is_remote(path) else contextlib.nullcontext():
+            yield
     except WriteError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         if (number := _error_number(error)) is None:
+            if isinstance(error, OSError) and gcs.is_remote(path):  # such errors have no number
+                raise WriteError(f'{path} cannot be written: {error}. Then the same command continues') from error
             raise
         amount = f' ({size:,} bytes)' if size else ''
         parts = [f'{path} cannot be written{amount}: {os.strerror(number)}']
         if (free := free_bytes(path)) is not None:
             parts.append(f'{free:,} bytes are free')
-        parts.append(f'{_REMEDIES.get(number, "Mend this")}; then the same command continues')
+        parts.append(f'{_REMEDIES.get(number, "Remove the cause")}; then the same command continues')
         raise WriteError('. '.join(parts)) from error
 
 
@@ -208,10 +211,13 @@ def remove(path: epath.Path) -> None:
 
 
 def remove_partial(directory: epath.PathLike) -> None:
-    """Removes the temporary files of processes that died. Call it while no other process writes in the directory."""
-    for name in list_names(directory):
-        if _PARTIAL.fullmatch(name):
-            remove(epath.Path(directory) / name)
+    """Removes temporary files of dead processes below a directory. Call it while no other process writes there."""
+    if gcs.is_remote(directory):  # files appear there only when they are complete
+        return
+    for folder, _, filenames in os.walk(directory):
+        for name in filenames:
+            if PARTIAL.fullmatch(name):
+                remove(epath.Path(folder) / name)
 
 
 def list_names(directory: epath.PathLike) -> set[str]:
@@ -221,7 +227,7 @@ def list_names(directory: epath.PathLike) -> set[str]:
     """
     try:
         return {path.name for path in epath.Path(directory).iterdir()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # a file in its place is an error of the first write
         return set()
 
 

@@ -106,7 +106,7 @@ def read_generation(path: epath.PathLike) -> tuple[bytes, str] | None:
       OSError: the bucket does not answer, or refuses; the message names the path.
     """
     files, bucket, name = _split(path)
-    with _as_os_error(path):
+    with as_os_error(path):
         try:
             # By its generation, since a bucket that everybody may read may answer with an older content from a cache.
             generation = files.call('GET', 'b/{}/o/{}', bucket, name, json_out=True)['generation']
@@ -135,7 +135,7 @@ def write_if_generation(path: epath.PathLike, data: bytes, generation: str) -> b
     files, bucket, name = _split(path)
     place = files.base.removesuffix('storage/v1/') + 'upload/storage/v1/b/{}/o'
     options = {'uploadType': 'media', 'name': name, 'ifGenerationMatch': generation}
-    with _as_os_error(path):
+    with as_os_error(path):
         try:
             files.call('POST', place, bucket, data=data, headers={'Content-Type': 'application/json'}, **options)
         except FileExistsError:  # what gcsfs makes of status 412, "precondition failed"
@@ -146,7 +146,7 @@ def write_if_generation(path: epath.PathLike, data: bytes, generation: str) -> b
 def remove_if_generation(path: epath.PathLike, generation: str) -> bool:
     """Deletes an object if its generation is still the given one; arguments and result as `write_if_generation`."""
     files, bucket, name = _split(path)
-    with _as_os_error(path):
+    with as_os_error(path):
         try:
             files.call('DELETE', 'b/{}/o/{}', bucket, name, ifGenerationMatch=generation)
         except (FileExistsError, FileNotFoundError):
@@ -161,7 +161,7 @@ def _split(path):
 
 
 @contextlib.contextmanager
-def _as_os_error(path):
+def as_os_error(path):
     """Raises the errors of gcsfs and its libraries, which have no base class in common, as an OSError."""
     import aiohttp  # they come with gcsfs, which is optional
     import google.auth.exceptions

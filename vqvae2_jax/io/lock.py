@@ -174,7 +174,7 @@ class _Lock:
                     print(f'{self.job}: took over {self.directory} from {owner or _UNKNOWN}', flush=True)
                 continue
             if not told:
-                wait = f'waiting up to {format_duration(LEASE)} for a sign of life ...'
+                wait = f'waiting up to {format_duration(LEASE)} for its heartbeat ...'
                 print(f'{self.job}: {self.directory} is locked by {owner or _UNKNOWN}; {wait}', flush=True)
                 told = True
             time.sleep(POLL)

@@ -92,7 +92,7 @@ class LocalStore:
                 aside = self._part()
                 os.rename(self._path, aside)
                 moved = _read(aside)
-                if moved != content:  # also if its owner has just woken up and renewed it
+                if moved != content:  # also if its owner continues after a suspension and has renewed it
                     self.create(moved)
                 os.unlink(aside)
                 return moved == content

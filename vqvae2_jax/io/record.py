@@ -34,6 +34,7 @@ _FIELDS = (
     *('schema', 'job', 'state', 'version', 'devices', 'inputs', 'settings'),
     *('results', 'seconds', 'digest', 'files', 'changes'),
 )
+_TYPES = {'inputs': dict, 'settings': dict, 'results': dict, 'files': dict, 'changes': list, 'digest': str}
 # Files for people. Another version of a library may write them differently, which makes no other output stale.
 _NO_DATA = ('.png', '.html')
 _OLD_FILES = ('trained.json', 'settings.json', 'started.json', 'meta.json')  # of versions before 0.3
@@ -45,6 +46,10 @@ class JobError(ValueError):
 
 class DamagedError(JobError):
     """A record or a file is not as it was written."""
+
+
+class UnreadableError(JobError):
+    """A record is there, but cannot be read."""
 
 
 class StaleInputError(JobError):
@@ -90,7 +95,7 @@ class Record:
     changes: list[list] = dataclasses.field(default_factory=list)
     devices_now: str = dataclasses.field(default='', compare=False)
     content_read: str = dataclasses.field(default='', repr=False, compare=False)
-    _dropped: dict[str, list] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    _dropped_digest: str = dataclasses.field(default='', repr=False, compare=False)
     _dropped_devices: str = dataclasses.field(default='', repr=False, compare=False)
 
     def start(self) -> None:
@@ -124,10 +129,10 @@ class Record:
         data = {name: entry for name, entry in self.files.items() if not name.endswith(_NO_DATA)}
         self.digest = digest or files.digest_json([self.job, self.inputs, self.settings, results, data])
         self.write()
-        if changed := [name for name in self._dropped if name in data and data[name] != self._dropped[name]]:
+        if self._dropped_digest and self.digest != self._dropped_digest:
             print(
-                f'{self.directory}: {len(changed)} files, first {changed[0]}, were made again and differ. They were '
-                f'made on {self._dropped_devices}, and now on {self.devices}. All that was made from them is stale',
+                f'{self.directory}: the damaged files were made on {self._dropped_devices}, and again on '
+                f'{self.devices}, with another content. All outputs that were made from them are stale',
                 flush=True,
             )
 
@@ -198,8 +203,9 @@ class Record:
         """Removes damaged files from the record, and says so: the job will write them again."""
         if not damaged:
             return
-        self._dropped = {name: self.files.pop(name) for name in damaged if name in self.files}
-        self._dropped_devices = self.devices
+        for name in damaged:
+            self.files.pop(name, None)
+        self._dropped_digest, self._dropped_devices = self.digest, self.devices
         self.state = STARTED if self.state == DONE else self.state
         print(f'{self.directory / next(iter(damaged))} is damaged: {_describe(damaged)}. Making it again', flush=True)
 
@@ -230,12 +236,16 @@ def read(directory: epath.PathLike) -> Record | None:
     except ValueError as error:
         raise DamagedError(f'{path} is damaged: {error}') from error
     except OSError as error:
-        raise JobError(f'{path} cannot be read: {error.strerror or error}') from error
+        raise UnreadableError(
+            f'{path} cannot be read: {error.strerror or error}. Change its permissions, or remove it'
+        ) from error
     if fields.pop('schema', None) != SCHEMA or fields.keys() != set(_FIELDS) - {'schema'}:
         raise JobError(
             f'{path} has other fields than version {__version__} writes: give another --workdir, or use the version '
             'that wrote it'
         )
+    if wrong := [name for name, kind in _TYPES.items() if not isinstance(fields[name], kind)]:
+        raise DamagedError(f'{path} is damaged: {wrong[0]} is {fields[wrong[0]]!r}')
     return Record(directory, **fields)
 
 
@@ -332,8 +342,10 @@ def open_output(
 
 
 def _content_digest(directory: epath.Path) -> str:
-    path = directory / FILE
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ''
+    try:
+        return hashlib.sha256((directory / FILE).read_bytes()).hexdigest()
+    except OSError:  # `read` says so
+        return ''
 
 
 def check_inputs(output: epath.PathLike, recorded: dict[str, str], current: dict[str, str], hint: str) -> None:

@@ -22,9 +22,9 @@ def prepare() -> None:
     """Makes this process survive a closed output, and end at Ctrl-C.
 
     Writes to an output that is closed are dropped from then on, those of native code too; so is a line that a full disk
-    does not take. Ctrl-C ends the process at
-    once with one line and status 130, even in the middle of a compilation, as there is nothing to save outside of
-    `saves_on_interrupt`. A SIGINT that is ignored, as in a background job of a shell, stays ignored.
+    does not take. Ctrl-C ends the process at once with one line and status 130, even in the middle of a compilation, as
+    there is nothing to save outside of `saves_on_interrupt`. A SIGINT that is ignored, as in a background job of a
+    shell, stays ignored.
 
     Call it in the main thread of a command line, before long imports. A second call does nothing.
     """

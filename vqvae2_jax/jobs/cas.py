@@ -10,7 +10,6 @@ import dataclasses
 import functools
 
 import jax
-from etils import epath
 
 from vqvae2_jax import inference
 from vqvae2_jax.config import build
@@ -21,7 +20,7 @@ from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.distributed.batches import map_missing
 from vqvae2_jax.distributed.preemption import stop_signals
 from vqvae2_jax.io import record
-from vqvae2_jax.io.record import DamagedError, JobError
+from vqvae2_jax.io.record import JobError
 from vqvae2_jax.jobs import feature_store, train, workdir
 from vqvae2_jax.jobs.workdir import RECONSTRUCTIONS, SAMPLES, Run
 
@@ -90,7 +89,8 @@ def reconstruct(run: Run) -> None:
     directory = run.path(RECONSTRUCTIONS)
     count = record.read_done(run.path('codes', 'train'), 'extract_codes').results['count']
     # Of all sample sets, whose shards may differ in size: the size of the first one.
-    size = processes.run_on_main_process(lambda: _shard_size(directory)) or run.config.sample.shard_size
+    before = processes.run_on_main_process(lambda: record.read_if_sound(directory))
+    size = before.settings['shard_size'] if before else run.config.sample.shard_size
     output = run.open_output(directory, 'cas', inputs(run), {'split': 'train', 'shard_size': size})
     ranges = shard_ranges(count, size)
     missing = sample_store.missing_shards(output, ranges)
@@ -121,15 +121,6 @@ def reconstruct(run: Run) -> None:
                 writer.add(start, arrays)
         processes.run_on_main_process(lambda: output.finish({'count': count}))
     print(f'reconstructions: {count} training images in {directory}', flush=True)
-
-
-def _shard_size(directory: epath.Path) -> int | None:
-    """Returns the recorded size of the files of a set of images; None if there is no sound record."""
-    try:
-        output = record.read(directory)
-    except DamagedError:
-        return None
-    return output and output.settings['shard_size']
 
 
 def _train(run: Run, source: str) -> None:

@@ -8,9 +8,10 @@ from vqvae2_jax.data.images import SPLITS, ImageSource, open_native_size
 from vqvae2_jax.distributed import processes
 from vqvae2_jax.distributed.preemption import stop_signals
 from vqvae2_jax.evaluation import generative
+from vqvae2_jax.evaluation.features import FeatureExtractor
 from vqvae2_jax.evaluation.report import render_comparison
 from vqvae2_jax.io import files, record
-from vqvae2_jax.io.record import JobError
+from vqvae2_jax.io.record import JobError, Record
 from vqvae2_jax.jobs import feature_store, workdir
 from vqvae2_jax.jobs.workdir import SKIPPED, Run
 from vqvae2_jax.version import __version__
@@ -37,21 +38,8 @@ def compare_sets(run: Run) -> None:
     inputs = {'network': network.digest} | {name: source.digest for name, source in sources.items()}
     settings = {name: options[name] for name in _SETS}
     output = run.open_output(directory, 'evaluate', inputs, settings, replace=True)
-    try:
-        with run.lock(directory, output.job, output), stop_signals() as received_signal:
-            if output.state != record.STARTED:
-                processes.run_on_main_process(lambda: _start(output))
-            extracted = {}
-            for name, source in sources.items():
-                images = {'images': source.digest}
-                extracted[name] = feature_store.write_features(
-                    run, network, source, directory / name, images, received_signal, hash_images=True
-                )
-            report = processes.run_on_main_process(lambda: _write(run, network, sources, extracted, output))
-    except ValueError as error:
-        if processes.is_main_process():
-            files.remove(directory / record.FILE)  # the next call starts over
-        raise error if isinstance(error, JobError) else JobError(f'evaluate: {error}') from error
+    with run.lock(directory, output.job, output):
+        report, extracted = _compare(run, network, sources, output)
     metrics = report['quality']
     for name, value in metrics.items():
         print(f'{name:<27} {value:.5g}' if isinstance(value, float) else f'{name:<27} {value}')
@@ -60,6 +48,25 @@ def compare_sets(run: Run) -> None:
     if skipped := sum(len(sources[name]) - output.results['count'] for name, output in extracted.items()):
         print(f'skipped {skipped} unreadable images, listed in {run.path(SKIPPED)}')
     print(f'report: {directory / "report.html"}', flush=True)
+
+
+def _compare(run: Run, network: FeatureExtractor, sources: dict[str, ImageSource], output: Record) -> tuple[dict, dict]:
+    """Returns the report, which it writes, and the records of the features of each set."""
+    extracted = {}
+    try:
+        with stop_signals() as received_signal:
+            if output.state != record.STARTED:
+                processes.run_on_main_process(lambda: _start(output))
+            for name, source in sources.items():
+                images, directory = {'images': source.digest}, output.directory / name
+                extracted[name] = feature_store.write_features(
+                    run, network, source, directory, images, received_signal, hash_images=True
+                )
+            return processes.run_on_main_process(lambda: _write(run, network, sources, extracted, output)), extracted
+    except ValueError as error:
+        if processes.is_main_process():
+            files.remove(output.directory / record.FILE)  # the next call starts over
+        raise error if isinstance(error, JobError) else JobError(f'evaluate: {error}') from error
 
 
 def _open(run: Run, which: str, field: str) -> ImageSource:

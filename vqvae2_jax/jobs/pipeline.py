@@ -48,11 +48,8 @@ def run_job(run: Run, job: str, level: str | None = None) -> None:
     """
     if level is not None and job != 'prior':
         raise JobError(f'--level belongs to --job=prior, not to --job={job}')
-    if (
-        run.continue_from is not None
-        and job not in ('vqvae', 'prior', 'classifier')
-        or (run.continue_from is not None and job == 'prior' and level is None)
-    ):
+    one_training = job in ('vqvae', 'classifier') or (job == 'prior' and level is not None)
+    if run.continue_from is not None and not one_training:
         raise JobError(
             f'--continue_from={run.continue_from} belongs to one training: give --job=vqvae, --job=classifier or '
             f'--job=prior --level={run.levels[-1]}'

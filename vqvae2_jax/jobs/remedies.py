@@ -110,12 +110,12 @@ def _stabler(run, section, directory, last_saved):
     changes = f'{path}.learning_rate={training.learning_rate / 2:.3g}'
     if not training.clip_norm:
         changes += f' or {path}.clip_norm=1.0'
-    again = 'Nothing of it was saved, and the same command would meet it again'
+    again = 'No such state was saved, and the same command would diverge again'
     if last_saved is None or directory.name != training_directory(section):
         return f'{again}: delete {directory} to train with {changes}'
     command = record.job_command(training_job(section))
-    # The last checkpoint may hold a state that is finite and past saving.
+    # The last checkpoint may be finite and diverge all the same.
     return (
-        f'{again}: {command} --continue_from={last_saved} {changes}, or if that meets it too, from an earlier '
+        f'{again}: {command} --continue_from={last_saved} {changes}, or if that diverges too, from an earlier '
         f'checkpoint, or delete {directory} to train with them from the start'
     )

@@ -49,12 +49,15 @@ def write_report(
     output.start()
     picture = plots.labeled_rows(list(images.items()), scale=plots.visible_scale(next(iter(images.values()))))
     plots.save_png(directory / 'reconstructions.png', picture)
-    plots.plot_panels(directory / 'curves.png', _curve_panels(run, report['likelihood']))
+    if panels := _curve_panels(run, report['likelihood']):
+        plots.plot_panels(directory / 'curves.png', panels)
+    else:
+        files.remove(directory / 'curves.png')
     _write_set_pictures(run, report['sets'][run.config.sample.name])
     files.write_json(directory / 'report.json', report)
     files.write_bytes(directory / 'report.html', render_html(report, _read_pictures(directory, report)).encode())
-    output.files = {}
-    output.add_files(*(name for name in checksums.file_entries(directory) if name not in (record.FILE, lock.FILE)))
+    not_report = record.FILE, lock.FILE
+    output.files = {name: v for name, v in checksums.file_entries(directory).items() if name not in not_report}
     output.finish({'sets': list(report['sets'])})
     print(f'\n{summary(report)}')
     if report['skipped_files']:
@@ -103,7 +106,11 @@ def _curve_panels(run: Run, likelihood: dict) -> list[Panel]:
     """Returns the learning curves of all trainings; those of the priors with the unigram entropy of their codes."""
 
     def panel(section, directory, title, metric, ylabel, hlines=None, *, log_y=False):
-        curves, lines = {}, read_metrics(run.path(directory))
+        curves, path = {}, run.path(directory)
+        try:
+            lines = read_metrics(path)
+        except FileNotFoundError:  # the report does without it
+            lines = []
         for prefix, label in zip(('train', 'validation'), curve_labels(run.config, section), strict=True):
             points = [(line['step'], line[f'{prefix}/{metric}']) for line in lines if f'{prefix}/{metric}' in line]
             if points:
@@ -119,7 +126,10 @@ def _curve_panels(run: Run, likelihood: dict) -> list[Panel]:
         )
     if build.trains_classifier(run.config):
         panels.append(panel('classifier', 'classifier', 'classifier', 'nll', 'cross-entropy, nats'))
-    return panels
+    for each in panels:
+        if not each.curves:
+            print(f'{each.title}: its metrics.jsonl is missing or empty, so curves.png leaves it out', flush=True)
+    return [each for each in panels if each.curves]
 
 
 def curve_labels(config: ConfigDict, section: str) -> tuple[str, str]:
@@ -172,4 +182,5 @@ def _trainings(run: Run) -> dict[str, Record]:
     directories = {name: name for name in trained}
     if build.has_cas(run.config):
         directories[f'cas_{RECONSTRUCTIONS}'] = cas.directories(run)[RECONSTRUCTIONS]
-    return {name: record.read_done(run.path(path), name) for name, path in directories.items()}
+    jobs = {workdir.training_directory(section): workdir.training_job(section) for section in run.prior_sections}
+    return {name: record.read_done(run.path(path), jobs.get(path, path)) for name, path in directories.items()}

@@ -141,7 +141,7 @@ def train_network(
     with run.lock(path, job):
         processes.run_on_main_process(lambda: recovery.restore_record(path))
         if run.continue_from is not None:
-            continue_training(run, section, path, settings)
+            continue_training(run, section, path, digests, settings)
         output = run.open_output(path, job, digests, settings, hint=_hint(run, section, path))
         if is_done(output):  # since it was read
             print(f'{directory}: done ({_summary(output.results)})', flush=True)
@@ -153,7 +153,7 @@ def _train(run: Run, section: str, make_data: Callable[[], Data], output: Record
     """Trains and records a network, under the lock of its directory."""
     config = build.train_config(run.config, section)
     task, data = make_task(run, section, visualize=config.image_every > 0), make_data()  # both may refuse
-    recovery.recover(output.directory, directory)
+    recovery.recover(output.directory, directory, has_record=output.state != record.MISSING)
     before = dataclasses.replace(output)
     try:
         parameters, flops = _count(task, data, config.batch_size, run.mesh)
@@ -175,8 +175,8 @@ def _train(run: Run, section: str, make_data: Callable[[], Data], output: Record
     print(f'{directory}: trained ({_summary(results)})', flush=True)
 
 
-def continue_training(run: Run, section: str, directory: epath.Path, settings: dict) -> None:
-    """Goes back to the checkpoint --continue_from, with changed fields <section>.training (--continue_from).
+def continue_training(run: Run, section: str, directory: epath.Path, digests: dict[str, str], settings: dict) -> None:
+    """Goes back to the checkpoint --continue_from, with changed fields <section>.training.
 
     Later checkpoints move to abandoned/. The record of the training lists the changes.
 
@@ -184,20 +184,26 @@ def continue_training(run: Run, section: str, directory: epath.Path, settings: d
       run: the run; its `continue_from` is the step.
       section: section of the config.
       directory: directory of the training.
+      digests: current digests of the inputs, by name.
       settings: the current settings of the training.
 
     Raises:
       JobError: there is no training or no sound checkpoint of this step, or no field of the training is changed.
+      StaleInputError, SettingsChangedError: inputs or other settings have changed.
     """
 
     def go_back():
         output, step = record.read(directory), run.continue_from
         if output is None:
             raise JobError(f'--continue_from={step}: there is no training in {directory}')
-        now = files.to_json(settings, 'settings')
-        fields = [name for name in sorted(now) if name.startswith(f'{section}.training.')]
-        changed = [name for name in fields if output.settings.get(name) != now[name]]
-        if not changed and any(change[0] == step for change in output.changes):
+        before, now, prefix = output.settings, files.to_json(settings, 'settings'), f'{section}.training.'
+        # Anything else that differs is refused before anything changes.
+        record.check_inputs(directory, output.inputs, digests, f'delete {directory} to train it again')
+        others = [{k: v for k, v in fields.items() if not k.startswith(prefix)} for fields in (before, now)]
+        record.check_settings_match(directory, *others)
+        names = sorted(name for name in before.keys() | now.keys() if name.startswith(prefix))
+        changed = [name for name in names if before.get(name) != now.get(name)]
+        if not changed and output.changes and output.changes[-1][0] == step:
             return  # the same command, again
         if not changed:
             raise JobError(
@@ -207,8 +213,8 @@ def continue_training(run: Run, section: str, directory: epath.Path, settings: d
             )
         best = recovery.check_checkpoint(directory, step)
         recovery.go_back(directory, step, best)
-        output.changes += [[step, name, output.settings.get(name), now[name]] for name in changed]
-        output.settings |= {name: now[name] for name in changed}
+        output.changes += [[step, name, before.get(name), now.get(name)] for name in changed]
+        output.settings = now
         output.state, output.results, output.digest, output.files = record.STARTED, {}, '', {}
         output.write()
         print(f'{directory.name}: continuing from step {step}: {output.describe_changes()}', flush=True)
@@ -218,7 +224,7 @@ def continue_training(run: Run, section: str, directory: epath.Path, settings: d
 
 def _hint(run: Run, section: str, directory: epath.Path) -> str:
     """Returns the advice about changed settings of a training."""
-    steps = checkpoint_steps(directory / CHECKPOINTS)
+    steps = [step for step in checkpoint_steps(directory / CHECKPOINTS) if step < run.config[section].training.steps]
     other = f'give another --workdir, or delete {directory} to train it again.'
     if not steps or directory != run.path(workdir.training_directory(section)):  # a training of --job=cas
         return f'Go back to the recorded settings, {other}'

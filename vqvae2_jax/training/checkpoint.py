@@ -85,8 +85,9 @@ class Checkpoints:
         if self.latest_step() == step:
             return
         self.wait()
-        if step in self._manager.all_steps():  # a damaged one on a bucket
-            self._manager.delete(step)
+        if gcs.is_remote(self._directory):  # a damaged one may be there, with a marker
+            if step in self._manager.all_steps():
+                self._manager.delete(step)
             processes.run_on_main_process(lambda: files.remove(self._directory / f'{step}{DAMAGED}'))
         items = {
             'state': ocp.args.StandardSave(state),
@@ -250,8 +251,11 @@ def read_best(directory: epath.PathLike) -> dict[str, Any] | None:
     """
     path = gcs.absolute(directory) / WEIGHTS / BEST
     try:
-        return checksums.read_sealed(path)
+        best = checksums.read_sealed(path)
+        if best.keys() != {'step', 'metrics', 'directory', 'files'}:
+            raise ValueError(f'its fields are {sorted(best)}')
+        return best
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise DamagedError(f'{path} is damaged: {error}') from error

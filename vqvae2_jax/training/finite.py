@@ -10,7 +10,7 @@ SHOULD_STOP = 'stop'  # of a batch: for every device, whether its process receiv
 
 
 class NonFiniteLoss(FloatingPointError):
-    """A loss, a gradient or another metric is NaN or infinite. Nothing that it has reached was saved.
+    """A loss, a gradient or another metric is NaN or infinite. Checkpoints and best weights are from before it.
 
     Attributes:
       last_saved: of a training, the step of the last checkpoint; None: there is none.

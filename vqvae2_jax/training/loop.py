@@ -193,6 +193,7 @@ class TrainLoop:
         self.logger.flush()  # a resumed run continues the log from here
         if processes.is_main_process():
             _print(self.warnings.before_save(state))
+        self.checkpoints.wait()  # its record names the weights that `pin` must keep
         self.checkpoints.save(step, state, self.data.train, buffer.rows, self.best.pin())
 
     def eval_and_keep_best(self, state: train_state.TrainState, step: int, received_signal: Callable[[], int]) -> None:

@@ -13,7 +13,7 @@ from etils import epath
 
 from vqvae2_jax.distributed import processes
 from vqvae2_jax.io import checksums, files, gcs, record
-from vqvae2_jax.io.record import DamagedError, JobError, Record
+from vqvae2_jax.io.record import DamagedError, JobError, Record, UnreadableError
 from vqvae2_jax.training.checkpoint import (
     BEST,
     CHECKPOINTS,
@@ -43,7 +43,7 @@ def restore_record(directory: epath.Path) -> None:
     for step in reversed(steps):
         try:
             saved = record.read(directory / CHECKPOINTS / str(step))
-        except DamagedError:
+        except (DamagedError, UnreadableError):
             continue
         if saved is not None:
             print(f'{problem}. Writing it again from checkpoint {step}', flush=True)
@@ -58,7 +58,7 @@ def restore_record(directory: epath.Path) -> None:
         )
 
 
-def recover(directory: epath.Path, name: str) -> None:
+def recover(directory: epath.Path, name: str, *, has_record: bool = True) -> None:
     """Sets damaged checkpoints aside, so that the training continues from a sound one. All processes together.
 
     If the best weights are damaged, the training goes back to a checkpoint from before them.
@@ -66,26 +66,32 @@ def recover(directory: epath.Path, name: str) -> None:
     Args:
       directory: the directory of the training.
       name: its name in messages.
+      has_record: whether the directory has a record; without one, and without checkpoints, weights are not kept, as
+        they may be of other settings.
 
     Raises:
       JobError: no checkpoint is sound, or none from before the damaged weights.
     """
     checkpoints = directory / CHECKPOINTS
     steps = processes.run_on_main_process(lambda: _list_checkpoints(checkpoints))
-    sound = None
+    sound, damaged = None, {}
     for step in reversed(steps):
         if not (problem := _problem_of(checkpoints / str(step))):
             sound = step
             break
-        older = [s for s in steps if s < step]
-        repeated = f'trains from step {older[-1]}: {step - older[-1]} steps are repeated' if older else ''
-        processes.run_on_main_process(functools.partial(set_aside, checkpoints, step))
-        print(f'{name}: {problem}; it is set aside as {checkpoints / f"{step}{DAMAGED}"}. {repeated}', flush=True)
-    if steps and sound is None:
+        damaged[step] = problem
+    if damaged and sound is None:  # nothing is renamed: the same command says the same
         raise JobError(
-            f'{name}: no checkpoint in {checkpoints} is sound: restore one from a backup, or delete {directory} to '
-            'train from the start'
+            f'{name}: {"; ".join(damaged.values())}. No checkpoint is sound: restore one from a backup, or delete '
+            f'{directory} to train from the start'
         )
+    for step, problem in damaged.items():
+        processes.run_on_main_process(functools.partial(set_aside, checkpoints, step))
+        print(f'{name}: {problem}. It is set aside as {checkpoints / f"{step}{DAMAGED}"}', flush=True)
+    if damaged:
+        print(f'{name}: training continues from step {sound}: {steps[-1] - sound} steps are repeated', flush=True)
+    if not has_record and not steps:
+        processes.run_on_main_process(lambda: _write_best(directory, None))
     problem, best = processes.run_on_main_process(lambda: _check_best(directory, sound))
     if problem:
         _recover_weights(directory, name, problem, best)
@@ -93,14 +99,14 @@ def recover(directory: epath.Path, name: str) -> None:
 
 def _recover_weights(directory, name, problem, best) -> None:
     """Goes back to a sound checkpoint from before the damaged best weights, or to one whose best weights are sound."""
-    checkpoints, steps = directory / CHECKPOINTS, checkpoint_steps(directory / CHECKPOINTS)
+    checkpoints = directory / CHECKPOINTS
+    steps = processes.run_on_main_process(lambda: checkpoint_steps(checkpoints))
     for step in reversed(steps):
         if damaged := _problem_of(checkpoints / str(step)):
             print(f'{name}: {damaged}', flush=True)
             continue
-        earlier = record.read(checkpoints / str(step)).results['best']
+        earlier, sound = processes.run_on_main_process(functools.partial(_best_at, directory, step))
         best = best or earlier  # of the newest checkpoint, if best.json itself is damaged
-        sound = earlier and not checksums.find_damaged(directory / WEIGHTS / earlier['directory'], earlier['files'])
         if sound or earlier is None or best['step'] > step:
             processes.run_on_main_process(functools.partial(go_back, directory, step, earlier if sound else None))
             repeated = f'{steps[-1] - step} steps are repeated' if steps[-1] > step else 'no step is repeated'
@@ -133,9 +139,12 @@ def check_checkpoint(directory: epath.Path, step: int) -> dict[str, Any] | None:
         there = f'at the steps {", ".join(map(str, steps))}' if steps else 'at no step'
         raise JobError(f'--continue_from={step}: {directory} has checkpoints {there}')
     checkpoint = directory / CHECKPOINTS / str(step)
-    output = record.read(checkpoint)
+    try:
+        output, problem = record.read(checkpoint), f'{checkpoint / record.FILE} is missing'
+    except (DamagedError, UnreadableError) as error:
+        output, problem = None, error
     if output is None:
-        raise JobError(f'--continue_from={step}: {checkpoint / record.FILE} is missing; choose another step of {steps}')
+        raise JobError(f'--continue_from={step}: {problem}; choose another step of {steps}')
     damaged, best = {f'{CHECKPOINTS}/{step}/{k}': v for k, v in output.find_damaged().items()}, output.results['best']
     if best:
         path = f'{WEIGHTS}/{best["directory"]}'
@@ -145,6 +154,12 @@ def check_checkpoint(directory: epath.Path, step: int) -> dict[str, Any] | None:
             f'--continue_from={step}: {directory / name} is damaged: {reason}; choose another step of {steps}'
         )
     return best
+
+
+def _best_at(directory, step) -> tuple[dict[str, Any] | None, bool]:
+    """Returns the best weights at a checkpoint, as `BestCheckpoint.best`, and whether they are there and sound."""
+    best = record.read(directory / CHECKPOINTS / str(step)).results['best']
+    return best, best is not None and not checksums.find_damaged(directory / WEIGHTS / best['directory'], best['files'])
 
 
 def go_back(directory: epath.Path, step: int, best: dict[str, Any] | None) -> None:
@@ -165,7 +180,7 @@ def set_aside(checkpoints: epath.Path, step: int) -> None:
     """Marks a checkpoint as damaged: renames it to <step>.damaged; on a bucket <step>.damaged is a marker beside it."""
     path = checkpoints / f'{step}{DAMAGED}'
     if gcs.is_remote(checkpoints):
-        path.write_text('damaged')
+        files.write_bytes(path, b'damaged')
     else:
         _move(checkpoints / str(step), _free_path(path))
 
@@ -177,7 +192,7 @@ def _list_checkpoints(checkpoints: epath.Path) -> list[int]:
         path = checkpoints / str(step) / ORBAX_METADATA
         try:
             sound = not path.exists() or isinstance(json.loads(path.read_text()), dict)
-        except ValueError:
+        except (ValueError, OSError):
             sound = False
         if not sound:
             files.remove(path)
@@ -190,7 +205,7 @@ def _problem_of(checkpoint: epath.Path) -> str:
     def read():
         try:
             return record.read(checkpoint), f'{checkpoint / record.FILE} is missing'
-        except DamagedError as error:
+        except (DamagedError, UnreadableError) as error:
             return None, str(error)
 
     output, problem = processes.run_on_main_process(read)
@@ -246,5 +261,6 @@ def _move(source: epath.Path, target: epath.Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             source.rename(target)
         return
-    system, path = fsspec.core.url_to_fs(os.fspath(source))
-    system.mv(path, fsspec.core.url_to_fs(os.fspath(target))[1], recursive=True)
+    with files.writing(target):
+        system, path = fsspec.core.url_to_fs(os.fspath(source))
+        system.mv(path, fsspec.core.url_to_fs(os.fspath(target))[1], recursive=True)
