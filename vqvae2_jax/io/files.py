@@ -191,6 +191,8 @@ def replace_file(path: epath.PathLike, size: int | None = None) -> Iterator[epat
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield part
+            if path.is_dir():  # damage
+                path.rmtree()
             part.replace(path)
         finally:
             with contextlib.suppress(OSError):
