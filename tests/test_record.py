@@ -215,7 +215,7 @@ def test_a_file_that_is_made_again_with_another_content_changes_the_digest(tmp_p
         output.add_files(name)
         output.finish({})
         assert (output.digest == before) == same  # pictures are read by people alone
-    line = 'first a.npz, were made again and differ. They were made on 8 x cpu, and now on 8 x cpu'
+    line = 'the damaged files were made on 8 x cpu, and again on 8 x cpu, with another content. All outputs'
     assert line in capsys.readouterr().out
 
 
