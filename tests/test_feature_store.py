@@ -86,6 +86,7 @@ def test_features_without_a_readable_image_are_not_done(empty_run):
     arrays = sample_store.read_npz(path)
     sample_store.write_npz(path, arrays | {'mask': np.zeros(20, bool)})
     output.start()
+    output.add_files(path.name)
     with pytest.raises(JobError, match='(?s)some: none of the 20 images could be read.*delete .*some'):
         extract_some(empty_run, ArraySource(images))
     assert record.read(output.directory).state == record.STARTED
@@ -145,8 +146,7 @@ def test_parts_of_another_version_are_computed_again(empty_run, monkeypatch, mod
     assert parts == [{'calls': 2}] * 2
 
 
-def test_a_damaged_file_is_an_error_and_not_a_result(empty_run, monkeypatch):
-    """A cause that may go away must not be kept as the reason for a missing metric."""
+def test_a_damaged_file_is_made_again_and_changes_no_result(empty_run, monkeypatch, capsys):
     source = ArraySource(random_images(20, seed=0))
     monkeypatch.setattr(Run, 'images', lambda run, split: source)
     monkeypatch.setattr(feature_store, 'reconstruction_features', feature_store.image_features)
@@ -155,7 +155,12 @@ def test_a_damaged_file_is_an_error_and_not_a_result(empty_run, monkeypatch):
     output = feature_store.image_features(empty_run, CLASSIFIER, 'test', lambda: 0)
     monkeypatch.setattr(feature_store, 'sample_features', lambda *args: output)
     samples = record.Record(empty_run.sample_set_path('samples'), 'sample', {}, {}, results={'count': 20})
-    assert evaluate_samples.sample_metrics(evaluation, samples)['quality']['count'] == 20
-    (output.directory / 'features-00000000-00000020.npz').write_bytes(b'torn')
-    with pytest.raises(ValueError, match='pickle'):
-        evaluate_samples.sample_metrics(evaluation, samples)
+    before = evaluate_samples.sample_metrics(evaluation, samples)
+    assert before['quality']['count'] == 20
+    path = output.directory / 'features-00000000-00000020.npz'
+    for damage in (lambda: path.write_bytes(b'torn'), path.unlink, (output.directory / 'statistics.npz').unlink):
+        capsys.readouterr()
+        damage()
+        assert evaluate_samples.sample_metrics(evaluation, samples) == before
+        assert 'Making it again' in capsys.readouterr().out
+    assert record.read(output.directory).digest == output.digest

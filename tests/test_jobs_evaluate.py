@@ -18,7 +18,7 @@ from vqvae2_jax.config.validation import validate_config
 from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.loader import eval_batches
 from vqvae2_jax.distributed.preemption import Interrupted
-from vqvae2_jax.io import record
+from vqvae2_jax.io import checksums, record
 from vqvae2_jax.io.files import read_json
 from vqvae2_jax.io.record import StaleInputError
 from vqvae2_jax.jobs import cas, feature_store, workdir
@@ -152,7 +152,7 @@ def test_reconstructions_are_the_training_images_decoded(finished):
 
 def test_classifiers_of_other_samples_are_refused(run):
     path = run.path('cas', 'samples', 'default', 'record.json')
-    path.write_text(re.sub(r'("samples": )"\w+"', rf'\1"{"f" * 64}"', path.read_text()))
+    checksums.write_sealed(path, checksums.read_sealed(path) | {'inputs': {'samples': 'f' * 64}})
     with pytest.raises(StaleInputError, match=r'(?s)cas/samples/default was made from another.*--job=cas'):
         run_job(run, 'evaluate')
 

@@ -24,8 +24,8 @@ def read(run):
 
 def test_a_finished_training_is_recorded_and_not_repeated(small, capsys):
     train.train_classifier(small)
-    start = capsys.readouterr().out.splitlines()[0]
-    assert start.startswith('classifier: 8 x cpu in 1 process, mesh data=8 fsdp=1; ')
+    lines = capsys.readouterr().out.splitlines()
+    start = next(line for line in lines if line.startswith('classifier: 8 x cpu in 1 process, mesh data=8 fsdp=1; '))
     assert start.endswith('; 400 training and 16 validation examples, batch size 16')
     found, best = read(small), BestCheckpoint(small.path('classifier'))
     assert found.state == record.DONE and found.inputs == {'images': small.images_digest()}

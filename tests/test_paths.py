@@ -148,7 +148,7 @@ def test_unreadable_images_of_odd_names_are_listed(tmp_path):
     log = str(tmp_path / 'skipped.txt')
     assert len(list(eval_batches(source, batch_size=3, skip_log=log))) == 1
     assert read_skipped(log) == sorted(f'{tmp_path}/{stem}.png' for stem in ('\udce9', 'a\nb\\c'))
-    with pytest.raises(ValueError, match=r'cannot decode the image .*a\\nb') as error:
+    with pytest.raises(ValueError, match=r'cannot read the image .*a\\nb') as error:
         open_all(f'{tmp_path}/a\nb\\c.png', _spec('folder', tmp_path), 'inpaint.path')[0]
     assert '\n' not in str(error.value)
 

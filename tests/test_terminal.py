@@ -159,6 +159,8 @@ def test_worker_processes_end_with_an_interrupted_process():
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_signal_lets_the_work_go_on_to_the_end_of_the_context(number):
+    if signal.getsignal(number) == signal.SIG_IGN:  # the tests run under nohup
+        signal.signal(number, signal.SIG_DFL)
     before, steps = signal.getsignal(number), []
     with pytest.raises(Interrupted) as stop, stop_signals() as received_signal:
         assert received_signal() == 0

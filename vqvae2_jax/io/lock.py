@@ -86,7 +86,7 @@ def check(path: epath.PathLike) -> None:
       JobError: this process has lost the lock of a directory that contains the path, or cannot renew it.
     """
     for lock in list(_held.values()):
-        if not lock.is_fresh() and lock.contains(path):
+        if path != lock.path and not lock.is_fresh() and lock.contains(path):  # not for the renewal itself
             lock.check()
 
 
@@ -129,8 +129,8 @@ class _Lock:
     """The lock of one directory, as its owner has it."""
 
     def __init__(self, directory, job):
-        self.directory, self.job = directory, job
-        path = os.fspath(directory / FILE)
+        self.directory, self.path, self.job = directory, directory / FILE, job
+        path = os.fspath(self.path)
         self._store = lock_store.BucketStore(path) if gcs.is_remote(path) else lock_store.LocalStore(path)
         self._token = secrets.token_hex(16).encode()
         own, started = os.getpid(), int(time.time())
@@ -194,7 +194,7 @@ class _Lock:
             found = self._store.read()
         taken = f'taken over by {_read_owner(found) or _UNKNOWN}' if found else 'deleted'
         raise JobError(
-            f'{self.directory / FILE}, the lock of this process, was {taken}; this process writes nothing more there. '
+            f'{self.path}, the lock of this process, was {taken}; this process writes nothing more there. '
             'When no other process writes there, the same command continues'
         )
 
@@ -213,7 +213,7 @@ class _Lock:
     @contextlib.contextmanager
     def _job_errors(self, fault):
         try:
-            with files.writing(self.directory / FILE):
+            with files.writing(self.path):
                 yield
         except OSError as error:
             raise JobError(f'{self.directory} {fault}: {" ".join(str(error).split())}') from error
