@@ -63,7 +63,7 @@ def main(config: ConfigDict) -> None:
     if not flags.FLAGS['verbosity'].present:
         logging.set_verbosity(logging.WARNING)  # Orbax logs many lines about every file
         # Its threads log errors with tracebacks, which the main thread raises again.
-        logging.get_absl_handler().addFilter(lambda line: 'orbax' not in line.pathname)
+        logging.get_absl_logger().addFilter(lambda line: 'orbax' not in line.pathname)
     if not _TOPOLOGY.value:  # the compiler of another platform may not know the flag, and abort
         xla_flags.set_cpu_flags()
     if _DISTRIBUTED.value:

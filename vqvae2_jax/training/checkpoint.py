@@ -148,7 +148,8 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until the last save is complete, and ends all threads."""
         self.wait()
-        self._manager.close()
+        with files.writing(self._directory):
+            self._manager.close()
 
 
 class BestCheckpoint:
