@@ -61,7 +61,9 @@ def writing(path: epath.PathLike, size: int | None = None) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError) as error:
         if (number := _error_number(error)) is None:
             if isinstance(error, OSError) and gcs.is_remote(path):  # such errors have no number
-                raise WriteError(f'{path} cannot be written: {error}. Correct this; then the same command continues') from error
+                raise WriteError(
+                    f'{path} cannot be written: {error}. Correct this; then the same command continues'
+                ) from error
             raise
         amount = f' ({size:,} bytes)' if size else ''
         parts = [f'{path} cannot be written{amount}: {os.strerror(number)}']

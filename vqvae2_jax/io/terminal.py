@@ -36,7 +36,7 @@ def prepare() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     sys.stdout, sys.stderr = _reopen(sys.stdout), _reopen(sys.stderr)
-    threading.excepthook = _ignore_event_writer
+    threading.excepthook, sys.excepthook = _ignore_event_writer, _ignore_closed_loop
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         _watch_interrupts()
 
@@ -130,6 +130,12 @@ def _ignore_event_writer(args):
     """Prints the exception of a thread, unless it is TensorBoard's writer: its caller raises the same."""
     if not type(args.thread).__module__.startswith('tensorboardX'):
         threading.__excepthook__(args)
+
+
+def _ignore_closed_loop(kind, error, traceback):
+    """Prints an exception, unless it is that of a late answer of TensorStore, whose caller has ended with an error."""
+    if kind is not RuntimeError or str(error) != 'Event loop is closed':
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _exit(message: str, status: int = 128 + signal.SIGINT):
