@@ -1,6 +1,7 @@
 """Any image file becomes upright 8-bit pixels of the size asked for."""
 
 import io
+import os
 import pathlib
 import pickle
 import struct
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.defaults import image_spec
 from vqvae2_jax.data import decode
 
 
@@ -161,6 +163,28 @@ def test_transparency_beside_broken_metadata_is_kept():
     assert (out == 255).all()
 
 
+@pytest.mark.parametrize('kind', [b'tRNS', b'PLTE'])
+def test_a_damaged_chunk_of_pixels_is_no_metadata(kind):
+    """A flipped bit turns tRNS and PLTE into unknown chunks."""
+    image = Image.new('P', (2, 1))
+    image.putpalette([200, 10, 20, 30, 40, 50])
+    data = encoded(image, transparency=0)
+    place = data.index(kind)
+    for bit in range(32):
+        other = bytearray(data)
+        other[place + bit // 8] ^= 1 << bit % 8
+        with pytest.raises(decode.UnreadableImage):
+            decoded(bytes(other))
+
+
+def test_a_png_without_its_palette():
+    data = encoded(Image.new('P', (2, 1)))
+    place = data.index(b'PLTE')
+    length = int.from_bytes(data[place - 4 : place])
+    with pytest.raises(decode.UnreadableImage):
+        decoded(data[: place - 4] + chunk(b'pLTE', data[place + 4 : place + 4 + length]) + data[place + 8 + length :])
+
+
 @pytest.mark.parametrize('format', decode.FORMATS)
 def test_max_pixels_names_field_size_and_limit(format):
     data = encoded(Image.new('RGB', (20, 10), 'red'), format)
@@ -180,9 +204,26 @@ def test_an_image_above_the_limit_of_pillow(monkeypatch):
             assert decode.decode_image(data, 1, 'a', max_pixels=10_000).size == (100, 100)
             with pytest.raises(decode.UnreadableImage, match=r'data\.max_pixels=9999'):
                 decode.decode_image(data, 1, 'a', max_pixels=9999)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 4000)
+    with pytest.raises(decode.UnreadableImage, match=r'10000 pixels.*; a larger --config\.data\.max_pixels than 4000'):
+        decode.decode_image(data, 1, 'a', max_pixels=4000)
     monkeypatch.undo()
     decode.decode_image(data, 1, 'a', max_pixels=10_000)
     assert Image.MAX_IMAGE_PIXELS == limit  # other users of Pillow keep their protection
+
+
+def test_images_that_pillow_reads_are_not_too_large_by_default():
+    data = encoded(Image.new('1', (14_000, 12_000)), 'TIFF', compression='group4')  # 168 million pixels
+    assert image_spec().max_pixels == decode.MAX_PIXELS and decode.decode_image(data, 1, 'a').size == (14_000, 12_000)
+
+
+def test_a_file_that_becomes_a_pipe_does_not_block(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / 'a.png')
+    (tmp_path / 'b.png').touch()
+    stat, before = os.stat, os.stat(tmp_path / 'b.png')
+    monkeypatch.setattr(os, 'stat', lambda path, **options: before if str(path).endswith('a.png') else stat(path))
+    with pytest.raises(decode.UnreadableImage, match='it is a named pipe, not a file'):
+        decode.read_file(str(tmp_path / 'a.png'), 'a.png')
 
 
 # --- size -------------------------------------------------------------------------------------------------------------

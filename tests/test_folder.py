@@ -4,17 +4,22 @@ import errno
 import os
 import pathlib
 import socket
+import stat
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.defaults import image_spec
-from vqvae2_jax.data import decode
+from vqvae2_jax.config import base
+from vqvae2_jax.data import folder
 from vqvae2_jax.data.decode import UnreadableImage
 from vqvae2_jax.data.folder import class_folders, find_images, list_images
-from vqvae2_jax.data.images import open_all, open_images
+from vqvae2_jax.data.images import SPLITS, open_all, open_images, open_native_size
 from vqvae2_jax.data.loader import eval_batches, read_skipped
+from vqvae2_jax.io import regular
+from vqvae2_jax.io.record import JobError
+from vqvae2_jax.jobs.workdir import Run
 
 
 def save(*paths):
@@ -81,7 +86,7 @@ def test_system_folders_are_left_out_and_counted(tmp_path, capsys):
     save(*(tmp_path / name / '1.png' for name in ('cat', 'dog', '.Trash-1000', 'lost+found', '#recycle', *ignored)))
     source = open_images(spec(tmp_path, num_classes=2), 'train')
     assert source.class_names == ('cat', 'dog') and source.dataset.files == ['cat/1.png', 'dog/1.png']
-    assert 'ignored 8 system folders: 2 @eaDir, 1 #recycle, 1 $RECYCLE.BIN, 1 .Trash-1000, ' in capsys.readouterr().out
+    assert 'ignored 7 system folders: 2 @eaDir, 1 #recycle, 1 $RECYCLE.BIN, 1 System Volume' in capsys.readouterr().out
     inside = open_all(str(tmp_path / 'lost+found'), spec(tmp_path), 'inpaint.path')  # when it is asked for
     assert len(inside) == 1
 
@@ -103,6 +108,57 @@ def test_a_folder_that_cannot_be_listed_obeys_on_error(tmp_path, monkeypatch, ca
     if place:
         assert find_images(str(tmp_path), 'data.path', on_error='skip').images == ['cat/1.png']
         assert "1 folder cannot be listed: 'dog' (Permission denied)" in capsys.readouterr().out
+
+
+def test_a_class_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
+    """Also with on_error=skip: there would be fewer classes."""
+    save(*(tmp_path / split / name / '1.png' for split in ('train', 'val') for name in ('cat', 'dog')))
+    scandir, locked = os.scandir, {tmp_path / 'train' / 'dog'}
+
+    def refuse(path):
+        if pathlib.Path(path) in locked:
+            raise PermissionError(errno.EACCES, 'Permission denied', path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refuse)
+    fields = {'splits': ('train', 'val', 'val'), 'on_error': 'skip'}
+    for number in (1, 2):
+        message = r"train' cannot be listed: 'dog' \(Permission denied\)\. Repair .* set --config\.data\.num_classes=0"
+        with pytest.raises(ValueError, match=message):
+            open_images(spec(tmp_path, num_classes=number, **fields), 'train')
+    assert len(open_images(spec(tmp_path, num_classes=0, **fields), 'train')) == 1  # as advised
+    locked.clear()
+    assert len(open_images(spec(tmp_path, num_classes=2, **fields), 'train')) == 2
+    locked.add(tmp_path / 'val' / 'dog')  # the classes are those of the training split
+    assert open_images(spec(tmp_path, num_classes=2, **fields), 'validation').class_names == ('cat', 'dog')
+
+
+def test_folders_with_one_inode_number_are_two(tmp_path, monkeypatch):
+    save(tmp_path / 'cat' / '1.png', tmp_path / 'dog' / '1.png')
+    (tmp_path / 'dog' / 'link').symlink_to(tmp_path / 'cat')
+    os_stat = os.stat
+
+    def same(path, **options):
+        status = os_stat(path, **options)
+        return os.stat_result([status[0], 7, *status[2:10]]) if stat.S_ISDIR(status.st_mode) else status
+
+    monkeypatch.setattr(os, 'stat', same)
+    listing = list_images(str(tmp_path))
+    assert listing.images == ['cat/1.png', 'dog/1.png'] and listing.repeated == ['dog/link']
+
+
+def test_a_folder_is_listed_once_for_its_splits(tmp_path, monkeypatch):
+    save(*(tmp_path / name / f'{i}.png' for name in ('cat', 'dog') for i in range(5)))
+    listed = []
+    monkeypatch.setattr(folder, 'list_images', lambda root: listed.append(root) or list_images(root))
+    config = base.get_config()
+    fields = {'name': 'folder', 'path': str(tmp_path), 'image_size': (8, 8), 'num_classes': 2}
+    config.data.update(fields)
+    run = Run(config, tmp_path / 'run')
+    datasets = {id(run.images(split).dataset) for split in SPLITS}
+    assert len(datasets) == 1 and listed == [str(tmp_path)]
+    config.data.num_classes = 0
+    assert run.images('train').class_names == () and len(listed) == 2
 
 
 # --- files that cannot be opened --------------------------------------------------------------------------------------
@@ -167,10 +223,10 @@ def test_errors_of_the_disk_are_those_of_the_image(tmp_path, monkeypatch, code):
     save(tmp_path / 'a.png')
     source = open_all(str(tmp_path), spec(tmp_path), 'likelihood.path')
 
-    def fail(*_):
+    def fail(*_, **options):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(decode, 'open', fail, raising=False)
+    monkeypatch.setattr(regular, 'open', fail, raising=False)
     with pytest.raises(UnreadableImage, match=os.strerror(code)):
         source[0]
 
@@ -179,10 +235,10 @@ def test_too_many_open_files_are_not_the_fault_of_an_image(tmp_path, monkeypatch
     save(tmp_path / 'a.png')
     source = open_all(str(tmp_path), spec(tmp_path), 'likelihood.path')
 
-    def fail(*_):
+    def fail(*_, **options):
         raise OSError(errno.EMFILE, 'Too many open files')
 
-    monkeypatch.setattr(decode, 'open', fail, raising=False)
+    monkeypatch.setattr(regular, 'open', fail, raising=False)
     with pytest.raises(OSError, match='Too many open files') as error:
         source[0]
     assert not isinstance(error.value, ValueError)
@@ -207,3 +263,16 @@ def test_a_class_folder_with_the_name_of_an_image_is_a_folder(tmp_path):
 def test_messages_of_odd_names_have_one_line(tmp_path):
     assert '\n' not in str(UnreadableImage('a\nb.png', 'broken'))
     str(UnreadableImage(os.fsdecode(b'caf\xe9.png'), 'broken')).encode()
+    save(tmp_path / 'a.png')
+    Image.new('RGB', (9, 9)).save(tmp_path / 'b\nc.png')
+    Image.new('RGB', (9, 9)).save(tmp_path / 'd\ne.png')
+    source = open_native_size(str(tmp_path), 'evaluate.real')
+    with pytest.raises(ValueError, match='all images of a set must have one size') as error:
+        list(source)
+    assert '\n' not in str(error.value)
+    for name in ('a.png', 'b\nc.png', 'd\ne.png'):
+        (tmp_path / name).write_bytes(b'broken')
+    (tmp_path / 'a.png').rename(tmp_path / 'z\nz.png')
+    with pytest.raises(JobError, match='none of the 3 examples can be read') as error:
+        next(eval_batches(open_all(str(tmp_path), spec(tmp_path, on_error='skip'), 'likelihood.path'), batch_size=1))
+    assert '\n' not in str(error.value)

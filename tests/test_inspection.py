@@ -1,6 +1,7 @@
 """The facts about images that are found before a training."""
 
 import json
+import re
 import shutil
 import signal
 import threading
@@ -12,6 +13,7 @@ from PIL import Image
 from tests.defaults import image_spec
 from vqvae2_jax.data import inspection
 from vqvae2_jax.data.decode import UnreadableImage
+from vqvae2_jax.data.folder import FilesDataset
 from vqvae2_jax.data.images import SPLITS, open_images
 
 
@@ -30,7 +32,8 @@ def images(tmp_path):
 
 
 def sources(path, **fields):
-    fields = {'image_size': (8, 8), 'channels': 3, 'num_classes': 2, 'splits': ('train', 'val', 'test'), **fields}
+    named = {'splits': ('train', 'val', 'test'), 'on_error': 'skip'}
+    fields = {'image_size': (8, 8), 'channels': 3, 'num_classes': 2, **named, **fields}
     return {split: open_images(image_spec('folder', path, **fields), split) for split in SPLITS}
 
 
@@ -44,7 +47,6 @@ def test_the_block_of_sound_data(images):
     assert facts['images'] == {'train': 6, 'validation': 2, 'test': 2}
     assert facts['classes'][1] == {'label': 1, 'name': 'dog', 'images': {'train': 3, 'validation': 1, 'test': 1}}
     assert facts['decoded']['train']['smallest'] == facts['decoded']['train']['largest'] == [8, 8]
-    assert inspection.unreadable(facts) is None
     lines = text.splitlines()
     assert lines[:5] == [
         'data: 10 images: 6 train, 2 validation, 2 test',
@@ -66,8 +68,15 @@ def test_sizes_and_unreadable_images(images):
     assert '; 1 smaller than data.image_size 8x8, to be enlarged' in text
     path = str(images / 'val' / 'dog' / 'broken.jpg')
     assert f'warning: validation: 1 of 3 cannot be read, such as {path}: ' in text
-    error = inspection.unreadable(facts)
-    assert isinstance(error, UnreadableImage) and error.example_name == path
+
+
+def test_an_unreadable_image_is_raised_before_images_are_compared(images, monkeypatch):
+    monkeypatch.setattr(inspection, '_copies', lambda *_: pytest.fail('compared'))
+    path = images / 'val' / 'dog' / 'broken.jpg'
+    path.write_bytes(b'\xff\xd8\xff and no more')
+    with pytest.raises(UnreadableImage) as error:
+        inspect(images, on_error='raise')
+    assert error.value.example_name == str(path)
 
 
 def test_copies_within_and_across_splits(images):
@@ -89,18 +98,71 @@ def test_copies_within_and_across_splits(images):
     )
 
 
-def test_large_sets_are_compared_by_length_and_start(images, monkeypatch):
-    monkeypatch.setattr(inspection, 'MAX_COMPARED', 9)
-    monkeypatch.setattr(inspection, '_PREFIX', 60)
-    for name, last in (('a', 1), ('b', 2)):
-        raw = b'P6 8 8 255\n' + bytes(191) + bytes([last])
-        (images / 'train' / 'cat' / f'{name}.ppm').write_bytes(raw)
-    (images / 'train' / 'cat' / 'longer.ppm').write_bytes(raw + b'2')
+def pictures(folder, *, copies, alike):
+    """Adds files of one length each, all black but for the last pixel: 2 copies of some, and some without a copy."""
+    for i in range(alike):
+        (folder / f'alike {i}.ppm').write_bytes(b'P6 8 8 255\n' + bytes(191) + bytes([i]))
+    for i in range(copies):
+        for copy in 'ab':
+            (folder / f'copy {i}{copy}.ppm').write_bytes(b'P6 8 8 255\n' + bytes(192 + i + 1))
+
+
+def test_only_images_of_one_length_are_read(images, monkeypatch):
+    for name in ('train', 'val', 'test'):
+        for path in (images / name).glob('*/*.png'):
+            path.write_bytes(path.read_bytes() + bytes(100 * int(path.stem)))
+    pictures(images / 'train' / 'cat', copies=1, alike=3)
+    found, read = sources(images), []
+    content = FilesDataset.content
+    monkeypatch.setattr(inspection, '_decode', lambda *_: inspection._Decoded((8, 8)))
+    monkeypatch.setattr(FilesDataset, 'content', lambda self, i: read.append(self.files[i]) or content(self, i))
+    copies = inspection.inspect(found)['copies']
+    assert sorted(read) == ['cat/' + name for name in ('alike 0.ppm', 'alike 1.ppm', 'alike 2.ppm')] + [
+        'cat/copy 0a.ppm',
+        'cat/copy 0b.ppm',
+    ]
+    assert copies['whole'] and copies['candidates'] == copies['compared'] == 5
+    assert copies['within']['train']['images'] == 1
+
+
+@pytest.mark.parametrize('limit', ['MAX_FILES', 'MAX_READ'])
+def test_of_many_images_some_are_compared_and_none_is_a_false_alarm(images, monkeypatch, limit):
+    shutil.rmtree(images)
+    for split in ('train', 'val', 'test'):
+        for name in ('cat', 'dog'):
+            save(images / split / name / '1.png', 0)
+    pictures(images / 'train' / 'cat', copies=2, alike=9)
+    pictures(images / 'val' / 'cat', copies=0, alike=1)  # a copy
     facts, text = inspect(images)
-    assert not facts['copies']['whole'] and facts['copies']['within']['train']['images'] == 1
-    assert 'data.check_all=True' in text
+    complete = facts['copies']
+    assert complete['whole'] and complete['candidates'] == 20 and complete['within']['train']['images'] == 3
+    monkeypatch.setattr(inspection, 'MAX_COMPARED', 9)
+    monkeypatch.setattr(inspection, limit, {'MAX_FILES': 6, 'MAX_READ': 1400}[limit])
+    facts, text = inspect(images)
+    copies = facts['copies']
+    assert not copies['whole'] and copies['candidates'] == 20 and copies['compared'] == 6
+    assert copies['within']['train']['images'] == 2  # rare lengths come first
+    assert 'only 6 of 20 images that may be copies (data.check_all=True: all): some of them are there twice' in text
     facts, text = inspect(images, check_all=True)
-    assert facts['copies']['whole'] and facts['copies']['within']['train']['images'] == 0
+    assert facts['copies'] == complete and 'data: compared by content: some images' in text
+
+
+def test_copies_across_splits_come_first(tmp_path, monkeypatch):
+    values = np.random.default_rng(0).integers(0, 255, (40, 8, 8), np.uint8)
+    np.savez(tmp_path / 'train.npz', arr_0=values)
+    np.savez(tmp_path / 'test.npz', arr_0=np.concatenate([values[:3], 255 - values[:4], 255 - values[:1]]))
+    fields = {'image_size': (8, 8), 'channels': 1, 'splits': ('train.npz', 'train.npz', 'test.npz')}
+    found = {split: open_images(image_spec('npz', tmp_path, **fields), split) for split in ('train', 'test')}
+    monkeypatch.setattr(inspection, 'MAX_COMPARED', 9)
+    monkeypatch.setattr(inspection, 'MAX_FILES', 1)  # these are no files
+    assert inspection.inspect(found)['copies']['across'][0]['images'] == 3
+    monkeypatch.setattr(inspection, 'MAX_READ', 64 * 8)
+    facts = inspection.inspect(found)
+    assert facts['copies']['within']['test']['images'] == 1
+    assert facts['copies']['compared'] == 8 and facts['copies']['candidates'] == 48
+    assert 'only 8 of 48 images that may be copies (data.check_all=True: all): some of them' in inspection.describe(
+        facts
+    )
 
 
 def test_at_most_some_images_are_decoded(images, monkeypatch):
@@ -116,6 +178,11 @@ def test_a_dark_set_is_said(tmp_path):
         Image.fromarray(values).save(tmp_path / f'{seed}.png')
     _, text = inspect(tmp_path, splits=(), num_classes=0, channels=1)
     assert 'warning: train is dark: in 8 of 8 images, 99.9 % of pixels are at most 64 of 255. Values of 10' in text
+    (tmp_path / 'broken.png').write_bytes(b'')
+    _, text = inspect(tmp_path, splits=(), num_classes=0, channels=1)
+    pairs = re.findall(r'is dark: in (\d+) of (\d+) images', text)
+    assert len(pairs) >= 2 and all(dark == readable for dark, readable in pairs) and '1 of' in text
+    (tmp_path / 'broken.png').unlink()
     for path in tmp_path.iterdir():
         Image.fromarray(np.asarray(Image.open(path)) * 16).save(path)  # as advised
     assert 'dark' not in inspect(tmp_path, splits=(), num_classes=0, channels=1)[1]

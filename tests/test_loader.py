@@ -267,6 +267,19 @@ def test_shared_memory_without_room_for_another_block_is_full(name):
     assert 'to fewer than' not in worker_processes.failure(error, 1)  # than 1 is 0
 
 
+def test_shared_memory_of_a_system_without_its_folder(monkeypatch):
+    monkeypatch.setattr(worker_processes, '_SHARED_MEMORY', '/nowhere')
+    text = worker_processes.failure(OSError(errno.ENOSPC, 'No space left on device'), 1)
+    assert text.startswith('data.workers is 1, and these processes have filled the shared memory: set --config.data')
+    assert 'nowhere' not in text and 'shm' not in text
+
+
+@pytest.mark.parametrize('number, name', [(11, 'SIGSEGV'), (35, 'signal 35')])  # a real-time one has no name
+def test_signals_of_workers_are_named(number, name):
+    error = RuntimeError(f'Worker process was terminated unexpectedly with exit code -{number}')
+    assert f'data.workers=2 processes ended by {name}; ' in worker_processes.failure(error, 2)
+
+
 READ_WITH_WORKERS = """
 import numpy as np
 from vqvae2_jax.data.loader import eval_batches

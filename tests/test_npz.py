@@ -5,8 +5,10 @@ import os
 import random
 import resource
 import threading
+import time
 import zipfile
 import zlib
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from tests.defaults import image_spec
 from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.images import open_all, open_images, open_native_size
 from vqvae2_jax.evaluation import features
-from vqvae2_jax.io import npz, state_dict
+from vqvae2_jax.io import memory, npz, record, state_dict
 
 ARRAYS = {
     'arr_0': np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), np.uint8),
@@ -90,7 +92,7 @@ class TestClaims:
         path = write(tmp_path / 'a.npz', method, arr_0=header(shape, dtype) + bytes(64))
         for read in (
             npz.read,
-            npz.read_members,
+            lambda p: npz.read_members(p)['arr_0'],
             state_dict.read,
             images,
             lambda p: open_native_size(p, 'evaluate.real'),
@@ -113,7 +115,9 @@ class TestClaims:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with pytest.raises(ValueError, match=r'claim 50331648 bytes of memory, more than 50000000, the limit'):
             npz.read(path, max_bytes=50_000_000)
-        message = r'data\.path: .*is compressed.* 50331648 .*write it by np\.savez, or raise --config\.data\.max_bytes'
+        message = (
+            r'data\.path: .*is compressed.* 50331648 .*write it by np\.savez, or set --config\.data\.max_bytes=50331648'
+        )
         with pytest.raises(ValueError, match=message):
             images(path, max_bytes=50_000_000)
         with pytest.raises(ValueError, match=r'evaluate\.real: .*50331648 bytes of memory'):
@@ -126,11 +130,44 @@ class TestClaims:
 
     def test_the_default_limit_is_half_of_the_free_memory(self, tmp_path, monkeypatch):
         np.savez_compressed(tmp_path / 'a.npz', arr_0=np.zeros((100, 4, 4, 3), np.uint8))
-        free = type('Memory', (), {'available': 9598})
-        monkeypatch.setattr(npz.psutil, 'virtual_memory', lambda: free)
+        monkeypatch.setattr(npz.memory, 'free', lambda: 9598)
         for read in (npz.read, images, state_dict.read):
             with pytest.raises(ValueError, match='4800 bytes of memory, more than 4799, half of the free memory'):
                 read(str(tmp_path / 'a.npz'))
+
+    def test_the_limit_is_that_of_the_time_when_the_set_was_opened(self, tmp_path, monkeypatch):
+        np.savez_compressed(tmp_path / 'a.npz', arr_0=np.zeros((100, 4, 4, 3), np.uint8))
+        monkeypatch.setattr(npz.memory, 'free', lambda: 9600)
+        source = images(tmp_path / 'a.npz')
+        monkeypatch.setattr(npz.memory, 'free', lambda: 10)  # as after other splits were read
+        assert source[0]['image'].shape == (4, 4, 3)
+        with pytest.raises(ValueError, match=r'half of the free memory: .* set --config\.data\.max_bytes=4800 if'):
+            images(tmp_path / 'a.npz')
+        assert len(images(tmp_path / 'a.npz', max_bytes=4800)) == 100
+
+    def test_threads_decompress_a_file_once(self, tmp_path, monkeypatch):
+        np.savez_compressed(tmp_path / 'a.npz', arr_0=np.zeros((100, 4, 4, 3), np.uint8))
+        source, reads, read = images(tmp_path / 'a.npz'), [], npz.read
+
+        def slow(*args):
+            reads.append(args)
+            time.sleep(0.05)
+            return read(*args)
+
+        monkeypatch.setattr(npz, 'read', slow)
+        with futures.ThreadPoolExecutor(8) as pool:
+            assert len(list(pool.map(source.read, range(64)))) == 64
+        assert len(reads) == 1
+
+    def test_damage_after_opening_is_one_line(self, tmp_path):
+        values = np.random.default_rng(0).integers(0, 255, (100, 4, 4, 3), np.uint8)
+        np.savez_compressed(tmp_path / 'a.npz', arr_0=values)
+        source = images(tmp_path / 'a.npz')
+        data = bytearray((tmp_path / 'a.npz').read_bytes())
+        data[3000] ^= 1
+        (tmp_path / 'a.npz').write_bytes(data)
+        with pytest.raises(record.JobError, match=r'a\.npz.* no \.npz file that can be read'):
+            source[0]
 
     def test_several_files_count_together(self, tmp_path):
         for name in 'ab':
@@ -157,16 +194,40 @@ class TestForeign:
             path = tmp_path / name
             if not path.exists():
                 os.mkfifo(path)
-            with pytest.raises(ValueError, match=rf'{name}.*it is a folder or a special file'):
+            with pytest.raises(ValueError, match=rf'{name}.*it is a named pipe, not a file'):
                 read(str(path))
 
     def test_pickles_are_not_read(self, tmp_path):
         np.savez(tmp_path / 'a.npz', arr_0=np.array([threading.Thread, None]), allow_pickle=True)
-        np.savez(tmp_path / 'b.npz', arr_0=np.zeros((2, 4, 4, 3), np.uint8), class_names=np.array(['a', None], object))
+        sound = {'arr_0': np.zeros((2, 4, 4, 3), np.uint8), 'label': [0, 1]}
+        np.savez(tmp_path / 'b.npz', **sound, class_names=np.array(['a', None], object))
         for name in 'ab':
             for read in (npz.read, state_dict.read, lambda path: images(path, num_classes=2)):
                 with pytest.raises(ValueError, match=rf'{name}\.npz.*holds pickled objects, which are not read'):
                     read(str(tmp_path / f'{name}.npz'))
+
+    def test_an_array_that_is_not_needed_may_be_anything(self, tmp_path):
+        sound = {'arr_0': np.full((2, 4, 4, 3), 7, np.uint8), 'label': [0, 1]}
+        np.savez(tmp_path / 'a.npz', **sound, meta={'a': 1}, arr_1=np.array([None]))
+        assert images(tmp_path / 'a.npz', num_classes=2)[0]['image'].max() == 7
+        np.savez(tmp_path / 'b.npz', arr_0=sound['arr_0'], label=np.array([None, 1]))
+        assert images(tmp_path / 'b.npz')[0]['image'].max() == 7
+        with pytest.raises(ValueError, match=r"data\.path: .*b\.npz.*array 'label' holds pickled objects"):
+            images(tmp_path / 'b.npz', num_classes=2)
+        np.savez(tmp_path / 'c.npz', meta={'a': 1})
+        with pytest.raises(
+            ValueError, match=r'c\.npz.* with images in arr_0, it has meta: write images of another name'
+        ):
+            images(tmp_path / 'c.npz')
+
+    @pytest.mark.parametrize('version, size', [((1, 0), 2), ((2, 0), 4)])
+    def test_a_long_header_is_not_read(self, tmp_path, version, size):
+        head = b'\x93NUMPY' + bytes(version)
+        length = 65_000 if size == 2 else 40_000_000
+        content = head + length.to_bytes(size, 'little') + b' ' * length
+        path = write(tmp_path / 'a.npz', zipfile.ZIP_DEFLATED, arr_0=content)
+        with pytest.raises(ValueError, match=rf"'arr_0' has a header of {length} bytes, more than 10000"):
+            npz.read(path)
 
     @pytest.mark.parametrize(
         'array, message',
@@ -252,6 +313,60 @@ class TestForeign:
             archive.writestr('archive/data.pkl', bytes(10**6))
         with pytest.raises(ValueError, match=r'a\.pth.* claim 1000000 bytes of memory, more than 999999'):
             npz.check_archive(path, max_bytes=999_999)
+
+    def test_tensors_that_are_no_plain_arrays(self, tmp_path):
+        torch = pytest.importorskip('torch')
+        path = str(tmp_path / 'a.pth')
+        for tensor, reason in (
+            (torch.ones(1, dtype=torch.bfloat16).expand(10**6, 10**6), 'it claims more bytes than the file holds'),
+            (torch.ones(4).to_sparse(), ''),
+            (torch.ones(4, device='meta'), ''),
+        ):
+            torch.save({'fc.weight': tensor}, path)
+            with pytest.raises(ValueError, match=rf"a\.pth': 'fc\.weight' is no plain array: {reason}") as error:
+                state_dict.read(path)
+            assert '\n' not in str(error.value)
+
+    @pytest.mark.parametrize('is_zip', [True, False])
+    def test_damaged_torch_files(self, tmp_path, is_zip):
+        torch = pytest.importorskip('torch')
+        path, rng = tmp_path / 'a.pth', random.Random(0)
+        state = {'a': torch.ones(4), 'b': torch.zeros(3, 3)}
+        torch.save(state, path, _use_new_zipfile_serialization=is_zip)
+        whole, refused = path.read_bytes(), 0
+        assert npz.check_archive(path) >= 52
+        with pytest.raises(ValueError, match=r'a\.pth.* bytes of memory, more than 51'):
+            npz.check_archive(path, max_bytes=51)
+        for _ in range(300):
+            data = bytearray(whole)
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            path.write_bytes(data)
+            try:
+                state_dict.read(str(path))
+            except ValueError as error:
+                assert 'a.pth' in str(error) and '\n' not in str(error)
+                refused += 1
+        assert refused > 50
+
+
+def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, '_CGROUP', tmp_path / 'self')
+    monkeypatch.setattr(memory, '_MOUNT', tmp_path)
+    machine = memory.psutil.virtual_memory().available
+    for line, folder, limit, used, cached in (
+        ('0::/pod/job', 'pod', 'memory.max', 'memory.current', 'inactive_file'),
+        ('4:memory:/of/the/host', 'memory', 'memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file'),
+    ):
+        (tmp_path / 'self').write_text(f'9:pids:/\n{line}\n')
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / used).write_text('700\n')
+        (tmp_path / folder / 'memory.stat').write_text(f'anon 5\n{cached} 50\n')
+        (tmp_path / folder / limit).write_text('max\n')
+        assert memory.free() > machine // 2
+        (tmp_path / folder / limit).write_text('1000\n')
+        assert memory.free() == 350
+        (tmp_path / folder / limit).write_text('600\n')
+        assert memory.free() == 0
 
 
 def test_weights_of_another_form_are_refused(tmp_path):

@@ -13,7 +13,10 @@ from PIL import Image
 from benchmarks.input import write_dataset
 from tests.defaults import image_spec
 from tests.test_decode import encoded
+from vqvae2_jax.data import inspection, tfds_records
+from vqvae2_jax.data.decode import UnreadableImage
 from vqvae2_jax.data.images import open_images
+from vqvae2_jax.data.loader import eval_batches
 
 
 @pytest.fixture(scope='module')
@@ -72,8 +75,89 @@ def test_tfds_errors(tfds_dir, tmp_path):
         open_images(tfds_spec(tfds_dir, num_classes=10), 'train')
     with pytest.raises(FileNotFoundError, match=r"data\.name='tinny' is neither 'fashion' nor 'folder'"):
         open_images(tfds_spec(tfds_dir, name='tinny'), 'train')
-    with pytest.raises(FileNotFoundError, match=r"(?s)'mnist' is not prepared.*file_format='array_record'"):
+    with pytest.raises(FileNotFoundError, match=r"'mnist' is not prepared.*file_format='array_record'") as error:
         open_images(tfds_spec(tmp_path, name='mnist'), 'train')
+    without_newline(error)
+
+
+def without_newline(error):
+    assert '\n' not in str(error.value)
+
+
+def test_damaged_records_are_unreadable_images(tmp_path):
+    """Not when the dataset is opened, but when they are read."""
+    tfds = pytest.importorskip('tensorflow_datasets')
+    features = {'image': tfds.features.Image(shape=(None, None, 3)), 'label': tfds.features.ClassLabel(num_classes=2)}
+    png = encoded(Image.new('RGB', (8, 8)))
+    write_dataset(tmp_path, 'tiny', features, {'train': [(png, i % 2) for i in range(6)], 'test': [(png, 0)]})
+    fields = {'splits': ('train', 'test', 'test'), 'on_error': 'skip'}
+    source = open_images(tfds_spec(tmp_path, **fields), 'train')
+    dataset = source.dataset
+    records = [dataset._records[i] for i in range(6)]
+    records[1] = b'\xff\xffgarbage'
+    records[2] = example(png, [])
+    records[3] = example(png, [2])
+    records[4] = example(png, [0, 1])
+    dataset._records = records
+    assert dataset.labels.tolist() == [0, 0, 0, 0, 0, 1]
+    reasons = (
+        'the record is damaged',
+        r'labels \[\], not one of 0 to 1',
+        r'labels \[2\], not one',
+        r'labels \[0, 1\], not one',
+    )
+    for index, reason in enumerate(reasons, start=1):
+        with pytest.raises(UnreadableImage, match=f'tiny/train record {index}: .*{reason}') as error:
+            dataset.read(index, 3)
+        without_newline(error)
+    assert sum(batch['mask'].sum() for batch in eval_batches(source, batch_size=3)) == 2
+    facts = inspection.inspect({'train': source})
+    assert facts['decoded']['train']['unreadable']['images'] == 4 and facts['copies']['within']['train']['images'] == 4
+
+
+@pytest.mark.parametrize('length, unreadable', [(None, 1), (3000, 6)])
+def test_damage_of_the_file_is_that_of_its_records(tmp_path, length, unreadable):
+    tfds = pytest.importorskip('tensorflow_datasets')
+    features = {'image': tfds.features.Image(shape=(None, None, 3))}
+    png = encoded(Image.new('RGB', (8, 8)))
+    write_dataset(tmp_path, 'tiny', features, {'train': [(png, 0)] * 6, 'test': [(png, 0)]})
+    file = next((tmp_path / 'tiny' / '1.0.0').glob('*train*array_record*'))
+    data = bytearray(file.read_bytes())
+    data[data.index(b'IDAT')] ^= 1
+    file.write_bytes(data[:length])
+    source = open_images(tfds_spec(tmp_path, num_classes=0, splits=('train', 'test', 'test')), 'train')
+    failed = 0
+    for index in range(6):
+        try:
+            source[index]
+        except UnreadableImage as error:
+            assert 'the record is damaged: ' in str(error) and '\n' not in str(error)
+            failed += 1
+    assert failed == unreadable
+
+
+def example(image, labels):
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    record = tf_example_pb2.Example()
+    record.features.feature['image'].bytes_list.value.append(image)
+    record.features.feature['label'].int64_list.value.extend(labels)
+    return record.SerializeToString()
+
+
+def test_of_many_records_few_are_read_before_a_training(tfds_dir, monkeypatch):
+    monkeypatch.setattr(tfds_records, '_MAX_LABELED', 3)
+    monkeypatch.setattr(inspection, 'MAX_COMPARED', 3)
+    sources = {'train': open_images(tfds_spec(tfds_dir, num_classes=2, on_error='skip'), 'train')}
+    monkeypatch.setattr(tfds_records.TfdsDataset, 'content', lambda *_: pytest.fail('read'))
+    text = inspection.describe(inspection.inspect(sources))
+    assert 'data: 2 classes, whose images are not counted, since they are in more than 50,000 records' in text
+    assert 'only 0 of 8 images that may be copies (data.check_all=True: all): that takes long' in text
+    monkeypatch.undo()
+    assert inspection.inspect(sources, check_all=True)['copies']['whole']
+    length = np.mean([len(sources['train'].dataset.content(i)) for i in sources['train'].indices])
+    monkeypatch.setattr(inspection, 'MAX_READ', int(5.5 * length))
+    assert inspection.inspect(sources)['copies']['compared'] == 5
 
 
 def other_features(tfds_dir, tmp_path, change, features=None):
@@ -93,8 +177,9 @@ def test_tfds_prepared_as_tfrecord(tfds_dir, tmp_path):
     spec = other_features(tfds_dir, tmp_path, {'fileFormat': 'tfrecord'})
     for file in (tmp_path / 'tiny' / '1.0.0').glob('*array_record*'):
         file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"(?s)tfrecord.*file_format='array_record'"):
+    with pytest.raises(FileNotFoundError, match=r"tfrecord.*file_format='array_record'") as error:
         open_images(spec, 'train')
+    without_newline(error)
 
 
 def test_tfds_without_the_needed_features(tfds_dir, tmp_path):

@@ -56,8 +56,8 @@ DATA = {
     ),
     'check_all': Bool(
         default=False,
-        doc='before a training, decode all images, not 2000 of each split, and compare all by their content, even more '
-        'than 50,000',
+        doc='before a training, decode all images, not 2000 of each split, and compare all by their content, also if '
+        'there are more than 50,000',
     ),
     'max_bytes': Int(
         0,

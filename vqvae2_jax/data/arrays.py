@@ -10,8 +10,8 @@ a pattern such as 'samples/*.npz', in the fields that allow one. With data.split
 these are files in the folder data.path.
 """
 
-import functools
 import os
+import threading
 
 import numpy as np
 from PIL import Image
@@ -19,13 +19,24 @@ from PIL import Image
 from vqvae2_jax.data.decode import to_channels
 from vqvae2_jax.data.outputs import IMAGE_JOBS, job_of
 from vqvae2_jax.io import gcs, npz
+from vqvae2_jax.io.record import JobError
+
+_opened: dict[tuple, np.ndarray] = {}
+_opening = threading.Lock()  # several threads ask for a file at once, and a compressed one must fit into memory
 
 
-@functools.lru_cache(maxsize=4096)
-def _pixels(path: str, max_bytes: int, *state: int) -> np.ndarray:
-    """arr_0 of a file, memory-mapped if possible. `state` tells apart files that replace each other."""
-    member = npz.read_members(path)['arr_0']
-    return npz.memory_map(path, member) if member.is_mappable else npz.read(path, ('arr_0',), max_bytes)['arr_0']
+def _pixels(key: tuple, limit: int) -> np.ndarray:
+    """arr_0 of a file, memory-mapped if possible, else of at most `limit` bytes; `key` has its path and state."""
+    with _opening:
+        if key not in _opened:
+            path = key[0]
+            try:
+                member = npz.read_members(path)['arr_0']
+                mappable = member.is_mappable
+                _opened[key] = npz.memory_map(path, member) if mappable else npz.read(path, ('arr_0',), limit)['arr_0']
+            except ValueError as error:  # its content is damaged, or it was replaced
+                raise JobError(str(error)) from error
+        return _opened[key]
 
 
 def is_arrays(path: str) -> bool:
@@ -82,17 +93,20 @@ class ArraysDataset:
           FileNotFoundError: no such file.
           ValueError: a file does not hold images, its labels do not fit num_classes, or the limit is too small.
         """
-        files = [_File(each, num_classes, field, max_bytes) for each in list_arrays(path, field, pattern)]
+        files = [_File(each, num_classes, field) for each in list_arrays(path, field, pattern)]
         if len({file.class_names for file in files}) > 1 or len({file.shape for file in files}) > 1:
             raise ValueError(f'{field}: the files {path!r} differ in the shape of their images or in their classes.')
-        try:
-            npz.check_size((member for file in files for member in file.held), max_bytes)
-        except ValueError as error:
+        # What is free will be less when pixels are first read, after those of other splits.
+        self._limit, size = max_bytes or npz.default_limit(), sum(file.held for file in files)
+        if size > self._limit:
+            which = 'data.max_bytes' if max_bytes else 'half of the free memory'
             raise ValueError(
-                f'{field}: {path!r} is compressed, so that it is held in memory, but {error}: write it by np.savez, '
-                'or raise --config.data.max_bytes if you trust it.'
-            ) from error
+                f'{field}: {path!r} is compressed, so that it is held in memory, but its arrays claim {size} bytes of '
+                f'memory, more than {self._limit}, {which}: write it by np.savez, or set '
+                f'--config.data.max_bytes={size} if you trust it.'
+            )
         self._keys = [file.key for file in files]
+        self._image_bytes = int(np.prod(files[0].shape))
         self._ends = np.cumsum([file.count for file in files])
         self._checksums = [checksum for file in files for checksum in file.checksums]
         self.class_names = files[0].class_names
@@ -115,24 +129,27 @@ class ArraysDataset:
         head = f'{self._checksums}, {len(self.class_names)} classes\n'
         return head.encode() + np.asarray(indices).astype('<i8').tobytes()
 
-    def content(self, index: int, limit: int = -1) -> tuple[bytes, int]:
-        """Returns the first `limit` bytes of an image's pixels, and the number of all."""
+    def content_length(self, index: int) -> int:
+        """Returns the bytes of an image's pixels."""
+        return self._image_bytes
+
+    def content(self, index: int) -> bytes:
+        """Returns the pixels of an image."""
         key, row = self._locate(index)
-        data = _pixels(*key)[row].tobytes()
-        return data[: None if limit < 0 else limit], len(data)
+        return _pixels(key, self._limit)[row].tobytes()
 
     def read(self, index: int, channels: int) -> tuple[Image.Image, int]:
         """Reads an upright image in mode 'L' or 'RGB', and its label; raises UnreadableImage."""
         key, row = self._locate(index)
-        image = _pixels(*key)[row]
+        image = _pixels(key, self._limit)[row]
         label = 0 if self.stratify_by is None else int(self.stratify_by[index])
         return to_channels(Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image), channels), label
 
 
 class _File:
-    """One file: its key (for `_pixels`), count, image shape, labels, class_names, checksums and held members."""
+    """One file: its key (for `_pixels`), count, image shape, labels, class_names, checksums and bytes to hold."""
 
-    def __init__(self, path, num_classes, field, max_bytes):
+    def __init__(self, path, num_classes, field):
         self._path, self._field = path, field
         try:
             members = npz.read_members(path)
@@ -140,26 +157,33 @@ class _File:
             raise ValueError(f'{field}: {error}.') from error
         images = self._images(members)
         self.count, self.shape, self.class_names = images.shape[0], images.shape[1:], ()
-        self.held = [] if images.is_mappable else [images]
-        adm = members.get('arr_1')
-        is_adm = 'label' not in members and adm is not None and adm.shape == (self.count,) and adm.dtype.kind in 'iu'
-        label = 'arr_1' if is_adm and num_classes else 'label'
+        self.held = 0 if images.is_mappable else images.nbytes
+        label = 'label'
+        if num_classes and 'label' not in members and 'arr_1' in members:
+            adm = self._member(members, 'arr_1')
+            label = 'arr_1' if adm.shape == (self.count,) and adm.dtype.kind in 'iu' else 'label'
         # Checksums of the arrays identify the images without reading pixels.
-        self.checksums = [members[name].info.CRC for name in ('arr_0', label) if name in members]
+        self.checksums = [members.checksum(name) for name in ('arr_0', label) if name in members]
         state = os.stat(path)
-        self.key = path, max_bytes, state.st_mtime_ns, state.st_size
+        self.key = path, state.st_mtime_ns, state.st_size
         if num_classes:
-            self._read_labels(members, label, num_classes, max_bytes)
+            self._read_labels(members, label, num_classes)
 
-    def _images(self, members: dict[str, npz.Member]) -> npz.Member:
+    def _member(self, members, name) -> npz.Member:
+        try:
+            return members[name]
+        except ValueError as error:
+            raise ValueError(f'{self._field}: {error}.') from error
+
+    def _images(self, members: npz.Members) -> npz.Member:
         """Returns arr_0; refuses a file without images."""
         where = f'{self._field}: {self._path!r}'
         if 'arr_0' not in members:
             raise ValueError(
-                f'{where} is no .npz file with images in arr_0, it has {npz.describe(members)}: write images of '
+                f'{where} is no .npz file with images in arr_0, it has {members}: write images of '
                 "another name by np.savez('NEW.npz', arr_0=images, label=labels)."
             )
-        images = members['arr_0']
+        images = self._member(members, 'arr_0')
         if (advice := _advice(images)) is not None:
             raise ValueError(
                 f'{self._field}: arr_0 of {self._path!r} is {images}; images are uint8 [N, H, W], '
@@ -167,18 +191,19 @@ class _File:
             )
         return images
 
-    def _read_labels(self, members, label, num_classes, max_bytes):
+    def _read_labels(self, members, label, num_classes):
         if label not in members:
             raise ValueError(
                 f'data.num_classes={num_classes}, but {self._path!r} has no `label`: set --config.data.num_classes=0.'
             )
-        labels, names = members[label], members.get('class_names')
+        labels = self._member(members, label)
+        names = self._member(members, 'class_names') if 'class_names' in members else None
         if labels.shape != (self.count,) or labels.dtype.kind not in 'iu':
             raise ValueError(f'{label} of {self._path!r} is {labels}, not int [{self.count}].')
         if names is not None and (len(names.shape) != 1 or names.dtype.kind not in 'US'):
             raise ValueError(f'class_names of {self._path!r} is {names}, not text [{num_classes}].')
         try:
-            arrays = npz.read(self._path, (label, 'class_names') if names else (label,), max_bytes)
+            arrays = npz.read(self._path, (label, 'class_names') if names else (label,))
         except ValueError as error:
             raise ValueError(f'{self._field}: {error}.') from error
         self.labels = arrays[label]

@@ -5,8 +5,6 @@ Shapes: H, W are the target height and width, h, w those of the stored image, C 
 
 import errno
 import io
-import os
-import stat
 import struct
 import warnings
 import zlib
@@ -14,7 +12,7 @@ import zlib
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
-from vqvae2_jax.io import names
+from vqvae2_jax.io import names, regular
 
 # Suffixes of image files (in lower case) and Pillow's names of their formats. Pillow tries no other format: some of its
 # plugins start other programs (EPS) or are rarely tested.
@@ -40,7 +38,7 @@ FORMATS = tuple(sorted(set(FORMAT_OF.values())))
 # Random crops are taken from an image of 1 up to this many times the target size (256 -> 224 is usual), so that
 # training also sees images at the scale of evaluation and sampling.
 CROP_ZOOM = 8 / 7
-MAX_PIXELS = 89_478_485  # Pillow's limit, above which it warns of decompression bombs
+MAX_PIXELS = 2 * 89_478_485  # Pillow refuses larger images as decompression bombs
 
 # Pillow's errors for bytes that are not an image, or only a part of one.
 _DECODE_ERRORS = (
@@ -48,27 +46,24 @@ _DECODE_ERRORS = (
     SyntaxError,
     ValueError,
     TypeError,
+    AssertionError,
+    AttributeError,
     ArithmeticError,
     LookupError,
     EOFError,
     RuntimeError,
     struct.error,
-    Image.DecompressionBombError,
 )
 
 _HINT = 'convert it to grayscale or RGB of 8 or 16 bits'
 _MODES = ('1', 'L', 'LA', 'La', 'P', 'PA', 'RGB', 'RGBA', 'RGBa', 'CMYK', 'YCbCr')
 
 _PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
+# Chunks that decide no pixel as it is read here. Other chunks may be damaged ones that do, such as tRNS.
+_PNG_METADATA = (b'tEXt', b'zTXt', b'iTXt', b'eXIf', b'iCCP', b'sRGB', b'gAMA', b'cHRM', b'cICP', b'mDCV', b'cLLI')
+_PNG_METADATA += (b'pHYs', b'tIME', b'sBIT', b'bKGD', b'hIST', b'sPLT', b'oFFs', b'pCAL', b'sCAL', b'iDOT')
 # Errors of this process, not of the file that it opens.
 _OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-_FILE_TYPES = {
-    stat.S_IFDIR: 'folder',
-    stat.S_IFIFO: 'named pipe',
-    stat.S_IFSOCK: 'socket',
-    stat.S_IFCHR: 'device',
-    stat.S_IFBLK: 'device',
-}
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -109,28 +104,20 @@ class _Unsupported(Exception):
     """An intact image whose pixels cannot be converted; the message says why."""
 
 
-def read_file(path: str, example_name: str, limit: int = -1) -> tuple[bytes, int]:
+def read_file(path: str, example_name: str) -> bytes:
     """Reads an image file. Only regular files are opened, since opening a named pipe would block.
 
     Args:
       path: the file.
       example_name: its name in messages.
-      limit: number of bytes to read from the start; -1: all.
-
-    Returns:
-      The bytes, and the length of the whole file.
 
     Raises:
       UnreadableImage: there is no such regular file, or it cannot be read.
       OSError: this process has no more memory or file descriptors.
     """
     try:
-        kind = stat.S_IFMT(os.stat(path).st_mode)
-        if kind != stat.S_IFREG:
-            raise UnreadableImage(example_name, f'it is a {_FILE_TYPES.get(kind, "special file")}, not a file')
-        with open(path, 'rb') as file:
-            data = file.read(limit)
-            return data, os.fstat(file.fileno()).st_size
+        with regular.open_file(path) as file:
+            return file.read()
     except OSError as error:
         if error.errno in _OUT_OF_RESOURCES:
             raise
@@ -189,36 +176,30 @@ def _decode(data: bytes, channels: int, max_pixels: int) -> Image.Image:
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
-    """Reads the header of an image. It is `Image.open` with `max_pixels` as the limit, which has the size in its error.
+    """Reads the header of an image.
 
     Raises:
       UnidentifiedImageError: the image has none of `FORMATS`.
       _Unsupported: it has more than max_pixels.
     """
-    # Some plugins check sizes themselves against the limit of the module; it is only ever raised, for all threads.
+    # Pillow's own limit is one for all threads. It is raised if needed, but never lowered.
     Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS and max(Image.MAX_IMAGE_PIXELS, max_pixels)
-    Image.init()
-    for name in FORMATS:
-        factory, accept = Image.OPEN[name]
-        if accept and accept(data[:16]) is not True:
-            continue
-        try:
-            image = factory(io.BytesIO(data), '')
-        except (SyntaxError, IndexError, TypeError, struct.error):  # as in Image.open, another format may fit
-            continue
-        if image.width * image.height > max_pixels:
-            raise _Unsupported(
-                f'it has {image.height}x{image.width} pixels, more than data.max_pixels={max_pixels} '
-                f'(--config.data.max_pixels={image.width * image.height} allows it)'
-            )
-        return image
-    raise UnidentifiedImageError
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:  # from twice Pillow's limit on
+        raise _Unsupported(f'{error}; a larger --config.data.max_pixels than {max_pixels} allows it') from error
+    if image.width * image.height > max_pixels:
+        raise _Unsupported(
+            f'it has {image.height}x{image.width} pixels, more than data.max_pixels={max_pixels} '
+            f'(--config.data.max_pixels={image.width * image.height} allows it)'
+        )
+    return image
 
 
 def _without_metadata(data: bytes) -> bytes | None:
     """Returns a file without the metadata whose damage makes Pillow refuse it; None if its format has no such metadata.
 
-    Of a PNG file these are the chunks that decide its pixels, and its EXIF chunk if that is intact.
+    Of a PNG file all other chunks stay, so that Pillow refuses a damaged one, and its EXIF chunk if that is intact.
     """
     if data[4:8] == b'ftyp':  # AVIF: the type of the item becomes an unknown one, all offsets stay
         return data.replace(b'Exif', b'none')
@@ -228,9 +209,8 @@ def _without_metadata(data: bytes) -> bytes | None:
     while position + 12 <= len(data):
         length, kind = struct.unpack('>I4s', data[position : position + 8])
         chunk = data[position : position + 12 + length]
-        is_critical = not kind[0] & 0x20
         is_intact = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
-        if is_critical or kind == b'tRNS' or (kind == b'eXIf' and is_intact):
+        if kind not in _PNG_METADATA or (kind == b'eXIf' and is_intact):
             chunks.append(chunk)
         position += len(chunk)
     return b''.join(chunks)

@@ -78,10 +78,13 @@ class FashionDataset:
         """Returns bytes that identify these images, their order and their labels, wherever the data are."""
         return f'fashion, {len(self.class_names)} classes\n'.encode() + indices.astype('<i8').tobytes()
 
-    def content(self, index: int, limit: int = -1) -> tuple[bytes, int]:
-        """Returns the first `limit` bytes of an image as it is stored, and the number of all."""
-        data = _pixels()[index].tobytes()
-        return data[: None if limit < 0 else limit], len(data)
+    def content_length(self, index: int) -> int:
+        """Returns the bytes of an image's pixels."""
+        return _pixels()[index].nbytes
+
+    def content(self, index: int) -> bytes:
+        """Returns the pixels of an image."""
+        return _pixels()[index].tobytes()
 
     def read(self, index: int, channels: int) -> tuple[Image.Image, int]:
         """Reads an upright image in mode 'L' or 'RGB', and its label; raises UnreadableImage."""

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import heapq
 import os
+import stat
 from collections.abc import Iterable
 from typing import Any
 
@@ -91,16 +92,16 @@ def list_images(root: str) -> Listing:
     """
     listing, named_like_images = Listing(), []
     # Paths of folders still to list, relative to root. Links come last, so that they do not hide what they lead to.
-    pending, links, seen = [''], [], _folders_above(root)
+    pending, links, seen = [''], [], _parents([os.path.realpath(root)])
     while pending or links:
         folder = pending.pop() if pending else heapq.heappop(links)
         path = os.path.join(root, folder)
         try:
-            identity = _identity(path)
-            if identity in seen:
+            real = os.path.realpath(path)  # some file systems give two folders one inode number
+            if real in seen:
                 listing.repeated.append(folder)
                 continue
-            seen.add(identity)
+            seen.add(real)
             with os.scandir(path) as entries:
                 found = list(entries)
         except OSError as error:
@@ -111,7 +112,7 @@ def list_images(root: str) -> Listing:
         for entry in found:
             name = os.path.join(folder, entry.name)
             if _is_folder(entry):
-                if entry.name.lower() in _SYSTEM_FOLDERS or entry.name.startswith('.Trash'):
+                if entry.name.lower() in _SYSTEM_FOLDERS:
                     listing.system_folders[printable(entry.name)] += 1
                 elif not entry.name.startswith('.'):
                     if entry.is_symlink():
@@ -145,20 +146,6 @@ def _is_folder(entry):
         return False
 
 
-def _identity(path):
-    status = os.stat(path)
-    # Some network file systems have no inodes.
-    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
-
-
-def _folders_above(root):
-    """Returns the identities of the folders that hold `root`."""
-    found, path = set(), os.path.realpath(root)
-    while path != (path := os.path.dirname(path)):
-        found.add(_identity(path))
-    return found
-
-
 def _parents(paths: Iterable[str]) -> set[str]:
     """Returns the folders, at any depth, that hold files."""
     found = set()
@@ -182,8 +169,8 @@ def find_images(root: str, field: str, shown: str | None = None, on_error: str =
     """
     listing, shown = list_images(root), shown or root
     if listing.unlisted and (on_error == 'raise' or '.' in listing.unlisted):
-        remedy = '' if '.' in listing.unlisted else ', or set --config.data.on_error=skip to go on without it'
-        raise ValueError(f'{field}: {shown!r}: {listing.notes()[-1]}. Change its permissions{remedy}.')
+        remedy = '' if '.' in listing.unlisted else ', or set --config.data.on_error=skip to leave out such folders'
+        raise ValueError(f'{field}: {shown!r}: {listing.notes()[-1]}. Repair the permissions{remedy}.')
     if not listing.images:
         instead = f', only {_counts(listing.ignored)}' if listing.ignored else ''
         raise ValueError(f'{field}: no images in {shown!r}{instead} (looked for {", ".join(SUFFIXES)} in any case).')
@@ -244,14 +231,23 @@ class FilesDataset:
         names = '\0'.join([self.subfolder, *(self.files[i] for i in indices), ''])  # no file name holds a NUL
         return names.encode('utf-8', 'surrogateescape') + self.labels[indices].astype('<i4').tobytes()
 
-    def content(self, index: int, limit: int = -1) -> tuple[bytes, int]:
-        """Returns the first `limit` bytes of an image as it is stored, and the number of all; as `decode.read_file`."""
-        return read_file(os.path.join(self.root, self.files[index]), self.example_name(index), limit)
+    def content(self, index: int) -> bytes:
+        """Returns the bytes of an image as it is stored; raises as `decode.read_file`."""
+        return read_file(os.path.join(self.root, self.files[index]), self.example_name(index))
+
+    def content_length(self, index: int) -> int:
+        """Returns the bytes of an image file; 0 if there is none."""
+        try:
+            status = os.stat(os.path.join(self.root, self.files[index]))
+        except OSError:
+            return 0
+        return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
     def read(self, index: int, channels: int) -> tuple[Image.Image, int]:
         """Reads an upright image in mode 'L' or 'RGB', and its label; raises UnreadableImage."""
-        data, _ = self.content(index)
-        return decode_image(data, channels, self.example_name(index), self._max_pixels), int(self.labels[index])
+        return decode_image(self.content(index), channels, self.example_name(index), self._max_pixels), int(
+            self.labels[index]
+        )
 
 
 class FolderDataset(FilesDataset):
@@ -297,6 +293,12 @@ class FolderDataset(FilesDataset):
             return ()
         if folders == [''] and num_classes == 1:
             return (os.path.basename(os.path.abspath(self.root)),)
+        unlisted = [f'{path!r} ({why})' for path, why in self.listing.unlisted.items() if os.sep not in path]
+        if unlisted and class_names is None:
+            raise ValueError(
+                f'data.path: class folders of {self.shown or self.root!r} cannot be listed: {_join(unlisted)}. Repair '
+                'their permissions, move them elsewhere, or set --config.data.num_classes=0.'
+            )
         left_out = {*folders, *self.listing.repeated, *self.listing.unlisted}
         self._check_empty(sorted(set(subfolders(self.root)) - left_out), some_allowed=class_names is not None)
         if folders == ['']:

@@ -24,7 +24,7 @@ from vqvae2_jax.data.decode import MAX_PIXELS, UnreadableImage, resize_and_crop
 from vqvae2_jax.data.fashion import FashionDataset
 from vqvae2_jax.data.folder import FilesDataset, Listing, find_images, open_folder
 from vqvae2_jax.data.tfds_records import TfdsDataset
-from vqvae2_jax.io import gcs
+from vqvae2_jax.io import gcs, names
 
 SPLITS = ('train', 'validation', 'test')
 
@@ -108,11 +108,11 @@ class Dataset(Protocol):
     def fingerprint(self, indices: np.ndarray) -> bytes:
         """Returns bytes that identify these images, their order and their labels, wherever the data are."""
 
-    def content(self, index: int, limit: int = -1) -> tuple[bytes, int]:
-        """Returns the first `limit` bytes of an image as it is stored (-1: all), and the number of all.
+    def content_length(self, index: int) -> int | None:
+        """Returns the bytes of an image as it is stored; 0 if it cannot be read, None if it must be read for that."""
 
-        It raises UnreadableImage.
-        """
+    def content(self, index: int) -> bytes:
+        """Returns an image as it is stored; raises UnreadableImage."""
 
     def read(self, index: int, channels: int) -> tuple[Image.Image, int]:
         """Reads an upright image in mode 'L' or 'RGB', and its label; raises UnreadableImage."""
@@ -178,7 +178,7 @@ class ImageSource:
         image, label = self.dataset.read(int(self.indices[index]), self.channels)
         if self.require_equal_size and (image.height, image.width) != tuple(self.image_size):
             raise ValueError(
-                f'{self.example_name(index)} has {image.height}x{image.width} pixels, but '
+                f'{names.printable(self.example_name(index))} has {image.height}x{image.width} pixels, but '
                 f'the first image has {self.image_size[0]}x{self.image_size[1]}: '
                 'all images of a set must have one size'
             )
@@ -189,12 +189,14 @@ class ImageSource:
         }
 
 
-def open_images(spec: ImageSpec, split: str) -> ImageSource:
+def open_images(spec: ImageSpec, split: str, opened: dict | None = None) -> ImageSource:
     """Opens one split.
 
     Args:
       spec: the images.
       split: 'train', 'validation' or 'test'.
+      opened: holds the datasets that several splits share, such as a folder, which takes long to list; the same dict
+        for each of them. None: the dataset is opened anew.
 
     Raises:
       ValueError: an unknown or empty split, or data that does not fit the spec; the message names the field.
@@ -204,6 +206,26 @@ def open_images(spec: ImageSpec, split: str) -> ImageSource:
     if split not in SPLITS:
         raise ValueError(f'split={split!r}: there are {", ".join(SPLITS)}.')
     named = spec.splits[SPLITS.index(split)] if spec.splits else None
+    opened, key = {} if opened is None else opened, ('dataset', spec, named)
+    if key not in opened:
+        opened[key] = _open_named(spec, named)
+    dataset = opened[key]
+    if named:
+        # In random order, since the order of a dataset is class by class.
+        indices = np.random.RandomState(spec.split_seed).permutation(len(dataset))
+    else:
+        labels = dataset.labels if dataset.class_names else None
+        indices = random_split(len(dataset), spec.held_out, spec.split_seed, dataset.stratify_by, labels)[split]
+    if not len(indices):
+        raise ValueError(
+            f'data.held_out={spec.held_out} leaves the {split} split of {len(dataset)} images empty: '
+            'change it, or name the splits in data.splits.'
+        )
+    return ImageSource(dataset, indices, spec.image_size, spec.channels, spec.on_error)
+
+
+def _open_named(spec: ImageSpec, named: str | None) -> Dataset:
+    """Opens the part of the images that data.splits names; None: all."""
     if spec.name == 'fashion':
         dataset = FashionDataset(spec.num_classes)
     elif spec.name == 'folder':
@@ -218,18 +240,7 @@ def open_images(spec: ImageSpec, split: str) -> ImageSource:
     else:
         dataset = TfdsDataset(spec.name, spec.path, named, spec.num_classes, spec.max_pixels)
     _check_names(dataset.class_names)
-    if named:
-        # In random order, since the order of a dataset is class by class.
-        indices = np.random.RandomState(spec.split_seed).permutation(len(dataset))
-    else:
-        labels = dataset.labels if dataset.class_names else None
-        indices = random_split(len(dataset), spec.held_out, spec.split_seed, dataset.stratify_by, labels)[split]
-    if not len(indices):
-        raise ValueError(
-            f'data.held_out={spec.held_out} leaves the {split} split of {len(dataset)} images empty: '
-            'change it, or name the splits in data.splits.'
-        )
-    return ImageSource(dataset, indices, spec.image_size, spec.channels, spec.on_error)
+    return dataset
 
 
 def _check_names(class_names):
@@ -317,14 +328,16 @@ def random_split(
     stratify_by: np.ndarray | None = None,
     labels: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Splits range(count) at random; every prefix of a split is a random sample too.
+    """Splits range(count) at random. Every prefix of a split is a random sample too, without what `labels` moved.
 
     Args:
       count: number of images.
-      held_out: shares for (validation, test); a share above 0 gets at least one example of each stratum.
+      held_out: shares for (validation, test); a share above 0 gets at least one example of each stratum, unless it
+        is the only one of its class.
       seed: seed of the random order.
       stratify_by: int [count]; the images of each value are split in the same shares. None: all together.
-      labels: int [count]; every class keeps at least one training image, even if its share were 0. None: no classes.
+      labels: int [count]; if a class has no training image, one of another split becomes the last training image.
+        None: there are no classes.
 
     Returns:
       {'train', 'validation', 'test'}: int64 indices, disjoint.

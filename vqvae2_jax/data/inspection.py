@@ -16,9 +16,12 @@ from vqvae2_jax.io.names import printable
 from vqvae2_jax.io.progress import Progress
 
 MAX_DECODED = 2000  # images of a split that are decoded
-MAX_COMPARED = 50_000  # images of all splits whose whole contents are compared
+MAX_COMPARED = 50_000  # images of all splits; of a larger set, fewer files are compared
+MAX_FILES = 5000  # files of a larger set that are compared
+MAX_READ = 2**33  # bytes of images that are compared
 DARK = 64  # an image is dark if 99.9 % of its pixels have at most this value, of 255
-_PREFIX = 4096  # bytes that are compared of each image in a larger set
+_UNKNOWN = -1  # length of an image in a record
+_SAMPLED = 32  # records that are read for the mean of that length
 _THREADS = min(max(os.cpu_count() or 1, 4), 16)  # each holds one decoded image
 _MAX_ROWS = 20  # of the table of classes
 _MAX_NAMED = 5  # unreadable images whose names are kept
@@ -41,17 +44,18 @@ def inspect(sources: Mapping[str, ImageSource], check_all: bool = False) -> dict
 
     Args:
       sources: the splits by name, in the order of the block.
-      check_all: decode all images, and compare all of their contents; otherwise at most `MAX_DECODED` of each split
-        are decoded, and of more than `MAX_COMPARED` images only the lengths and the first 4096 bytes are compared.
+      check_all: decode and compare all images; otherwise at most `MAX_DECODED` of each split are decoded, and at
+        most `MAX_READ` bytes are compared, of more than `MAX_COMPARED` images at most `MAX_FILES` files and no
+        records.
 
     Returns:
       Facts in JSON types, for `describe`; docs/files.md describes them.
+
+    Raises:
+      UnreadableImage: an image cannot be decoded, and `on_error` of its split is 'raise'.
     """
-    decoded = {
-        split: list(_map(lambda i, source=source: _decode(source, i), _count(source, check_all), f'data: {split}'))
-        for split, source in sources.items()
-    }
-    facts = {
+    decoded = {split: _decode_some(split, source, check_all) for split, source in sources.items()}
+    return {
         'images': {split: len(source) for split, source in sources.items()},
         'image_size': list(next(iter(sources.values())).image_size),
         'ignored': _ignored(sources),
@@ -59,13 +63,6 @@ def inspect(sources: Mapping[str, ImageSource], check_all: bool = False) -> dict
         'decoded': {split: _summary(sources[split], found) for split, found in decoded.items()},
         'copies': _copies(sources, check_all),
     }
-    return facts
-
-
-def unreadable(facts: Mapping[str, Any]) -> UnreadableImage | None:
-    """Returns the error of the first unreadable image in the facts; None if all could be read."""
-    named = [image for split in facts['decoded'].values() for image in split['unreadable']['first']]
-    return UnreadableImage(*named[0]) if named else None
 
 
 def _count(source, check_all):
@@ -81,6 +78,15 @@ def _map(function: Callable[[int], Any], count: int, name: str, per_task: int = 
             yield from results
             done += len(results)
             progress.update(done)
+
+
+def _decode_some(split: str, source: ImageSource, check_all: bool) -> list[_Decoded]:
+    decoded = list(_map(lambda i: _decode(source, i), _count(source, check_all), f'data: {split}'))
+    errors = [image.error for image in decoded if image.error]
+    if errors and source.on_error == 'raise':
+        print(f'data: {split}: {len(errors)} of {len(decoded)} cannot be read', flush=True)
+        raise errors[0]
+    return decoded
 
 
 def _decode(source: ImageSource, index: int) -> _Decoded:
@@ -125,10 +131,11 @@ def _classes(sources, decoded) -> list[dict[str, Any]]:
     names = next(iter(sources.values())).class_names
     classes = [{'label': label, 'name': name} for label, name in enumerate(names)]
     for split, source in sources.items():
-        if source.labels is None:
+        labels = source.labels
+        if labels is None:
             continue
-        counts = np.bincount(source.labels, minlength=len(names))
-        failed = [source.labels[i] for i, image in enumerate(decoded[split]) if image.error]
+        counts = np.bincount(labels, minlength=len(names))
+        failed = [labels[i] for i, image in enumerate(decoded[split]) if image.error]
         readable = counts - np.bincount(np.asarray(failed, int), minlength=len(names))
         for label, entry in enumerate(classes):
             entry.setdefault('images', {})[split] = int(counts[label])
@@ -139,14 +146,14 @@ def _classes(sources, decoded) -> list[dict[str, Any]]:
 
 def _copies(sources: Mapping[str, ImageSource], check_all: bool) -> dict[str, Any]:
     """Counts images that equal an earlier one of their split, or one of an earlier split."""
-    count = sum(len(source) for source in sources.values())
-    whole = check_all or count <= MAX_COMPARED
-    known, within, across = {}, {}, []
+    lengths = {split: _lengths(split, source) for split, source in sources.items()}
+    candidates, chosen = _choose(np.concatenate(list(lengths.values())), sources, check_all)
+    known, within, across, start = {}, {}, [], 0
     for split, source in sources.items():
-        keys, own = _keys(split, source, -1 if whole else _PREFIX), {}
-        shared = {earlier: [] for earlier in known}
-        repeated = []
-        for index, key in enumerate(keys):
+        indices = np.flatnonzero(chosen[start : start + len(source)])
+        start += len(source)
+        own, shared, repeated = {}, {earlier: [] for earlier in known}, []
+        for index, key in zip(indices.tolist(), _keys(split, source, indices), strict=True):
             if not key:
                 continue
             if key in own:
@@ -162,20 +169,73 @@ def _copies(sources: Mapping[str, ImageSource], check_all: bool) -> dict[str, An
             for earlier, pairs in shared.items()
         ]
         known[split] = own
-    return {'whole': whole, 'within': within, 'across': across}
+    compared = int(chosen.sum())
+    facts = {'whole': compared == candidates, 'candidates': candidates, 'compared': compared}
+    return facts | {'within': within, 'across': across}
 
 
-def _keys(split: str, source: ImageSource, limit: int) -> Iterator[bytes]:
-    """Yields a digest of the content of every image, b'' if it is empty or cannot be read."""
+def _lengths(split: str, source: ImageSource) -> np.ndarray:
+    """Returns the length of every image in bytes, int64 [N]; `_UNKNOWN` if it is in a record, 0 if there is none."""
 
-    def key(index):
-        try:
-            data, length = source.dataset.content(int(source.indices[index]), limit)
-        except UnreadableImage:
-            return b''
-        return hashlib.blake2b(data, digest_size=16, key=length.to_bytes(8)).digest() if data else b''
+    def length(index):
+        length = source.dataset.content_length(int(source.indices[index]))
+        return _UNKNOWN if length is None else length
 
-    return _map(key, len(source), f'data: comparing {split}', per_task=64)
+    lengths = _map(length, len(source), f'data: lengths of {split}', per_task=64)
+    return np.fromiter(lengths, np.int64, len(source))
+
+
+def _choose(lengths: np.ndarray, sources: Mapping[str, ImageSource], check_all: bool) -> tuple[int, np.ndarray]:
+    """Chooses the images to compare, of those that may equal another one since they have its length.
+
+    The images of rare lengths come first, since few of them have to be read to find a copy; of one length, those of the
+    last split, since copies of it in another one harm most.
+
+    Args:
+      lengths: int [N], of all splits.
+      sources: the splits.
+      check_all: compare all of them.
+
+    Returns:
+      The number of images of a length that others have, and the choice, bool [N].
+    """
+    _, groups, sizes = np.unique(lengths, return_inverse=True, return_counts=True)
+    alike = sizes[groups]
+    candidates = np.flatnonzero((alike > 1) & (lengths != 0))[::-1]
+    candidates = candidates[np.argsort(alike[candidates], kind='stable')]
+    count = len(candidates)
+    if not check_all:
+        limit = count
+        if len(lengths) > MAX_COMPARED:
+            are_files = any(isinstance(source.dataset, FilesDataset) for source in sources.values())
+            limit = 0 if _UNKNOWN in lengths else MAX_FILES if are_files else count
+        candidates = candidates[:limit]
+        size = lengths[candidates]
+        if _UNKNOWN in size:
+            first = next(iter(sources.values()))
+            size = np.full_like(size, np.mean([len(_content(first, i)) for i in range(min(len(first), _SAMPLED))]))
+        candidates = candidates[np.cumsum(size) <= MAX_READ]
+    chosen = np.zeros(len(lengths), bool)
+    chosen[candidates] = True
+    return count, chosen
+
+
+def _keys(split: str, source: ImageSource, indices: np.ndarray) -> Iterator[bytes]:
+    """Yields a digest of the content of images, b'' if it is empty or cannot be read."""
+
+    def key(position):
+        data = _content(source, indices[position])
+        return hashlib.blake2b(data, digest_size=16).digest() if data else b''
+
+    return _map(key, len(indices), f'data: comparing {split}')
+
+
+def _content(source: ImageSource, index: int) -> bytes:
+    """Returns an image as it is stored, b'' if it cannot be read."""
+    try:
+        return source.dataset.content(int(source.indices[index]))
+    except UnreadableImage:
+        return b''
 
 
 def _pairs(first: ImageSource, second: ImageSource, pairs: list[tuple[int, int]]) -> dict[str, Any]:
@@ -212,7 +272,8 @@ def _class_lines(facts) -> list[str]:
         return ['no classes']
     splits = list(classes[0].get('images', ()))
     head = ' '.join(f'{split:>10}' for split in splits)
-    lines = [f'{len(classes)} classes', f' label {head}  name'.rstrip()] if splits else [f'{len(classes)} classes']
+    uncounted = '' if splits else ', whose images are not counted, since they are in more than 50,000 records'
+    lines = [f'{len(classes)} classes{uncounted}', *[f' label {head}  name'] * bool(splits)]
     for entry in classes[:_MAX_ROWS]:
         numbers = ' '.join(f'{entry["images"][split]:>10}' for split in splits)
         lines.append(f'{entry["label"]:>6} {numbers}  {printable(entry["name"])}')
@@ -236,8 +297,8 @@ def _decoded_lines(split, found, facts) -> list[str]:
             line += f'; {found["enlarged"]} smaller than data.image_size {size}, to be enlarged'
         if 2 * found['dark'] >= count - failed:
             warnings.append(
-                f'warning: {split} is dark: in {found["dark"]} of {count} images, 99.9 % of pixels are at most {DARK} '
-                'of 255. Values of 10 or 12 bits in 16-bit files look so; scale them to the full range'
+                f'warning: {split} is dark: in {found["dark"]} of {count - failed} images, 99.9 % of pixels are '
+                f'at most {DARK} of 255. Values of 10 or 12 bits in 16-bit files look so; scale them to the full range'
             )
     if failed:
         name, reason = found['unreadable']['first'][0]
@@ -254,8 +315,14 @@ def _copies_lines(facts) -> list[str]:
         if found['images']:
             number = _copied(found, facts['images'][found['split']])
             lines.append(f'warning: {found["split"]}: {number} are also in {found["also_in"]}, {_names(found)}')
-    how = 'by content' if copies['whole'] else f'by length and first {_PREFIX} bytes (data.check_all=True: by content)'
-    return [f'compared {how}: {"some images are there twice" if lines else "no image is there twice"}', *lines]
+    if copies['whole']:
+        return [f'compared by content: {"some images are" if lines else "no image is"} there twice', *lines]
+    found = f'{"some" if lines else "none"} of them are there twice' if copies['compared'] else 'that takes long'
+    return [
+        f'compared by content only {copies["compared"]} of {copies["candidates"]} images that may be copies '
+        f'(data.check_all=True: all): {found}',
+        *lines,
+    ]
 
 
 def _copied(found, total) -> str:

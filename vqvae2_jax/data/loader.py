@@ -297,9 +297,8 @@ class _Reader:
                 if not self._skip:
                     raise
                 self._log(error)
-        raise JobError(
-            f'none of the {count} examples can be read; the last one: {self._source.example_name(candidate)}.'
-        )
+        name = names.printable(self._source.example_name(candidate))
+        raise JobError(f'none of the {count} examples can be read; the last one: {name}.')
 
     def _log(self, error: UnreadableImage):
         if error.example_name in self._logged:

@@ -4,7 +4,8 @@ import json
 import os
 from collections.abc import Iterable
 
-_RECORD = 'record.json'
+from vqvae2_jax.io import record
+
 _MAX_BYTES = 2**24  # a record is far smaller
 IMAGE_JOBS = ('sample', 'reject', 'cas', 'inpaint')  # they write images as .npz files
 _ARRAYS = ', or for its .npz files this folder itself'
@@ -12,7 +13,7 @@ _ARRAYS = ', or for its .npz files this folder itself'
 
 def job_of(folder: str) -> str:
     """Returns the job that wrote a folder, such as 'sample', from its record; '' for any other folder."""
-    path = os.path.join(folder, _RECORD)
+    path = os.path.join(folder, record.FILE)
     try:
         if not os.path.isfile(path) or os.path.getsize(path) > _MAX_BYTES:
             return ''

@@ -79,26 +79,33 @@ class TfdsDataset:
 
     @functools.cached_property
     def labels(self) -> np.ndarray | None:
-        """The labels, int32 [N]; None if that means to read more than 50,000 records."""
+        """The labels, int32 [N], 0 for unreadable records; None if that means to read more than 50,000 records."""
         if len(self) > _MAX_LABELED:
             return None
-        return np.array([self._label(self._features(index)) for index in range(len(self))], np.int32)
+        return np.array([self._known_label(index) for index in range(len(self))], np.int32)
 
-    def content(self, index: int, limit: int = -1) -> tuple[bytes, int]:
-        """Returns the first `limit` bytes of an image as it is stored, and the number of all."""
-        image = self._encoded(self._features(index), index)
-        return image[: None if limit < 0 else limit], len(image)
+    def content_length(self, index: int) -> None:
+        """Returns None, since the length is known only when the record is read."""
+
+    def content(self, index: int) -> bytes:
+        """Returns the bytes of an image as it is stored; raises UnreadableImage."""
+        return self._encoded(self._features(index), index)
 
     def read(self, index: int, channels: int) -> tuple[Image.Image, int]:
         """Reads an upright image in mode 'L' or 'RGB', and its label; raises UnreadableImage."""
         features = self._features(index)
         image = self._encoded(features, index)
-        return decode_image(image, channels, self.example_name(index), self._max_pixels), self._label(features)
+        return decode_image(image, channels, self.example_name(index), self._max_pixels), self._label(features, index)
 
     def _features(self, index):
+        from google.protobuf.message import DecodeError
         from tensorflow_datasets.proto import tf_example_pb2
 
-        return tf_example_pb2.Example.FromString(self._records[index]).features.feature
+        try:
+            return tf_example_pb2.Example.FromString(self._records[index]).features.feature
+        except (DecodeError, RuntimeError) as error:  # RuntimeError is what ArrayRecord raises for damage
+            reason = ' '.join(str(error).split())
+            raise UnreadableImage(self.example_name(index), f'the record is damaged: {reason}') from error
 
     def _encoded(self, features, index) -> bytes:
         images = features['image'].bytes_list.value
@@ -106,14 +113,26 @@ class TfdsDataset:
             raise UnreadableImage(self.example_name(index), f'the record holds {len(images)} images')
         return images[0]
 
-    def _label(self, features) -> int:
-        return features['label'].int64_list.value[0] if self.class_names else 0
+    def _label(self, features, index) -> int:
+        if not self.class_names:
+            return 0
+        labels = list(features['label'].int64_list.value)
+        if len(labels) != 1 or not 0 <= labels[0] < len(self.class_names):
+            reason = f'the record has the labels {labels}, not one of 0 to {len(self.class_names) - 1}'
+            raise UnreadableImage(self.example_name(index), reason)
+        return labels[0]
+
+    def _known_label(self, index) -> int:
+        try:
+            return self._label(self._features(index), index)
+        except UnreadableImage:  # it is raised again when the image is read
+            return 0
 
 
 def _prepared_builder(tfds, name: str, data_dir: str):
     directory = data_dir or tfds.core.constants.DATA_DIR
     recipe = (
-        f"tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()\n"
+        f"tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare() "
         'once, where TensorFlow is installed (reading needs none), and set data.path to that data_dir.'
     )
     try:
@@ -124,12 +143,12 @@ def _prepared_builder(tfds, name: str, data_dir: str):
             f'known to TFDS or prepared under data.path={directory!r}.'
         ) from error
     if not builder.info.splits:
-        raise FileNotFoundError(f'data.name={name!r} is not prepared under data.path={directory!r}. Run\n{recipe}')
+        raise FileNotFoundError(f'data.name={name!r} is not prepared under data.path={directory!r}. Run {recipe}')
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     if 'array_record' not in formats:
         raise FileNotFoundError(
             f'data.name={name!r} under data.path={directory!r} is prepared as {", ".join(sorted(formats))}, which has '
-            f'no random access; needed is array_record. For another data_dir, run\n{recipe}'
+            f'no random access; needed is array_record. For another data_dir, run {recipe}'
         )
     if gcs.is_remote(directory):
         return tfds.builder_from_directory(gcs.local_copy(os.fspath(builder.data_path)))

@@ -56,11 +56,14 @@ def failure(error: Exception, workers: int) -> str:
     number = -int(dead[1]) if dead else 0
     advice = 'set --config.data.workers=0 to read in threads' + f', or to fewer than {workers}' * (workers > 1)
     if number == signal.SIGBUS or _is_full(error):
-        size = shutil.disk_usage(_SHARED_MEMORY).total / 2**20 if os.path.isdir(_SHARED_MEMORY) else 0
+        where, larger = '', ''
+        if os.path.isdir(_SHARED_MEMORY):  # not on macOS
+            size = shutil.disk_usage(_SHARED_MEMORY).total / 2**20
+            where = f', {_SHARED_MEMORY} of {round(size, 2):.10g} MiB'
+            larger = ', or make it larger (docker run --shm-size=8g)'
         return (
-            f'data.workers is {workers}, and these processes have filled the shared memory, {_SHARED_MEMORY} of '
-            f'{round(size, 2):.10g} MiB: {advice}, or make it larger (docker run --shm-size=8g). The same command '
-            'continues'
+            f'data.workers is {workers}, and these processes have filled the shared memory{where}: {advice}{larger}. '
+            'The same command continues'
         )
     if number == signal.SIGKILL:
         return (
@@ -69,7 +72,8 @@ def failure(error: Exception, workers: int) -> str:
         )
     if not dead:
         return ''
-    how = f'by {signal.Signals(number).name}' if number > 0 else f'with exit status {-number}'
+    known = {each.value: each.name for each in signal.Signals}  # real-time signals have no names
+    how = f'by {known.get(number, f"signal {number}")}' if number > 0 else f'with exit status {-number}'
     return (
         f'one of the data.workers={workers} processes ended {how}; its own message, if it left one, is above. '
         'Set --config.data.workers=0 to read in threads. The same command continues'

@@ -7,21 +7,25 @@ first: they must agree, and what is read into memory must fit a limit. A decompr
 import contextlib
 import dataclasses
 import errno
+import io
 import math
 import os
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-import psutil
 from etils import epath
+
+from vqvae2_jax.io import gcs, memory, regular
 
 _LOCAL_HEADER = 30  # bytes of a zip member's own header, before its name
 _NOT_PLAIN = 0x61  # flags of members that are encrypted or patches
 _CHUNK = 2**20  # bytes
+_MAX_SHOWN = 6  # arrays in a message
 _SUFFIX = '.npy'
+_MAX_HEADER = 10_000  # bytes, NumPy's own limit, which it checks after it has read the header
 # What zipfile, zlib and NumPy raise for damaged or hostile files.
 _ERRORS = (
     zipfile.BadZipFile,
@@ -36,6 +40,15 @@ _ERRORS = (
     ValueError,
     EOFError,
 )
+
+
+class _Unreadable(ValueError):
+    """The message names the file."""
+
+    def __init__(self, path: epath.PathLike, kind: str, error: Exception):
+        # Some messages have several lines, or none; those of the operating system have a number and a name.
+        reason = ' '.join(str(getattr(error, 'strerror', None) or error).split()) or type(error).__name__
+        super().__init__(f'{os.fspath(path)!r} is no {kind} that can be read: {reason}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,19 +83,53 @@ class Member:
         return f'{self.dtype} {list(self.shape)}'
 
 
-def read_members(path: epath.PathLike) -> dict[str, Member]:
-    """Reads the headers of all arrays of a file.
+class Members(Mapping):
+    """The arrays of a file by name, in its order.
 
-    Returns:
-      {name: member}, in the order of the file.
+    To take one that is pickled, or claims another size than the archive, raises ValueError, which names the file. The
+    others are as good as they were.
+    """
+
+    def __init__(self, path: epath.PathLike, members: dict[str, Member | ValueError], checksums: dict[str, int]):
+        """Takes the arrays, with an error in place of each that cannot be read, and the CRC-32 of all."""
+        self._path, self._members, self._checksums = path, members, checksums
+
+    def checksum(self, name: str) -> int:
+        """Returns the CRC-32 of an array and its header, also of one that cannot be read."""
+        return self._checksums[name]
+
+    def __getitem__(self, name: str) -> Member:
+        member = self._members[name]
+        if isinstance(member, ValueError):
+            raise _Unreadable(self._path, '.npz file', member) from member
+        return member
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._members
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __str__(self) -> str:
+        words = [
+            name if isinstance(member, ValueError) else f'{name} {member}' for name, member in self._members.items()
+        ]
+        more = f', ... ({len(words)} arrays)' if len(words) > _MAX_SHOWN else ''
+        return ', '.join(words[:_MAX_SHOWN]) + more or 'no arrays'
+
+
+def read_members(path: epath.PathLike) -> Members:
+    """Reads the headers of all arrays of a file.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: it is no .npz file, or an array is pickled or claims another size than the archive; the message names
-        the file.
+      ValueError: it is no .npz file; the message names the file.
     """
     with _errors_name(path), _open(path) as archive:
-        return _members(archive)
+        return _members(path, archive)
 
 
 def read(path: epath.PathLike, names: Sequence[str] | None = None, max_bytes: int = 0) -> dict[str, np.ndarray]:
@@ -101,49 +148,56 @@ def read(path: epath.PathLike, names: Sequence[str] | None = None, max_bytes: in
       ValueError: as `read_members`; an array is missing or damaged, or they claim more than the limit.
     """
     with _errors_name(path), _open(path) as archive:
-        members = _members(archive)
+        members = _members(path, archive)
         names = list(members) if names is None else names
         if missing := [name for name in names if name not in members]:
-            raise ValueError(f'it has no array {missing[0]!r}; it has {describe(members)}')
-        check_size((members[name] for name in names), max_bytes)
-        return {name: _read_values(archive, members[name]) for name in names}
+            raise ValueError(f'it has no array {missing[0]!r}; it has {members}')
+        chosen = {name: members[name] for name in names}
+        check_bytes(sum(member.nbytes for member in chosen.values()), max_bytes)
+        return {name: _read_values(archive, member) for name, member in chosen.items()}
 
 
-def check_size(members: Iterable[Member], max_bytes: int = 0) -> None:
-    """Checks that arrays fit into memory together.
+def default_limit() -> int:
+    """Returns the bytes that arrays may have without a limit of the user's: half of the free memory."""
+    return memory.free() // 2
+
+
+def check_bytes(size: int, max_bytes: int = 0) -> None:
+    """Checks that arrays fit into memory.
 
     Args:
-      members: the arrays.
+      size: bytes of all of them together.
       max_bytes: the limit; 0: half of the free memory.
 
     Raises:
-      ValueError: they claim more.
+      ValueError: they are larger.
     """
-    _check_bytes(sum(member.nbytes for member in members), max_bytes)
-
-
-def _check_bytes(size, max_bytes):
-    limit = max_bytes or psutil.virtual_memory().available // 2
+    limit = max_bytes or default_limit()
     if size > limit:
-        which = 'the limit' if max_bytes else 'half of the free memory'
+        which = 'the limit' if max_bytes else 'half of the free memory: free some, or use a machine with more'
         raise ValueError(f'its arrays claim {size} bytes of memory, more than {limit}, {which}')
 
 
-def check_archive(path: str, max_bytes: int = 0) -> None:
-    """Checks that a zip archive, such as a .pth file, fits into memory when it is unpacked; other files pass.
+def check_archive(path: str, max_bytes: int = 0) -> int:
+    """Checks that a .pth file fits into memory. It is a zip archive, or in an old format without compression.
 
     Args:
       path: the file.
       max_bytes: as in `read`.
 
+    Returns:
+      Bytes of all that it holds.
+
     Raises:
-      ValueError: its list claims more, or is damaged.
+      ValueError: it claims more, or is damaged.
     """
-    with _errors_name(path, 'archive of arrays'):
-        _check_regular(epath.Path(path))
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                _check_bytes(sum(info.file_size for info in archive.infolist()), max_bytes)
+    with _errors_name(path, 'archive of arrays'), regular.open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                size = sum(info.file_size for info in archive.infolist())
+        check_bytes(size, max_bytes)
+    return size
 
 
 def memory_map(path: str, member: Member) -> np.ndarray:
@@ -152,7 +206,7 @@ def memory_map(path: str, member: Member) -> np.ndarray:
     Raises:
       ValueError: the file ends before the array.
     """
-    with _errors_name(path), open(path, 'rb') as file:
+    with _errors_name(path), regular.open_file(path) as file:
         file.seek(member.info.header_offset)
         header = file.read(_LOCAL_HEADER)
         begin = member.info.header_offset + _LOCAL_HEADER + member.begin
@@ -162,29 +216,21 @@ def memory_map(path: str, member: Member) -> np.ndarray:
         return np.memmap(file, member.dtype, 'r', begin, member.shape)
 
 
-def describe(members: dict[str, Member], limit: int = 6) -> str:
-    """Returns the names, dtypes and shapes of arrays in words."""
-    words = [f'{name} {member}' for name, member in members.items()]
-    return ', '.join(words[:limit]) + (f', ... ({len(words)} arrays)' if len(words) > limit else '') or 'no arrays'
-
-
 @contextlib.contextmanager
 def _errors_name(path, kind='.npz file') -> Iterator[None]:
     try:
         yield
+    except _Unreadable:
+        raise
     except (*_ERRORS, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that of a seek to where a damaged list says
             raise
-        # Some messages have several lines, or none.
-        reason = ' '.join(str(error).split()) or type(error).__name__
-        raise ValueError(f'{os.fspath(path)!r} is no {kind} that can be read: {reason}') from error
+        raise _Unreadable(path, kind, error) from error
 
 
 @contextlib.contextmanager
 def _open(path) -> Iterator[zipfile.ZipFile]:
-    path = epath.Path(path)
-    _check_regular(path)
-    with path.open('rb') as file:
+    with epath.Path(path).open('rb') if gcs.is_remote(path) else regular.open_file(path) as file:
         if file.read(6) == b'\x93NUMPY':
             raise ValueError(
                 "it is an .npy file, a single array: write it into an .npz file by np.savez('NEW.npz', "
@@ -195,14 +241,17 @@ def _open(path) -> Iterator[zipfile.ZipFile]:
             yield archive
 
 
-def _check_regular(path):
-    if path.exists() and not path.is_file():
-        raise ValueError('it is a folder or a special file')  # a pipe would block whoever opens it
-
-
-def _members(archive) -> dict[str, Member]:
-    infos = {info.filename.removesuffix(_SUFFIX): info for info in archive.infolist()}
-    return {name: _read_header(archive, name, info) for name, info in infos.items() if info.filename.endswith(_SUFFIX)}
+def _members(path, archive) -> Members:
+    found, checksums = {}, {}
+    for info in archive.infolist():
+        if info.filename.endswith(_SUFFIX):
+            name = info.filename.removesuffix(_SUFFIX)
+            checksums[name] = info.CRC
+            try:
+                found[name] = _read_header(archive, name, info)
+            except _ERRORS as error:
+                found[name] = error if isinstance(error, ValueError) else ValueError(str(error) or type(error).__name__)
+    return Members(path, found, checksums)
 
 
 def _read_header(archive, name, info) -> Member:
@@ -213,8 +262,11 @@ def _read_header(archive, name, info) -> Member:
         if version not in ((1, 0), (2, 0)):
             raise ValueError(f'array {name!r} has the format {version}, not that of plain numbers or text')
         old = version == (1, 0)
+        size = stream.read(2 if old else 4)
+        if (length := int.from_bytes(size, 'little')) > _MAX_HEADER:
+            raise ValueError(f'array {name!r} has a header of {length} bytes, more than {_MAX_HEADER}')
         read_header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read_header(stream)
+        shape, fortran, dtype = read_header(io.BytesIO(size + stream.read(length)))
         member = Member(info, dtype, shape, fortran, stream.tell())
     if dtype.hasobject:
         raise ValueError(f'array {name!r} holds pickled objects, which are not read')

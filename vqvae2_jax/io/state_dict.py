@@ -9,7 +9,22 @@ import urllib.request
 import numpy as np
 from etils import epath
 
-from vqvae2_jax.io import files, gcs, npz
+from vqvae2_jax.io import files, gcs, names, npz
+
+# What PyTorch raises for damaged files, and for tensors that NumPy has no form for.
+_DAMAGE = (
+    pickle.UnpicklingError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def read(path: str, pattern: bool = False) -> dict[str, np.ndarray]:
@@ -67,16 +82,28 @@ def _read_torch(path):
         raise ImportError(
             f'{path!r} needs PyTorch to be read: pip install torch, or give the weights as .npz'
         ) from error
-    npz.check_archive(path)
+    size = npz.check_archive(path)
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except _DAMAGE as error:
         raise ValueError(f'{path!r} is no state dict, or holds more than arrays, which is not read') from error
     state = state.get('state_dict', state) if isinstance(state, dict) else state  # training scripts wrap it
     if not isinstance(state, dict):
         raise ValueError(f'{path!r} holds a {type(state).__name__}, not a state dict, {{name: array}}')
     tensors = {str(name): tensor.detach() for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
-    return {
-        name.removeprefix('module.'): (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        for name, tensor in tensors.items()
-    }
+    arrays, storages = {}, {}
+    for name, tensor in tensors.items():
+        try:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            if tensor.numel() * tensor.element_size() > storage.nbytes() or sum(storages.values()) > size:
+                raise ValueError('it claims more bytes than the file holds')
+            tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+            arrays[name.removeprefix('module.')] = tensor.numpy()
+        except _DAMAGE as error:  # also sparse and quantized ones
+            raise ValueError(f'{path!r}: {names.printable(name)!r} is no plain array: {_line(error)}') from error
+    return arrays
+
+
+def _line(error):
+    return ' '.join(str(error).split('\n')[0].split()) or type(error).__name__

@@ -179,7 +179,7 @@ def read_mask(mask: str, size: tuple[int, int]) -> np.ndarray:
 
 def _mask_of_file(path, size):
     try:
-        image = decode_image(read_file(gcs.local_copy(path), path)[0], 1, path)
+        image = decode_image(read_file(gcs.local_copy(path), path), 1, path)
     except UnreadableImage as error:
         raise JobError(f'inpaint.mask: cannot read the image {path}: {error.reason}') from error
     return _not_empty(resize_and_crop(image, size)[..., 0] >= _GRAY, path)  # cropped and resized as the images are

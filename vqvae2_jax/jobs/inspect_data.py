@@ -35,8 +35,6 @@ def print_inspection(run: Run) -> None:
         print(inspection.describe(facts), flush=True)
         for split, error in missing.items():
             print(f'data: warning: {split}: {error}', flush=True)
-        if data.on_error == 'raise' and (error := inspection.unreadable(facts)):
-            raise error
         output.start()
         output.finish(facts)
 

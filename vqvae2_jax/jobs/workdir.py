@@ -98,7 +98,7 @@ class Run:
         try:
             key = build.image_spec(self.config), split  # a notebook may change the config between two jobs
             if key not in self._images:
-                self._images[key] = images.open_images(*key)
+                self._images[key] = images.open_images(*key, self._images)
             return self._images[key]
         except (ValueError, OSError, ImportError) as error:
             raise JobError(str(error)) from error
