@@ -161,8 +161,8 @@ def _split(path):
 
 
 @contextlib.contextmanager
-def as_os_error(path):
-    """Raises the errors of gcsfs and its libraries, which have no base class in common, as an OSError."""
+def as_os_error(path: epath.PathLike) -> Iterator[None]:
+    """Within the context, errors of gcsfs and its libraries, which have no base class in common, are an OSError."""
     import aiohttp  # they come with gcsfs, which is optional
     import google.auth.exceptions
     from gcsfs.retry import HttpError

@@ -36,7 +36,7 @@ def prepare() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     sys.stdout, sys.stderr = _reopen(sys.stdout), _reopen(sys.stderr)
-    threading.excepthook, sys.excepthook = _ignore_event_writer, _ignore_closed_loop
+    threading.excepthook, sys.unraisablehook = _ignore_event_writer, _ignore_closed_loop
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         _watch_interrupts()
 
@@ -132,10 +132,10 @@ def _ignore_event_writer(args):
         threading.__excepthook__(args)
 
 
-def _ignore_closed_loop(kind, error, traceback):
+def _ignore_closed_loop(args):
     """Prints an exception, unless it is that of a late answer of TensorStore, whose caller has ended with an error."""
-    if kind is not RuntimeError or str(error) != 'Event loop is closed':
-        sys.__excepthook__(kind, error, traceback)
+    if args.exc_type is not RuntimeError or str(args.exc_value) != 'Event loop is closed':
+        sys.__unraisablehook__(args)
 
 
 def _exit(message: str, status: int = 128 + signal.SIGINT):

@@ -35,7 +35,6 @@ def print_inspection(run: Run) -> None:
         print(inspection.describe(facts), flush=True)
         for split, error in missing.items():
             print(f'data: warning: {split}: {error}', flush=True)
-        output.start()
         output.finish(facts)
 
     processes.run_on_main_process(inspect)
