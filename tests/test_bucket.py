@@ -12,6 +12,7 @@ from benchmarks.input import packed
 from tests import fake_gcs
 from tests.defaults import image_spec
 from tests.fake_gcs import serve
+from tests.test_train import toy_task, train_toy
 from vqvae2_jax import main
 from vqvae2_jax.data import codes, sample_store
 from vqvae2_jax.data.images import open_images
@@ -19,6 +20,8 @@ from vqvae2_jax.io import files, gcs, logging, record
 from vqvae2_jax.jobs.inpaint import read_mask
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import JobError, Run
+from vqvae2_jax.training import recovery
+from vqvae2_jax.training.checkpoint import BestCheckpoint, Checkpoints
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec('gcsfs'), reason='gcsfs is not installed')
 
@@ -204,3 +207,22 @@ def test_what_a_bucket_cannot_do(bucket, config, monkeypatch):
             gcs.check(path)
     with pytest.raises(ValueError, match='gs://another/run: there is no such bucket'):
         gcs.check('gs://another/run')
+
+
+def test_a_damaged_checkpoint_on_a_bucket_is_marked_and_saved_again(bucket, capsys):
+    directory, task = epath.Path('gs://bucket/toy'), toy_task(distance=lambda w: abs(w - 7))
+    train_toy(directory, task)
+    before = BestCheckpoint(directory).load()['params']['w']
+    names = [name for name in bucket.objects if name.startswith('toy/checkpoints/8/state/')]
+    largest = max(names, key=lambda name: len(bucket.objects[name][0]))
+    data, generation = bucket.objects[largest]
+    bucket.objects[largest] = data[:-1] + bytes([data[-1] ^ 1]), generation
+    recovery.recover(directory, 'toy')
+    assert 'training continues from step 6: 2 steps are repeated' in capsys.readouterr().out
+    assert 'toy/checkpoints/8.damaged' in bucket.objects and largest in bucket.objects
+    train_toy(directory, task)
+    assert 'toy: continuing from step 6' in capsys.readouterr().out
+    assert 'toy/checkpoints/8.damaged' not in bucket.objects and Checkpoints(directory).latest_step() == 8
+    np.testing.assert_array_equal(BestCheckpoint(directory).load()['params']['w'], before)
+    recovery.recover(directory, 'toy')
+    assert not capsys.readouterr().out
