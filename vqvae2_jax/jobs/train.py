@@ -153,9 +153,9 @@ def _train(run: Run, section: str, make_data: Callable[[], Data], output: Record
     """Trains and records a network, under the lock of its directory."""
     config = build.train_config(run.config, section)
     task, data = make_task(run, section, visualize=config.image_every > 0), make_data()  # both may refuse
-    recovery.recover(output.directory, directory, has_record=output.state != record.MISSING)
     before = dataclasses.replace(output)
     try:
+        recovery.recover(output.directory, directory, has_record=output.state != record.MISSING)
         parameters, flops = _count(task, data, config.batch_size, run.mesh)
         run.print_start(directory, data.description, parameters=parameters)
         output.files = {}  # even if fewer steps are done: the weights may be replaced
