@@ -150,13 +150,15 @@ class _Lock:
         self._thread.start()
 
     def _take(self):
-        watched, since, told = None, 0.0, False
+        watched, since, told = None, 0.0, ''
         while True:
             found = self._store.read()
             if found is None:
                 self._store.create(self._content())
                 continue
             if self._token in found:
+                if told:
+                    print(f'{self.job}: took over {self.directory} from {told}', flush=True)
                 return
             owner = _read_owner(found)
             alive = owner and owner.is_alive()
@@ -170,13 +172,11 @@ class _Lock:
                 watched, since = found, time.monotonic()
             expired = time.monotonic() - since >= LEASE
             if (expired or alive is False) and self._store.remove(found):
-                if expired:
-                    print(f'{self.job}: took over {self.directory} from {owner or _UNKNOWN}', flush=True)
                 continue
             if not told:
                 wait = f'waiting up to {format_duration(LEASE)} for its heartbeat ...'
                 print(f'{self.job}: {self.directory} is locked by {owner or _UNKNOWN}; {wait}', flush=True)
-                told = True
+                told = str(owner or _UNKNOWN)
             time.sleep(POLL)
 
     def is_fresh(self):
