@@ -1,5 +1,6 @@
 """The command line as a process: its messages and its exit status."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -252,7 +253,8 @@ def test_a_hangup_stops_a_training_with_workers_like_sigterm(tmp_path):
     """As a terminal that closes: all its processes get the signal, and nobody reads the output any more."""
     flags = [f'--config.vqvae.training.{field}={value}' for field, value in OVERRIDES.items()]
     flags += ['--config.data.workers=1', f'--workdir={tmp_path}/run', '--job=vqvae']
-    process = start('--config=configs/tiny.py', *flags, start_new_session=True)
+    listen = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    process = start('--config=configs/tiny.py', *flags, start_new_session=True, preexec_fn=listen)
     until(process, r'vqvae  (20|40)/200')
     process.stdout.close()
     os.killpg(process.pid, signal.SIGHUP)
