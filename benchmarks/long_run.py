@@ -5,7 +5,7 @@ python -m benchmarks.long_run --out=/tmp/long_run --steps=2000 --samples=500    
 
 Stage 1 of configs/tiny.py trains, then the whole model samples. Of each process, memory, open descriptors and threads
 are measured every second, and the sizes of its directories. At the end they must be within 2 % of those after the first
-tenth. The same command continues after a stop; the process that did the most is judged. The plot goes to --plot.
+tenth. The same command continues after a stop; the process that did the most counts. The plot goes to --plot.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).parents[1]
 TOLERANCE = 0.02
 MEASURES = {'memory': 'resident memory, MB', 'descriptors': 'open descriptors', 'threads': 'threads'}
-_START, _END = (0.1, 0.2), (0.9, 1.0)  # of the work of a process: what is compared, as medians
+_START, _END = (0.1, 0.2), (0.9, 1.0)  # of the work of a process; their medians are compared
 _LINE_BYTES = 2500  # of metrics.jsonl and of event files, at most, for every line of the log
 _LOGS, _SAVES, _PICTURES = 1000, 100, 10  # in the whole training
 

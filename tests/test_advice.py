@@ -1,4 +1,4 @@
-"""What a message advises is done, and the job goes on."""
+"""The advice of messages is followed, and the job goes on."""
 
 import os
 import re
@@ -139,6 +139,7 @@ def test_a_threshold_that_keeps_nothing_is_lowered_to_the_best_score(run):
     best = re.search('the best one scores (.*)', message_of(run, 'reject'))[1]
     run.config.reject.threshold = float(best) * 0.999  # it is rounded
     run_job(run, 'reject')
+    assert record.read_done(run.path('rejection', 'default'), 'reject').results['accepted'] >= 1
 
 
 def test_another_workdir_takes_other_settings(run, no_training, tmp_path):
@@ -160,6 +161,8 @@ def test_the_job_that_makes_a_missing_input_is_run(run, no_training, missing, jo
         accept(run, job, level)
     else:
         run_job(run, job, level)
+        output = {'reject': ('rejection', 'default'), 'evaluate': ('report',)}[job]
+        assert record.read_done(run.path(*output), job).state == record.DONE
 
 
 # Out of memory.

@@ -73,7 +73,7 @@ CALLS = ('open', 'write', 'pwrite', 'writev', 'fsync', 'fdatasync', 'rename', 'm
 
 
 def fail_call(tmp_path, at, error=errno.EIO, stays=False):
-    """What failed in WRITES, with the state of the shim."""
+    """Returns the failures of WRITES, with the state of the shim."""
     if not (tmp_path / 'shim.so').exists():
         assert reference.build_shim(tmp_path)
     folder = tmp_path / f'{at}-{error}'

@@ -7,7 +7,7 @@ import types
 import numpy as np
 
 from tests.defaults import train_config
-from vqvae2_jax.training import warnings
+from vqvae2_jax.io import files
 from vqvae2_jax.training.warnings import Warnings
 
 RESULTS = pathlib.Path(__file__).parents[1] / 'benchmarks' / 'results'
@@ -93,7 +93,7 @@ def test_the_measured_curves_of_cifar10_small_have_no_warning():
 
 
 def free(monkeypatch, size):
-    monkeypatch.setattr(warnings.shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=size))
+    monkeypatch.setattr(files.shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=size))
 
 
 def test_a_disk_without_room_for_two_checkpoints_is_warned_of_once(tmp_path, monkeypatch):
@@ -115,6 +115,6 @@ def test_a_disk_without_room_for_two_checkpoints_is_warned_of_once(tmp_path, mon
 
 
 def test_a_bucket_has_no_disk(monkeypatch):
-    monkeypatch.setattr(warnings.shutil, 'disk_usage', None)
+    monkeypatch.setattr(files.shutil, 'disk_usage', None)
     watched = Warnings(train_config(), 'run', 'gs://bucket/run')
     assert watched.before_save({'params': np.zeros(3)}) == []

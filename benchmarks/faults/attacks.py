@@ -41,7 +41,7 @@ class Attack:
     Attributes:
       kind: a key of `KINDS`.
       job: the job that runs.
-      what: what distinguishes attacks of a kind on a job, such as the number of the call that fails.
+      what: the part of its name that tells it from others of its kind and job, such as the number of the failing call.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""What a finished job leaves, reduced to reproducible values: two runs are identical if these are equal."""
+"""The files of a finished job, reduced to reproducible values: two runs are identical if these are equal."""
 
 import hashlib
 import json

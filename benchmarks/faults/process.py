@@ -45,7 +45,7 @@ class Command:
 
         Args:
           arguments: of `vqvae2`.
-          log: what it prints goes to <log>.out and <log>.err.
+          log: its output goes to <log>.out and <log>.err.
           environment: further variables, of the shim or of a process of several.
         """
         self._log = log

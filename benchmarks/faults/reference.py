@@ -1,4 +1,4 @@
-"""The undisturbed run: the workdir before every job, the time and the calls of the job, and what it leaves."""
+"""The undisturbed run: the workdir before every job, the time and the calls of the job, and its files."""
 
 import dataclasses
 import hashlib

@@ -87,7 +87,7 @@ def _perform(setup, attack, seed):
 
 
 def describe(row: dict) -> str:
-    """Returns the name of an attack, what was done, and, if it ended badly, what was found."""
+    """Returns the name of an attack, its description, and, if it ended badly, the finding."""
     return f'{row["name"]}: {row["attack"]}' + (f'\n    {row["detail"]}' if row['outcome'] not in GOOD else '')
 
 

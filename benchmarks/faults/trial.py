@@ -37,8 +37,8 @@ class Result:
 
     Attributes:
       outcome: one of `OUTCOMES`.
-      attack: what was done, as text.
-      detail: what was found, such as the message or the difference.
+      attack: its description.
+      detail: the finding, such as the message or the difference.
       further: lines on standard error beside the message, of a refusal.
     """
 
@@ -72,10 +72,10 @@ class Trial:
         return Command(arguments, self.folder / f'{self._commands}-{job or self.job}', environment)
 
     def settle(self, attack: str, ended: Iterable[Ended], *, sent: int = 0, advice: bool = False) -> Result:
-        """Runs the same command again if need be, compares with the undisturbed run, and judges.
+        """Runs the same command again if need be, compares with the undisturbed run, and classifies the outcome.
 
         Args:
-          attack: what was done, as text.
+          attack: its description.
           ended: the commands that were attacked.
           sent: the signal that they were sent; 0: none.
           advice: whether a refusal's remedy is followed before the same command; else the fault is over by itself.

@@ -196,7 +196,7 @@ def open_images(spec: ImageSpec, split: str, opened: dict | None = None) -> Imag
       spec: the images.
       split: 'train', 'validation' or 'test'.
       opened: holds the datasets that several splits share, such as a folder, which takes long to list; the same dict
-        for each of them. None: the dataset is opened anew.
+        for each of them. None: the dataset is opened again.
 
     Raises:
       ValueError: an unknown or empty split, or data that does not fit the spec; the message names the field.

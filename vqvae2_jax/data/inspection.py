@@ -29,7 +29,7 @@ _MAX_NAMED = 5  # unreadable images whose names are kept
 
 @dataclasses.dataclass(frozen=True)
 class _Decoded:
-    """What one image looks like: (height, width) as stored, and brightness from 0 to 255; or why it is unreadable."""
+    """Properties of one image: (height, width) as stored, and brightness from 0 to 255; or why it is unreadable."""
 
     size: tuple[int, int] = (0, 0)
     mean: float = 0.0
@@ -200,9 +200,9 @@ def _choose(lengths: np.ndarray, sources: Mapping[str, ImageSource], check_all: 
       The number of images of a length that others have, and the choice, bool [N].
     """
     _, groups, sizes = np.unique(lengths, return_inverse=True, return_counts=True)
-    alike = sizes[groups]
-    candidates = np.flatnonzero((alike > 1) & (lengths != 0))[::-1]
-    candidates = candidates[np.argsort(alike[candidates], kind='stable')]
+    group_sizes = sizes[groups]  # [N], number of images of the same length
+    candidates = np.flatnonzero((group_sizes > 1) & (lengths != 0))[::-1]
+    candidates = candidates[np.argsort(group_sizes[candidates], kind='stable')]
     count = len(candidates)
     if not check_all:
         limit = count

@@ -103,7 +103,7 @@ class TfdsDataset:
 
         try:
             return tf_example_pb2.Example.FromString(self._records[index]).features.feature
-        except (DecodeError, RuntimeError) as error:  # RuntimeError is what ArrayRecord raises for damage
+        except (DecodeError, RuntimeError) as error:  # ArrayRecord raises RuntimeError for damage
             reason = ' '.join(str(error).split())
             raise UnreadableImage(self.example_name(index), f'the record is damaged: {reason}') from error
 

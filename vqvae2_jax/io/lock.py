@@ -4,7 +4,7 @@
         lock.check(path)                       # before every write below the directory
         ...
 
-The lock is the file `.lock` in the directory. There, no listing of a parent directory meets it, a name of any length
+The lock is the file `.lock` in the directory. There, no listing of a parent directory shows it, a name of any length
 fits, and who deletes the directory deletes its lock. It names its owner and holds a random token and a heartbeat, a
 number that the owner raises every `HEARTBEAT` seconds. Contents never repeat, so that "the file still has the content
 that was read" also means "nobody has written it since".
@@ -37,7 +37,7 @@ from vqvae2_jax.io import files, gcs, lock_store
 from vqvae2_jax.io.logging import format_duration
 from vqvae2_jax.io.record import JobError
 
-FILE = '.lock'  # a name that begins so is a lock, or what a killed process left of one
+FILE = '.lock'  # a name that begins so is a lock, or the leftover of a killed process
 HEARTBEAT, LEASE, POLL = 30.0, 300.0, 1.0  # seconds
 
 _UNKNOWN = 'an unknown process, as the lock is damaged'
@@ -92,7 +92,7 @@ def check(path: epath.PathLike) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Owner:
-    """What a lock says about the process that holds it.
+    """The process that holds a lock, as the lock describes it.
 
     `boot` and `namespace` are those of `_kernel`; `process_start` tells a process from a later one with the same pid.
     """
@@ -140,12 +140,11 @@ class _Lock:
         self._mutex, self._stop = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._beat_until_stopped, name=f'lock of {directory}', daemon=True)
 
-    def acquire(self):
+    def acquire(self) -> None:
         """Takes the lock, at once or after the watch, and starts the heartbeat; raises JobError."""
         with self._job_errors('cannot be locked'):
             self._take()
-            if not gcs.is_remote(self.directory):
-                files.remove_partial(self.directory)
+            files.remove_partial(self.directory)
         self.check()
         self._thread.start()
 
@@ -179,14 +178,14 @@ class _Lock:
                 told = str(owner or _UNKNOWN)
             time.sleep(POLL)
 
-    def is_fresh(self):
+    def is_fresh(self) -> bool:
         return not self._lost and _clock() - self._last < LEASE / 2
 
-    def contains(self, path):
+    def contains(self, path: epath.PathLike) -> bool:
         directory, path = os.fspath(self.directory), os.fspath(gcs.absolute(path))
         return path == directory or path.startswith(f'{directory}/')
 
-    def check(self):
+    def check(self) -> None:
         """Renews the lock now; raises JobError if it is lost."""
         with self._job_errors('is not written any more, as its lock cannot be renewed'):
             if self._beat():

@@ -1,7 +1,8 @@
 """Arrays of `.npz` files that need not be trusted: no pickle is read, and memory is bounded before it is used.
 
 The zip archive lists the size of each member, and each member begins with a header of dtype and shape. Both are read
-first: they must agree, and what is read into memory must fit a limit. A decompressing read ends at the listed size.
+first: they must agree, and arrays that are read into memory must fit a limit. A decompressing read ends at the listed
+size.
 """
 
 import contextlib

@@ -34,24 +34,21 @@ def restore_record(directory: epath.Path) -> None:
       JobError: the record is damaged, and no checkpoint has a sound one.
     """
     try:
-        if record.read(directory) is not None:
-            return
-        problem = f'{directory / record.FILE} is missing'
+        output, is_damaged, problem = record.read(directory), False, f'{directory / record.FILE} is missing'
     except DamagedError as error:
-        problem = str(error)
+        output, is_damaged, problem = None, True, str(error)
+    if output is not None:
+        return
     steps = checkpoint_steps(directory / CHECKPOINTS)
     for step in reversed(steps):
-        try:
-            saved = record.read(directory / CHECKPOINTS / str(step))
-        except (DamagedError, UnreadableError):
-            continue
+        saved, _ = _read(directory / CHECKPOINTS / str(step))
         if saved is not None:
             print(f'{problem}. Writing it again from checkpoint {step}', flush=True)
             output = Record(directory, saved.job, saved.inputs, saved.settings, record.STARTED)
             output.devices, output.changes = saved.devices, saved.changes
             output.write()
             return
-    if steps or not problem.endswith('missing'):
+    if steps or is_damaged:
         raise JobError(
             f'{problem}, and no checkpoint has a copy: restore it from a backup, or delete {directory} to train from '
             'the start'
@@ -138,28 +135,19 @@ def check_checkpoint(directory: epath.Path, step: int) -> dict[str, Any] | None:
     if step not in steps:
         there = f'at the steps {", ".join(map(str, steps))}' if steps else 'at no step'
         raise JobError(f'--continue_from={step}: {directory} has checkpoints {there}')
-    checkpoint = directory / CHECKPOINTS / str(step)
-    try:
-        output, problem = record.read(checkpoint), f'{checkpoint / record.FILE} is missing'
-    except (DamagedError, UnreadableError) as error:
-        output, problem = None, error
-    if output is None:
+    output, problem = _read(directory / CHECKPOINTS / str(step))
+    if output is not None:
+        best = output.results['best']
+        problem = _describe(output.directory, output.find_damaged()) or _weights_problem(directory, best)
+    if problem:
         raise JobError(f'--continue_from={step}: {problem}; choose another step of {steps}')
-    damaged, best = {f'{CHECKPOINTS}/{step}/{k}': v for k, v in output.find_damaged().items()}, output.results['best']
-    if best:
-        path = f'{WEIGHTS}/{best["directory"]}'
-        damaged |= {f'{path}/{k}': v for k, v in checksums.find_damaged(directory / path, best['files']).items()}
-    for name, reason in damaged.items():
-        raise JobError(
-            f'--continue_from={step}: {directory / name} is damaged: {reason}; choose another step of {steps}'
-        )
     return best
 
 
 def _best_at(directory, step) -> tuple[dict[str, Any] | None, bool]:
     """Returns the best weights at a checkpoint, as `BestCheckpoint.best`, and whether they are there and sound."""
     best = record.read(directory / CHECKPOINTS / str(step)).results['best']
-    return best, best is not None and not checksums.find_damaged(directory / WEIGHTS / best['directory'], best['files'])
+    return best, best is not None and not _weights_problem(directory, best)
 
 
 def go_back(directory: epath.Path, step: int, best: dict[str, Any] | None) -> None:
@@ -199,20 +187,32 @@ def _list_checkpoints(checkpoints: epath.Path) -> list[int]:
     return steps
 
 
+def _read(checkpoint: epath.Path) -> tuple[Record | None, str]:
+    """Returns the record of a checkpoint, and '' or the reason why there is none that can be used."""
+    try:
+        output = record.read(checkpoint)
+    except (DamagedError, UnreadableError) as error:
+        return None, str(error)
+    return output, '' if output else f'{checkpoint / record.FILE} is missing'
+
+
 def _problem_of(checkpoint: epath.Path) -> str:
     """Returns the damage of a checkpoint, '' if it is sound; all processes together."""
+    output, problem = processes.run_on_main_process(functools.partial(_read, checkpoint))
+    return problem if output is None else _describe(checkpoint, output.find_damaged_together())
 
-    def read():
-        try:
-            return record.read(checkpoint), f'{checkpoint / record.FILE} is missing'
-        except (DamagedError, UnreadableError) as error:
-            return None, str(error)
 
-    output, problem = processes.run_on_main_process(read)
-    if output is None:
-        return problem
-    damaged = output.find_damaged_together()
-    return f'{checkpoint / next(iter(damaged))} is damaged: {next(iter(damaged.values()))}' if damaged else ''
+def _weights_problem(directory: epath.Path, best: dict[str, Any] | None) -> str:
+    """Returns the damage of the files of the best weights, '' if they are sound or there are none."""
+    if best is None:
+        return ''
+    path = directory / WEIGHTS / best['directory']
+    return _describe(path, checksums.find_damaged(path, best['files']))
+
+
+def _describe(directory: epath.Path, damaged: dict[str, str]) -> str:
+    """Returns the first damage of files as text; '' if there is none."""
+    return next((f'{directory / name} is damaged: {reason}' for name, reason in damaged.items()), '')
 
 
 def _check_best(directory: epath.Path, step: int | None) -> tuple[str, dict[str, Any] | None]:
@@ -231,10 +231,7 @@ def _check_best(directory: epath.Path, step: int | None) -> tuple[str, dict[str,
         return (f'{directory / WEIGHTS / BEST} is missing' if expected else ''), None
     if step is not None and best['step'] <= step and best != expected:
         return f'{directory / WEIGHTS / BEST} is not that of checkpoint {step}', expected
-    path = directory / WEIGHTS / best['directory']
-    if damaged := checksums.find_damaged(path, best['files']):
-        return f'{path / next(iter(damaged))} is damaged: {next(iter(damaged.values()))}', best
-    return '', best
+    return _weights_problem(directory, best), best
 
 
 def _write_best(directory, best):
@@ -256,11 +253,10 @@ def _free_path(path: epath.Path) -> epath.Path:
 
 def _move(source: epath.Path, target: epath.Path) -> None:
     """Moves a directory, on a disk or within a bucket."""
-    if not gcs.is_remote(source):
-        with files.writing(target):
+    with files.writing(target):
+        if gcs.is_remote(source):
+            system, path = fsspec.core.url_to_fs(os.fspath(source))
+            system.mv(path, fsspec.core.url_to_fs(os.fspath(target))[1], recursive=True)
+        else:
             target.parent.mkdir(parents=True, exist_ok=True)
             source.rename(target)
-        return
-    with files.writing(target):
-        system, path = fsspec.core.url_to_fs(os.fspath(source))
-        system.mv(path, fsspec.core.url_to_fs(os.fspath(target))[1], recursive=True)

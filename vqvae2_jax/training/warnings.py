@@ -4,14 +4,13 @@ Each is printed once, when its cause begins, and again only if the cause has gon
 of the config: `training.warn_usage`, `warn_perplexity`, `warn_overfit` and `warn_free_space`.
 """
 
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 from etils import epath
 
-from vqvae2_jax.io import gcs
+from vqvae2_jax.io import files
 from vqvae2_jax.training.optim import TrainConfig
 
 _USED = 'train/used_'
@@ -50,10 +49,10 @@ class Warnings:
         Args:
           state: pytree of arrays that will be saved; their size is that of a checkpoint, up to compression.
         """
-        directory = self._directory
-        if gcs.is_remote(directory) or not self._config.warn_free_space:
+        directory, free = self._directory, files.free_bytes(self._directory)
+        if free is None or not self._config.warn_free_space:
             return []
-        size, free = _FILES + sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(directory).free
+        size = _FILES + sum(x.nbytes for x in jax.tree.leaves(state))
         before, self._disk_is_full = self._disk_is_full, free < self._config.warn_free_space * size
         if before or not self._disk_is_full:
             return []
