@@ -15,10 +15,11 @@ from tests.defaults import make_vqvae, train_config
 from vqvae2_jax.data.loader import eval_batches, train_batches
 from vqvae2_jax.distributed import sharding
 from vqvae2_jax.distributed.preemption import Interrupted
+from vqvae2_jax.io import files
 from vqvae2_jax.io.logging import RUNTIME_FIELDS, read_metrics
 from vqvae2_jax.tasks import vqvae
 from vqvae2_jax.tasks.task import Task
-from vqvae2_jax.training import loop, optim, state, warnings
+from vqvae2_jax.training import loop, optim, state
 from vqvae2_jax.training.checkpoint import BestCheckpoint, CheckpointMismatch, Checkpoints
 from vqvae2_jax.training.finite import NonFiniteLoss
 from vqvae2_jax.training.loop import Data, make_eval_fn, train
@@ -485,7 +486,7 @@ def test_warnings_are_printed_once_also_over_a_restart(tmp_path, capsys):
 
 
 def test_a_disk_that_the_next_checkpoint_may_fill_is_warned_of_once(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(warnings.shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=100))
+    monkeypatch.setattr(files.shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=100))
     train_toy(tmp_path, toy_task())  # four saves
     warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith('warning: ')]
     assert len(warned) == 1 and f'the disk of {tmp_path} has 0.0001 MB left' in warned[0]
