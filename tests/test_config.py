@@ -25,7 +25,18 @@ from vqvae2_jax.io.record import JobError
 from vqvae2_jax.jobs import cas
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import Run, training_directory
-from vqvae2_jax.models import causal, gated_resnet, quantizer, raster, residual, resnet, upsample, vqvae, wavefront
+from vqvae2_jax.models import (
+    attention,
+    causal,
+    gated_resnet,
+    quantizer,
+    raster,
+    residual,
+    resnet,
+    upsample,
+    vqvae,
+    wavefront,
+)
 from vqvae2_jax.training.optim import TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -107,7 +118,7 @@ def test_every_field_has_a_meaning_and_an_allowed_default(count):
 
 def test_fields_have_one_default():
     """Modules, specs and train configs have none of their own, so that a field cannot be left out by mistake."""
-    networks = gated_resnet, quantizer, raster, residual, resnet, upsample, vqvae, wavefront, causal
+    networks = attention, causal, gated_resnet, quantizer, raster, residual, resnet, upsample, vqvae, wavefront
     modules = [c for file in networks for c in vars(file).values() if isinstance(c, type) and issubclass(c, nn.Module)]
     for module in (ImageSpec, TrainConfig, *modules):
         fields = inspect.signature(module).parameters.items()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests import defaults
-from vqvae2_jax.models.causal import CausalAttention
+from vqvae2_jax.models.attention import CausalAttention
 from vqvae2_jax.models.gated_resnet import GatedBlock
 from vqvae2_jax.models.order import GenerationOrder
 from vqvae2_jax.tasks.prior import make_task

@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vqvae2_jax.models.attention import CausalAttention
 from vqvae2_jax.models.block_runner import BlockRunner
-from vqvae2_jax.models.causal import CausalAttention
 
 PerBlock = Sequence[jax.Array] | jax.Array  # one array for each block: a sequence, or an array [blocks, ...]
 _SMALL = nn.initializers.variance_scaling(0.01, 'fan_in', 'truncated_normal')  # blocks start near the identity

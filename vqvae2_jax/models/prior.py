@@ -19,8 +19,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vqvae2_jax.models.attention import CausalAttention
 from vqvae2_jax.models.block_runner import BlockRunner
-from vqvae2_jax.models.causal import CausalAttention
 from vqvae2_jax.models.gated_resnet import GatedBlock, GatedResNetStack, run_blocks
 from vqvae2_jax.models.order import GenerationOrder
 from vqvae2_jax.models.residual import ResidualStack
