@@ -30,20 +30,33 @@ _LOST_PROCESS = re.compile('Gloo|Connection (reset|closed|refused)|[Hh]eartbeat|
 
 
 @contextlib.contextmanager
-def of_job(run: Run, job: str) -> Iterator[None]:
-    """Within the context, running out of memory and the loss of another process end with one line.
+def of_processes() -> Iterator[None]:
+    """Within the context, which is that of a whole run of several processes, the loss of one ends with one line.
 
     Raises:
-      JobError: the devices ran out of memory (it names the batch size of the job), or another process has ended.
+      JobError: another process has ended.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() > 1 and _LOST_PROCESS.search(str(error)):
-            raise JobError(
-                f'{job}: another process of this run has ended, see its output ({_first_line(error)}). The same '
-                'command, started again on all hosts, continues'
-            ) from error
+        if not _LOST_PROCESS.search(str(error)):
+            raise
+        raise JobError(
+            f'another process of this run has ended, see its output ({_first_line(error)}). The same command, started '
+            'again on all hosts, continues'
+        ) from error
+
+
+@contextlib.contextmanager
+def of_job(run: Run, job: str) -> Iterator[None]:
+    """Within the context, running out of memory ends with one line.
+
+    Raises:
+      JobError: the devices ran out of memory; it names the batch size of the job.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
         if job not in _BATCHES or not _is_out_of_memory(error):
             raise
         field = _BATCHES[job]
