@@ -25,8 +25,10 @@ _BATCHES = {
 }
 
 
-# Of collective operations and of the coordination service, in all their versions.
-_LOST_PROCESS = re.compile('Gloo|Connection (reset|closed|refused)|[Hh]eartbeat|[Cc]oordination|UNAVAILABLE|Barrier')
+# A status of XLA, from collective operations or the coordination service, in all their versions.
+_LOST_PROCESS = re.compile(
+    '[A-Z_]+: .*(Gloo|Connection (reset|closed|refused)|[Hh]eartbeat|[Cc]oordination|Barrier)|UNAVAILABLE', re.DOTALL
+)
 
 
 @contextlib.contextmanager
@@ -38,8 +40,8 @@ def of_processes() -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if not _LOST_PROCESS.search(str(error)):
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # reading an array raises the second
+        if not _LOST_PROCESS.match(str(error)):
             raise
         raise JobError(
             f'another process of this run has ended, see its output ({_first_line(error)}). The same command, started '
