@@ -91,7 +91,7 @@ def of_training(run: Run, section: str, directory: epath.Path) -> Iterator[None]
             raise
         raise JobError(f'{directory}: {_first_line(error)}. {_less_memory(run, section, directory)}') from error
     except NonFiniteLoss as error:
-        raise NonFiniteLoss(f'{directory}: {error}. {_stabler(run, section, directory, error.last_saved)}') from error
+        raise NonFiniteLoss(f'{directory}: {error}. {_stabler(run, section, directory, error.saved_steps)}') from error
 
 
 def _is_out_of_memory(error):
@@ -120,17 +120,19 @@ def _less_memory(run, section, directory):
     return f'To need less memory, {", or ".join(remedies)}'
 
 
-def _stabler(run, section, directory, last_saved):
+def _stabler(run, section, directory, saved_steps):
     training, path = build.train_config(run.config, section), f'--config.{section}.training'
     changes = f'{path}.learning_rate={training.learning_rate / 2:.3g}'
     if not training.clip_norm:
         changes += f' or {path}.clip_norm=1.0'
     again = 'No such state was saved, and the same command would diverge again'
-    if last_saved is None or directory.name != training_directory(section):
+    if not saved_steps or directory.name != training_directory(section):
         return f'{again}: delete {directory} to train with {changes}'
     command = record.job_command(training_job(section))
+    *earlier, latest = saved_steps
     # The last checkpoint may be finite and diverge all the same.
+    others = ''.join(f', or if that diverges too, with --continue_from={step}' for step in reversed(earlier))
     return (
-        f'{again}: {command} --continue_from={last_saved} {changes}, or if that diverges too, from an earlier '
-        f'checkpoint, or delete {directory} to train with them from the start'
+        f'{again}: {command} --continue_from={latest} {changes}{others}, or delete {directory} to train with them from '
+        'the start'
     )
