@@ -264,9 +264,9 @@ def test_every_remedy_of_a_training_that_runs_out_of_memory_is_accepted(run, no_
 # Divergence.
 
 
-def diverged(last_saved):
+def diverged(*saved_steps):
     error = NonFiniteLoss('loss is nan at step 6')
-    error.last_saved = last_saved
+    error.saved_steps = saved_steps
     return error
 
 
@@ -274,7 +274,7 @@ def diverged(last_saved):
 def test_a_training_that_diverges_before_a_checkpoint_starts_anew_with_a_lower_rate(run, no_training, section):
     job, _, level = section.partition('.')
     run.path(section.replace('.', '_')).rmtree()
-    no_training.append(diverged(None))
+    no_training.append(diverged())
     message = message_of(run, job, level or None, NonFiniteLoss)
     assert 'loss is nan at step 6. No such state was saved, and the same command would diverge again: ' in message
     delete(run, message)
@@ -286,7 +286,7 @@ def test_a_training_that_diverges_before_a_checkpoint_starts_anew_with_a_lower_r
 
 
 def test_a_training_that_diverges_later_continues_from_its_last_checkpoint(run, no_training):
-    no_training.append(diverged(4))
+    no_training.append(diverged(2, 4))
     run.config.prior.top.training.steps = 16  # so that it is not done
     run.config.prior.top.training.lr_schedule = 'constant'
     run.config.prior.top.training.clip_norm = 0.0
@@ -294,7 +294,7 @@ def test_a_training_that_diverges_later_continues_from_its_last_checkpoint(run, 
     message = message_of(run, 'prior', 'top', NonFiniteLoss)
     command = re.escape('run your command with --job=prior --level=top --continue_from=4 --config.prior.top.training.')
     remedy = rf'{command}learning_rate=\S+ or {re.escape("--config.prior.top.training.")}clip_norm=1.0, '
-    assert re.search(remedy + 'or if that diverges too, from an earlier checkpoint, or delete ', message)
+    assert re.search(remedy + 'or if that diverges too, with --continue_from=2, or delete ', message)
     delete(run, message)
     set_fields(run, message)
     accept(run, 'prior', 'top')

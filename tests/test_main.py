@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -99,6 +100,42 @@ def test_mistakes_end_in_one_line(tmp_path, processes, arguments, message):
     errors = [line for line in output.splitlines() if line.startswith('error: ')]
     assert len(errors) == 1 and message in errors[0], output
     assert 'Traceback' not in output
+
+
+def lose_a_process(name, error, arguments, path):
+    """The command line, in which this function of main.py finds that another process has ended."""
+    from vqvae2_jax import main
+
+    def fail(*_):
+        raise error
+
+    main.processes.initialize_distributed = lambda: None
+    owner = main.processes if hasattr(main.processes, name) else main
+    setattr(owner, name, fail)
+    run_main(arguments, path)
+
+
+@pytest.mark.parametrize(
+    'name, error, is_lost',
+    [
+        ('initialize_distributed', jax.errors.JaxRuntimeError('UNAVAILABLE: failed to connect'), True),
+        ('describe_mesh', jax.errors.JaxRuntimeError('UNKNOWN: Gloo context initialization failed: timed out'), True),
+        ('run_job', ValueError('UNKNOWN: Gloo AllGather failed: Connection reset by peer'), True),
+        ('run_job', ValueError('Barrier Reef: no such folder'), False),
+    ],
+)
+def test_the_loss_of_another_process_at_any_moment_ends_in_one_line(tmp_path, processes, name, error, is_lost):
+    arguments = ['--config=configs/tiny.py', f'--workdir={tmp_path}', '--distributed'], tmp_path / 'output.txt'
+    process = processes.Process(target=lose_a_process, args=(name, error, *arguments), daemon=True)
+    process.start()
+    process.join(timeout=120)
+    output = (tmp_path / 'output.txt').read_text()
+    assert process.exitcode == 1 and ('Traceback' not in output) == is_lost
+    if is_lost:
+        assert 'error: another process of this run has ended, see its output (' in output
+        assert output.rstrip().endswith('The same command, started again on all hosts, continues')
+    else:
+        assert str(error) in output
 
 
 READ_CONFIG = """

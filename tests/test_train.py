@@ -434,12 +434,12 @@ def test_an_evaluation_that_is_not_finite_stops_with_its_step_and_keeps_nothing_
     task = toy_task(distance=lambda w: jnp.where(w > 4.5, value, 5 - w))
     with pytest.raises(NonFiniteLoss, match=f'^distance is {value} in the evaluation at step 5$') as error:
         train_toy(tmp_path, task)
-    assert error.value.last_saved == 4 == Checkpoints(tmp_path).latest_step()
+    assert max(error.value.saved_steps) == 4 == Checkpoints(tmp_path).latest_step()
     assert BestCheckpoint(tmp_path).best()['step'] == 4
     assert max(row['step'] for row in read_metrics(tmp_path) if 'validation/distance' in row) == 4
     with pytest.raises(NonFiniteLoss, match='at step 1$') as error:
         train_toy(tmp_path / 'other', toy_task(distance=lambda w: w * jnp.nan))
-    assert error.value.last_saved is None and not BestCheckpoint(tmp_path / 'other').best()
+    assert not error.value.saved_steps and not BestCheckpoint(tmp_path / 'other').best()
 
 
 def test_a_nan_of_stage_1_is_found_before_the_psnr_is_taken():

@@ -6,6 +6,7 @@ vqvae2 --config=fashion --config.sample.count=50000 --job=sample           # the
 """
 
 import ast
+import contextlib
 import os
 import re
 import sys
@@ -27,6 +28,7 @@ from vqvae2_jax.distributed import processes
 from vqvae2_jax.io import gcs
 from vqvae2_jax.io.files import WriteError
 from vqvae2_jax.io.record import JobError
+from vqvae2_jax.jobs import remedies
 from vqvae2_jax.jobs.pipeline import JOBS, run_job
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.planning.hardware import topology_devices
@@ -66,22 +68,27 @@ def main(config: ConfigDict) -> None:
         logging.get_absl_logger().addFilter(lambda line: 'orbax' not in line.pathname)
     if not _TOPOLOGY.value:  # the compiler of another platform may not know the flag, and abort
         xla_flags.set_cpu_flags()
-    if _DISTRIBUTED.value:
-        processes.initialize_distributed()
-        if not processes.is_main_process():
-            sys.stdout = open(os.devnull, 'w', errors='replace')  # only process 0 prints; all processes print errors
     try:
-        devices = _devices()
-        validate_config(config)
-        run = Run(config, _workdir(config), devices, _CONTINUE_FROM.value)
-        if _DISTRIBUTED.value:
-            print(processes.describe_mesh(run.mesh), flush=True)
-        run_job(run, _JOB.value, _LEVEL.value)
+        with remedies.of_processes() if _DISTRIBUTED.value else contextlib.nullcontext():
+            _run(config)
     except WriteError as error:
         terminal.end(f'error: {error}')
     except (ConfigError, JobError, UnreadableImage, CheckpointMismatch, NonFiniteLoss) as error:
         # The message says what to do; a traceback would only hide it.
         sys.exit(f'error: {error}')
+
+
+def _run(config):
+    if _DISTRIBUTED.value:
+        processes.initialize_distributed()
+        if not processes.is_main_process():
+            sys.stdout = open(os.devnull, 'w', errors='replace')  # only process 0 prints; all processes print errors
+    devices = _devices()
+    validate_config(config)
+    run = Run(config, _workdir(config), devices, _CONTINUE_FROM.value)
+    if _DISTRIBUTED.value:
+        print(processes.describe_mesh(run.mesh), flush=True)
+    run_job(run, _JOB.value, _LEVEL.value)
 
 
 def _workdir(config):

@@ -154,10 +154,12 @@ class Cases(Commands):
         self.expect(ended.refused('step', 'learning_rate'), 'NaN in an evaluation does not end like NaN in the loss')
         best = self.out / 'w14a/vqvae/weights/best.json'
         self.expect(not best.exists() or 'NaN' not in best.read_text(), 'NaN is the best')
-        base.append(f'{training}eval_every=40')
+        base += [f'{training}eval_every=40', f'{training}save_every=20']
         for name, changed in (('lower rate', 'learning_rate=1e-4'), ('clipping', 'clip_norm=1.0')):
             workdir = f'w14-{changed.partition("=")[0]}'
-            ended = self.run(f'NaN, seen in the loss ({name})', workdir, *base, f'{training}learning_rate=10')
+            self.run(f'20 steps ({name})', workdir, *base, f'{training}steps=20')
+            raised = [*base, f'{training}learning_rate=10', '--continue_from=20']
+            ended = self.run(f'NaN, seen in the loss ({name})', workdir, *raised)
             step = re.search(r'--continue_from=(\d+)', ended.output)
             flags = [*base, f'{training}learning_rate=10', f'{training}{changed}', *([step[0]] if step else [])]
             if name == 'clipping':

@@ -254,24 +254,18 @@ def _cas(e: Evaluation, source: str) -> dict[str, Any]:
     else:
         directory = name = part = cas.directories(run)[source]
         count = sample_store.read_set(run.path(cas.images_directory(run, source))).results['count']
-    trained = workdir.trained_record(run, 'classifier', directory)
+    network = feature_store.load_own_classifier(run, directory)
+    of_images = feature_store.image_features(run, network, e.split, e.received_signal, name)
+    of_reconstructions = feature_store.reconstruction_features(run, network, e.split, e.received_signal, name)
 
     def compute():
-        network = feature_store.load_own_classifier(run, directory)
-        of_images = feature_store.image_features(run, network, e.split, e.received_signal, name)
-        of_reconstructions = feature_store.reconstruction_features(run, network, e.split, e.received_signal, name)
+        results, classes = {'count': count}, images.class_names
+        logits, labels = feature_store.load_logits(of_images)
+        each = per_class_accuracy(logits.argmax(axis=-1), labels, len(classes))
+        again = feature_store.load_logits(of_reconstructions, ALL_LEVELS)
+        for suffix, outputs in (('', (logits, labels)), ('_reconstructed', again)):
+            results |= {f'top{k}{suffix}': top_k_accuracy(*outputs, k) for k in (1, 5) if k < len(classes)}
+        return results | {'by_class': dict(zip(classes, each, strict=True))}
 
-        def metrics():
-            results, classes = {'count': count}, images.class_names
-            logits, labels = feature_store.load_logits(of_images)
-            each = per_class_accuracy(logits.argmax(axis=-1), labels, len(classes))
-            again = feature_store.load_logits(of_reconstructions, ALL_LEVELS)
-            for suffix, outputs in (('', (logits, labels)), ('_reconstructed', again)):
-                results |= {f'top{k}{suffix}': top_k_accuracy(*outputs, k) for k in (1, 5) if k < len(classes)}
-            return results | {'by_class': dict(zip(classes, each, strict=True))}
-
-        return processes.run_on_main_process(metrics)
-
-    vqvae = workdir.trained_record(run, 'vqvae')
-    inputs = {'classifier': trained.digest, 'images': images.digest, 'vqvae': vqvae.digest}
-    return evaluate_part(e, part, inputs, compute)
+    inputs = {'images': of_images.digest, RECONSTRUCTIONS: of_reconstructions.digest}
+    return evaluate_part(e, part, inputs, compute, main_process_only=True)

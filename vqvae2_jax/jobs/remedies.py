@@ -25,25 +25,40 @@ _BATCHES = {
 }
 
 
-# Of collective operations and of the coordination service, in all their versions.
-_LOST_PROCESS = re.compile('Gloo|Connection (reset|closed|refused)|[Hh]eartbeat|[Cc]oordination|UNAVAILABLE|Barrier')
+# A status of XLA, from collective operations or the coordination service, in all their versions.
+_LOST_PROCESS = re.compile(
+    '[A-Z_]+: .*(Gloo|Connection (reset|closed|refused)|[Hh]eartbeat|[Cc]oordination|Barrier)|UNAVAILABLE', re.DOTALL
+)
+
+
+@contextlib.contextmanager
+def of_processes() -> Iterator[None]:
+    """Within the context, which is that of a whole run of several processes, the loss of one ends with one line.
+
+    Raises:
+      JobError: another process has ended.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # reading an array raises the second
+        if not _LOST_PROCESS.match(str(error)):
+            raise
+        raise JobError(
+            f'another process of this run has ended, see its output ({_first_line(error)}). The same command, started '
+            'again on all hosts, continues'
+        ) from error
 
 
 @contextlib.contextmanager
 def of_job(run: Run, job: str) -> Iterator[None]:
-    """Within the context, running out of memory and the loss of another process end with one line.
+    """Within the context, running out of memory ends with one line.
 
     Raises:
-      JobError: the devices ran out of memory (it names the batch size of the job), or another process has ended.
+      JobError: the devices ran out of memory; it names the batch size of the job.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() > 1 and _LOST_PROCESS.search(str(error)):
-            raise JobError(
-                f'{job}: another process of this run has ended, see its output ({_first_line(error)}). The same '
-                'command, started again on all hosts, continues'
-            ) from error
         if job not in _BATCHES or not _is_out_of_memory(error):
             raise
         field = _BATCHES[job]
@@ -76,7 +91,7 @@ def of_training(run: Run, section: str, directory: epath.Path) -> Iterator[None]
             raise
         raise JobError(f'{directory}: {_first_line(error)}. {_less_memory(run, section, directory)}') from error
     except NonFiniteLoss as error:
-        raise NonFiniteLoss(f'{directory}: {error}. {_stabler(run, section, directory, error.last_saved)}') from error
+        raise NonFiniteLoss(f'{directory}: {error}. {_stabler(run, section, directory, error.saved_steps)}') from error
 
 
 def _is_out_of_memory(error):
@@ -105,17 +120,19 @@ def _less_memory(run, section, directory):
     return f'To need less memory, {", or ".join(remedies)}'
 
 
-def _stabler(run, section, directory, last_saved):
+def _stabler(run, section, directory, saved_steps):
     training, path = build.train_config(run.config, section), f'--config.{section}.training'
     changes = f'{path}.learning_rate={training.learning_rate / 2:.3g}'
     if not training.clip_norm:
         changes += f' or {path}.clip_norm=1.0'
     again = 'No such state was saved, and the same command would diverge again'
-    if last_saved is None or directory.name != training_directory(section):
+    if not saved_steps or directory.name != training_directory(section):
         return f'{again}: delete {directory} to train with {changes}'
     command = record.job_command(training_job(section))
+    *earlier, latest = saved_steps
     # The last checkpoint may be finite and diverge all the same.
+    others = ''.join(f', or if that diverges too, with --continue_from={step}' for step in reversed(earlier))
     return (
-        f'{again}: {command} --continue_from={last_saved} {changes}, or if that diverges too, from an earlier '
-        f'checkpoint, or delete {directory} to train with them from the start'
+        f'{again}: {command} --continue_from={latest} {changes}{others}, or delete {directory} to train with them from '
+        'the start'
     )

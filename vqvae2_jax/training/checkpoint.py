@@ -55,9 +55,13 @@ class Checkpoints:
         with files.writing(self._directory):
             self._manager = ocp.CheckpointManager(self._directory, options=options)
 
+    def steps(self) -> list[int]:
+        """Returns the steps of the checkpoints that process 0 sees, ascending. All processes together."""
+        return processes.run_on_main_process(lambda: sorted(self._unmarked_steps()))
+
     def latest_step(self) -> int | None:
         """Returns the step of the newest checkpoint that process 0 sees, or None. All processes together."""
-        return processes.run_on_main_process(lambda: max(self._unmarked_steps(), default=None))
+        return max(self.steps(), default=None)
 
     def _unmarked_steps(self):
         steps = self._manager.all_steps()

@@ -1,6 +1,6 @@
 """Metrics of steps between two lines of the log, and the end of a training whose metrics are not finite."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -13,10 +13,10 @@ class NonFiniteLoss(FloatingPointError):
     """A loss, a gradient or another metric is NaN or infinite. Checkpoints and best weights are from before it.
 
     Attributes:
-      last_saved: of a training, the step of the last checkpoint; None: there is none.
+      saved_steps: the steps of the training's checkpoints, ascending.
     """
 
-    last_saved: int | None = None
+    saved_steps: Sequence[int] = ()
 
 
 def check_finite(metrics: Mapping[str, ArrayLike], when: str) -> None:

@@ -107,18 +107,18 @@ def train(
         profiler = Profiler(directory, config.profile_steps)
         warnings = Warnings(config, name, directory, logger.lines())
         loop = TrainLoop(task, config, data, mesh, train_step, checkpoints, best, logger, profiler, warnings)
-        with contextlib.closing(logger), contextlib.closing(profiler), _with_last_saved(checkpoints):
+        with contextlib.closing(logger), contextlib.closing(profiler), _with_saved_steps(checkpoints):
             step = loop.run(state, start, pending, received_signal)
     return {'steps': step, 'seconds': round(logger.seconds(), 1), 'parameters': optax.tree.size(state.params)}
 
 
 @contextlib.contextmanager
-def _with_last_saved(checkpoints):
-    """Notes in a NonFiniteLoss the step of the last checkpoint."""
+def _with_saved_steps(checkpoints):
+    """Notes the steps of the checkpoints in a NonFiniteLoss."""
     try:
         yield
     except NonFiniteLoss as error:
-        error.last_saved = checkpoints.latest_step()
+        error.saved_steps = checkpoints.steps()
         raise
 
 
