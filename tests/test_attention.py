@@ -31,7 +31,9 @@ def plain(query, key, value, mask):
 
 
 def with_gradients(function, query, key, value, mask):
-    loss = lambda *x: jnp.sum(jnp.sin(function(*x, mask).astype(jnp.float32)))
+    def loss(*x):
+        return jnp.sum(jnp.sin(function(*x, mask).astype(jnp.float32)))
+
     return function(query, key, value, mask), *jax.grad(loss, (0, 1, 2))(query, key, value)
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 
 from tests.defaults import make_prior, make_vqvae, train_config
@@ -145,7 +146,7 @@ def primitives(jaxpr):
     """The name of every primitive in a jaxpr, also inside others, with its equation."""
     for equation in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
         yield equation.primitive.name, equation
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             yield from primitives(inner)
 
 

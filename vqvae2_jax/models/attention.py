@@ -16,7 +16,6 @@ import numpy as np
 
 from vqvae2_jax.models.order import GenerationOrder
 
-
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]  # of the signature of `attend`
 
 

@@ -127,7 +127,9 @@ class Prior(nn.Module):
 
     def _stack(self, make_conv) -> GatedResNetStack:
         dropout = self.attention_dropout, self.attention_dropout_kind
-        make_attention = functools.partial(CausalAttention, self.num_heads, self.order, *dropout, self.dtype, self.attend)
+        make_attention = functools.partial(
+            CausalAttention, self.num_heads, self.order, *dropout, self.dtype, self.attend
+        )
         make_block = self._block_factory(make_conv)
         return GatedResNetStack(self.num_residual_blocks, self.num_attention_layers, make_block, make_attention)
 
