@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
         prior.num_output_blocks = 0  # [A]
         prior.attention_dropout_kind = 'logits'  # the paper's section 3.2
         prior.dtype = 'bfloat16'  # open
-        prior.remat = True  # recomputes activations that would not fit
+        prior.remat = 'blocks'  # recomputes activations that would not fit
         prior.scan_layers = True  # loops over blocks and their attention, of which few are compiled
         prior.training.update(
             learning_rate=3e-4,  # open, and the next four

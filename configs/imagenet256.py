@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
     config.prior.top.attention_dropout = 0.1  # open: the rate
     config.prior.top.attention_dropout_kind = 'logits'  # [T]
     config.prior.top.dtype = 'bfloat16'  # open
-    config.prior.top.remat = True  # recomputes activations that would not fit
+    config.prior.top.remat = 'convs'  # recomputes activations that would not fit, except for convolutions
     config.prior.top.scan_layers = True  # loops over blocks and their attention, of which few are compiled
     config.prior.top.training.update(
         steps=1_600_000,  # [A]
@@ -95,7 +95,7 @@ def get_config() -> ConfigDict:
     config.prior.bottom.num_cond_blocks = 20  # [A] conditioning stack residual blocks
     config.prior.bottom.dropout = 0.1  # [A], inside the blocks as above
     config.prior.bottom.dtype = 'bfloat16'  # open
-    config.prior.bottom.remat = True  # recomputes activations that would not fit
+    config.prior.bottom.remat = 'blocks'  # recomputes activations that would not fit
     config.prior.bottom.scan_layers = True  # loops over blocks and their attention, of which few are compiled
     config.prior.bottom.training.update(config.prior.top.training, steps=754_000, batch_size=512)  # [A]
 

@@ -186,8 +186,8 @@ def test_a_program_that_does_not_fit_comes_with_the_field_to_change(config, tmp_
     assert '--config.sample.dtype=bfloat16' in advice('sample')[2]
     config.sample.update(batch_size=8, dtype='bfloat16')  # nothing is left to lower
     assert advice('sample')[1:] == ['use devices with more memory']
-    assert '--config.prior.top.remat=True' in advice('prior.top')[1]
-    config.prior.top.remat = True
+    assert '--config.prior.top.remat=blocks' in advice('prior.top')[1]
+    config.prior.top.remat = 'blocks'
     assert '.training.grad_accum_steps=2' in advice('prior.top')[1]
     device = device._replace(memory=1e4)
     assert '--config.parallel.fsdp=4' in advice('prior.top')[1]

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 
 from tests.defaults import make_prior, make_vqvae, train_config
@@ -90,7 +91,7 @@ def test_recomputing_changes_nothing_but_what_is_kept(order, scan_layers):
     shape = dict(
         num_residual_blocks=5, num_attention_layers=2, scan_layers=scan_layers
     )  # twice two blocks and attention, then one block
-    plain, again = prior_task(order, **shape), prior_task(order, remat=True, **shape)
+    plain, convs, again = (prior_task(order, remat=remat, **shape) for remat in ('none', 'convs', 'blocks'))
     params, _ = jax.jit(plain.init)(jax.random.key(0), codes())
     same_shapes = jax.tree.map(
         lambda a, b: a.shape == b.shape, params, jax.eval_shape(again.init, jax.random.key(0), codes())[0]
@@ -104,16 +105,19 @@ def test_recomputing_changes_nothing_but_what_is_kept(order, scan_layers):
         )
         return sum(x.size for x in jax.tree.leaves(backward))
 
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-        jax.jit(gradients(plain))(params),
-        jax.jit(gradients(again))(params),
-    )
-    assert kept(again) < 0.3 * kept(plain)
+    def convolutions(task):
+        return sum(name == 'conv_general_dilated' for name, _ in primitives(jax.make_jaxpr(gradients(task))(params)))
+
+    expected = jax.jit(gradients(plain))(params)
+    for task in (convs, again):
+        found = jax.jit(gradients(task))(params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
+    assert kept(again) < 0.3 * kept(plain) and kept(again) < kept(convs) < 0.7 * kept(plain)
+    assert convolutions(plain) <= convolutions(convs) < convolutions(again)
 
 
 @pytest.mark.system
-@pytest.mark.parametrize('remat', [False, True])
+@pytest.mark.parametrize('remat', ['none', 'blocks', 'convs'])
 @pytest.mark.parametrize('order', ORDERS)
 def test_a_loop_over_layers_changes_nothing_but_the_length_of_the_program(order, remat):
     def task(layers, scan_layers, attention_layers=2):
@@ -136,6 +140,42 @@ def test_a_loop_over_layers_changes_nothing_but_the_length_of_the_program(order,
         jax.jit(gradients(looped))(params),
     )
     assert length(6, True, 3) == length(6, True) == length(4, True) < length(4, False) < length(6, False)
+
+
+def primitives(jaxpr):
+    """The name of every primitive in a jaxpr, also inside others, with its equation."""
+    for equation in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
+        yield equation.primitive.name, equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from primitives(inner)
+
+
+def loops(remat, **fields):
+    """The scans of a training of a prior in bfloat16 without conditions, by their equations."""
+    shape = dict(shape=(8, 8), coarser_codebook_sizes=(), num_classes=0, dropout=0.1, attention_dropout=0.1)
+    shape |= dict(num_residual_blocks=4, num_attention_layers=2, num_output_blocks=2, num_cond_blocks=0)
+    task = prior_task(remat=remat, scan_layers=True, dtype=jnp.bfloat16, **shape | fields)
+    batch = {'codes_0': np.zeros((BATCH, 8, 8), np.int32), 'codes_1': None, 'label': np.zeros(BATCH, np.int32)}
+    params, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
+    loss = jax.grad(lambda p: task.loss(p, {}, batch, jax.random.key(1))[0])
+    return [x for name, x in primitives(jax.make_jaxpr(loss)(params)) if name == 'scan']
+
+
+@pytest.mark.parametrize('kind', ['keys', 'logits'])
+@pytest.mark.parametrize('placement', ['inside', 'after'])
+@pytest.mark.parametrize('remat', ['none', 'blocks', 'convs'])
+def test_a_loop_over_layers_reads_no_array_that_is_the_same_in_every_step(remat, placement, kind):
+    """JAX moves what does not depend on the step out of a loop, arrays of zeros and broadcast masks too."""
+    found = loops(remat, dropout_placement=placement, attention_dropout_kind=kind)
+    assert len(found) >= 6
+    for loop_ in found:
+        shared = [x.aval.shape for x in loop_.invars[: loop_.params['num_consts']]]
+        assert max((np.prod(shape) for shape in shared), default=0) < BATCH * 8 * 8 * 16, shared
+
+
+def test_a_loop_over_layers_takes_kernels_that_are_cast_before_it():
+    kernels = [x.aval for scan in loops('blocks') for x in scan.invars if x.aval.shape[-2:] == (16, 16)]
+    assert len(kernels) > 10 and all(x.dtype == jnp.bfloat16 for x in kernels)
 
 
 class _Dropping(nn.Module):
@@ -163,7 +203,7 @@ def test_a_loop_of_loops_drops_other_units_in_each_layer():
     keys = {'params': jax.random.key(0), 'dropout': jax.random.key(1)}
     chain, x = _Chain(), jnp.ones(1000)
     params = chain.init(keys, x, DEFAULT)
-    for repeat in (DEFAULT, BlockRunner(scan=True), BlockRunner(remat=True, scan=True)):
+    for repeat in (DEFAULT, BlockRunner(scan=True), BlockRunner(remat='blocks', scan=True)):
         output = chain.apply(params, x, repeat, rngs={'dropout': jax.random.key(2)})
         np.testing.assert_allclose(
             jnp.mean(output > 0), 1 / 16, atol=0.03

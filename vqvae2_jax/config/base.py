@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from vqvae2_jax.config.data_fields import DATA, MAX_CLASSES, seed_field
 from vqvae2_jax.config.fields import Bool, Choice, Field, Float, Int, Label, Name, Path, Tuple
 from vqvae2_jax.data.images import SPLITS
+from vqvae2_jax.models.block_runner import NO_REMAT, REMAT_CHOICES
 from vqvae2_jax.models.prior import ATTENTION_DROPOUT_KINDS, DROPOUT_PLACEMENTS
 
 Schema = dict[str, Any]  # nested: field -> Field, section -> Schema
@@ -158,10 +159,12 @@ _PRIOR = {
         default='keys',
         doc='`keys`: a dropped key gets no weight (DropKey); `logits`: dropout on the logits (the paper)',
     ),
-    'remat': Bool(
-        default=False,
-        doc='training recomputes the inside of blocks and attention instead of keeping it: less memory, about a third '
-        'more compute',
+    'remat': Choice(
+        REMAT_CHOICES,
+        default=NO_REMAT,
+        doc='what training recomputes instead of keeping it: `blocks`: the inside of blocks and attention, for the '
+        'least memory and about a third more compute; `convs`: the same but for the outputs of convolutions larger '
+        'than 1x1, for little more compute; `none`: nothing',
     ),
     'scan_layers': Bool(
         default=False,

@@ -76,8 +76,8 @@ def advice(run: Run, program: Program, compiled: Compiled, accelerator: Accelera
     if accelerator and program.state > accelerator.memory / 4 and fsdp < devices:
         more = next(n for n in range(min(4 * fsdp, devices), devices + 1) if devices % n == 0)
         yield f'shard the state over more devices: --config.parallel.fsdp={more}'
-    elif section.get('remat') is False:
-        yield f'recompute activations in the backward pass: --config.{program.name}.remat=True'
+    elif section.get('remat', 'blocks') != 'blocks':
+        yield f'recompute activations in the backward pass: --config.{program.name}.remat=blocks'
     elif program.name != 'vqvae' and program.batch_size % (steps * devices) == 0:
         yield f'accumulate gradients over microbatches: --config.{program.name}.training.grad_accum_steps={steps}'
     else:

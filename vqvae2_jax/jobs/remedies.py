@@ -109,8 +109,8 @@ def _less_memory(run, section, directory):
         parts = 2 * training.grad_accum_steps
         if training.batch_size % (run.mesh.shape['data'] * parts) == 0:
             remedies.append(f'set {path}.training.grad_accum_steps={parts}')
-    if run.config[section].get('remat') is False:
-        remedies.append(f'set {path}.remat=True')
+    if run.config[section].get('remat', 'blocks') != 'blocks':
+        remedies.append(f'set {path}.remat=blocks')
     if training.batch_size > run.mesh.size:
         remedies.append(
             f'delete {directory} to train with a lower {path}.training.batch_size than {training.batch_size}'

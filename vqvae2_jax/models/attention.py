@@ -7,12 +7,44 @@ Shapes: B batch, H W map (with a cache, the part that is computed in one call), 
 d features per head, P positions of the whole map, T steps of the order, n positions of a step.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vqvae2_jax.models.order import GenerationOrder
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]  # of the signature of `attend`
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    """Computes softmax(query key^T / sqrt(d)) value for every head: the reference of other implementations.
+
+    Args:
+      query: [B, P, N, d].
+      key: [B, P, N, d].
+      value: [B, P, N, d].
+      mask: bool [P, P], whether a query (first axis) sees a key; every query sees one at least.
+
+    Returns:
+      [B, P, N, d], of the dtype of `value`.
+    """
+    return _weighted_mean(_logits(query, key), mask, value)
+
+
+def _logits(query, key):
+    # float32 [B, N, queries, keys]
+    logits = jnp.einsum('bqnd,bknd->bnqk', query, key, preferred_element_type=jnp.float32)
+    return logits * query.shape[-1] ** -0.5
+
+
+def _weighted_mean(logits, visible, value):
+    # By arithmetic, because `jnp.where` needs an array of constants as large as the logits: see `pointwise.py`.
+    hidden = (1 - visible.astype(logits.dtype)) * jnp.finfo(logits.dtype).min
+    weights = nn.softmax(logits + hidden).astype(value.dtype)
+    return jnp.einsum('bnqk,bknd->bqnd', weights, value)
 
 
 class CausalAttention(nn.Module):
@@ -27,6 +59,7 @@ class CausalAttention(nn.Module):
       dropout: dropout rate of the attention.
       dropout_kind: 'keys' drops keys; 'logits' sets logits to 0. `_drop` has the sources.
       dtype: dtype of the computation.
+      attend: computes attention over whole maps without dropout; `attend` of this file or an equal function.
     """
 
     num_heads: int
@@ -34,6 +67,7 @@ class CausalAttention(nn.Module):
     dropout: float
     dropout_kind: str
     dtype: jnp.dtype
+    attend: Attend = attend
 
     @nn.compact
     def __call__(self, x: jax.Array, step: jax.Array | None = None, *, train: bool = False) -> jax.Array:
@@ -59,19 +93,30 @@ class CausalAttention(nn.Module):
             nn.Dense(features, dtype=self.dtype, name=n)(x).reshape(shape) for n in ('query', 'key', 'value')
         )
         if self.is_mutable_collection('attention') and not self.is_initializing():
-            steps = np.arange(self.order.num_steps)[:, None]
-            _, _, on_map = self.order.positions(steps)
-            visible = (on_map & (steps <= step)).reshape(1, -1)  # [1, T n]
-            key, value = self._update_cache('keys', key, step), self._update_cache('values', value, step)
+            attended = self._attend_step(query, key, value, step)
         else:
-            steps = self.order.step_map().reshape(-1)
-            visible = jnp.asarray(steps[None, :] <= steps[:, None])  # [P, P]
-        logits = jnp.einsum('bqnd,bknd->bnqk', query, key, preferred_element_type=jnp.float32) * shape[-1] ** -0.5
-        if train and self.dropout > 0:
-            logits, visible = self._drop(logits, visible)
-        weights = nn.softmax(jnp.where(visible, logits, jnp.finfo(logits.dtype).min)).astype(value.dtype)
-        attended = jnp.einsum('bnqk,bknd->bqnd', weights, value).reshape(x.shape)
+            attended = self._attend_map(query, key, value, train)
+        attended = attended.reshape(x.shape)
         return nn.Dense(features, kernel_init=nn.initializers.zeros, dtype=self.dtype, name='out')(attended)
+
+    def _attend_step(self, query, key, value, step):
+        # [B, n, N, d] each -> [B, n, N, d]; the keys and values are added to the cache
+        steps = np.arange(self.order.num_steps)[:, None]
+        _, _, on_map = self.order.positions(steps)
+        visible = (on_map & (steps <= step)).reshape(1, -1)  # [1, T n]
+        key, value = self._update_cache('keys', key, step), self._update_cache('values', value, step)
+        return _weighted_mean(_logits(query, key), visible, value)
+
+    def _attend_map(self, query, key, value, train):
+        # [B, P, N, d] each -> [B, P, N, d]
+        steps = self.order.step_map().reshape(-1)
+        visible = jnp.asarray(steps[None, :] <= steps[:, None])  # [P, P]
+        # A constant, which JAX would broadcast to the shape of the logits outside of a scan: see `pointwise.py`.
+        visible, query = jax.lax.optimization_barrier((visible, query))
+        if not train or self.dropout == 0:
+            return self.attend(query, key, value, visible)
+        logits, visible = self._drop(_logits(query, key), visible)
+        return _weighted_mean(logits, visible, value)
 
     def _drop(self, logits: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Applies dropout to logits float32 [B, N, P, P] and the mask of visible keys, which broadcasts to them.
@@ -82,7 +127,7 @@ class CausalAttention(nn.Module):
         """
         kept = jax.random.bernoulli(self.make_rng('dropout'), 1 - self.dropout, logits.shape)
         if self.dropout_kind == 'logits':
-            return jnp.where(kept, logits / (1 - self.dropout), 0), visible
+            return logits / (1 - self.dropout) * kept, visible
         return logits, visible & (kept | jnp.eye(logits.shape[-1], dtype=bool))
 
     def _update_cache(self, name: str, new: jax.Array, step: jax.Array) -> jax.Array:

@@ -8,16 +8,33 @@ import jax
 import jax.numpy as jnp
 
 
+def _is_large_convolution(primitive, *arrays, **params):
+    # Convolutions of a 1x1 kernel, and products, take little time for the memory of their outputs.
+    if primitive is not jax.lax.conv_general_dilated_p:
+        return False
+    _, _, *window = params['dimension_numbers'].rhs_spec
+    return any(arrays[1].shape[axis] > 1 for axis in window)
+
+
+# The policies of `jax.checkpoint` by which training recomputes the inside of blocks in the backward pass: all of it, or
+# all but the outputs of large convolutions.
+_POLICIES = {'blocks': jax.checkpoint_policies.nothing_saveable, 'convs': _is_large_convolution}
+NO_REMAT = 'none'
+REMAT_CHOICES = (NO_REMAT, *_POLICIES)
+
+
 class BlockRunner(NamedTuple):
-    """How training runs blocks. Neither option changes parameters or results, except for the units dropout drops.
+    """How training runs blocks. No option changes parameters or results, except for the units dropout drops.
 
     Attributes:
-      remat: recompute a block's activations in the backward pass instead of storing them.
+      remat: one of `REMAT_CHOICES`: what the backward pass recomputes instead of keeping it.
       scan: run the blocks as a scan, so that compile time does not grow with their number.
+      dtype: a scan casts kernels to it once and not in every step; None: it does not cast.
     """
 
-    remat: bool = False
+    remat: str = NO_REMAT
     scan: bool = False
+    dtype: jnp.dtype | None = None
 
     def run(
         self,
@@ -39,7 +56,9 @@ class BlockRunner(NamedTuple):
         """
         if self.scan and len(blocks) > 1:
             return self._scan(call, blocks, x, aux)
-        call, outputs = nn.remat(call) if self.remat else call, []
+        outputs = []
+        if self.remat != NO_REMAT:
+            call = nn.remat(call, policy=_POLICIES[self.remat])
         for index, block in enumerate(blocks):
             x = call(block, x, None if aux is None else aux[index])
             outputs.append(x)
@@ -47,7 +66,7 @@ class BlockRunner(NamedTuple):
 
     def _scan(self, call, blocks, x, aux):
         # Parameters are stacked here, so their paths and checkpoints are the same with and without the scan.
-        params = jax.tree.map(lambda *p: jnp.stack(p), *(block.variables['params'] for block in blocks))
+        params = jax.tree.map(self._stack, *(block.variables['params'] for block in blocks))
         block, _ = blocks[0].unbind()
         keys = jax.random.split(blocks[0].make_rng('dropout'), len(blocks)) if blocks[0].has_rng('dropout') else None
 
@@ -57,10 +76,14 @@ class BlockRunner(NamedTuple):
             x = nn.apply(lambda bound: call(bound, x, block_aux), block)({'params': params}, rngs=rngs)
             return x, x
 
-        if self.remat:
-            body = jax.checkpoint(body, prevent_cse=False)
+        if self.remat != NO_REMAT:
+            body = jax.checkpoint(body, prevent_cse=False, policy=_POLICIES[self.remat])
         aux = aux if aux is None or isinstance(aux, jax.Array) else jnp.stack(aux)
         return jax.lax.scan(body, x, (params, keys, aux))
+
+    def _stack(self, *arrays):
+        is_kernel = arrays[0].ndim > 1  # scales and biases may be used in float32
+        return jnp.stack([x.astype(self.dtype) if is_kernel and self.dtype else x for x in arrays])
 
 
 DEFAULT = BlockRunner()  # one by one, activations stored

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from vqvae2_jax.models.attention import CausalAttention
-from vqvae2_jax.models.block_runner import BlockRunner
+from vqvae2_jax.models.block_runner import NO_REMAT, BlockRunner
+from vqvae2_jax.models.pointwise import Dropout, elu
 
 PerBlock = Sequence[jax.Array] | jax.Array  # one array for each block: a sequence, or an array [blocks, ...]
 _SMALL = nn.initializers.variance_scaling(0.01, 'fan_in', 'truncated_normal')  # blocks start near the identity
@@ -72,17 +73,17 @@ class GatedBlock(nn.Module):
           [B, h, w, F].
         """
         features = x.shape[-1]
-        y = self.make_conv(self.residual_channels, dtype=self.dtype)(nn.elu(x))
+        y = self.make_conv(self.residual_channels, dtype=self.dtype)(elu(x))
         if aux is not None:
-            y = y + nn.Dense(self.residual_channels, dtype=self.dtype)(nn.elu(aux))
-        y = nn.elu(nn.RMSNorm(dtype=self.dtype)(y))
-        dropout = nn.Dropout(self.dropout, deterministic=not train)
-        y = dropout(y) if self.dropout_placement == 'inside' else y
+            y = y + nn.Dense(self.residual_channels, dtype=self.dtype)(elu(aux))
+        y = elu(nn.RMSNorm(dtype=self.dtype)(y))
+        dropout = Dropout(self.dropout)
+        y = dropout(y, train=train) if self.dropout_placement == 'inside' else y
         y = self.make_conv(2 * features, kernel_init=_SMALL, dtype=self.dtype)(y)
         if condition is not None:
             y = y + nn.Dense(2 * features, dtype=self.dtype)(condition)
         x = x + gate(y)
-        return dropout(x) if self.dropout_placement == 'after' else x
+        return dropout(x, train=train) if self.dropout_placement == 'after' else x
 
 
 def run_blocks(
@@ -188,5 +189,5 @@ class GatedResNetStack(nn.Module):
             part_aux = [aux[i * size : (i + 1) * size] for i in range(len(self.stacks))]
             rest_aux = aux[size * len(self.stacks) :]
         # Without remat here: the blocks inside a part are rematerialized one by one.
-        x, _ = runner._replace(remat=False).run(apply_part, self.stacks, x, part_aux)
+        x, _ = runner._replace(remat=NO_REMAT).run(apply_part, self.stacks, x, part_aux)
         return run_blocks(runner, self.rest, x, rest_aux, condition, train)[0]

@@ -11,6 +11,7 @@ Shapes: B batch, H W this level's map, h w all of it or, with a cache, the part 
 map of a coarser level l, K codebook size, F hidden channels, R residual channels.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -19,10 +20,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vqvae2_jax.models import attention
 from vqvae2_jax.models.attention import CausalAttention
-from vqvae2_jax.models.block_runner import BlockRunner
+from vqvae2_jax.models.block_runner import NO_REMAT, REMAT_CHOICES, BlockRunner
 from vqvae2_jax.models.gated_resnet import GatedBlock, GatedResNetStack, run_blocks
 from vqvae2_jax.models.order import GenerationOrder
+from vqvae2_jax.models.pointwise import elu
 from vqvae2_jax.models.residual import ResidualStack
 
 DROPOUT_PLACEMENTS = ('inside', 'after')
@@ -51,9 +54,10 @@ class Prior(nn.Module):
       dropout_placement: 'inside' a block, or 'after' it (section 3.2 of the paper).
       attention_dropout: dropout rate of the attention layers.
       attention_dropout_kind: 'keys', or 'logits' (section 3.2 of the paper); see `CausalAttention`.
-      remat: recompute activations of blocks and attention in the backward pass instead of storing them.
+      remat: what the backward pass recomputes of blocks and attention instead of storing it, see `BlockRunner`.
       scan_layers: train blocks of the same shape as a scan, which compiles one of them.
       dtype: dtype of the computation; logits are float32.
+      attend: computes attention over whole maps, see `CausalAttention`.
 
     Raises:
       ValueError: fields that do not fit together; the message names them.
@@ -76,9 +80,10 @@ class Prior(nn.Module):
     dropout_placement: str
     attention_dropout: float
     attention_dropout_kind: str
-    remat: bool
+    remat: str
     scan_layers: bool
     dtype: jnp.dtype
+    attend: attention.Attend = dataclasses.field(default=attention.attend, kw_only=True)
 
     def setup(self):
         if self.kernel_size % 2 == 0:
@@ -94,6 +99,7 @@ class Prior(nn.Module):
                 f'must be 0, because attention takes at most {MAX_ATTENDED} positions'
             )
         choices = {'dropout_placement': DROPOUT_PLACEMENTS, 'attention_dropout_kind': ATTENTION_DROPOUT_KINDS}
+        choices['remat'] = REMAT_CHOICES
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f'{field} is {getattr(self, field)!r}; it must be one of {", ".join(allowed)}')
@@ -121,7 +127,9 @@ class Prior(nn.Module):
 
     def _stack(self, make_conv) -> GatedResNetStack:
         dropout = self.attention_dropout, self.attention_dropout_kind
-        make_attention = functools.partial(CausalAttention, self.num_heads, self.order, *dropout, self.dtype)
+        make_attention = functools.partial(
+            CausalAttention, self.num_heads, self.order, *dropout, self.dtype, self.attend
+        )
         make_block = self._block_factory(make_conv)
         return GatedResNetStack(self.num_residual_blocks, self.num_attention_layers, make_block, make_attention)
 
@@ -165,10 +173,10 @@ class Prior(nn.Module):
     def _head(self, x, condition, *, train=False):
         # features [B, h, w, F] -> logits float32 [B, h, w, K]
         x, _ = run_blocks(self._runner(train), self.output_blocks, x, condition=condition, train=train)
-        return self.logits(nn.elu(x).astype(jnp.float32))
+        return self.logits(elu(x).astype(jnp.float32))
 
     def _runner(self, train):
-        return BlockRunner(self.remat and train, self.scan_layers and train)
+        return BlockRunner(self.remat if train else NO_REMAT, self.scan_layers and train, self.dtype)
 
     def condition(
         self, labels: jax.Array | None = None, coarser: tuple[jax.Array, ...] = (), *, train: bool = False
