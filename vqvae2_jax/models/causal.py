@@ -25,8 +25,8 @@ class CausalConv(nn.Module):
     """Convolution that is causal along one axis: an output depends on inputs up to and including its own position.
 
     The kernel covers a position and the positions before it along the causal axis. Along the other axis a vertical
-    stack has 'SAME' padding, and the kernel of a horizontal stack has size 1. With a cache a call takes one row (`rows`)
-    or one position (`columns`).
+    stack has 'SAME' padding, and the kernel of a horizontal stack has size 1. With a cache a call takes one row of a
+    vertical stack, or one position of a horizontal one.
 
     Attributes:
       features: number of output channels.
@@ -50,7 +50,7 @@ class CausalConv(nn.Module):
         size = self.kernel_size[axis - 1]
         shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
         use_cache = self.is_mutable_collection(self.cache_name) and not self.is_initializing()
-        # The cache is the whole window of the last call, which a loop over calls can update without a copy.
+        # The cache is the whole window of the last call: to write it and the part to keep would take two kernels.
         window = self.variable(self.cache_name, 'window', jnp.zeros, shape, x.dtype) if use_cache else None
         past = window.value if use_cache else jnp.zeros(shape, x.dtype)
         x = jnp.concatenate([jax.lax.slice_in_dim(past, 1, size, axis=axis), x], axis=axis)

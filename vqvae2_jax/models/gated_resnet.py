@@ -36,9 +36,10 @@ def gate(y: jax.Array) -> jax.Array:
 class GatedBlock(nn.Module):
     """x + gate(conv(elu(norm(conv(elu(x)))))) with channels F -> R -> 2 F.
 
-    `aux` is added after the first convolution, `condition` before the gate, both through 1x1 layers. The norm lets all orders train at the same
-    high learning rate. Without it the activations of the vertical stack in raster order, which has no output layer,
-    grow until gradients explode. (The tanh of Gated PixelCNN bounds them too, but costs likelihood.)
+    `aux` is added after the first convolution, `condition` before the gate, both through 1x1 layers. The norm lets all
+    orders train at the same high learning rate. Without it the activations of the vertical stack in raster order, which
+    has no output layer, grow until gradients explode. (The tanh of Gated PixelCNN bounds them too, but costs
+    likelihood.)
 
     Attributes:
       residual_channels: R.

@@ -100,8 +100,8 @@ def sample(
 
 
 def _decode_single(decode, params, condition) -> Sampled:
-    # On CUDA XLA computes a product with one row by reductions that write the elementwise products to memory. With two
-    # rows it is a matrix product.
+    # For NVIDIA GPUs XLA turns the product of a single row with a matrix into a sum of elementwise products, which it
+    # writes to memory. Two rows remain a matrix product.
     def decode_twice(params, condition):
         return decode(params, None if condition is None else jnp.repeat(condition, 2, axis=0), copies=2)
 
@@ -146,13 +146,13 @@ def sample_levels(
 
 
 def _sample_codes(prior, keys, sampling_params, known_codes, rows, columns, logits) -> Sampled:
-    # logits [B, n, K], or with copies of every sample [2 B, n, K], at the positions rows, columns [n] -> codes and log-probabilities [B, n]
-    guided = logits
+    # logits [B, n, K], or [2 B, n, K] of two copies of every sample, at the positions rows, columns [n] -> codes and
+    # log-probabilities [B, n]
     if sampling_params.guidance is not None:
         pairs = logits.reshape(-1, 2, *logits.shape[1:])  # keeps the sharding of the batch
         logits, without_class = pairs[:, 0], pairs[:, 1]
         guided = apply_guidance(logits, without_class, sampling_params.guidance)
-    elif len(logits) > len(keys):
+    else:
         guided = logits = logits[: len(keys)]
     codes = sample_codes(keys, rows * prior.shape[1] + columns, guided, sampling_params)
     if known_codes is not None:
