@@ -2,6 +2,7 @@
 
   python -m benchmarks.sampling                       # batch 1 and 8; about a quarter of an hour on two cores
   python -m benchmarks.sampling --batch 64 --only wavefront
+  python -m benchmarks.sampling --against ../other   # the ratio of the times to those of another checkout
 
 The networks have the size of rosinality/vq-vae-2-pytorch's defaults: 256 channels, 16 residual blocks, kernel 5; top
 32x32 with 4 attentions, bottom 64x64 without, conditioned on the top. Weights are random: the samples mean nothing, the
@@ -13,6 +14,11 @@ eight heights of the map, from which the times of the others are interpolated.
 
 import argparse
 import functools
+import os
+import pathlib
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +176,66 @@ def temporary_bytes(prior, params, batch):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+def serve(level, order, batch, dtype):
+    """Compiles a sampler. For every line of stdin it runs it once and prints the seconds and the CPU seconds."""
+    prior = make(level, dtype, None if order == 'raster' else int(order))
+    arguments = jax.jit(lambda: weights(prior))(), jnp.arange(batch), inputs(prior, batch)[1]
+    compiled = jax.jit(sampler(prior)).lower(*arguments).compile()
+    jax.block_until_ready(compiled(*arguments))
+    print('ready', flush=True)
+    for _ in sys.stdin:
+        begin = time.perf_counter(), time.process_time()
+        jax.block_until_ready(compiled(*arguments))
+        print(time.perf_counter() - begin[0], time.process_time() - begin[1], flush=True)
+
+
+def against(other, levels, orders, batches, dtype, runs=5):
+    """Prints the medians of runs of this checkout and of another one, which run by turns, and the ratio."""
+    print(
+        '\n| level | order | batch | s, other | s, this | ratio | ratio of CPU seconds |\n|---|---|---|---|---|---|---|'
+    )
+    for level in levels:
+        for order in orders:
+            for batch in batches:
+                options = ['--serve', level, order, str(batch), '--dtype', dtype.name]
+                times = run_by_turns([_start(root, options) for root in (other, '.')], runs)
+                (before, cpu_before), (after, cpu_after) = np.median(times, axis=1)
+                print(
+                    f'| {level} | {order} | {batch} | {before:.2f} | {after:.2f} | {after / before:.3f} '
+                    f'| {cpu_after / cpu_before:.3f} |',
+                    flush=True,
+                )
+
+
+def _start(root, options):
+    # This file, with the packages of the checkout at `root`.
+    path = pathlib.Path(root).resolve()
+    command = [sys.executable, str(pathlib.Path(__file__).resolve()), *options]
+    environment = {**os.environ, 'PYTHONPATH': str(path)}
+    return subprocess.Popen(
+        command, cwd=path, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def run_by_turns(processes, runs):
+    """Returns the numbers that every process prints for each of `runs` lines, [processes, runs, numbers]."""
+    try:
+        for process in processes:
+            if process.stdout.readline() != 'ready\n':
+                raise RuntimeError(f'{process.args} has failed; its messages are above')
+        results = []
+        for _ in range(runs):
+            results.append([])
+            for process in processes:
+                print(file=process.stdin, flush=True)
+                results[-1].append([float(number) for number in process.stdout.readline().split()])
+        return np.swapaxes(results, 0, 1)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 def main():
     xla_flags.set_cpu_flags()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -177,8 +243,21 @@ def main():
     parser.add_argument('--skew', type=int, nargs='+', default=[1, 2, 3])
     parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
     parser.add_argument('--only', choices=('memory', 'raster', 'growth', 'wavefront'))
+    parser.add_argument(
+        '--against', metavar='CHECKOUT', help='compare with another checkout, in raster order and --skew'
+    )
+    parser.add_argument('--level', choices=tuple(SHAPES), nargs='+', default=list(SHAPES), help='with --against')
+    parser.add_argument('--serve', nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     dtype = jnp.dtype(options.dtype)
+    if options.serve:
+        level, order, batch = options.serve
+        serve(level, order, int(batch), dtype)
+        return
+    if options.against:
+        print(f'{machine()}, JAX {jax.__version__}, {dtype.name}')
+        against(options.against, options.level, ['raster', *map(str, options.skew)], options.batch, dtype)
+        return
     bandwidth = measure_bandwidth()
     print(f'{machine()}, JAX {jax.__version__}, {dtype.name}')
     print(f'memory {bandwidth / 1e9:.1f} GB/s, a large matrix product {measure_products(dtype) / 1e9:.0f} GFLOP/s')

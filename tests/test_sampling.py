@@ -1,11 +1,14 @@
 """The cached sampler against its slow definition, and the inputs that a sample depends on."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from tests import defaults
 from tests.test_prior import CASES, make_prior
@@ -147,27 +150,67 @@ def test_logits_with_caches_equal_the_whole_network(case):
     whole = prior.apply({'params': params}, codes, labels, coarser)
     condition = prior.apply({'params': params}, labels, coarser, method='condition')
     rows, attention = {}, {}
-    above = jnp.full((2, 1, prior.shape[1]), prior.codebook_size)
+    above = jnp.full((2, prior.shape[1]), prior.codebook_size)
     for i in range(prior.shape[0]):
         part = condition if condition is None or condition.shape[1] == 1 else condition[:, i : i + 1]
         variables = {'params': params, **rows}
-        vertical, rows = prior.apply(
-            variables, above, jnp.array([i]), part, method='vertical_features', mutable=['rows']
+        first, made = prior.apply(
+            variables, above, jnp.int32(i), part, method='decode_row', mutable=['rows', 'projections']
         )
-        left, cache = jnp.full((2, 1, 1), prior.codebook_size), attention
+        left, cache = jnp.full((2, 1), prior.codebook_size), attention
         for j in range(prior.shape[1]):
-            here = part if part is None or part.shape[2] == 1 else part[:, :, j : j + 1]
-            vertical_here = jax.tree.map(lambda f, j=j: f[:, :, j : j + 1], vertical)
-            arguments = (left, jnp.int32(i * prior.shape[1] + j), vertical_here, here)
-            logits, cache = prior.apply(
-                {'params': params, **cache}, *arguments, method='decode_position', mutable=['columns', 'attention']
+            first_here, projections = jax.tree.map(
+                lambda f, j=j: f if f.shape[2] == 1 else f[:, :, j : j + 1], (first, made['projections'])
             )
-            np.testing.assert_allclose(logits[:, 0, 0], whole[:, i, j], atol=1e-4)
-            left = codes[:, i : i + 1, j : j + 1]
+            variables = {'params': params, 'projections': projections, **cache}
+            arguments = left, jnp.int32(i * prior.shape[1] + j), first_here
+            logits, cache = prior.apply(
+                variables, *arguments, method='decode_position', mutable=['columns', 'attention']
+            )
+            np.testing.assert_allclose(logits[:, 0], whole[:, i, j], atol=1e-4)
+            left = codes[:, i, j : j + 1]
             if 'attention' in cache:
                 cache = poisoned(cache, i * prior.shape[1] + j + 1)
         attention = {k: v for k, v in cache.items() if k == 'attention'}
-        above = codes[:, i : i + 1]
+        rows, above = {'rows': made['rows']}, codes[:, i]
+
+
+@pytest.mark.parametrize('case', ['attention', 'coarser level'])
+def test_a_single_sample_is_computed_twice_on_gpus_with_the_same_result(case, monkeypatch):
+    prior, params, _, labels, coarser = make_prior(case, batch=1)
+
+    def run():
+        return jax.jit(lambda: sample(prior, params, sample_keys(jax.random.key(7), jnp.arange(1)), labels, coarser))()
+
+    once = run()
+    monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *arguments, cuda, default: cuda(*arguments))
+    twice = run()
+    assert twice.codes.shape == (1, *prior.shape)
+    np.testing.assert_array_equal(once.codes, twice.codes)
+    np.testing.assert_allclose(once.log_probs, twice.log_probs, atol=1e-5)
+
+
+def products_by_loop_depth(jaxpr, depth=0):
+    """{depth: number of matrix products and convolutions}, of code whose results are used."""
+    found = collections.Counter()
+    for equation in jaxpr.eqns:
+        found[depth] += equation.primitive.name in ('dot_general', 'conv_general_dilated')
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            found += products_by_loop_depth(inner, depth + (equation.primitive.name == 'scan'))
+    return found
+
+
+@pytest.mark.parametrize('case, depth', [('attention', 2), ('coarser level', 2), ('skew 3, attention', 1)])
+def test_projections_of_what_a_step_does_not_change_are_not_in_its_loop(case, depth):
+    """Two convolutions a block, six products of an attention layer, the first convolution, and the logits."""
+    prior, params, _, labels, coarser = make_prior(case, num_classes=3)
+    labels, keys = jnp.arange(2), sample_keys(jax.random.key(7), jnp.arange(2))
+    jaxpr = jax.make_jaxpr(lambda: sample(prior, params, keys, labels, coarser).codes)().jaxpr
+    used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
+    blocks = prior.num_residual_blocks + prior.num_output_blocks
+    expected = 2 * blocks + 6 * prior.num_attention_layers + 2
+    per_iteration = 2 if depth == 2 else 1  # raster order: two positions
+    assert products_by_loop_depth(used)[depth] == per_iteration * expected
 
 
 def test_sample_i_is_the_same_in_any_batch_and_order():

@@ -7,7 +7,7 @@ network.
 A cache is a Flax collection. A layer uses it if the caller of `apply` makes the collection mutable:
   `rows`      the last input rows of each convolution of a vertical stack
   `columns`   the last input columns of each convolution of a horizontal stack; the caller empties it at every new row
-  `diagonals` the inputs of the last steps of each convolution in wavefront order, for the rows of the current step
+  `diagonals` the inputs of the last steps of each convolution in wavefront order
 
 Shapes: B batch, H W map (with a cache, the part that is computed in one call), F features, n positions of a step of the
 order.
@@ -25,7 +25,8 @@ class CausalConv(nn.Module):
     """Convolution that is causal along one axis: an output depends on inputs up to and including its own position.
 
     The kernel covers a position and the positions before it along the causal axis. Along the other axis a vertical
-    stack has 'SAME' padding, and the kernel of a horizontal stack has size 1.
+    stack has 'SAME' padding, and the kernel of a horizontal stack has size 1. With a cache a call takes one row of a
+    vertical stack, or one position of a horizontal one.
 
     Attributes:
       features: number of output channels.
@@ -46,20 +47,35 @@ class CausalConv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, H, W, F] to [B, H, W, features]."""
         axis = {'rows': 1, 'columns': 2}[self.cache_name]
-        length = self.kernel_size[axis - 1] - 1  # of the past that the kernel covers
-        past = jnp.zeros((*x.shape[:axis], length, *x.shape[axis + 1 :]), x.dtype)
+        size = self.kernel_size[axis - 1]
+        shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
         use_cache = self.is_mutable_collection(self.cache_name) and not self.is_initializing()
+        # The cache is the whole window of the last call: to write it and the part to keep would take two kernels.
+        window = self.variable(self.cache_name, 'window', jnp.zeros, shape, x.dtype) if use_cache else None
+        past = window.value if use_cache else jnp.zeros(shape, x.dtype)
+        x = jnp.concatenate([jax.lax.slice_in_dim(past, 1, size, axis=axis), x], axis=axis)
         if use_cache:
-            cache = self.variable(self.cache_name, 'past', lambda: past)
-            past = cache.value
-        x = jnp.concatenate([past, x], axis=axis)
-        if use_cache:
-            cache.value = jax.lax.slice_in_dim(x, x.shape[axis] - length, x.shape[axis], axis=axis)
+            window.value = x
+        convolve = _convolve_one_position if use_cache and self.cache_name == 'columns' else None
         side = self.kernel_size[1] // 2 if self.cache_name == 'rows' else 0
-        padding = ((0, 0), (side, side))
         return nn.Conv(
-            self.features, self.kernel_size, padding=padding, kernel_init=self.kernel_init, dtype=self.dtype
+            self.features,
+            self.kernel_size,
+            padding=((0, 0), (side, side)),
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+            conv_general_dilated=convolve,
         )(x)
+
+
+def _convolve_one_position(window, kernel, *_, **__):
+    # [B, 1, k, F] and [1, k, F, features] -> [B, 1, 1, features]: a product, which accelerators start faster
+    return _product(window.reshape(len(window), 1, 1, -1), kernel.reshape(-1, kernel.shape[-1]))
+
+
+def _product(x, weights):
+    # Accelerators accumulate in float32 anyway, and CPUs are fast at bfloat16 products only in this way.
+    return jnp.matmul(x, weights, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 class WavefrontConv(nn.Module):
@@ -93,9 +109,7 @@ class WavefrontConv(nn.Module):
         bias = self.param('bias', nn.initializers.zeros, (self.features,))
         x, weights, bias = nn.dtypes.promote_dtype(x, weights, bias, dtype=self.dtype)
         if self.is_mutable_collection('diagonals') and not self.is_initializing():
-            # Accelerators accumulate in float32 anyway, and CPUs are fast at bfloat16 products only in this way.
-            window, weights = self._cached_window(x, visible_offsets), weights.reshape(-1, self.features)
-            return jnp.matmul(window, weights, preferred_element_type=jnp.float32).astype(x.dtype) + bias
+            return _product(self._cached_window(x, visible_offsets), weights.reshape(-1, self.features)) + bias
         rows, columns = np.array(visible_offsets).T
         above, below, left, right = -rows.min(), rows.max(), -columns.min(), columns.max()
         kernel = jnp.zeros((above + below + 1, left + right + 1, *weights.shape[1:]), weights.dtype)
@@ -107,32 +121,26 @@ class WavefrontConv(nn.Module):
     def _cached_window(self, x, visible_offsets):
         # [B, n, 1, F] -> [B, n, 1, offsets * F], the inputs at every offset
         order, lead = self.order, int(self.strict)  # `lead`: number of steps from the step of x to that of the output
-        n = order.max_positions_per_step
-        above, below = -min(i for i, _ in visible_offsets), max(i for i, _ in visible_offsets)
-        num_cached_steps = -lead - min(j + order.skew * i for i, j in visible_offsets)
-        shape = (x.shape[0], above + n, num_cached_steps, x.shape[-1])
-        past = self.variable('diagonals', 'past', jnp.zeros, shape, x.dtype)
+        n, margin = order.max_positions_per_step, self.kernel_size // 2  # margin: rows above and below the map
+        steps_back = [-j - order.skew * i for i, j in visible_offsets]  # from the step of the output
+        num_slots = max(steps_back) - lead + 1
+        shape = (num_slots, x.shape[0], order.shape[0] + 2 * margin, x.shape[-1])
+        ring = self.variable('diagonals', 'ring', jnp.zeros, shape, x.dtype)  # slot: step modulo their number
         calls = self.variable('diagonals', 'calls', jnp.zeros, (), jnp.int32)
-        step = calls.value - lead  # the step of x
+        output_step, step = calls.value, calls.value - lead  # step: of x
         calls.value = calls.value + 1
 
         _, _, on_map = order.positions(step)
-        new = jnp.where(on_map[:, None, None], x, 0)  # zeros off the map, as in training
-        kept = self._shift_rows(past.value, step)
-        # The rows above those of this step are finished: their later columns are off the map.
-        inputs = jnp.concatenate([kept, jnp.pad(new, ((0, 0), (above, 0), (0, 0), (0, 0)))], axis=2)
-        past.value = inputs[:, :, 1:]
-        if self.strict:
-            inputs = self._shift_rows(inputs, step + 1)
-        inputs = jnp.pad(inputs, ((0, 0), (0, below), (0, 0), (0, 0)))  # rows that have not started
+        new = jnp.where(on_map[:, None], x[:, :, 0], 0)  # zeros off the map, as in training
+        # The slot holds an older step. The rows above are finished, so they become zeros as far as a window reaches;
+        # those below have not started in either step.
+        new = jnp.pad(new, ((0, 0), (margin, 0), (0, 0)))[None]
+        ring.value = jax.lax.dynamic_update_slice(ring.value, new, (step % num_slots, 0, order.first_row(step), 0))
+        top = order.first_row(output_step) + margin
         at_offsets = [
-            inputs[:, above + i : above + i + n, num_cached_steps + lead + j + order.skew * i]
-            for i, j in visible_offsets
+            jax.lax.dynamic_slice(
+                ring.value, ((output_step - back) % num_slots, 0, top + i, 0), (1, x.shape[0], n, x.shape[-1])
+            )
+            for (i, _), back in zip(visible_offsets, steps_back, strict=True)
         ]
-        return jnp.concatenate(at_offsets, axis=-1)[:, :, None]
-
-    def _shift_rows(self, inputs, step):
-        # from the rows of the previous step to those of `step`: by at most one row
-        shift = self.order.first_row(step) - self.order.first_row(step - 1)
-        padded = jnp.pad(inputs, ((0, 0), (0, 1), (0, 0), (0, 0)))
-        return jax.lax.dynamic_slice_in_dim(padded, shift, inputs.shape[1], axis=1)
+        return jnp.concatenate(at_offsets, axis=-1)[0][:, :, None]

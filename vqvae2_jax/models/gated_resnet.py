@@ -1,5 +1,8 @@
 """The blocks of the priors' networks: gated residual blocks, with causal attention after every few of them.
 
+A block adds projections of inputs that do not depend on the codes of its own step. The sampler computes them once for
+many steps: `project` puts them into the collection `projections`, and blocks that get this collection read them.
+
 Shapes: B batch, h w the whole map or, with a cache, the part that is computed in one call, F hidden channels,
 R residual channels.
 """
@@ -34,9 +37,10 @@ def gate(y: jax.Array) -> jax.Array:
 class GatedBlock(nn.Module):
     """x + gate(conv(elu(norm(conv(elu(x)))))) with channels F -> R -> 2 F.
 
-    `aux` is added after the first convolution, `condition` before the gate. The norm lets all orders train at the same
-    high learning rate. Without it the activations of the vertical stack in raster order, which has no output layer,
-    grow until gradients explode. (The tanh of Gated PixelCNN bounds them too, but costs likelihood.)
+    `aux` is added after the first convolution, `condition` before the gate, both through 1x1 layers. The norm lets all
+    orders train at the same high learning rate. Without it the activations of the vertical stack in raster order, which
+    has no output layer, grow until gradients explode. (The tanh of Gated PixelCNN bounds them too, but costs
+    likelihood.)
 
     Attributes:
       residual_channels: R.
@@ -74,16 +78,24 @@ class GatedBlock(nn.Module):
         """
         features = x.shape[-1]
         y = self.make_conv(self.residual_channels, dtype=self.dtype)(elu(x))
-        if aux is not None:
-            y = y + nn.Dense(self.residual_channels, dtype=self.dtype)(elu(aux))
+        y = self._add_projection(y, 'aux', None if aux is None else elu(aux))
         y = elu(nn.RMSNorm(dtype=self.dtype)(y))
         dropout = Dropout(self.dropout)
         y = dropout(y, train=train) if self.dropout_placement == 'inside' else y
         y = self.make_conv(2 * features, kernel_init=_SMALL, dtype=self.dtype)(y)
-        if condition is not None:
-            y = y + nn.Dense(2 * features, dtype=self.dtype)(condition)
+        y = self._add_projection(y, 'condition', condition)
         x = x + gate(y)
         return dropout(x, train=train) if self.dropout_placement == 'after' else x
+
+    def _add_projection(self, y, name, x):
+        if self.has_variable('projections', name):
+            return y + self.get_variable('projections', name)
+        if x is None:
+            return y
+        projection = nn.Dense(y.shape[-1], dtype=self.dtype)(x)
+        if self.is_mutable_collection('projections') and not self.is_initializing():
+            self.put_variable('projections', name, projection)
+        return y + projection
 
 
 def run_blocks(
@@ -112,6 +124,20 @@ def run_blocks(
         return block(x, aux=aux, condition=condition, train=train)
 
     return runner.run(call, blocks, x, aux)
+
+
+def project(blocks: Sequence[GatedBlock], aux: PerBlock | None, condition: jax.Array | None) -> None:
+    """Computes what gated blocks add to their features, for the collection `projections`, which has to be mutable.
+
+    Args:
+      blocks: bound modules.
+      aux: [B, h, w, F] for each block, or None.
+      condition: [B, h or 1, w or 1, F], the same for all blocks, or None; one of the two is there.
+    """
+    for index, block in enumerate(blocks):
+        block_aux = None if aux is None else aux[index]
+        # The features of the block do not matter: its result is not used, so compilers remove what computes it.
+        block(condition if aux is None else block_aux, aux=block_aux, condition=condition)
 
 
 class BlocksWithAttention(nn.Module):
@@ -152,6 +178,10 @@ class GatedResNetStack(nn.Module):
         ]
         num_rest = self.num_residual_blocks - self.blocks_per_attention * self.num_attention_layers
         self.rest = [self.make_block() for _ in range(num_rest)]
+
+    def all_blocks(self) -> list[GatedBlock]:
+        """Returns the gated blocks in the order in which they run."""
+        return [block for stack in self.stacks for block in stack.blocks] + list(self.rest)
 
     def __call__(
         self,

@@ -66,7 +66,7 @@ class GenerationOrder:
         return np.arange(self.shape[0])[:, None] - self.first_row(self.step_map())
 
     def first_row(self, step: jax.Array | np.ndarray | int) -> jax.Array | np.ndarray:
-        """Returns the row of the first position of a step; its n positions are in this row and the n - 1 rows below.
+        """Returns the first of the n rows of the map that have the positions of a step.
 
         Args:
           step: int, of any shape.
@@ -74,7 +74,8 @@ class GenerationOrder:
         Returns:
           int, of the shape of `step`.
         """
-        return _numpy_for(step).maximum((step - self.shape[1]) // self.skew + 1, 0)
+        not_finished = (step - self.shape[1]) // self.skew + 1
+        return _numpy_for(step).clip(not_finished, 0, self.shape[0] - self.max_positions_per_step)
 
     def positions(self, step: jax.Array | np.ndarray | int) -> tuple[jax.Array | np.ndarray, ...]:
         """Returns the positions of a step, from top to bottom.
@@ -91,8 +92,8 @@ class GenerationOrder:
         xp = _numpy_for(step)
         rows = self.first_row(step) + xp.arange(self.max_positions_per_step)
         columns = step - self.skew * rows
-        on_map = (rows < self.shape[0]) & (columns >= 0) & (columns < self.shape[1])
-        return xp.minimum(rows, self.shape[0] - 1), xp.clip(columns, 0, self.shape[1] - 1), on_map
+        on_map = (columns >= 0) & (columns < self.shape[1])
+        return rows, xp.clip(columns, 0, self.shape[1] - 1), on_map
 
     def visible_offsets(self, kernel_size: int, strict: bool = False) -> tuple[tuple[int, int], ...]:
         """Returns the offsets within a convolution window that belong to the same or an earlier step.

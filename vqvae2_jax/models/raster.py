@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from vqvae2_jax.models.causal import CausalConv
-from vqvae2_jax.models.gated_resnet import PerBlock, run_blocks
+from vqvae2_jax.models.gated_resnet import PerBlock, project, run_blocks
 from vqvae2_jax.models.order import GenerationOrder
 from vqvae2_jax.models.prior import Prior
 
@@ -64,21 +64,39 @@ class RasterPrior(Prior):
         x = x + self.row_embed(rows)[:, None] + self.column_embed(jnp.arange(self.shape[1]))
         return x, run_blocks(self._runner(train), self.vertical_blocks, x, condition=condition, train=train)[1]
 
-    def decode_position(
-        self, left: jax.Array, step: jax.Array, vertical: tuple[jax.Array, PerBlock], condition: jax.Array | None
-    ) -> jax.Array:
-        """Computes the logits of one position, with the caches `columns` and `attention`.
+    def decode_row(self, above: jax.Array, row: jax.Array, condition: jax.Array | None) -> jax.Array:
+        """Computes all that the positions of a row have in common, with the cache `rows`.
+
+        It also fills the collection `projections` of the blocks that `decode_position` runs.
 
         Args:
-          left: int32 [B, 1, 1], the code to the left; K in the first column.
-          step: int32 [], row * W + column of the position.
-          vertical: the features of `vertical_features` at the position, each [B, 1, 1, F].
-          condition: the result of `condition` at the position, [B, 1, 1, F], or None.
+          above: int32 [B, W], the codes above; K in the first row.
+          row: int32 [], the index of the row.
+          condition: the part of the result of `condition` that belongs to the row, [B, 1, W or 1, F], or None.
 
         Returns:
-          float32 [B, 1, 1, K].
+          Features of the vertical stack after the first convolution, [B, 1, W, F].
         """
-        return self._head(self._horizontal(left, vertical, condition, step), condition)
+        first, blocks = self.vertical_features(above[:, None], row[None], condition)
+        project(self.horizontal_trunk.all_blocks(), blocks, condition)
+        if condition is not None:
+            project(self.output_blocks, None, condition)
+        return first
+
+    def decode_position(self, left: jax.Array, step: jax.Array, first: jax.Array) -> jax.Array:
+        """Computes the logits of one position, with the caches `columns` and `attention`.
+
+        It needs the collection `projections` of `decode_row` at the position: each array [B, 1, 1, features].
+
+        Args:
+          left: int32 [B, 1], the code to the left; K in the first column.
+          step: int32 [], row * W + column of the position.
+          first: the result of `decode_row` at the position, [B, 1, 1, F].
+
+        Returns:
+          float32 [B, 1, K].
+        """
+        return self._head(self._horizontal(left[:, None], (first, None), None, step), None)[:, 0]
 
     def _horizontal(self, left, vertical, condition, step=None, *, train=False):
         first, blocks = vertical

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from vqvae2_jax.models.causal import WavefrontConv
+from vqvae2_jax.models.gated_resnet import project
 from vqvae2_jax.models.order import GenerationOrder
 from vqvae2_jax.models.prior import Prior
 
@@ -45,13 +46,22 @@ class WavefrontPrior(Prior):
         rows, columns = jnp.arange(self.shape[0])[:, None], jnp.arange(self.shape[1])
         return self._features(codes, rows, columns, condition, train=train)
 
+    def project_condition(self, condition: jax.Array) -> None:
+        """Fills the collection `projections` with what blocks add in every step, for a condition of the class alone.
+
+        Args:
+          condition: the result of `condition`, [B, 1, 1, F].
+        """
+        project([*self.trunk.all_blocks(), *self.output_blocks], None, condition)
+
     def decode_step(self, previous: jax.Array, step: jax.Array, condition: jax.Array | None) -> jax.Array:
         """Computes the logits of one step, with the caches `diagonals` and `attention`.
 
         Args:
           previous: int32 [B, n], the codes of the previous step; any codes at positions off the map and in step 0.
           step: int32 [], the number of the step.
-          condition: the result of `condition` for the whole map, [B, H or 1, W or 1, F], or None.
+          condition: the result of `condition` for the whole map, [B, H or 1, W or 1, F], or None; not used if there is
+            the collection `projections`.
 
         Returns:
           float32 [B, n, K] at the positions that `self.order.positions(step)` returns; undefined off the map.

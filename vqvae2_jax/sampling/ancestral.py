@@ -88,11 +88,25 @@ def sample(
         # With and without class are neighbors: if they were two halves of the batch, devices would have to exchange
         # them in every step.
         labels = jnp.stack([labels, jnp.full_like(labels, prior.num_classes)], axis=1).reshape(-1)
-    duplicate = functools.partial(jnp.repeat, repeats=2, axis=0) if guided else lambda x: x
-    condition = prior.apply({'params': params}, labels, tuple(map(duplicate, coarser)), method='condition')
+    copies = 2 if guided else 1
+    coarser = tuple(jnp.repeat(codes, copies, axis=0) for codes in coarser)
+    condition = prior.apply({'params': params}, labels, coarser, method='condition')
     sample_at = functools.partial(_sample_codes, prior, keys, sampling_params, known_codes)
     decode = _decode_wavefront if isinstance(prior, WavefrontPrior) else _decode_raster
-    return decode(prior, params, condition, sample_at, duplicate, keys.shape[0])
+    decode = functools.partial(decode, prior, sample_at, keys.shape[0])
+    if len(keys) > 1 or guided or isinstance(prior, WavefrontPrior):
+        return decode(params, condition, copies)
+    return _decode_single(decode, params, condition)
+
+
+def _decode_single(decode, params, condition) -> Sampled:
+    # For NVIDIA GPUs XLA turns the product of a single row with a matrix into a sum of elementwise products, which it
+    # writes to memory. Two rows remain a matrix product.
+    def decode_twice(params, condition):
+        return decode(params, None if condition is None else jnp.repeat(condition, 2, axis=0), copies=2)
+
+    decode_once = functools.partial(decode, copies=1)
+    return jax.lax.platform_dependent(params, condition, cuda=decode_twice, default=decode_once)
 
 
 def sample_levels(
@@ -132,12 +146,14 @@ def sample_levels(
 
 
 def _sample_codes(prior, keys, sampling_params, known_codes, rows, columns, logits) -> Sampled:
-    # logits [B or 2 B, n, K] at the positions rows, columns [n] -> codes and log-probabilities [B, n]
-    guided = logits
+    # logits [B, n, K], or [2 B, n, K] of two copies of every sample, at the positions rows, columns [n] -> codes and
+    # log-probabilities [B, n]
     if sampling_params.guidance is not None:
         pairs = logits.reshape(-1, 2, *logits.shape[1:])  # keeps the sharding of the batch
         logits, without_class = pairs[:, 0], pairs[:, 1]
         guided = apply_guidance(logits, without_class, sampling_params.guidance)
+    else:
+        guided = logits = logits[: len(keys)]
     codes = sample_codes(keys, rows * prior.shape[1] + columns, guided, sampling_params)
     if known_codes is not None:
         known = known_codes[:, rows, columns]
@@ -146,12 +162,15 @@ def _sample_codes(prior, keys, sampling_params, known_codes, rows, columns, logi
     return Sampled(codes, jnp.take_along_axis(log_probs, codes[..., None], axis=-1)[..., 0])
 
 
-def _decode_wavefront(prior, params, condition, sample_at, duplicate, batch_size) -> Sampled:
-    order = prior.order
+def _decode_wavefront(prior, sample_at, batch_size, params, condition, copies) -> Sampled:
+    order, variables = prior.order, {'params': params}
+    if condition is not None and condition.shape[1:3] == (1, 1):  # the same at every position
+        _, made = prior.apply(variables, condition, method='project_condition', mutable=['projections'])
+        variables = variables | made
 
     def network(cache, previous, step):
-        variables, arguments = {'params': params, **cache}, (duplicate(previous), step, condition)
-        return prior.apply(variables, *arguments, method='decode_step', mutable=['diagonals', 'attention'])
+        arguments = jnp.repeat(previous, copies, axis=0), step, condition
+        return prior.apply(variables | cache, *arguments, method='decode_step', mutable=['diagonals', 'attention'])
 
     def one_step(carry, step):
         previous, cache = carry
@@ -168,41 +187,42 @@ def _decode_wavefront(prior, params, condition, sample_at, duplicate, batch_size
     return jax.tree.map(lambda x: jnp.moveaxis(x[steps, :, indices], 2, 0), sampled)
 
 
-def _decode_raster(prior, params, condition, sample_at, duplicate, batch_size) -> Sampled:
+def _decode_raster(prior, sample_at, batch_size, params, condition, copies) -> Sampled:
     (height, width), off_map = prior.shape, prior.codebook_size
     variables = {'params': params}
 
     def decode_row(cache, above, row, row_condition):
-        arguments = duplicate(above)[:, None], row[None], row_condition
-        return prior.apply(variables | cache, *arguments, method='vertical_features', mutable=['rows'])
+        arguments = jnp.repeat(above, copies, axis=0), row, row_condition
+        return prior.apply(variables | cache, *arguments, method='decode_row', mutable=['rows', 'projections'])
 
-    def decode_position(cache, left, row, column, vertical, row_condition):
-        vertical, condition_here = jax.tree.map(lambda x: _slice(x, column, axis=2), (vertical, row_condition))
-        arguments = duplicate(left)[:, None], row * width + column, vertical, condition_here
+    def decode_position(cache, left, step, first, projections):
+        arguments = jnp.repeat(left, copies, axis=0), step, first
+        cache = cache | {'projections': projections}
         return prior.apply(variables | cache, *arguments, method='decode_position', mutable=['columns', 'attention'])
 
     def one_row(carry, row):
         above, row_cache, cache = carry
-        row_condition = _slice(condition, row, axis=1)
-        vertical, row_cache = decode_row(row_cache, above, row, row_condition)
+        first, made = decode_row(row_cache, above, row, _slice(condition, row, axis=1))
 
         def one_column(carry, column):
             left, cache = carry
-            logits, cache = decode_position(cache, left, row, column, vertical, row_condition)
-            sampled = sample_at(row[None], column[None], logits[:, 0])
+            here = jax.tree.map(lambda x: _slice(x, column, axis=2), (first, made['projections']))
+            logits, cache = decode_position(cache, left, row * width + column, *here)
+            sampled = sample_at(row[None], column[None], logits)
             return (sampled.codes, cache), jax.tree.map(lambda x: x[:, 0], sampled)
 
         start = jnp.full((batch_size, 1), off_map, jnp.int32), cache | {'columns': empty_cache['columns']}
-        (_, cache), sampled = jax.lax.scan(one_column, start, jnp.arange(width))
+        # Two positions in one iteration: the windows of `columns` move from one buffer to another and back, without
+        # a copy.
+        (_, cache), sampled = jax.lax.scan(one_column, start, jnp.arange(width), unroll=min(2, width))
         sampled = jax.tree.map(jnp.transpose, sampled)  # [W, B] -> [B, W]
-        return (sampled.codes, row_cache, cache), sampled
+        return (sampled.codes, {'rows': made['rows']}, cache), sampled
 
     above, zero = jnp.full((batch_size, width), off_map, jnp.int32), jnp.int32(0)
-    first_condition = _slice(condition, 0, axis=1)
-    vertical, empty_row_cache = _zeros_like_result(decode_row, {}, above, zero, first_condition)
-    arguments = above[:, :1], zero, zero, vertical, first_condition
-    _, empty_cache = _zeros_like_result(decode_position, {}, *arguments)
-    _, sampled = jax.lax.scan(one_row, (above, empty_row_cache, empty_cache), jnp.arange(height))
+    first, made = _zeros_like_result(decode_row, {}, above, zero, _slice(condition, 0, axis=1))
+    here = jax.tree.map(lambda x: x[:, :, :1], (first, made['projections']))
+    _, empty_cache = _zeros_like_result(decode_position, {}, above[:, :1], zero, *here)
+    _, sampled = jax.lax.scan(one_row, (above, {'rows': made['rows']}, empty_cache), jnp.arange(height))
     return jax.tree.map(lambda x: x.swapaxes(0, 1), sampled)  # [H, B, W] -> [B, H, W]
 
 
