@@ -1,8 +1,9 @@
 """The layers: main -> jobs -> inference, training, evaluation, planning -> tasks, sampling, metrics -> models.
 
-The infrastructure (io, data, distributed, config) stands beside them. The rules are checked on the syntax tree of every
-module, imports inside functions included. `violations` takes the sources as a dict, so that `test_layers` can show that
-each rule fails on a bad source.
+Kernels stand between: they import models, and only jobs, planning and config give them to modules. The infrastructure
+(io, data, distributed, config) stands beside the layers. The rules are checked on the syntax tree of every module,
+imports inside functions included. `violations` takes the sources as a dict, so that `test_layers` can show that each
+rule fails on a bad source.
 """
 
 import ast
@@ -15,23 +16,25 @@ ROOT = pathlib.Path(__file__).parents[1] / PACKAGE
 INFRASTRUCTURE = {'io', 'data', 'distributed', 'config', 'version', 'xla_flags'}
 LOGIC = {'inference', 'training', 'evaluation', 'planning'}  # pure functions of plain values
 MODEL_CODE = {'tasks', 'sampling', 'metrics', 'models'}
-ABOVE_MODEL_CODE = {'main', 'jobs'} | LOGIC | INFRASTRUCTURE
+ABOVE_MODEL_CODE = {'main', 'jobs', 'kernels'} | LOGIC | INFRASTRUCTURE
 # The layers that each layer must not import. Every directory and top-level module of the package has an entry.
-FORBIDDEN = dict.fromkeys(INFRASTRUCTURE, {'main', 'jobs'} | LOGIC | MODEL_CODE) | {
+FORBIDDEN = dict.fromkeys(INFRASTRUCTURE, {'main', 'jobs', 'kernels'} | LOGIC | MODEL_CODE) | {
     'main': MODEL_CODE,
     'jobs': {'main'},
-    'inference': {'main', 'jobs'} | LOGIC - {'inference'},
-    'training': {'main', 'jobs'},
-    'evaluation': {'main', 'jobs'},
+    'inference': {'main', 'jobs', 'kernels'} | LOGIC - {'inference'},
+    'training': {'main', 'jobs', 'kernels'},
+    'evaluation': {'main', 'jobs', 'kernels'},
     'planning': {'main', 'jobs'},
     'config': {'main', 'jobs', 'inference', 'evaluation', 'planning'},  # it builds modules and training settings
+    'kernels': {'main', 'jobs'} | LOGIC | INFRASTRUCTURE - {'distributed'} | MODEL_CODE - {'models'},
     'tasks': ABOVE_MODEL_CODE,
     'sampling': ABOVE_MODEL_CODE | {'tasks', 'metrics'},
     'metrics': ABOVE_MODEL_CODE | {'tasks', 'sampling'},
     'models': ABOVE_MODEL_CODE | MODEL_CODE - {'models'},
 }
-# Names of several modules, which mean the same in each: a network and the task that trains it. Plurals count as equal.
-SHARED_NAMES = {'vqvae', 'prior', 'classifier'}
+# Names of several modules, which mean the same in each: a network and the task that trains it, a layer and its kernel.
+# Plurals count as equal.
+SHARED_NAMES = {'vqvae', 'prior', 'classifier', 'attention'}
 
 # Packages that a layer does without.
 FOREIGN = {'metrics': {'flax', 'optax', 'orbax', 'chex'}}
@@ -50,7 +53,11 @@ DEVICE_NAMES = {
     'shard_map',
     'with_sharding_constraint',
 }
-DEVICE_FREE = {'tasks', 'sampling', 'models'}
+DEVICE_FREE = {'tasks', 'sampling', 'models', 'kernels'}
+# One function selects implementations by the platform. The rest compile for it, set its flags, or report it.
+PLATFORMS = {'cpu', 'gpu', 'tpu', 'cuda', 'rocm'}
+PLATFORM_MODULES = {'kernels.select', 'xla_flags', 'jobs.report_files', 'io.state_dict'}
+PLATFORM_LAYERS = {'planning'}
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_DEPTH = 400, 60, 7
 
 
@@ -111,6 +118,13 @@ def identifiers(tree: ast.Module) -> set[str]:
     return found
 
 
+def platform_uses(tree: ast.Module) -> set[str]:
+    """Platforms as strings, and attributes of devices that tell them. `platform_dependent` takes names as keywords."""
+    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return strings & PLATFORMS | attributes & {'platform', 'compute_capability'}
+
+
 def module_violations(module: str, source: str, tree: ast.Module, imports: set[str]) -> list[str]:
     """The broken rules of one module."""
     layer, found = layer_of(module), []
@@ -126,6 +140,10 @@ def module_violations(module: str, source: str, tree: ast.Module, imports: set[s
         ):
             found.append(f'imports {name}: flags belong to main')
     found += [f'uses the private name {name}' for name in sorted(private_uses(tree, imports))]
+    if 'default_backend' in identifiers(tree):
+        found.append('calls default_backend, which is wrong while a program is compiled for devices that are absent')
+    if module.partition('.')[2] not in PLATFORM_MODULES and layer not in PLATFORM_LAYERS:
+        found += [f'names a platform, which kernels.select does: {name}' for name in sorted(platform_uses(tree))]
     if layer in DEVICE_FREE:
         found += [f'names a device operation: {name}' for name in sorted(identifiers(tree) & DEVICE_NAMES)]
     if len(source.splitlines()) > MAX_FILE_LINES:

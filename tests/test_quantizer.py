@@ -1,5 +1,7 @@
 """The EMA quantizer against brute force and closed forms."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from vqvae2_jax.models.quantizer import (
     initial_statistics,
     nearest,
     restart_dead_codes,
+    sum_by_code,
 )
 
 K, D = 7, 3
@@ -50,6 +53,27 @@ def test_nearest_is_brute_force(seed, n, codes, dim):
 def test_nearest_in_bfloat16_compares_in_float32():
     codebook = jnp.array([[1.0, 256.0], [1.0, 257.0]])  # bfloat16 cannot tell these products apart
     assert nearest(jnp.array([1.0, 257.0]), codebook) == 1
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_sums_by_code_are_those_of_a_loop(dtype):
+    rng = np.random.default_rng(0)
+    vectors, codes = jnp.asarray(rng.normal(size=(5000, D)), dtype), rng.integers(0, K - 1, 5000)
+    expected = np.zeros((K, D))  # the last code has no vector
+    np.add.at(expected, codes, np.asarray(vectors, np.float64))
+    found = sum_by_code(vectors, jnp.asarray(codes), K)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-3)
+
+
+def test_bfloat16_inputs_give_the_statistics_of_the_same_inputs_in_float32():
+    quantizer, variables, inputs = _start()
+    inputs = inputs.astype(jnp.bfloat16)
+    output, after = _step(quantizer, variables, inputs)
+    expected, expected_after = _step(quantizer, variables, inputs.astype(jnp.float32))
+    assert output.vectors.dtype == output.commitment.dtype == jnp.float32
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), output, expected)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), after, expected_after)
 
 
 def test_codebook_starts_from_the_first_batch_with_counts_that_match():
@@ -104,7 +128,7 @@ def test_averages_forget_fast_at_first_and_then_by_the_decay():
 
 def test_laplace_smoothing_matters_for_rare_codes():
     old = Statistics(jnp.ones((2, 1)), jnp.array([0.0, 4.0]), jnp.array([[0.0], [4.0]]))
-    new = ema_update(old, jnp.full((4, 1), 1.0), jnp.ones(4, jnp.int32), decay=0.5, epsilon=0.1)
+    new = ema_update(old, jnp.array([0, 4]), jnp.array([[0.0], [4.0]]), decay=0.5, epsilon=0.1)
     assert np.isfinite(np.asarray(new.codebook)).all()
     np.testing.assert_allclose(new.codebook[1, 0], 4.0 / ((4.0 + 0.1) / (4.0 + 0.2) * 4.0), rtol=1e-6)
 
@@ -116,7 +140,7 @@ def test_dead_codes_restart_with_their_statistics_and_stay():
     assert np.flatnonzero(dead).tolist() == [3]
     assert np.abs(np.asarray(vectors) - np.asarray(new.codebook[3])).sum(1).min() == 0
     # One more update without a single hit leaves it where it was put: its statistics moved with it.
-    after = ema_update(new, jnp.zeros((5, D)), jnp.zeros(5, jnp.int32), 0.99, 1e-5)
+    after = ema_update(new, 5 * jnp.eye(K)[0], jnp.zeros((K, D)), 0.99, 1e-5)
     np.testing.assert_allclose(after.codebook[3], new.codebook[3], rtol=1e-4)
     again, dead = restart_dead_codes(after, vectors, 0.03, jax.random.key(2))
     assert not bool(dead[3])

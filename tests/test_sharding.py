@@ -39,9 +39,9 @@ def images():
     return {'image': np.random.default_rng(0).integers(0, 255, (BATCH, 8, 8, 1)).astype(np.uint8)}
 
 
-def vqvae_task():
+def vqvae_task(**fields):
     shape = dict(hidden_channels=16, residual_channels=8, num_residual_blocks=1, codebook_size=12, codebook_dim=4)
-    model = make_vqvae(downsample_factors=(2, 2), channels=1, **shape)
+    model = make_vqvae(downsample_factors=(2, 2), channels=1, **shape | fields)
     return vqvae.make_task(model, ('bottom', 'top'), 0.25, steps_per_epoch=3)
 
 

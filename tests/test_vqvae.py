@@ -1,5 +1,6 @@
 """The hierarchical VQ-VAE: wiring of the levels, shapes, gradients, overfitting."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +8,7 @@ import optax
 import pytest
 
 from tests import defaults
+from vqvae2_jax.models.residual import relu
 from vqvae2_jax.models.vqvae import map_shapes
 from vqvae2_jax.tasks.vqvae import make_task
 from vqvae2_jax.training import optim, state
@@ -194,3 +196,9 @@ def test_overfits_eight_images():
         first = first or float(metrics['mse'])
     assert float(metrics['mse']) < 0.01 < first
     assert np.isfinite(float(optax.tree.norm(current.params)))
+
+
+def test_relu_and_its_gradient_are_those_of_flax():
+    x = jnp.array([-2.0, -0.0, 0.0, 1e-30, 3.0, jnp.inf])
+    for function in (lambda f: f(x), lambda f: jax.grad(lambda x: jnp.sum(f(x) * jnp.arange(6)))(x)):
+        np.testing.assert_array_equal(function(relu), function(nn.relu))

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from vqvae2_jax.config.base import level_names
 from vqvae2_jax.config.fields import ConfigError
 from vqvae2_jax.data.images import ImageSpec
+from vqvae2_jax.kernels.select import REFERENCES, Implementations
 from vqvae2_jax.models.prior import Prior
 from vqvae2_jax.models.raster import RasterPrior
 from vqvae2_jax.models.resnet import ResNet
@@ -54,14 +55,25 @@ def train_config(config: ConfigDict, section: str) -> TrainConfig:
         raise ConfigError(f'{section}.training.{error}') from error
 
 
-def make_vqvae(config: ConfigDict) -> VQVAE:
-    """Returns stage 1's module."""
+def make_vqvae(config: ConfigDict, implementations: Implementations = REFERENCES) -> VQVAE:
+    """Returns stage 1's module.
+
+    Args:
+      config: the config.
+      implementations: from `kernels.select`, for training on certain devices.
+    """
     fields = _module_fields(config.vqvae, without=('commitment_weight',))
-    return VQVAE(channels=config.data.channels, **fields)
+    return VQVAE(channels=config.data.channels, nearest=implementations.nearest, **fields)
 
 
-def make_prior(config: ConfigDict, level: int) -> Prior:
-    """Returns stage 2's module of one level, counted from the finest."""
+def make_prior(config: ConfigDict, level: int, implementations: Implementations = REFERENCES) -> Prior:
+    """Returns stage 2's module of one level.
+
+    Args:
+      config: the config.
+      level: counted from the finest.
+      implementations: from `kernels.select`, for training on certain devices.
+    """
     factors = config.vqvae.downsample_factors
     names = level_names(factors)
     section = config.prior[names[level]]
@@ -86,8 +98,12 @@ def _module_fields(section, without):
     return fields | {'dtype': jnp.dtype(section.dtype)}
 
 
-def networks(config: ConfigDict) -> dict[str, tuple[Any, tuple]]:
+def networks(config: ConfigDict, implementations: Implementations = REFERENCES) -> dict[str, tuple[Any, tuple]]:
     """Returns the module of every section that has one, and the arguments of its `init`: keys, and shapes of the rest.
+
+    Args:
+      config: the config.
+      implementations: from `kernels.select`, for training on certain devices.
 
     Returns:
       {section: (module, arguments)} of 'vqvae', every 'prior.<level>', and 'classifier' if there are classes.
@@ -97,9 +113,10 @@ def networks(config: ConfigDict) -> dict[str, tuple[Any, tuple]]:
     image = jax.ShapeDtypeStruct((1, *config.data.image_size, config.data.channels), jnp.float32)
     codes = tuple(jax.ShapeDtypeStruct((1, *shape), jnp.int32) for shape in shapes)
     label = jax.ShapeDtypeStruct((1,), jnp.int32) if config.data.num_classes else None
-    modules = {'vqvae': (make_vqvae(config), ({'params': key, 'restart': key}, image))}
+    modules = {'vqvae': (make_vqvae(config, implementations), ({'params': key, 'restart': key}, image))}
     for level, name in enumerate(names):
-        modules[f'prior.{name}'] = make_prior(config, level), (key, codes[level], label, codes[level + 1 :])
+        prior = make_prior(config, level, implementations)
+        modules[f'prior.{name}'] = prior, (key, codes[level], label, codes[level + 1 :])
     if has_classifier(config):
         modules['classifier'] = make_classifier(config), (key, image)
     return modules

@@ -15,6 +15,7 @@ from vqvae2_jax.io import files, record
 from vqvae2_jax.io.record import JobError, Record
 from vqvae2_jax.jobs import inspect_data, remedies, workdir
 from vqvae2_jax.jobs.workdir import Run
+from vqvae2_jax.kernels import select
 from vqvae2_jax.planning import cost, hardware
 from vqvae2_jax.tasks import classifier, prior, vqvae
 from vqvae2_jax.tasks.task import Task
@@ -30,7 +31,14 @@ from vqvae2_jax.training.checkpoint import (
 from vqvae2_jax.training.loop import Data, train
 
 
-def make_task(run: Run, section: str, *, examples: int | None = None, visualize: bool = False) -> Task:
+def make_task(
+    run: Run,
+    section: str,
+    *,
+    examples: int | None = None,
+    visualize: bool = False,
+    implementations: select.Implementations = select.REFERENCES,
+) -> Task:
     """Makes the task that trains the network of a section of the config.
 
     Args:
@@ -38,6 +46,7 @@ def make_task(run: Run, section: str, *, examples: int | None = None, visualize:
       section: 'vqvae', 'prior.<level>' or 'classifier'.
       examples: of stage 1: the number of images in an epoch; None: opens the training split.
       visualize: of a prior: loads stage 1, for pictures.
+      implementations: of functions of the network, for the devices of the run.
 
     Raises:
       JobError: images or stage 1 are needed and missing.
@@ -45,12 +54,13 @@ def make_task(run: Run, section: str, *, examples: int | None = None, visualize:
     config = run.config
     if section == 'vqvae':
         steps_per_epoch = -(-(examples or len(run.images('train'))) // config.vqvae.training.batch_size)
-        return vqvae.make_task(build.make_vqvae(config), run.levels, config.vqvae.commitment_weight, steps_per_epoch)
+        model = build.make_vqvae(config, implementations)
+        return vqvae.make_task(model, run.levels, config.vqvae.commitment_weight, steps_per_epoch)
     if section == 'classifier':
         return classifier.make_task(build.make_classifier(config))
     level = run.prior_sections.index(section)
     decode = _decoder(run, level) if visualize else None
-    return prior.make_task(build.make_prior(config, level), level, len(run.levels), decode)
+    return prior.make_task(build.make_prior(config, level, implementations), level, len(run.levels), decode)
 
 
 def inputs(run: Run, section: str) -> dict[str, str]:
@@ -152,11 +162,14 @@ def train_network(
 def _train(run: Run, section: str, make_data: Callable[[], Data], output: Record, directory: str) -> None:
     """Trains and records a network, under the lock of its directory."""
     config = build.train_config(run.config, section)
-    task, data = make_task(run, section, visualize=config.image_every > 0), make_data()  # both may refuse
+    implementations = select.for_device(run.mesh.devices.flat[0])
+    task = make_task(run, section, visualize=config.image_every > 0, implementations=implementations)
+    data = make_data()  # may refuse, as the task
     before = dataclasses.replace(output)
     try:
         recovery.recover(output.directory, directory, has_record=output.state != record.MISSING)
-        parameters, flops = _count(task, data, config.batch_size, run.mesh)
+        # FLOPs are counted in the references: a kernel may do more, or hide them.
+        parameters, flops = _count(make_task(run, section, examples=1), data, config.batch_size, run.mesh)
         run.print_start(directory, data.description, parameters=parameters)
         output.files = {}  # even if fewer steps are done: the weights may be replaced
         processes.run_on_main_process(output.start)

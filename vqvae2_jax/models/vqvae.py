@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.lax import stop_gradient
 
-from vqvae2_jax.models.quantizer import Quantizer
-from vqvae2_jax.models.residual import ResidualStack
+from vqvae2_jax.models.quantizer import Nearest, Quantizer, nearest
+from vqvae2_jax.models.residual import ResidualStack, relu
 from vqvae2_jax.models.upsample import Upsample
 
 
@@ -83,11 +83,11 @@ class Encoder(nn.Module):
         """Maps x [B, H, W, C] to [B, H / factor, W / factor, F]."""
         halvings = self.factor.bit_length() - 1
         for i in range(halvings):
-            x = nn.relu(
+            x = relu(
                 nn.Conv(self.hidden_channels if i else self.hidden_channels // 2, (4, 4), (2, 2), dtype=self.dtype)(x)
             )
         x = nn.Conv(self.hidden_channels, (3, 3), dtype=self.dtype)(x)
-        return nn.relu(ResidualStack(self.num_residual_blocks, self.residual_channels, self.dtype)(x))
+        return relu(ResidualStack(self.num_residual_blocks, self.residual_channels, self.dtype)(x))
 
 
 class Decoder(nn.Module):
@@ -104,10 +104,10 @@ class Decoder(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, h, w, C] to [B, h * factor, w * factor, features]."""
         x = nn.Conv(self.hidden_channels, (3, 3), dtype=self.dtype)(x)
-        x = nn.relu(ResidualStack(self.num_residual_blocks, self.residual_channels, self.dtype)(x))
+        x = relu(ResidualStack(self.num_residual_blocks, self.residual_channels, self.dtype)(x))
         halvings = self.factor.bit_length() - 1
         for _ in range(halvings - 1):
-            x = nn.relu(Upsample(self.hidden_channels // 2, self.dtype)(x))
+            x = relu(Upsample(self.hidden_channels // 2, self.dtype)(x))
         return Upsample(self.features, self.dtype)(x)
 
 
@@ -121,7 +121,7 @@ class Preview(nn.Module):
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
         """Maps features [B, h, w, D] to [B, h * factor, w * factor, C]."""
-        pixels = nn.Conv(self.channels * self.factor**2, (3, 3), dtype=self.dtype)(nn.relu(features))
+        pixels = nn.Conv(self.channels * self.factor**2, (3, 3), dtype=self.dtype)(relu(features))
         return rearrange(pixels, 'b h w (i j c) -> b (h i) (w j) c', i=self.factor, j=self.factor)
 
 
@@ -146,6 +146,7 @@ class VQVAE(nn.Module):
       dead_code_threshold: see `Quantizer`.
       preview_grad_scale: share of the preview heads' gradient that reaches the decoded features.
       dtype: dtype of the computation; the quantizer and all outputs are float32.
+      nearest: the lookup of the quantizers, see `Quantizer`.
     """
 
     downsample_factors: tuple[int, ...]
@@ -159,6 +160,7 @@ class VQVAE(nn.Module):
     dead_code_threshold: float
     preview_grad_scale: float
     dtype: jnp.dtype
+    nearest: Nearest = nearest
 
     def setup(self):
         widths = {
@@ -172,7 +174,10 @@ class VQVAE(nn.Module):
         self.encoders = [Encoder(factor, **widths) for factor in self.downsample_factors]
         self.projections = [nn.Conv(self.codebook_dim, (1, 1), dtype=self.dtype) for _ in levels]
         self.quantizers = [
-            Quantizer(self.codebook_size, self.codebook_dim, self.codebook_ema_decay, self.dead_code_threshold)
+            Quantizer(
+                *(self.codebook_size, self.codebook_dim, self.codebook_ema_decay, self.dead_code_threshold),
+                nearest=self.nearest,
+            )
             for _ in levels
         ]
         self.decoders = [Decoder(self.downsample_factors[level], features[level], **widths) for level in levels]

@@ -1,0 +1,46 @@
+"""Selects implementations of functions of the models by the devices. Only this file names a platform.
+
+Every implementation has a reference in plain JAX, which modules use unless they are given another one. Kernels cannot
+be exported for several platforms. So only training and its plan ask for them, never a config or a saved specification.
+"""
+
+from typing import NamedTuple
+
+import jax
+
+from vqvae2_jax.distributed import per_shard
+from vqvae2_jax.kernels import nearest
+from vqvae2_jax.models import quantizer
+
+_LEAST_CAPABILITY = 8.0  # of an NVIDIA GPU with bfloat16 on its tensor cores
+
+
+class Implementations(NamedTuple):
+    """Functions that modules take as arguments.
+
+    Attributes:
+      nearest: see `Quantizer`.
+    """
+
+    nearest: quantizer.Nearest = quantizer.nearest
+
+
+REFERENCES = Implementations()
+
+
+def for_device(device: jax.Device) -> Implementations:
+    """Returns the implementations for training on devices like this one, which need not be attached.
+
+    Args:
+      device: one of the mesh; all are of one kind. Programs are compiled inside `jax.set_mesh`.
+    """
+    if device.platform == 'gpu' and _is_recent_nvidia(device):
+        return Implementations(nearest=per_shard.over_batch(nearest.nearest))
+    return REFERENCES
+
+
+def _is_recent_nvidia(device):
+    try:
+        return float(device.compute_capability) >= _LEAST_CAPABILITY
+    except ValueError:  # AMD's are names
+        return False
