@@ -83,6 +83,7 @@ def make_prior(config: ConfigDict, level: int, implementations: Implementations 
         codebook_size=config.vqvae.codebook_size,
         coarser_codebook_sizes=(config.vqvae.codebook_size,) * (len(names) - 1 - level),
         num_classes=config.data.num_classes,
+        attend=implementations.attend,
         **_module_fields(section, without=('order', 'skew') if raster else ('order',)),
     )
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import jax
 
 from vqvae2_jax.distributed import per_shard
-from vqvae2_jax.kernels import nearest
+from vqvae2_jax.kernels import attention, nearest
+from vqvae2_jax.models import attention as reference
 from vqvae2_jax.models import quantizer
 
 _LEAST_CAPABILITY = 8.0  # of an NVIDIA GPU with bfloat16 on its tensor cores
@@ -20,9 +21,11 @@ class Implementations(NamedTuple):
 
     Attributes:
       nearest: see `Quantizer`.
+      attend: see `CausalAttention`.
     """
 
     nearest: quantizer.Nearest = quantizer.nearest
+    attend: reference.Attend = reference.attend
 
 
 REFERENCES = Implementations()
@@ -35,7 +38,7 @@ def for_device(device: jax.Device) -> Implementations:
       device: one of the mesh; all are of one kind. Programs are compiled inside `jax.set_mesh`.
     """
     if device.platform == 'gpu' and _is_recent_nvidia(device):
-        return Implementations(nearest=per_shard.over_batch(nearest.nearest))
+        return Implementations(per_shard.over_batch(nearest.nearest), attention.attend)
     return REFERENCES
 
 
