@@ -120,6 +120,18 @@ def test_the_first_interrupt_is_the_callers_where_something_is_saved():
     assert process.returncode == 130
 
 
+def test_an_interrupt_right_before_the_context_is_not_lost():
+    process = start("""
+sys.setswitchinterval(1)  # the thread that watches comes too late
+os.kill(os.getpid(), signal.SIGINT)
+with terminal.saves_on_interrupt():
+    time.sleep(1.5)
+print('lost')
+""")
+    assert process.communicate(timeout=30)[0] == 'interrupted; the same command continues\n'
+    assert process.returncode == 130
+
+
 def test_an_ignored_interrupt_stays_ignored():
     """As in a background job of a shell script."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

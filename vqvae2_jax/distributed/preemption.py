@@ -43,13 +43,13 @@ def stop_signals() -> Iterator[Callable[[], int]]:
             # Not print: a signal may interrupt a print, which cannot be entered twice.
             os.write(2, f'{signal.Signals(number).name}: saving before the exit ...\n'.encode())
 
-    with terminal.saves_on_interrupt():
-        for number in STOP_SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-                previous[number] = signal.signal(number, remember)
-        try:
+    for number in STOP_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            previous[number] = signal.signal(number, remember)
+    try:
+        with terminal.saves_on_interrupt():  # inside of the handlers, so that no signal is lost at either end
             yield lambda: received
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     exit_together(lambda: received)

@@ -15,7 +15,9 @@ from typing import NoReturn
 _CLOSED = (errno.EPIPE, errno.EIO)  # of a pipe whose reader has ended, of a terminal that was closed
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # of a log file
 _REPEAT = 1  # second; wrappers such as uv forward the Ctrl-C that the terminal has sent to the whole group
+_INTERRUPTED = 'interrupted; the same command continues'
 _saving = 0  # number of `saves_on_interrupt` contexts
+_ending = threading.RLock()
 
 
 def prepare() -> None:
@@ -98,7 +100,8 @@ def _watch_interrupts():
     receiver, sender = os.pipe()
     os.set_blocking(sender, False)
     signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
-    signal.signal(signal.SIGINT, lambda *_: None)
+    # The main thread may enter `saves_on_interrupt` before the other thread knows of a signal. This handler ran before.
+    signal.signal(signal.SIGINT, lambda *_: None if _saving else _exit(_INTERRUPTED))
     threading.Thread(target=_watch, args=(receiver,), daemon=True).start()
 
 
@@ -109,7 +112,7 @@ def _watch(receiver: int):
             continue
         now = time.monotonic()
         if not _saving:
-            _exit('interrupted; the same command continues')
+            _exit(_INTERRUPTED)
         if first is not None and now - first > _REPEAT:
             _exit('interrupted again: stopped at once; the same command continues from what was saved before')
         first = first or now
@@ -139,6 +142,8 @@ def _ignore_closed_loop(args):
 
 
 def _exit(message: str, status: int = 128 + signal.SIGINT):
+    if not _ending.acquire(blocking=False):
+        threading.Event().wait()  # another thread ends the process
     with contextlib.suppress(OSError):
         os.write(2, f'{message}\n'.encode('utf-8', 'backslashreplace'))
     for worker in multiprocessing.active_children():  # they ignore Ctrl-C
