@@ -176,9 +176,10 @@ def temporary_bytes(prior, params, batch):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def serve(level, order, batch, dtype):
+def serve(level, order, batch, dtype, rows):
     """Compiles a sampler. For every line of stdin it runs it once and prints the seconds and the CPU seconds."""
-    prior = make(level, dtype, None if order == 'raster' else int(order))
+    shape = rows or SHAPES[level][0], SHAPES[level][1]
+    prior = make(level, dtype, None if order == 'raster' else int(order), shape=shape)
     arguments = jax.jit(lambda: weights(prior))(), jnp.arange(batch), inputs(prior, batch)[1]
     compiled = jax.jit(sampler(prior)).lower(*arguments).compile()
     jax.block_until_ready(compiled(*arguments))
@@ -189,7 +190,7 @@ def serve(level, order, batch, dtype):
         print(time.perf_counter() - begin[0], time.process_time() - begin[1], flush=True)
 
 
-def against(other, levels, orders, batches, dtype, runs=5):
+def against(other, levels, orders, batches, options, runs=5):
     """Prints the medians of runs of this checkout and of another one, which run by turns, and the ratio."""
     print(
         '\n| level | order | batch | s, other | s, this | ratio | ratio of CPU seconds |\n|---|---|---|---|---|---|---|'
@@ -197,8 +198,8 @@ def against(other, levels, orders, batches, dtype, runs=5):
     for level in levels:
         for order in orders:
             for batch in batches:
-                options = ['--serve', level, order, str(batch), '--dtype', dtype.name]
-                times = run_by_turns([_start(root, options) for root in (other, '.')], runs)
+                case = ['--serve', level, order, str(batch), *options]
+                times = run_by_turns([_start(root, case) for root in (other, '.')], runs)
                 (before, cpu_before), (after, cpu_after) = np.median(times, axis=1)
                 print(
                     f'| {level} | {order} | {batch} | {before:.2f} | {after:.2f} | {after / before:.3f} '
@@ -247,16 +248,18 @@ def main():
         '--against', metavar='CHECKOUT', help='compare with another checkout, in raster order and --skew'
     )
     parser.add_argument('--level', choices=tuple(SHAPES), nargs='+', default=list(SHAPES), help='with --against')
+    parser.add_argument('--rows', type=int, default=0, help='with --against: rows of the maps; 0: all')
     parser.add_argument('--serve', nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     dtype = jnp.dtype(options.dtype)
     if options.serve:
         level, order, batch = options.serve
-        serve(level, order, int(batch), dtype)
+        serve(level, order, int(batch), dtype, options.rows)
         return
     if options.against:
         print(f'{machine()}, JAX {jax.__version__}, {dtype.name}')
-        against(options.against, options.level, ['raster', *map(str, options.skew)], options.batch, dtype)
+        orders, passed_on = ['raster', *map(str, options.skew)], ['--dtype', dtype.name, '--rows', str(options.rows)]
+        against(options.against, options.level, orders, options.batch, passed_on)
         return
     bandwidth = measure_bandwidth()
     print(f'{machine()}, JAX {jax.__version__}, {dtype.name}')
