@@ -209,39 +209,34 @@ def against(other, levels, orders, batches, options, runs=5):
 
 
 def _start(root, options):
-    # This file, with the packages of the checkout at `root`.
+    # This file, with the packages of the checkout at `root`; returns when it has compiled.
     path = pathlib.Path(root).resolve()
     command = [sys.executable, str(pathlib.Path(__file__).resolve()), *options]
-    environment = {**os.environ, 'PYTHONPATH': str(path)}
-    return subprocess.Popen(
-        command, cwd=path, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    environment, pipe = {**os.environ, 'PYTHONPATH': str(path)}, subprocess.PIPE
+    process = subprocess.Popen(command, cwd=path, env=environment, stdin=pipe, stdout=pipe, text=True)
+    if process.stdout.readline() != 'ready\n':
+        raise RuntimeError(f'{command} has failed; its messages are above')
+    return process
 
 
 def run_by_turns(processes, runs):
     """Returns the numbers that every process prints for each of `runs` lines, [processes, runs, numbers]."""
-    try:
+    results = []
+    for _ in range(runs):
+        results.append([])
         for process in processes:
-            if process.stdout.readline() != 'ready\n':
-                raise RuntimeError(f'{process.args} has failed; its messages are above')
-        results = []
-        for _ in range(runs):
-            results.append([])
-            for process in processes:
-                print(file=process.stdin, flush=True)
-                results[-1].append([float(number) for number in process.stdout.readline().split()])
-        return np.swapaxes(results, 0, 1)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+            print(file=process.stdin, flush=True)
+            results[-1].append([float(number) for number in process.stdout.readline().split()])
+    for process in processes:
+        process.communicate()  # the end of its input ends the process
+    return np.swapaxes(results, 0, 1)
 
 
 def main():
     xla_flags.set_cpu_flags()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--batch', type=int, nargs='+', default=[1, 8])
-    parser.add_argument('--skew', type=int, nargs='+', default=[1, 2, 3])
+    parser.add_argument('--skew', type=int, nargs='*', default=[1, 2, 3])
     parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
     parser.add_argument('--only', choices=('memory', 'raster', 'growth', 'wavefront'))
     parser.add_argument(
