@@ -176,9 +176,10 @@ def temporary_bytes(prior, params, batch):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def serve(level, order, batch, dtype):
+def serve(level, order, batch, dtype, rows):
     """Compiles a sampler. For every line of stdin it runs it once and prints the seconds and the CPU seconds."""
-    prior = make(level, dtype, None if order == 'raster' else int(order))
+    shape = rows or SHAPES[level][0], SHAPES[level][1]
+    prior = make(level, dtype, None if order == 'raster' else int(order), shape=shape)
     arguments = jax.jit(lambda: weights(prior))(), jnp.arange(batch), inputs(prior, batch)[1]
     compiled = jax.jit(sampler(prior)).lower(*arguments).compile()
     jax.block_until_ready(compiled(*arguments))
@@ -189,7 +190,7 @@ def serve(level, order, batch, dtype):
         print(time.perf_counter() - begin[0], time.process_time() - begin[1], flush=True)
 
 
-def against(other, levels, orders, batches, dtype, runs=5):
+def against(other, levels, orders, batches, options, runs=5):
     """Prints the medians of runs of this checkout and of another one, which run by turns, and the ratio."""
     print(
         '\n| level | order | batch | s, other | s, this | ratio | ratio of CPU seconds |\n|---|---|---|---|---|---|---|'
@@ -197,8 +198,8 @@ def against(other, levels, orders, batches, dtype, runs=5):
     for level in levels:
         for order in orders:
             for batch in batches:
-                options = ['--serve', level, order, str(batch), '--dtype', dtype.name]
-                times = run_by_turns([_start(root, options) for root in (other, '.')], runs)
+                case = ['--serve', level, order, str(batch), *options]
+                times = run_by_turns([_start(root, case) for root in (other, '.')], runs)
                 (before, cpu_before), (after, cpu_after) = np.median(times, axis=1)
                 print(
                     f'| {level} | {order} | {batch} | {before:.2f} | {after:.2f} | {after / before:.3f} '
@@ -208,55 +209,52 @@ def against(other, levels, orders, batches, dtype, runs=5):
 
 
 def _start(root, options):
-    # This file, with the packages of the checkout at `root`.
+    # This file, with the packages of the checkout at `root`; returns when it has compiled.
     path = pathlib.Path(root).resolve()
     command = [sys.executable, str(pathlib.Path(__file__).resolve()), *options]
-    environment = {**os.environ, 'PYTHONPATH': str(path)}
-    return subprocess.Popen(
-        command, cwd=path, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    environment, pipe = {**os.environ, 'PYTHONPATH': str(path)}, subprocess.PIPE
+    process = subprocess.Popen(command, cwd=path, env=environment, stdin=pipe, stdout=pipe, text=True)
+    if process.stdout.readline() != 'ready\n':
+        raise RuntimeError(f'{command} has failed; its messages are above')
+    return process
 
 
 def run_by_turns(processes, runs):
     """Returns the numbers that every process prints for each of `runs` lines, [processes, runs, numbers]."""
-    try:
+    results = []
+    for _ in range(runs):
+        results.append([])
         for process in processes:
-            if process.stdout.readline() != 'ready\n':
-                raise RuntimeError(f'{process.args} has failed; its messages are above')
-        results = []
-        for _ in range(runs):
-            results.append([])
-            for process in processes:
-                print(file=process.stdin, flush=True)
-                results[-1].append([float(number) for number in process.stdout.readline().split()])
-        return np.swapaxes(results, 0, 1)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+            print(file=process.stdin, flush=True)
+            results[-1].append([float(number) for number in process.stdout.readline().split()])
+    for process in processes:
+        process.communicate()  # the end of its input ends the process
+    return np.swapaxes(results, 0, 1)
 
 
 def main():
     xla_flags.set_cpu_flags()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--batch', type=int, nargs='+', default=[1, 8])
-    parser.add_argument('--skew', type=int, nargs='+', default=[1, 2, 3])
+    parser.add_argument('--skew', type=int, nargs='*', default=[1, 2, 3])
     parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
     parser.add_argument('--only', choices=('memory', 'raster', 'growth', 'wavefront'))
     parser.add_argument(
         '--against', metavar='CHECKOUT', help='compare with another checkout, in raster order and --skew'
     )
     parser.add_argument('--level', choices=tuple(SHAPES), nargs='+', default=list(SHAPES), help='with --against')
+    parser.add_argument('--rows', type=int, default=0, help='with --against: rows of the maps; 0: all')
     parser.add_argument('--serve', nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     dtype = jnp.dtype(options.dtype)
     if options.serve:
         level, order, batch = options.serve
-        serve(level, order, int(batch), dtype)
+        serve(level, order, int(batch), dtype, options.rows)
         return
     if options.against:
         print(f'{machine()}, JAX {jax.__version__}, {dtype.name}')
-        against(options.against, options.level, ['raster', *map(str, options.skew)], options.batch, dtype)
+        orders, passed_on = ['raster', *map(str, options.skew)], ['--dtype', dtype.name, '--rows', str(options.rows)]
+        against(options.against, options.level, orders, options.batch, passed_on)
         return
     bandwidth = measure_bandwidth()
     print(f'{machine()}, JAX {jax.__version__}, {dtype.name}')
