@@ -1,8 +1,9 @@
-"""The transposed 4x4 convolution that doubles a map, computed as a dense 2x2 convolution.
+"""The transposed 4x4 convolution that doubles a map, in two forms with the same results, parameters and gradients.
 
-Each 2x2 block of output pixels depends on a 2x2 neighborhood of the input: a 2x2 convolution computes the block as
-channels, and a pixel shuffle arranges the blocks. Results and parameters equal those of `nn.ConvTranspose`
-(tests/test_upsample.py), without its dilated gradient, which is slow on XLA's CPU backend (benchmarks/upsample.py).
+Accelerators compute it as the gradient of a strided convolution. XLA's CPU backend has only a slow loop for the
+gradients of that form (benchmarks/upsample.py). On CPUs each 2x2 block of output pixels, which depends on a 2x2
+neighborhood of the input, is computed by a dense 2x2 convolution as channels, and a pixel shuffle arranges the blocks.
+Both equal `nn.ConvTranspose` (tests/test_upsample.py).
 """
 
 import flax.linen as nn
@@ -68,8 +69,8 @@ def _transposed_backward(inputs, gradient):
     # JAX would differentiate the dilated convolution by a convolution whose window is the whole map. The gradients of
     # `_strided` are the ones that libraries have kernels for.
     x, kernel = inputs
-    to_x, to_kernel = jax.vjp(_strided, gradient, kernel)
-    return to_x, to_kernel(x)[1]
+    gradient_of_x, pull_back = jax.vjp(_strided, gradient, kernel)
+    return gradient_of_x, pull_back(x)[1]
 
 
 _transposed.defvjp(_transposed_forward, _transposed_backward)
