@@ -14,7 +14,7 @@ from vqvae2_jax.jobs import plan
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.planning import hardware, programs, table
 from vqvae2_jax.planning.cost import Cost, count
-from vqvae2_jax.planning.hlo import collective_bytes
+from vqvae2_jax.planning.hlo import collective_bytes, parse
 
 
 def test_products_convolutions_and_loops_are_counted():
@@ -56,7 +56,8 @@ TRAININGS = ['vqvae', 'prior.bottom', 'prior.top', 'classifier']
 
 def make_program(run, name):
     """The program of a job or a training; call it outside of the mesh."""
-    makers = dict(zip([*TRAININGS, 'extract_codes', 'sample'], plan.make_programs(run), strict=True))
+    makers = dict(plan.make_programs(run))
+    assert list(makers) == [*TRAININGS, 'extract_codes', 'sample']
     with jax.set_mesh(run.mesh):
         return makers[name]()
 
@@ -152,8 +153,8 @@ ENTRY %main (x: s32[]) -> s32[] {
   %o = f32[7] all-to-all(%x)
 }
 """
-    assert collective_bytes(text) == 2 * 4 * 32 + (2 * 6 + 4) + 5 * 4 * 3 + 4 * 32 + 4 * 7
-    assert collective_bytes(text.replace('constant(2)', 'parameter(0)')) is None  # how often is not known
+    assert collective_bytes(parse(text)) == 2 * 4 * 32 + (2 * 6 + 4) + 5 * 4 * 3 + 4 * 32 + 4 * 7
+    assert collective_bytes(parse(text.replace('constant(2)', 'parameter(0)'))) is None  # how often is not known
 
 
 def test_gpus_that_are_not_attached_are_planned_for_without_a_compiler(config, tmp_path, capsys, monkeypatch):
