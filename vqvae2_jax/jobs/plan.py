@@ -23,7 +23,8 @@ from vqvae2_jax.planning.hardware import Accelerator
 from vqvae2_jax.planning.programs import Compiled, Program
 from vqvae2_jax.planning.table import format_bytes
 
-_PREALLOCATED = 0.75  # share of a GPU's memory that JAX takes by default
+# The shares of a GPU's memory that JAX takes: by default, and at most, since driver and libraries need some too.
+_DEFAULT_GPU_SHARE, _GPU_SHARE = 0.75, 0.95
 
 
 def plan(run: Run) -> None:
@@ -60,10 +61,13 @@ def advice(run: Run, program: Program, compiled: Compiled, accelerator: Accelera
     """
     if compiled.uncounted:
         yield f'no modeled time: {compiled.uncounted}'
-    needed = compiled.peak or program.state
-    if not compiled.error and (accelerator is None or needed <= accelerator.memory):
-        if accelerator and accelerator.is_gpu and needed > _PREALLOCATED * accelerator.memory:
-            yield 'set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95: JAX takes 75 % of the memory of a GPU by default'
+    needed, is_gpu = compiled.peak or program.state, accelerator and accelerator.is_gpu
+    if not compiled.error and (accelerator is None or needed <= accelerator.memory * (_GPU_SHARE if is_gpu else 1)):
+        if is_gpu and needed > _DEFAULT_GPU_SHARE * accelerator.memory:
+            yield (
+                f'set XLA_PYTHON_CLIENT_MEM_FRACTION={_GPU_SHARE}: JAX takes {_DEFAULT_GPU_SHARE:.0%} of the memory of '
+                'a GPU by default'
+            )
         return
     yield compiled.error or (
         f'needs {format_bytes(needed)}, but a {accelerator.name} has {format_bytes(accelerator.memory)}'
