@@ -1,4 +1,4 @@
-"""Programs for GPUs, compiled without one: kernels, bytes, FLOPs and a modeled time (vqvae2_jax/planning/kernels.py).
+"""Programs for GPUs, compiled without one: kernels, bytes, FLOPs and the time of a model (planning/gpu_kernels.py).
 
   pip install "jax[cuda13]==<the installed JAX>"                # no driver, no GPU; 4.8 GB
   python -m benchmarks.gpu_program                              # the paper's ImageNet model on H100: six rows
@@ -26,7 +26,7 @@ from vqvae2_jax.io import files
 from vqvae2_jax.jobs import plan
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.main import override_fields
-from vqvae2_jax.planning import hardware, kernels, programs, table
+from vqvae2_jax.planning import gpu_kernels, hardware, programs, table
 
 COLUMNS = ('program', 'kernels', 'GB moved', 'TFLOP', 'modeled, ms', 'bytes alone', 'FLOPs alone', 'launches alone')
 COLUMNS += ('utilization, useful FLOPs', 'all FLOPs', 'peak memory', 'kernels of an iteration')
@@ -79,8 +79,8 @@ def compile_case(case, trips):
 
 def summary(program, compiled, gpu):
     """Returns the numbers of a row, by name; times in seconds, per GPU."""
-    total = kernels.total(compiled.execution.kernels, gpu)
-    loop = kernels.busiest_loop(compiled.execution.loops)
+    total = gpu_kernels.total(compiled.execution.kernels, gpu)
+    loop = gpu_kernels.busiest_loop(compiled.execution.loops)
     return {
         'kernels': round(total.kernels),
         'bytes': total.bytes,
@@ -111,7 +111,7 @@ def row(title, found):
 def details(execution, gpu, count):
     """Yields the lines about kinds of kernels, loops and the most expensive kernels."""
     yield '| kind | launches | GB | TFLOP | ms |\n|---|---|---|---|---|'
-    for kind, total in kernels.by_kind(execution.kernels, gpu).items():
+    for kind, total in gpu_kernels.by_kind(execution.kernels, gpu).items():
         cells = kind, f'{total.kernels:,.0f}', f'{total.bytes / 1e9:.3f}', f'{total.flops / 1e12:.3f}'
         yield f'| {" | ".join(cells)} | {1e3 * total.seconds:.3f} |'
     if execution.loops:

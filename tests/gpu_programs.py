@@ -1,7 +1,7 @@
 """Small programs with known counts. `python -m tests.gpu_programs` compiles them for an H100 and saves the texts.
 
-That needs JAX's CUDA plugin, but no driver and no GPU. `tests/test_kernels.py` reads the saved texts, and compiles the
-programs too where the plugin is installed. Loops have 7 iterations.
+That needs JAX's CUDA plugin, but no driver and no GPU. `tests/test_gpu_kernels.py` reads the saved texts, and compiles
+the programs too where the plugin is installed. Loops have 7 iterations.
 """
 
 import pathlib

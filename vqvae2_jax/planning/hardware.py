@@ -31,7 +31,7 @@ class Accelerator(NamedTuple):
 
     @property
     def is_gpu(self) -> bool:
-        """Whether kernels can be counted and timed, see `planning/kernels.py`."""
+        """Whether kernels can be counted and timed, see `planning/gpu_kernels.py`."""
         return self.tf32 > 0
 
     def peak(self, precision: str) -> float:

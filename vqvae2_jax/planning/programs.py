@@ -14,7 +14,7 @@ from vqvae2_jax import inference
 from vqvae2_jax.distributed import sharding
 from vqvae2_jax.models.prior import Prior
 from vqvae2_jax.models.vqvae import VQVAE
-from vqvae2_jax.planning import cost, hardware, hlo, kernels, products
+from vqvae2_jax.planning import cost, gpu_kernels, hardware, hlo, products
 from vqvae2_jax.sampling.params import SamplingParams
 from vqvae2_jax.tasks.task import Task
 from vqvae2_jax.training import loop, optim
@@ -69,7 +69,7 @@ class Compiled(NamedTuple):
     flops: float | None = None
     collective_bytes: int | None = None
     error: str = ''
-    execution: kernels.Execution | None = None
+    execution: gpu_kernels.Execution | None = None
     uncounted: str = ''
 
 
@@ -171,7 +171,7 @@ def compile_program(program: Program, trips: float | None = None) -> Compiled:
 
     Args:
       program: the program.
-      trips: the mean number of iterations of loops whose program states none, see `kernels.execution`.
+      trips: the mean number of iterations of loops whose program states none, see `gpu_kernels.execution`.
     """
     device = sharding.current_mesh().devices.flat[0]
     if hardware.is_simulated(device):
@@ -194,8 +194,8 @@ def _execution(module, accelerator, trips):
     if not accelerator or not accelerator.is_gpu:
         return None, ''
     try:
-        return kernels.execution(module, accelerator, trips), ''
-    except (kernels.UnknownTripCount, products.UnknownCall) as error:
+        return gpu_kernels.execution(module, accelerator, trips), ''
+    except (gpu_kernels.UnknownTripCount, products.UnknownCall) as error:
         return None, str(error)
 
 

@@ -6,7 +6,7 @@ import jax
 
 from vqvae2_jax.distributed import sharding
 from vqvae2_jax.io.logging import format_duration
-from vqvae2_jax.planning import hardware, kernels
+from vqvae2_jax.planning import gpu_kernels, hardware
 from vqvae2_jax.planning.hardware import Accelerator
 from vqvae2_jax.planning.programs import Compiled, Program
 
@@ -84,7 +84,7 @@ def _kernels(compiled, accelerator):
     # cells of kernels, moved and modeled
     if compiled.execution is None:
         return None, None, None
-    total = kernels.total(compiled.execution.kernels, accelerator)
+    total = gpu_kernels.total(compiled.execution.kernels, accelerator)
     return round(total.kernels), format_bytes(total.bytes), f'{1e3 * total.seconds:.4g} ms'
 
 

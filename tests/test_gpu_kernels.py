@@ -3,7 +3,7 @@
 import pytest
 
 from tests import gpu_programs
-from vqvae2_jax.planning import hardware, hlo, kernels
+from vqvae2_jax.planning import gpu_kernels, hardware, hlo
 from vqvae2_jax.planning.products import PALLAS_FLOPS, UnknownCall
 
 H100 = hardware._GPUS['h100']
@@ -51,8 +51,8 @@ def flops(found):
 @pytest.mark.parametrize('name', EXPECTED)
 def test_counts_of_small_programs(name):
     count, moved, products = EXPECTED[name]
-    found = kernels.execution(saved(name), H100).kernels
-    total = kernels.total(found, H100)
+    found = gpu_kernels.execution(saved(name), H100).kernels
+    total = gpu_kernels.total(found, H100)
     assert flops(found) == products
     assert (total.kernels, total.bytes, total.flops) == (count, moved, sum(products.values()))
 
@@ -63,40 +63,40 @@ def test_counts_of_small_programs(name):
 def test_the_installed_compiler_gives_the_same_flops(name):
     text = gpu_programs.compile_text(name)
     for version in (text, gpu_programs.shorten(text)):
-        assert flops(kernels.execution(hlo.parse(version), H100).kernels) == EXPECTED[name][2]
+        assert flops(gpu_kernels.execution(hlo.parse(version), H100).kernels) == EXPECTED[name][2]
 
 
 @pytest.mark.parametrize('name, peak', [('dot_highest', 67e12), ('dot_default', 494e12), ('dot_bfloat16', 989e12)])
 def test_products_are_timed_at_the_peak_of_their_precision(name, peak):
-    product, addition = kernels.execution(saved(name), H100).kernels
+    product, addition = gpu_kernels.execution(saved(name), H100).kernels
     assert product.compute_seconds(H100) == pytest.approx(PRODUCT / peak)
     assert product.seconds(H100) == max(PRODUCT / peak, product.bytes / 3352.32e9) + 1.5e-6
-    total = kernels.total([product, addition], H100)
+    total = gpu_kernels.total([product, addition], H100)
     assert total.seconds == pytest.approx(product.seconds(H100) + addition.seconds(H100))
     assert total.compute_seconds == product.compute_seconds(H100) and total.launch_seconds == 3e-6
     assert total.memory_seconds == pytest.approx((product.bytes + addition.bytes) / 3352.32e9)
 
 
 def test_a_loop_with_an_unknown_count_needs_its_mean():
-    with pytest.raises(kernels.UnknownTripCount, match=r'while.* give their mean as trips'):
-        kernels.execution(saved('traced_bound'), H100)
-    found = kernels.execution(saved('traced_bound'), H100, trips=2.5)
+    with pytest.raises(gpu_kernels.UnknownTripCount, match=r'while.* give their mean as trips'):
+        gpu_kernels.execution(saved('traced_bound'), H100)
+    found = gpu_kernels.execution(saved('traced_bound'), H100, trips=2.5)
     assert flops(found.kernels) == {'bfloat16': 2.5 * PRODUCT}
     (loop,) = found.loops  # the product in two kernels, the counter, and the condition, which runs on the GPU
     assert (loop.iterations, loop.iteration.kernels, loop.launches) == (2.5, 4, 10)
-    known = kernels.execution(saved('known_bound'), H100, trips=2.5)
+    known = gpu_kernels.execution(saved('known_bound'), H100, trips=2.5)
     assert flops(known.kernels) == {'bfloat16': 7 * PRODUCT}
 
 
 @pytest.mark.parametrize('name, called', [('twice', 'the Pallas kernel twice'), ('cholesky', 'cusolver_potrf')])
 def test_an_unknown_call_is_an_error(name, called):
     with pytest.raises(UnknownCall, match=f'calls {called}'):
-        kernels.execution(saved(name), H100)
+        gpu_kernels.execution(saved(name), H100)
 
 
 def test_flops_of_another_pallas_kernel_are_registered_by_name(monkeypatch):
     monkeypatch.setitem(PALLAS_FLOPS, 'twice', lambda operands: operands[0][0] * 64)
-    assert flops(kernels.execution(saved('twice'), H100).kernels) == {'float32': 512 * 64}
+    assert flops(gpu_kernels.execution(saved('twice'), H100).kernels) == {'float32': 512 * 64}
 
 
 NESTED = """
@@ -117,12 +117,12 @@ ENTRY %main (x: s32[]) -> s32[] {
 
 
 def test_loops_report_one_iteration():
-    found = kernels.execution(hlo.parse(NESTED), H100)
+    found = gpu_kernels.execution(hlo.parse(NESTED), H100)
     outer, inner = found.loops
     assert (outer.iterations, outer.iteration.kernels, outer.launches) == (3, 1 + 5 * 2, 3)
     assert (inner.iterations, inner.iteration.kernels, inner.launches) == (15, 2, 30)
-    assert kernels.busiest_loop(found.loops) == inner and kernels.busiest_loop([]) is None
-    assert kernels.by_kind(found.kernels, H100)['copy'].kernels == 3 + 30
+    assert gpu_kernels.busiest_loop(found.loops) == inner and gpu_kernels.busiest_loop([]) is None
+    assert gpu_kernels.by_kind(found.kernels, H100)['copy'].kernels == 3 + 30
 
 
 def test_asynchronous_operations_count_once():
@@ -142,8 +142,9 @@ ENTRY %main (x: f32[2,8]) -> f32[8,8] {
   ROOT %u = f32[8]{0} async-done(%t)
 }
 """
-    total = kernels.total(kernels.execution(hlo.parse(text), H100).kernels, H100)
-    assert (total.kernels, total.bytes) == (3, 4 * ((16 + 64) + (64 + 64) + (16 + 8)))
+    found = gpu_kernels.execution(hlo.parse(text), H100).kernels
+    assert [kernel.kind for kernel in found] == ['all-gather-start', 'all-reduce-start', 'reduce-scatter']
+    assert [kernel.bytes for kernel in found] == [4 * (16 + 64), 4 * (64 + 64), 4 * (16 + 8)]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ ENTRY %main (p: bf16[10,4]) -> bf16[10,4] {{
   ROOT %f = bf16[10,4]{{1,0}} fusion(%p, %u, %i), kind=kLoop, calls=%fused
 }}
 """
-    (kernel,) = kernels.execution(hlo.parse(text), H100).kernels
+    (kernel,) = gpu_kernels.execution(hlo.parse(text), H100).kernels
     assert kernel.bytes == moved
 
 
