@@ -7,8 +7,9 @@
     --config.prior.top.order=wavefront --config.prior.bottom.order=wavefront
 
 Programs have the names of `--job=plan`. All numbers are of one GPU in one call: a training step, or a batch of samples.
-FLOPs are those of products and convolutions. "Useful" FLOPs leave recomputation out, and utilization relates FLOPs to
-the peaks and to the modeled time.
+FLOPs are those of products and convolutions. Useful FLOPs are, of a training step, three times those of the forward
+pass, without recomputation. Utilization is the time of FLOPs at the peaks (useful ones at that of bfloat16) over the
+modeled time.
 """
 
 import argparse
