@@ -184,7 +184,7 @@ def test_a_program_that_does_not_fit_comes_with_the_field_to_change(config, tmp_
 
     assert advice('sample', peak=1_000_000) == []
     assert 'sample.batch_size' in advice('sample')[1] and 'codes.batch_size' in advice('extract_codes')[1]
-    assert advice('sample')[0] == 'needs 2.00 MB, but a toy has 1.00 MB'
+    assert advice('sample')[0] == 'needs 2.00 MB, but programs can use 1.00 MB of toy'
     assert advice('sample', error='out of memory')[0] == 'out of memory'
     assert '--config.sample.dtype=bfloat16' in advice('sample')[2]
     config.sample.update(batch_size=8, dtype='bfloat16')  # nothing is left to lower

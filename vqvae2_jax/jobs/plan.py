@@ -62,7 +62,8 @@ def advice(run: Run, program: Program, compiled: Compiled, accelerator: Accelera
     if compiled.uncounted:
         yield f'no modeled time: {compiled.uncounted}'
     needed, is_gpu = compiled.peak or program.state, accelerator and accelerator.is_gpu
-    if not compiled.error and (accelerator is None or needed <= accelerator.memory * (_GPU_SHARE if is_gpu else 1)):
+    usable = accelerator and accelerator.memory * (_GPU_SHARE if is_gpu else 1)
+    if not compiled.error and (accelerator is None or needed <= usable):
         if is_gpu and needed > _DEFAULT_GPU_SHARE * accelerator.memory:
             yield (
                 f'set XLA_PYTHON_CLIENT_MEM_FRACTION={_GPU_SHARE}: JAX takes {_DEFAULT_GPU_SHARE:.0%} of the memory of '
@@ -70,7 +71,7 @@ def advice(run: Run, program: Program, compiled: Compiled, accelerator: Accelera
             )
         return
     yield compiled.error or (
-        f'needs {format_bytes(needed)}, but a {accelerator.name} has {format_bytes(accelerator.memory)}'
+        f'needs {format_bytes(needed)}, but programs can use {format_bytes(usable)} of {accelerator.name}'
     )
     devices, fsdp = run.mesh.size, run.mesh.shape[sharding.FSDP]
     if program.name in ('sample', 'extract_codes'):
