@@ -123,7 +123,7 @@ def get_config() -> ConfigDict:
 
     config.sample.count = 50_000
     config.sample.dtype = 'bfloat16'
-    config.sample.batch_size = 32_768  # 128 a chip on 256 chips
+    config.sample.batch_size = 4_096  # 512 a GPU on 8 GPUs; 32 768 do not fit there
     config.sample.temperature.update(top=1.0, bottom=1.0)  # open: the paper does not state it
 
     config.reject.keep_fraction = 0.1  # open: the paper sweeps rates that it does not name

@@ -14,7 +14,7 @@ from vqvae2_jax.jobs import plan
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.planning import hardware, programs, table
 from vqvae2_jax.planning.cost import Cost, count
-from vqvae2_jax.planning.hlo import collective_bytes
+from vqvae2_jax.planning.hlo import collective_bytes, parse
 
 
 def test_products_convolutions_and_loops_are_counted():
@@ -56,7 +56,8 @@ TRAININGS = ['vqvae', 'prior.bottom', 'prior.top', 'classifier']
 
 def make_program(run, name):
     """The program of a job or a training; call it outside of the mesh."""
-    makers = dict(zip([*TRAININGS, 'extract_codes', 'sample'], plan.make_programs(run), strict=True))
+    makers = dict(plan.make_programs(run))
+    assert list(makers) == [*TRAININGS, 'extract_codes', 'sample']
     with jax.set_mesh(run.mesh):
         return makers[name]()
 
@@ -152,8 +153,8 @@ ENTRY %main (x: s32[]) -> s32[] {
   %o = f32[7] all-to-all(%x)
 }
 """
-    assert collective_bytes(text) == 2 * 4 * 32 + (2 * 6 + 4) + 5 * 4 * 3 + 4 * 32 + 4 * 7
-    assert collective_bytes(text.replace('constant(2)', 'parameter(0)')) is None  # how often is not known
+    assert collective_bytes(parse(text)) == 2 * 4 * 32 + (2 * 6 + 4) + 5 * 4 * 3 + 4 * 32 + 4 * 7
+    assert collective_bytes(parse(text.replace('constant(2)', 'parameter(0)'))) is None  # how often is not known
 
 
 def test_gpus_that_are_not_attached_are_planned_for_without_a_compiler(config, tmp_path, capsys, monkeypatch):
@@ -168,9 +169,11 @@ def test_gpus_that_are_not_attached_are_planned_for_without_a_compiler(config, t
     assert costs[0].flops == pytest.approx(2 * costs[1].flops) and costs[0].bytes < 2 * costs[1].bytes  # weights
     text = capsys.readouterr().out
     assert text.startswith('plan: tiny on 8 x H200 (not compiled), parallel.fsdp=2')
+    assert 'Nothing was compiled' in text and f'pip install "jax[cuda13]=={jax.__version__}"' in text
     assert rows(text)['sample']['steps'] == '2'  # 24 in batches of 16
     for row in rows(text).values():
-        assert row['bound'].endswith(' ms') and not (row['peak'] or row['XLA TFLOP'] or row['collectives'])
+        assert row['bound'].endswith(' ms')
+        assert not any(row[name] for name in ('peak', 'XLA TFLOP', 'collectives', 'kernels', 'moved', 'modeled'))
 
 
 def test_a_program_that_does_not_fit_comes_with_the_field_to_change(config, tmp_path):
@@ -181,7 +184,7 @@ def test_a_program_that_does_not_fit_comes_with_the_field_to_change(config, tmp_
 
     assert advice('sample', peak=1_000_000) == []
     assert 'sample.batch_size' in advice('sample')[1] and 'codes.batch_size' in advice('extract_codes')[1]
-    assert advice('sample')[0] == 'needs 2.00 MB, but a toy has 1.00 MB'
+    assert advice('sample')[0] == 'needs 2.00 MB, but programs can use 1.00 MB of toy'
     assert advice('sample', error='out of memory')[0] == 'out of memory'
     assert '--config.sample.dtype=bfloat16' in advice('sample')[2]
     config.sample.update(batch_size=8, dtype='bfloat16')  # nothing is left to lower
@@ -191,6 +194,21 @@ def test_a_program_that_does_not_fit_comes_with_the_field_to_change(config, tmp_
     assert '.training.grad_accum_steps=2' in advice('prior.top')[1]
     device = device._replace(memory=1e4)
     assert '--config.parallel.fsdp=4' in advice('prior.top')[1]
+
+
+def test_advice_about_a_gpu(config, tmp_path):
+    run, device = Run(config, epath.Path(tmp_path)), hardware.Accelerator('toy', 1e12, 1e6, 1e9, 5e11, 1e11)
+    program = make_program(run, 'sample')
+
+    def advice(**statistics):
+        return list(plan.advice(run, program, programs.Compiled(**statistics), device))
+
+    assert advice(peak=750_000) == []
+    assert advice(peak=750_001) == [
+        'set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95: JAX takes 75% of the memory of a GPU by default'
+    ]
+    assert 'sample.batch_size' in advice(peak=950_001)[1]  # the rest is the driver's
+    assert advice(peak=1, uncounted='a loop') == ['no modeled time: a loop']
 
 
 @pytest.mark.parametrize('devices, fsdp, advised', [(8, 2, 8), (6, 1, 6), (5, 1, 5), (8, 4, 8)])
@@ -210,6 +228,20 @@ def test_topologies_that_do_not_exist():
     for name in ('v5e', 'v9:2x2', 'h100'):
         with pytest.raises(JobError, match=rf'--topology={name}: .*v5e:4x8.*v6e:16x16'):
             hardware.topology_devices(name)
+
+
+@pytest.mark.system
+@pytest.mark.skipif(not hardware.has_gpu_compiler(), reason="JAX's CUDA plugin is not installed")
+def test_gpus_that_are_not_attached_are_compiled_for(config, tmp_path, capsys):
+    config.parallel.fsdp = 2
+    plan.plan(Run(config, epath.Path(tmp_path), hardware.topology_devices('h100:2')))
+    text = capsys.readouterr().out
+    assert text.startswith('plan: tiny on 2 x NVIDIA H100 80GB HBM3, parallel.fsdp=2')
+    assert 'not compiled' not in text and 'no modeled time' not in text
+    for row in rows(text).values():
+        assert re.fullmatch(r'.*B \(\d+%\)', row['peak']) and int(row['kernels']) > 10
+        modeled, bound = (float(row[name].removesuffix(' ms')) for name in ('modeled', 'bound'))
+        assert modeled > bound and modeled > 1.5e-3 * int(row['kernels'])
 
 
 @pytest.mark.system

@@ -124,7 +124,7 @@ def _parse(arguments: list[str]) -> ConfigDict:
             )  # a misspelled --config is unknown
             raise ConfigError('--config is missing, for example --config=fashion')
         config = load_config(_CONFIG.value)
-        rest = flags.FLAGS(_override_fields(config, arguments))  # refuses unknown flags
+        rest = flags.FLAGS(override_fields(config, arguments))  # refuses unknown flags
         if len(rest) > 1:
             raise ConfigError(f'unexpected argument {rest[1]!r}; flags look like --config=fashion')
         return config
@@ -132,10 +132,13 @@ def _parse(arguments: list[str]) -> ConfigDict:
         sys.exit(f'error: {" ".join(str(error).split())}')
 
 
-def _override_fields(config, arguments):
+def override_fields(config: ConfigDict, arguments: list[str]) -> list[str]:
     """Sets fields as `--config.<field>=<text>` says, for `validate_config` to check; returns the other arguments.
 
     A tuple that is given several times is the sum of all, as in ml_collections.config_flags.
+
+    Raises:
+      ConfigError: there is no such field, or its value is missing.
     """
     others, given, remaining = [], set(), iter(arguments)
     for argument in remaining:

@@ -1,8 +1,9 @@
 """--job=plan: whether a config fits the devices, and a lower bound of its time.
 
-It compiles the programs that training, extraction and sampling run, for the attached devices or for a TPU slice that is
-not attached (`--topology=v5e:4x8`). It prints memory, FLOPs and communication, and the roofline bound. For GPUs that
-are not attached (`--topology=h100:8`) it compiles nothing and only counts FLOPs and weights.
+It compiles the programs that training, extraction and sampling run, for the attached devices or for TPUs or GPUs that
+are not attached (`--topology=v5e:4x8`, `--topology=h100:8`). It prints memory, FLOPs and communication, the roofline
+bound, and of GPUs the kernels and their modeled time. Where JAX's CUDA plugin is not installed, it compiles nothing for
+GPUs that are not attached, and counts FLOPs and weights only.
 """
 
 import functools
@@ -22,6 +23,9 @@ from vqvae2_jax.planning.hardware import Accelerator
 from vqvae2_jax.planning.programs import Compiled, Program
 from vqvae2_jax.planning.table import format_bytes
 
+# The shares of a GPU's memory that JAX takes: by default, and at most, since driver and libraries need some too.
+_DEFAULT_GPU_SHARE, _GPU_SHARE = 0.75, 0.95
+
 
 def plan(run: Run) -> None:
     """Prints a table with a row per program, and what to change if one does not fit.
@@ -34,7 +38,7 @@ def plan(run: Run) -> None:
     name = f'{accelerator.name} (not compiled)' if hardware.is_simulated(device) else device.device_kind
     print(f'plan: {run.config.name} on {run.mesh.size} x {name}, parallel.fsdp={run.config.parallel.fsdp}', flush=True)
     print(f'\n{table.header()}', flush=True)
-    for make in make_programs(run):
+    for _, make in make_programs(run):
         with jax.set_mesh(run.mesh):
             program = make()
             if not hardware.is_simulated(device):
@@ -47,7 +51,7 @@ def plan(run: Run) -> None:
 
 
 def advice(run: Run, program: Program, compiled: Compiled, accelerator: Accelerator | None) -> Iterator[str]:
-    """Yields what to change if a program does not fit, else nothing.
+    """Yields why a program has no modeled time, and what to change if it does not fit; nothing if all is well.
 
     Args:
       run: the run.
@@ -55,11 +59,19 @@ def advice(run: Run, program: Program, compiled: Compiled, accelerator: Accelera
       compiled: its statistics.
       accelerator: the peaks of a device; None: unknown.
     """
-    needed = compiled.peak or program.state
-    if not compiled.error and (accelerator is None or needed <= accelerator.memory):
+    if compiled.uncounted:
+        yield f'no modeled time: {compiled.uncounted}'
+    needed, is_gpu = compiled.peak or program.state, accelerator and accelerator.is_gpu
+    usable = accelerator and accelerator.memory * (_GPU_SHARE if is_gpu else 1)
+    if not compiled.error and (accelerator is None or needed <= usable):
+        if is_gpu and needed > _DEFAULT_GPU_SHARE * accelerator.memory:
+            yield (
+                f'set XLA_PYTHON_CLIENT_MEM_FRACTION={_GPU_SHARE}: JAX takes {_DEFAULT_GPU_SHARE:.0%} of the memory of '
+                'a GPU by default'
+            )
         return
     yield compiled.error or (
-        f'needs {format_bytes(needed)}, but a {accelerator.name} has {format_bytes(accelerator.memory)}'
+        f'needs {format_bytes(needed)}, but programs can use {format_bytes(usable)} of {accelerator.name}'
     )
     devices, fsdp = run.mesh.size, run.mesh.shape[sharding.FSDP]
     if program.name in ('sample', 'extract_codes'):
@@ -84,35 +96,33 @@ def advice(run: Run, program: Program, compiled: Compiled, accelerator: Accelera
         yield 'use more devices, or a smaller batch'
 
 
-def make_programs(run: Run) -> Iterator[Callable[[], programs.Program]]:
-    """Yields a function per program, to be called inside `jax.set_mesh(run.mesh)`; iterate outside of it.
+def make_programs(run: Run) -> Iterator[tuple[str, Callable[[], programs.Program]]]:
+    """Yields the name of every program and a function that builds it; iterate outside of the mesh.
 
-    Random keys and other small arrays are made here: nothing runs on devices that are not attached.
+    The functions are called inside `jax.set_mesh(run.mesh)`. Random keys and other small arrays are made here: nothing
+    runs on devices that are not attached.
     """
-    config, networks = run.config, build.networks(run.config)
+    config = run.config
+    # Every network of a plan is built in these three lines.
+    networks = build.networks(config)
+    tasks = {section: train.make_task(run, section, examples=1) for section in networks}
+    priors = workdir.make_priors(run, config.sample.dtype)
+
     variables = {name: jax.eval_shape(model.init, *inputs) for name, (model, inputs) in networks.items()}
     data = config.data
     maps = map_shapes(data.image_size, config.vqvae.downsample_factors)
-    for section in networks:
+    for section, task in tasks.items():
         training = build.train_config(config, section)
         if section.startswith('prior'):
             batch = programs.code_shapes(training.batch_size, maps)
         else:
             batch = programs.image_shapes(training.batch_size, data.image_size, data.channels)
-        task = train.make_task(run, section, examples=1)
-        yield functools.partial(programs.train_program, section, task, training, batch)
+        yield section, functools.partial(programs.train_program, section, task, training, batch)
     model, stage_1 = networks['vqvae'][0], variables['vqvae']
     batch = programs.image_shapes(run.batch_size('codes'), data.image_size, data.channels)
-    yield functools.partial(programs.encode_program, model, stage_1, batch)
+    yield 'extract_codes', functools.partial(programs.encode_program, model, stage_1, batch)
     params = [variables[section]['params'] for section in run.prior_sections]
     params = jax.eval_shape(lambda p: optax.tree.cast(p, config.sample.dtype or None), params)
-    yield functools.partial(
-        programs.sample_program,
-        model,
-        workdir.make_priors(run, config.sample.dtype),
-        stage_1,
-        params,
-        workdir.sampling_params(run),
-        batch_size=run.batch_size('sample'),
-        count=config.sample.count,
-    )
+    sizes = {'batch_size': run.batch_size('sample'), 'count': config.sample.count}
+    arguments = model, priors, stage_1, params, workdir.sampling_params(run)
+    yield 'sample', functools.partial(programs.sample_program, *arguments, **sizes)

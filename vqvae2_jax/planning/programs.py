@@ -14,8 +14,7 @@ from vqvae2_jax import inference
 from vqvae2_jax.distributed import sharding
 from vqvae2_jax.models.prior import Prior
 from vqvae2_jax.models.vqvae import VQVAE
-from vqvae2_jax.planning import cost, hardware
-from vqvae2_jax.planning.hlo import collective_bytes
+from vqvae2_jax.planning import cost, gpu_kernels, hardware, hlo, products
 from vqvae2_jax.sampling.params import SamplingParams
 from vqvae2_jax.tasks.task import Task
 from vqvae2_jax.training import loop, optim
@@ -62,12 +61,16 @@ class Compiled(NamedTuple):
       flops: XLA's count, in which a loop's body counts once.
       collective_bytes: bytes that collectives bring to a device.
       error: the compiler's message if the program does not fit.
+      execution: the kernels, of a program for GPUs.
+      uncounted: why the kernels of such a program are not known; '' if they are.
     """
 
     peak: int | None = None
     flops: float | None = None
     collective_bytes: int | None = None
     error: str = ''
+    execution: gpu_kernels.Execution | None = None
+    uncounted: str = ''
 
 
 def image_shapes(batch_size: int, image_size: tuple[int, int], channels: int) -> Shapes:
@@ -163,9 +166,15 @@ def _inference_program(name, function, inputs, params, weights, work, batch_size
     return Program(name, function, inputs, _size(params), _bytes_per_device(weights), 0, work, batch_size, steps)
 
 
-def compile_program(program: Program) -> Compiled:
-    """Compiles a program for the devices of the mesh, which may take minutes; simulated devices give no statistics."""
-    if hardware.is_simulated(sharding.current_mesh().devices.flat[0]):
+def compile_program(program: Program, trips: float | None = None) -> Compiled:
+    """Compiles a program for the devices of the mesh, which may take minutes; simulated devices give no statistics.
+
+    Args:
+      program: the program.
+      trips: the mean number of iterations of loops whose program states none, see `gpu_kernels.execution`.
+    """
+    device = sharding.current_mesh().devices.flat[0]
+    if hardware.is_simulated(device):
         return Compiled()
     try:
         compiled = program.function.lower(*program.inputs).compile()
@@ -173,10 +182,21 @@ def compile_program(program: Program) -> Compiled:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
         return Compiled(error=str(error).splitlines()[0])
-    memory = compiled.memory_analysis()
+    memory, module = compiled.memory_analysis(), hlo.parse(compiled.as_text())
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak += memory.temp_size_in_bytes
     flops = (compiled.cost_analysis() or {}).get('flops')
-    return Compiled(peak + memory.temp_size_in_bytes, flops, collective_bytes(compiled.as_text()))
+    execution, uncounted = _execution(module, hardware.hardware_of(device), trips)
+    return Compiled(peak, flops, hlo.collective_bytes(module), execution=execution, uncounted=uncounted)
+
+
+def _execution(module, accelerator, trips):
+    if not accelerator or not accelerator.is_gpu:
+        return None, ''
+    try:
+        return gpu_kernels.execution(module, accelerator, trips), ''
+    except (gpu_kernels.UnknownTripCount, products.UnknownCall) as error:
+        return None, str(error)
 
 
 def _sharded(batch, size):

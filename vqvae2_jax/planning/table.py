@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 
+import jax
+
 from vqvae2_jax.distributed import sharding
 from vqvae2_jax.io.logging import format_duration
-from vqvae2_jax.planning import hardware
+from vqvae2_jax.planning import gpu_kernels, hardware
 from vqvae2_jax.planning.hardware import Accelerator
 from vqvae2_jax.planning.programs import Compiled, Program
 
 COLUMNS = ('job', 'batch', 'parameters', 'weights', 'optimizer', 'activations', 'peak')
-COLUMNS += ('TFLOP', 'XLA TFLOP', 'collectives', 'bound', 'steps', 'total')
+COLUMNS += ('TFLOP', 'XLA TFLOP', 'collectives', 'kernels', 'moved', 'modeled', 'bound', 'steps', 'total')
 
 
 def header() -> str:
@@ -37,6 +39,7 @@ def row(program: Program, compiled: Compiled, accelerator: Accelerator | None) -
         f'{sharding.num_batch_shards(program.batch_size) * program.cost.flops / 1e12:.3g}',
         f'{compiled.flops * devices / 1e12:.3g}' if compiled.flops else None,
         None if compiled.collective_bytes is None else format_bytes(compiled.collective_bytes),
+        *_kernels(compiled, accelerator),
         None if bound is None else f'{1e3 * bound:.3g} ms',
         program.steps,
         total,
@@ -58,7 +61,11 @@ def notes(accelerator: Accelerator | None) -> Iterator[str]:
     yield 'TFLOP: matrix products and convolutions of one step on all devices, without recomputation. XLA TFLOP: also'
     yield 'elementwise work and recomputation, but a loop (sampling, grad_accum_steps, scan_layers) counts once.'
     if hardware.is_simulated(sharding.current_mesh().devices.flat[0]):
-        yield 'Nothing was compiled; for peak, XLA TFLOP and collectives run the plan on such a machine.'
+        yield "Nothing was compiled, since JAX's CUDA plugin is not installed; it needs no GPU:"
+        yield f'pip install "jax[cuda13]=={jax.__version__}" adds peak, XLA TFLOP, collectives, kernels and their time.'
+    elif accelerator and accelerator.is_gpu:
+        yield 'Of a GPU in a step: kernels: launches. moved: bytes read and written in memory. modeled: the sum'
+        yield 'over kernels of 1.5 us and the time of bytes or of FLOPs, whichever is longer; without communication.'
     if accelerator:
         yield (
             f'bound: roofline bound of a step on {accelerator.name}, at {accelerator.flops / 1e12:.0f} TFLOP/s in '
@@ -71,6 +78,14 @@ def notes(accelerator: Accelerator | None) -> Iterator[str]:
 def format_bytes(count: float) -> str:
     """Formats a number of bytes in MB or GB."""
     return f'{count / 1e9:.2f} GB' if count >= 1e8 else f'{count / 1e6:.2f} MB'
+
+
+def _kernels(compiled, accelerator):
+    # cells of kernels, moved and modeled
+    if compiled.execution is None:
+        return None, None, None
+    total = gpu_kernels.total(compiled.execution.kernels, accelerator)
+    return round(total.kernels), format_bytes(total.bytes), f'{1e3 * total.seconds:.4g} ms'
 
 
 def _memory(program, compiled, accelerator):
