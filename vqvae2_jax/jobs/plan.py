@@ -17,6 +17,7 @@ from vqvae2_jax.config import build
 from vqvae2_jax.distributed import sharding
 from vqvae2_jax.jobs import train, workdir
 from vqvae2_jax.jobs.workdir import Run
+from vqvae2_jax.kernels import select
 from vqvae2_jax.models.vqvae import map_shapes
 from vqvae2_jax.planning import hardware, programs, table
 from vqvae2_jax.planning.hardware import Accelerator
@@ -103,21 +104,21 @@ def make_programs(run: Run) -> Iterator[tuple[str, Callable[[], programs.Program
     runs on devices that are not attached.
     """
     config = run.config
-    # Every network of a plan is built in these three lines.
-    networks = build.networks(config)
-    tasks = {section: train.make_task(run, section, examples=1) for section in networks}
+    networks, implementations = build.networks(config), select.for_device(run.mesh.devices.flat[0])
     priors = workdir.make_priors(run, config.sample.dtype)
 
     variables = {name: jax.eval_shape(model.init, *inputs) for name, (model, inputs) in networks.items()}
     data = config.data
     maps = map_shapes(data.image_size, config.vqvae.downsample_factors)
-    for section, task in tasks.items():
+    for section in networks:
+        reference = train.make_task(run, section, examples=1)
+        task = train.make_task(run, section, examples=1, implementations=implementations)
         training = build.train_config(config, section)
         if section.startswith('prior'):
             batch = programs.code_shapes(training.batch_size, maps)
         else:
             batch = programs.image_shapes(training.batch_size, data.image_size, data.channels)
-        yield section, functools.partial(programs.train_program, section, task, training, batch)
+        yield section, functools.partial(programs.train_program, section, task, reference, training, batch)
     model, stage_1 = networks['vqvae'][0], variables['vqvae']
     batch = programs.image_shapes(run.batch_size('codes'), data.image_size, data.channels)
     yield 'extract_codes', functools.partial(programs.encode_program, model, stage_1, batch)

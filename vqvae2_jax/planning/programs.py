@@ -87,12 +87,13 @@ def code_shapes(batch_size: int, map_shapes: Sequence[tuple[int, int]]) -> Shape
     return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in {**codes, 'label': (batch_size,)}.items()}
 
 
-def train_program(name: str, task: Task, config: optim.TrainConfig, batch: Shapes) -> Program:
+def train_program(name: str, task: Task, reference: Task, config: optim.TrainConfig, batch: Shapes) -> Program:
     """Builds one training step.
 
     Args:
       name: the section of the config, such as 'prior.top'.
       task: the task.
+      reference: the task in plain JAX, whose work is counted: a kernel may do more, or hide it.
       config: the training settings.
       batch: shapes of a global batch, from `image_shapes` or `code_shapes`.
     """
@@ -102,7 +103,7 @@ def train_program(name: str, task: Task, config: optim.TrainConfig, batch: Shape
     state = jax.eval_shape(loop.make_init(task, optimizer), key, batch)
     layout = loop.state_sharding(state)
     inputs = sharding.abstract_state(state, layout)
-    forward = cost.count(task.loss, state.params, state.model_state, _local(batch), key)
+    forward = cost.count(reference.loss, state.params, state.model_state, _local(batch), key)
     return Program(
         name,
         loop.make_step(task, optimizer, config, layout),
