@@ -19,6 +19,7 @@ ABOVE_MODEL_CODE = {'main', 'jobs'} | LOGIC | INFRASTRUCTURE
 # The layers that each layer must not import. Every directory and top-level module of the package has an entry.
 FORBIDDEN = dict.fromkeys(INFRASTRUCTURE, {'main', 'jobs'} | LOGIC | MODEL_CODE) | {
     'main': MODEL_CODE,
+    '__main__': set(),  # it prepares the terminal before it imports the command line
     'jobs': {'main'},
     'inference': {'main', 'jobs'} | LOGIC - {'inference'},
     'training': {'main', 'jobs'},
