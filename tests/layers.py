@@ -20,6 +20,7 @@ ABOVE_MODEL_CODE = {'main', 'jobs', 'kernels'} | LOGIC | INFRASTRUCTURE
 # The layers that each layer must not import. Every directory and top-level module of the package has an entry.
 FORBIDDEN = dict.fromkeys(INFRASTRUCTURE, {'main', 'jobs', 'kernels'} | LOGIC | MODEL_CODE) | {
     'main': MODEL_CODE,
+    '__main__': set(),  # it prepares the terminal before it imports the command line
     'jobs': {'main'},
     'inference': {'main', 'jobs', 'kernels'} | LOGIC - {'inference'},
     'training': {'main', 'jobs', 'kernels'},

@@ -57,7 +57,7 @@ def test_worse_weights_and_those_of_a_nan_are_not_written(tmp_path):
 def test_all_processes_continue_from_the_checkpoint_that_the_main_process_sees(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest_step() is None
-    monkeypatch.setattr(processes, 'run_on_main_process', lambda function: 4)
+    monkeypatch.setattr(processes, 'run_on_main_process', lambda function: [2, 4])
     assert checkpoints.latest_step() == 4
     checkpoints.close()
 

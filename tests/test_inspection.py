@@ -92,7 +92,7 @@ def test_copies_within_and_across_splits(images):
     found = {(pair['split'], pair['also_in']): pair['images'] for pair in facts['copies']['across']}
     assert found == {('validation', 'train'): 0, ('test', 'train'): 2, ('test', 'validation'): 0}
     assert 'data: compared by content: some images are there twice' in text
-    assert 'data: train: 1 of 9 images repeat another one of it, such as ' in text
+    assert 'data: train: 1 of 9 images repeat another image of train, such as ' in text
     assert (
         'data: warning: test: 2 of 4 images (1 with another label) are also in train, such as ' in text
         and 'leaked.png' in text

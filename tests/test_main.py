@@ -138,6 +138,21 @@ def test_the_loss_of_another_process_at_any_moment_ends_in_one_line(tmp_path, pr
         assert str(error) in output
 
 
+CONSOLE_SCRIPT = 'import sys; from vqvae2_jax.__main__ import run; run()'
+
+
+@pytest.mark.parametrize('command', ['-m vqvae2_jax', '-m vqvae2_jax.main', f'-c {CONSOLE_SCRIPT}'])
+def test_an_interrupt_while_the_command_is_imported_ends_with_one_line(command):
+    flag, _, text = command.partition(' ')
+    arguments = [sys.executable, flag, text, '--config=tiny']
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while 'jaxlib' not in pathlib.Path(f'/proc/{process.pid}/maps').read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[0] == 'interrupted; the same command continues\n'
+    assert process.returncode == 130
+
+
 READ_CONFIG = """
 import json, sys
 from vqvae2_jax import main
@@ -172,9 +187,9 @@ def test_every_form_of_a_flag_sets_its_field():
 
 
 def test_the_console_script_explains_its_flags():
-    program = "import sys; from vqvae2_jax.main import run; sys.argv = ['/bin/vqvae2', '--help']; run()"
+    program = "import sys; from vqvae2_jax.__main__ import run; sys.argv = ['/bin/vqvae2', '--help']; run()"
     done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
-    for text in ('The command line: flags', '--workdir: ', '--level: ', '--topology: '):
+    for text in ('Trains, samples and evaluates', '--workdir: ', '--level: ', '--topology: '):
         assert text in done.stdout
 
 

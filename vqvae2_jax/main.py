@@ -1,8 +1,8 @@
-"""The command line: flags, the config, the job. The only file that knows flags.
+"""Trains, samples and evaluates VQ-VAE-2.
 
 python -m vqvae2_jax.main --config=configs/fashion.py                      # everything that is missing, in order
 python -m vqvae2_jax.main --config=configs/fashion.py --job=prior --level=top
-vqvae2 --config=fashion --config.sample.count=50000 --job=sample           # the same, from any directory
+vqvae2 --config=fashion --config.sample.count=50000 --job=sample           # from any directory
 """
 
 import ast
@@ -188,7 +188,7 @@ def _parse_value(text, default):
 
 
 def run() -> None:
-    """Runs the command line; the console script `vqvae2` starts here."""
+    """Runs the command line."""
     terminal.prepare()
     if sys.stdout is not None:  # names of files may hold bytes that are not UTF-8
         sys.stdout.reconfigure(errors='backslashreplace')

@@ -287,7 +287,7 @@ def _class_lines(facts) -> list[str]:
 
 def _decoded_lines(split, found, facts) -> list[str]:
     count, failed = found['images'], found['unreadable']['images']
-    line, warnings = f'{split}: decoded {count} of {facts["images"][split]}', []
+    line, warnings = f'{split}: decoded {count - failed} of {facts["images"][split]}', []
     if failed < count:
         smallest, largest = ('x'.join(map(str, found[name])) for name in ('smallest', 'largest'))
         sizes = f'size {smallest}' if smallest == largest else f'sizes {smallest} to {largest} (height x width)'
@@ -310,7 +310,9 @@ def _copies_lines(facts) -> list[str]:
     copies, lines = facts['copies'], []
     for split, found in copies['within'].items():
         if found['images']:
-            lines.append(f'{split}: {_copied(found, facts["images"][split])} repeat another one of it, {_names(found)}')
+            lines.append(
+                f'{split}: {_copied(found, facts["images"][split])} repeat another image of {split}, {_names(found)}'
+            )
     for found in copies['across']:
         if found['images']:
             number = _copied(found, facts['images'][found['split']])

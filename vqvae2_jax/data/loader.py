@@ -19,7 +19,7 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from vqvae2_jax.data import worker_processes
 from vqvae2_jax.data.decode import CROP_ZOOM, UnreadableImage
@@ -304,7 +304,7 @@ class _Reader:
         if error.example_name in self._logged:
             return
         self._logged.add(error.example_name)
-        logging.warning('skipping %s: %s', names.printable(error.example_name), error.reason)
+        print(f'data: skipped {names.printable(error.example_name)}: {error.reason}', file=sys.stderr, flush=True)
         if self._skip_log:
             os.makedirs(os.path.dirname(self._skip_log) or '.', exist_ok=True)  # nothing else may be there yet
             try:

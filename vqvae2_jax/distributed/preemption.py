@@ -41,7 +41,7 @@ def stop_signals() -> Iterator[Callable[[], int]]:
         signal.signal(number, previous[number])
         with contextlib.suppress(OSError):  # the terminal may be gone
             # Not print: a signal may interrupt a print, which cannot be entered twice.
-            os.write(2, f'{signal.Signals(number).name}: saving before the exit ...\n'.encode())
+            os.write(2, f'{signal.Signals(number).name}: saving before the exit; the same command continues\n'.encode())
 
     for number in STOP_SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:

@@ -15,9 +15,8 @@ from typing import NoReturn
 _CLOSED = (errno.EPIPE, errno.EIO)  # of a pipe whose reader has ended, of a terminal that was closed
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # of a log file
 _REPEAT = 1  # second; wrappers such as uv forward the Ctrl-C that the terminal has sent to the whole group
-_INTERRUPTED = 'interrupted; the same command continues'
 _saving = 0  # number of `saves_on_interrupt` contexts
-_ending = threading.RLock()
+_interrupted_outside = False  # of these contexts
 
 
 def prepare() -> None:
@@ -100,9 +99,14 @@ def _watch_interrupts():
     receiver, sender = os.pipe()
     os.set_blocking(sender, False)
     signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
-    # The main thread may enter `saves_on_interrupt` before the other thread knows of a signal. This handler ran before.
-    signal.signal(signal.SIGINT, lambda *_: None if _saving else _exit(_INTERRUPTED))
+    signal.signal(signal.SIGINT, _note_interrupt)
     threading.Thread(target=_watch, args=(receiver,), daemon=True).start()
+
+
+def _note_interrupt(*_):
+    # Before the other thread knows of the signal, this one may enter `saves_on_interrupt`.
+    global _interrupted_outside
+    _interrupted_outside = not _saving
 
 
 def _watch(receiver: int):
@@ -111,8 +115,8 @@ def _watch(receiver: int):
         if signal.SIGINT not in os.read(receiver, 64):
             continue
         now = time.monotonic()
-        if not _saving:
-            _exit(_INTERRUPTED)
+        if not _saving or _interrupted_outside:
+            _exit('interrupted; the same command continues')
         if first is not None and now - first > _REPEAT:
             _exit('interrupted again: stopped at once; the same command continues from what was saved before')
         first = first or now
@@ -142,8 +146,6 @@ def _ignore_closed_loop(args):
 
 
 def _exit(message: str, status: int = 128 + signal.SIGINT):
-    if not _ending.acquire(blocking=False):
-        threading.Event().wait()  # another thread ends the process
     with contextlib.suppress(OSError):
         os.write(2, f'{message}\n'.encode('utf-8', 'backslashreplace'))
     for worker in multiprocessing.active_children():  # they ignore Ctrl-C

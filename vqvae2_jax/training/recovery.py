@@ -79,19 +79,23 @@ def recover(directory: epath.Path, name: str, *, has_record: bool = True) -> Non
         damaged[step] = problem
     if damaged and sound is None:  # nothing is renamed: the same command says the same
         raise JobError(
-            f'{name}: {"; ".join(damaged.values())}. No checkpoint is sound: restore one from a backup, or delete '
-            f'{directory} to train from the start'
+            f'{name}: {"; ".join(damaged.values())}. No checkpoint is sound: restore the directory from a '
+            f'backup, or delete {directory} to train from the start'
         )
     for step, problem in damaged.items():
         processes.run_on_main_process(functools.partial(set_aside, checkpoints, step))
         print(f'{name}: {problem}. It is set aside as {checkpoints / f"{step}{DAMAGED}"}', flush=True)
     if damaged:
-        print(f'{name}: training continues from step {sound}: {steps[-1] - sound} steps are repeated', flush=True)
+        print(f'{name}: training continues from step {sound}: {_repeated(steps[-1] - sound)}', flush=True)
     if not has_record and not steps:
         processes.run_on_main_process(lambda: _write_best(directory, None))
     problem, best = processes.run_on_main_process(lambda: _check_best(directory, sound))
     if problem:
         _recover_weights(directory, name, problem, best)
+
+
+def _repeated(steps):
+    return {0: 'no step is repeated', 1: '1 step is repeated'}.get(steps, f'{steps} steps are repeated')
 
 
 def _recover_weights(directory, name, problem, best) -> None:
@@ -106,13 +110,12 @@ def _recover_weights(directory, name, problem, best) -> None:
         best = best or earlier  # of the newest checkpoint, if best.json itself is damaged
         if sound or earlier is None or best['step'] > step:
             processes.run_on_main_process(functools.partial(go_back, directory, step, earlier if sound else None))
-            repeated = f'{steps[-1] - step} steps are repeated' if steps[-1] > step else 'no step is repeated'
-            print(f'{name}: {problem}. Continuing from step {step}; {repeated}', flush=True)
+            print(f'{name}: {problem}. Continuing from step {step}; {_repeated(steps[-1] - step)}', flush=True)
             return
     if steps:
         raise JobError(
-            f'{name}: {problem}, and no sound checkpoint is from before these weights: restore them from a backup, or '
-            f'delete {directory} to train from the start'
+            f'{name}: {problem}, and no sound checkpoint is from before these weights: restore the directory '
+            f'from a backup, or delete {directory} to train from the start'
         )
     print(f'{name}: {problem}. There is no checkpoint: trains from the start', flush=True)
     processes.run_on_main_process(lambda: _write_best(directory, None))
