@@ -25,7 +25,8 @@ def prior_task(order='raster', **fields):
     shape = dict(shape=(4, 4), codebook_size=12, coarser_codebook_sizes=(12,), num_classes=3, kernel_size=3)
     shape |= dict(hidden_channels=16, residual_channels=16, num_residual_blocks=2, num_attention_layers=1, num_heads=2)
     shape |= dict(num_cond_blocks=1, num_output_blocks=1, dropout=0.0, attention_dropout=0.0) | ORDERS[order]
-    return prior.make_task(make_prior(**shape | fields), 0, 2)
+    model = make_prior(**shape | fields)
+    return prior.make_task(model, 0, 1 + len(model.coarser_codebook_sizes))
 
 
 def codes():
@@ -155,7 +156,7 @@ def loops(remat, **fields):
     shape = dict(shape=(8, 8), coarser_codebook_sizes=(), num_classes=0, dropout=0.1, attention_dropout=0.1)
     shape |= dict(num_residual_blocks=4, num_attention_layers=2, num_output_blocks=2, num_cond_blocks=0)
     task = prior_task(remat=remat, scan_layers=True, dtype=jnp.bfloat16, **shape | fields)
-    batch = {'codes_0': np.zeros((BATCH, 8, 8), np.int32), 'codes_1': None, 'label': np.zeros(BATCH, np.int32)}
+    batch = {'codes_0': np.zeros((BATCH, 8, 8), np.int32), 'label': np.zeros(BATCH, np.int32)}
     params, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
     loss = jax.grad(lambda p: task.loss(p, {}, batch, jax.random.key(1))[0])
     return [x for name, x in primitives(jax.make_jaxpr(loss)(params)) if name == 'scan']

@@ -111,8 +111,6 @@ class CausalAttention(nn.Module):
         # [B, P, N, d] each -> [B, P, N, d]
         steps = self.order.step_map().reshape(-1)
         visible = jnp.asarray(steps[None, :] <= steps[:, None])  # [P, P]
-        # A constant, which JAX would broadcast to the shape of the logits outside of a scan: see `pointwise.py`.
-        visible, query = jax.lax.optimization_barrier((visible, query))
         if not train or self.dropout == 0:
             return self.attend(query, key, value, visible)
         logits, visible = self._drop(_logits(query, key), visible)
