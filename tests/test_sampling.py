@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from tests import defaults
@@ -195,7 +196,7 @@ def products_by_loop_depth(jaxpr, depth=0):
     found = collections.Counter()
     for equation in jaxpr.eqns:
         found[depth] += equation.primitive.name in ('dot_general', 'conv_general_dilated')
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             found += products_by_loop_depth(inner, depth + (equation.primitive.name == 'scan'))
     return found
 
