@@ -2,9 +2,10 @@
 
   pip install "jax[cuda13]==<the installed JAX>"                # no driver, no GPU; 4.8 GB
   python -m benchmarks.gpu_program                              # the paper's ImageNet model on H100: six rows
-  python -m benchmarks.gpu_program --config=ffhq1024 --topology=h100:8 --programs prior.top sample
-  python -m benchmarks.gpu_program --config=imagenet256 --programs sample --config.sample.batch_size=8 \
-    --config.prior.top.order=wavefront --config.prior.bottom.order=wavefront
+  python -m benchmarks.gpu_program --config=ffhq1024 --config.data.path=. --topology=h100:8 \
+    --programs prior.top sample
+  python -m benchmarks.gpu_program --config=folder256 --config.data.path=. --programs sample \
+    --config.sample.batch_size=8 --config.prior.top.order=wavefront --config.prior.bottom.order=wavefront
 
 Programs have the names of `--job=plan`. All numbers are of one GPU in one call: a training step, or a batch of samples.
 FLOPs are those of products and convolutions. Useful FLOPs are, of a training step, three times those of the forward
@@ -21,9 +22,11 @@ from typing import NamedTuple
 import jax
 from etils import epath
 
+from vqvae2_jax.config.fields import ConfigError
 from vqvae2_jax.config.loading import load_config
 from vqvae2_jax.config.validation import validate_config
 from vqvae2_jax.io import files
+from vqvae2_jax.io.record import JobError
 from vqvae2_jax.jobs import plan
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.main import override_fields
@@ -34,6 +37,7 @@ COLUMNS += ('utilization, useful FLOPs', 'all FLOPs', 'peak memory', 'kernels of
 WAVEFRONT = [
     f'--config.prior.{level}.{field}' for level in ('top', 'bottom') for field in ('order=wavefront', 'skew=2')
 ]
+NO_DATA = '--config.data.path=.'  # nothing is read
 PACKAGES = ('jax', 'jaxlib', 'jax-cuda13-plugin', 'jax-cuda12-plugin', 'flax')
 
 
@@ -48,25 +52,25 @@ class Case(NamedTuple):
 
 
 def sampling(batch, order):
-    overrides = [f'--config.sample.batch_size={batch}', *(WAVEFRONT if order != 'raster' else [])]
+    overrides = [NO_DATA, f'--config.sample.batch_size={batch}', *(WAVEFRONT if order != 'raster' else [])]
     return Case(f'sample {batch}, {order}', 'imagenet256', 'h100:1', 'sample', overrides)
 
 
 CASES = [
-    Case('stage 1, a step of 128 images', 'imagenet256', 'h100:1', 'vqvae', []),
-    Case('top prior, 8 GPUs, a step of 1024', 'imagenet256', 'h100:8', 'prior.top', []),
+    Case('stage 1, a step of 128 images', 'imagenet256', 'h100:1', 'vqvae', [NO_DATA]),
+    Case('top prior, 8 GPUs, a step of 1024', 'imagenet256', 'h100:8', 'prior.top', [NO_DATA]),
     *(sampling(batch, order) for batch in (64, 1) for order in ('raster', 'wavefront, skew 2')),
 ]
 
 
 def compile_case(case, trips):
     """Compiles a program; returns it with its statistics and the peaks of its GPUs."""
+    devices = hardware.topology_devices(case.topology)  # before JAX looks for GPUs
     config = load_config(case.config)
     if unknown := override_fields(config, case.overrides):
         sys.exit(f'unknown arguments: {" ".join(unknown)}')
-    config.data.path = config.data.path or '.'  # no data is read
     validate_config(config)
-    run = Run(config, epath.Path('runs'), hardware.topology_devices(case.topology))
+    run = Run(config, epath.Path('runs'), devices)
     make = dict(plan.make_programs(run))
     if case.program not in make:
         sys.exit(f'{case.config} has no program {case.program}, but {", ".join(make)}')
@@ -167,7 +171,10 @@ def main():
     lines, results, chapters = [f'| {" | ".join(COLUMNS)} |\n|{"---|" * len(COLUMNS)}'], {}, []
     for case in cases:
         print(f'compiling {case.title} ...', file=sys.stderr, flush=True)  # may take minutes
-        program, compiled, gpu = compile_case(case, options.trips)
+        try:
+            program, compiled, gpu = compile_case(case, options.trips)
+        except (ConfigError, JobError) as error:
+            sys.exit(f'error: {error}')
         results[case.title] = case._asdict() | summary(program, compiled, gpu)
         lines.append(row(case.title, results[case.title]))
         chapters += [f'\n## {case.title}\n', *details(compiled.execution, gpu, options.top)]

@@ -140,7 +140,7 @@ def _described_devices(name, help_text, **options):
 
     try:
         return list(topologies.get_topology_desc(**options).devices)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # the latter without a usable plugin
         raise JobError(f'--topology={name}: {str(error).splitlines()[0]}; {help_text}') from error
 
 

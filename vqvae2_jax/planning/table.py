@@ -62,7 +62,7 @@ def notes(accelerator: Accelerator | None) -> Iterator[str]:
     yield 'elementwise work and recomputation, but a loop (sampling, grad_accum_steps, scan_layers) counts once.'
     if hardware.is_simulated(sharding.current_mesh().devices.flat[0]):
         yield "Nothing was compiled, since JAX's CUDA plugin is not installed; it needs no GPU:"
-        yield f'pip install "jax[cuda13]=={jax.__version__}" adds peak, XLA TFLOP, collectives, kernels and their time.'
+        yield f'pip install "jax[cuda13]=={jax.__version__}" adds peak, collectives, kernels and modeled time.'
     elif accelerator and accelerator.is_gpu:
         yield 'Of a GPU in a step: kernels: launches. moved: bytes read and written in memory. modeled: the sum'
         yield 'over kernels of 1.5 us and the time of bytes or of FLOPs, whichever is longer; without communication.'
