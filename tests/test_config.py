@@ -124,7 +124,7 @@ def test_fields_have_one_default():
         fields = inspect.signature(module).parameters.items()
         given = {name for name, parameter in fields if parameter.default is not inspect.Parameter.empty}
         of_flax = {'parent', 'name'} if issubclass(module, nn.Module) else set()
-        assert given - of_flax <= {'kernel_init', 'strict', 'attend'}, module
+        assert given - of_flax <= {'kernel_init', 'strict', 'attend', 'nearest'}, module
 
 
 # (field, value, the message)

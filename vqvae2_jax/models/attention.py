@@ -105,7 +105,9 @@ class CausalAttention(nn.Module):
         _, _, on_map = self.order.positions(steps)
         visible = (on_map & (steps <= step)).reshape(1, -1)  # [1, T n]
         key, value = self._update_cache('keys', key, step), self._update_cache('values', value, step)
-        return _weighted_mean(_logits(query, key), visible, value)
+        # The cache may hold anything in later steps.
+        logits = jnp.where(visible, _logits(query, key), jnp.finfo(jnp.float32).min)
+        return _weighted_mean(logits, visible, value)
 
     def _attend_map(self, query, key, value, train):
         # [B, P, N, d] each -> [B, P, N, d]
