@@ -42,13 +42,19 @@ def test_the_lookup_is_its_reference_but_for_ties(dtype, shape, codes):
 
 def test_the_lowest_index_wins_a_tie_within_and_across_chunks():
     rows = np.random.default_rng(0).integers(-8, 8, (200, 16)).astype(np.float32)
-    rows[[40, 70, 190]] = rows[3]
-    rows[[130, 131]] = rows[64]
+    rows[[40, 67, 70, 190]] = rows[3]  # 67 has the place of 3 in the next chunk
+    rows[[128, 130, 131]] = rows[64]
     vectors = jnp.asarray(rows)
     expected = quantizer.nearest(vectors, rows)
     assert expected[190] == 3 and expected[131] == 64
     np.testing.assert_array_equal(lookup(vectors, rows), expected)
     np.testing.assert_array_equal(lookup(vectors.astype(jnp.bfloat16), rows), expected)
+
+
+def test_codes_that_fill_the_last_chunk_are_never_found():
+    codebook = np.random.default_rng(0).normal(size=(5, 16)).astype(np.float32)
+    found = lookup(jnp.zeros((3, 16)), codebook)  # nearer to a row of zeros than to the codebook
+    assert found.tolist() == [np.argmin((codebook**2).sum(-1))] * 3
 
 
 def test_three_parts_are_a_float32():
