@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu, triton
+from jax.experimental.pallas import mosaic_gpu
 from jax.lax import Precision
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vqvae2_jax.kernels.nearest import nearest
 from vqvae2_jax.planning import hardware
 
 DIRECTORY = pathlib.Path(__file__).parent / 'data' / 'hlo'
@@ -41,24 +42,6 @@ def attention(q, k, v, mask):
 def gradient(function, count):
     """The gradient of the sum of squares, with respect to the first arguments."""
     return jax.grad(lambda *x: jnp.sum(function(*x).astype(jnp.float32) ** 2), tuple(range(count)))
-
-
-def nearest(vectors, codebook):
-    """A Pallas kernel with the name and the products of a lookup in a codebook."""
-
-    def kernel(v, c, out):
-        out[...] = jnp.argmin(-2 * jnp.dot(v[...], c[...].T, precision=Precision.HIGHEST), axis=1).astype(jnp.int32)
-
-    whole, rows = pl.BlockSpec(codebook.shape, lambda i: (0, 0)), pl.BlockSpec((64, 64), lambda i: (i, 0))
-    return pl.pallas_call(
-        kernel,
-        out_shape=shape(len(vectors), dtype=jnp.int32),
-        grid=(len(vectors) // 64,),
-        in_specs=[rows, whole],
-        out_specs=pl.BlockSpec((64,), lambda i: (i,)),
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
-        name='nearest',
-    )(vectors, codebook)
 
 
 def twice(x):
@@ -118,7 +101,8 @@ PROGRAMS = {  # name: function, shapes, options of the compiler
     'conv_highest': (lambda x, k: convolution(x, k, Precision.HIGHEST), (shape(*IMAGE), shape(*KERNEL)), {}),
     'conv_gradient': (gradient(convolution, 2), (bfloat16(*IMAGE), bfloat16(*KERNEL)), {}),
     'attention': (gradient(attention, 3), (QUERY, QUERY, QUERY, shape(1, 1, N, N, dtype=jnp.bool_)), {}),
-    'nearest': (nearest, (shape(1024, 64), shape(128, 64)), {}),
+    'nearest_float32': (nearest, (shape(1024, 64), shape(128, 64)), {}),
+    'nearest_bfloat16': (nearest, (bfloat16(1024, 64), shape(128, 64)), {}),
     'twice': (twice, (shape(512, 64),), {}),
     'cholesky': (jnp.linalg.cholesky, (shape(64, 64),), {}),
     'known_bound': (known_bound, (bfloat16(N, N),), {}),

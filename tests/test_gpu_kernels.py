@@ -14,6 +14,7 @@ SCORES = 4 * 8 * N * N  # of attention: batch, heads, positions
 # XLA splits products of [N, N] in four along the depth and sums the parts in float32: 4 N^2 written and read again.
 PARTS, IMAGE, MAP, KERNEL = 4 * 4 * N * N, 8 * 32 * 32 * 64, 8 * 32 * 32 * 128, 3 * 3 * 64 * 128
 QUERY = 2 * 4 * N * 8 * 64  # bytes of queries, keys, values or outputs
+LOOKUP = 4 * (2 * 128 * 64 + 2 * 128 + 1024) + 2 * 2 * 3 * 128 * 64  # bytes, without those of the vectors
 EXPECTED = {  # name: number of kernels, bytes, {precision: FLOPs}
     'dot_highest': (2, 4 * 3 * N**2 + 2 * PARTS, {'float32': PRODUCT}),
     'dot_default': (2, 4 * 3 * N**2 + 2 * PARTS, {'tf32': PRODUCT}),
@@ -25,7 +26,9 @@ EXPECTED = {  # name: number of kernels, bytes, {precision: FLOPs}
     'conv_gradient': (6, 2 * (3 * (IMAGE + MAP + KERNEL) + 4 * KERNEL + 2 * MAP), {'bfloat16': 3 * CONVOLUTION}),
     # q k v -> out and its statistics; 2 out; q k v, statistics, out and its gradient -> three gradients; four masks
     'attention': (4, (4 + 2 + 8) * QUERY + 2 * 4 * 4 * 8 * N + (1 + 4 * 2) * N**2, {'bfloat16': 7 * 2 * SCORES * 64}),
-    'nearest': (1, 4 * (1024 * 64 + 128 * 64 + 1024), {'float32': 2 * 1024 * 128 * 64}),
+    # norms of the codebook; its three parts; the lookup, which multiplies six pairs of parts, or three
+    'nearest_float32': (3, LOOKUP + 4 * 1024 * 64, {'bfloat16': 6 * 2 * 1024 * 128 * 64}),
+    'nearest_bfloat16': (3, LOOKUP + 2 * 1024 * 64, {'bfloat16': 3 * 2 * 1024 * 128 * 64}),
     # two copies first; an iteration counts its steps (8 bytes)
     'known_bound': (2 + 7 * 3, 8 + 4 * N**2 + 7 * (8 + 2 * 3 * N**2 + 2 * PARTS), {'bfloat16': 7 * PRODUCT}),
     'branches': (5, 8 + 2 * (2 * 3 * N**2 + 2 * PARTS), {'bfloat16': 2 * PRODUCT}),  # a @ a @ a
@@ -95,7 +98,7 @@ def test_an_unknown_call_is_an_error(name, called):
 
 
 def test_flops_of_another_pallas_kernel_are_registered_by_name(monkeypatch):
-    monkeypatch.setitem(PALLAS_FLOPS, 'twice', lambda operands: operands[0][0] * 64)
+    monkeypatch.setitem(PALLAS_FLOPS, 'twice', lambda operands: {'float32': operands[0][1][0] * 64})
     assert flops(gpu_kernels.execution(saved('twice'), H100).kernels) == {'float32': 512 * 64}
 
 

@@ -40,6 +40,12 @@ def product_flops(module: Module, computation: str, operation: Operation) -> dic
     if operation.opcode not in ('dot', 'convolution', 'custom-call'):
         return {}
     operands = [_shape(module.computations[computation][name]) for name in operation.operands]
+    target = call_target(operation)
+    if target in _PALLAS:
+        name = _pallas_name(operation)
+        if name not in PALLAS_FLOPS:
+            raise _unknown(operation, f'the Pallas kernel {name}')
+        return PALLAS_FLOPS[name](operands)
     flops = _flops(operation, [dimensions for _, dimensions in operands])
     return {_precision(operation, operands[0][0]): flops} if flops else {}
 
@@ -60,12 +66,11 @@ def _flops(operation, operands):
             return count(operation, operands)
     if target in _NO_PRODUCTS:
         return 0
-    if target in _PALLAS:
-        name = _pallas_name(operation)
-        if name in PALLAS_FLOPS:
-            return PALLAS_FLOPS[name](operands)
-        target = f'the Pallas kernel {name}'
-    raise UnknownCall(f'{operation.name} calls {target}, of which vqvae2_jax/planning/products.py knows no FLOPs')
+    raise _unknown(operation, target)
+
+
+def _unknown(operation, target):
+    return UnknownCall(f'{operation.name} calls {target}, of which vqvae2_jax/planning/products.py knows no FLOPs')
 
 
 def _shape(operation):
@@ -77,7 +82,7 @@ def _precision(operation, dtype):
     if dtype in ('bf16', 'f16'):
         return 'bfloat16'
     highest = re.search(r'operand_precision\W+[\w",]*highest', operation.attributes, re.IGNORECASE)
-    return 'float32' if highest or dtype != 'f32' or call_target(operation) in _PALLAS else 'tf32'
+    return 'float32' if highest or dtype != 'f32' else 'tf32'
 
 
 def _dot_flops(operation, operands):
@@ -128,12 +133,19 @@ _LIBRARIES: dict[str, Callable] = {
 }
 
 
-def nearest_flops(operands: list[tuple[int, ...]]) -> float:
-    """Returns the FLOPs of the lookup in a codebook: vectors [N, D], codebook [K, D] (or [D, K]), any others."""
-    vectors, codebook = operands[:2]
-    return 2.0 * math.prod(vectors) * math.prod(codebook) / vectors[-1]
+Operands = list[tuple[str, tuple[int, ...]]]  # dtype and dimensions of each
 
 
-# By the `name` of `pallas_call`: FLOPs, given the dimensions of the operands. Their bytes are those of all operands
-# and results, each once.
-PALLAS_FLOPS: dict[str, Callable[[list[tuple[int, ...]]], float]] = {'nearest': nearest_flops}
+def nearest_flops(operands: Operands) -> dict[str, float]:
+    """Returns {precision: FLOPs} of `kernels.nearest`: vectors [N, D], three bfloat16 parts of the codebook [3, K, D].
+
+    It multiplies each part with bfloat16 vectors. Of float32 vectors it multiplies six pairs of parts.
+    """
+    (dtype, vectors), (_, codebook) = operands[:2]
+    pairs = 3 if dtype == 'bf16' else 6
+    return {'bfloat16': 2.0 * pairs * vectors[0] * math.prod(codebook[1:])}
+
+
+# By the `name` of `pallas_call`: {precision: FLOPs}, given the operands. Their bytes are those of all operands and
+# results, each once.
+PALLAS_FLOPS: dict[str, Callable[[Operands], dict[str, float]]] = {'nearest': nearest_flops}
