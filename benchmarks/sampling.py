@@ -14,16 +14,12 @@ eight heights of the map, from which the times of the others are interpolated.
 
 import argparse
 import functools
-import os
-import pathlib
-import subprocess
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import timing
 from benchmarks.timing import machine, measure_bandwidth, measure_products, seconds
 from vqvae2_jax import xla_flags
 from vqvae2_jax.config import base, build
@@ -176,60 +172,24 @@ def temporary_bytes(prior, params, batch):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def serve(level, order, batch, dtype, rows):
-    """Compiles a sampler. For every line of stdin it runs it once and prints the seconds and the CPU seconds."""
-    shape = rows or SHAPES[level][0], SHAPES[level][1]
-    prior = make(level, dtype, None if order == 'raster' else int(order), shape=shape)
+def sample_once(level, order, batch, dtype, rows):
+    """Returns a function that samples a batch of maps with a compiled sampler."""
+    prior = make(
+        level, dtype, None if order == 'raster' else int(order), shape=(rows or SHAPES[level][0], SHAPES[level][1])
+    )
     arguments = jax.jit(lambda: weights(prior))(), jnp.arange(batch), inputs(prior, batch)[1]
     compiled = jax.jit(sampler(prior)).lower(*arguments).compile()
-    jax.block_until_ready(compiled(*arguments))
-    print('ready', flush=True)
-    for _ in sys.stdin:
-        begin = time.perf_counter(), time.process_time()
-        jax.block_until_ready(compiled(*arguments))
-        print(time.perf_counter() - begin[0], time.process_time() - begin[1], flush=True)
+    return lambda: jax.block_until_ready(compiled(*arguments))
 
 
-def against(other, levels, orders, batches, options, runs=5):
-    """Prints the medians of runs of this checkout and of another one, which run by turns, and the ratio."""
-    print(
-        '\n| level | order | batch | s, other | s, this | ratio | ratio of CPU seconds |\n|---|---|---|---|---|---|---|'
-    )
+def against(other, levels, orders, batches, options):
+    """Prints the times of this checkout and of another one."""
+    print(f'\n| level | order | batch {timing.AGAINST}\n|---|---|---|---|---|---|---|')
     for level in levels:
         for order in orders:
             for batch in batches:
-                case = ['--serve', level, order, str(batch), *options]
-                times = run_by_turns([_start(root, case) for root in (other, '.')], runs)
-                (before, cpu_before), (after, cpu_after) = np.median(times, axis=1)
-                print(
-                    f'| {level} | {order} | {batch} | {before:.2f} | {after:.2f} | {after / before:.3f} '
-                    f'| {cpu_after / cpu_before:.3f} |',
-                    flush=True,
-                )
-
-
-def _start(root, options):
-    # This file, with the packages of the checkout at `root`; returns when it has compiled.
-    path = pathlib.Path(root).resolve()
-    command = [sys.executable, str(pathlib.Path(__file__).resolve()), *options]
-    environment, pipe = {**os.environ, 'PYTHONPATH': str(path)}, subprocess.PIPE
-    process = subprocess.Popen(command, cwd=path, env=environment, stdin=pipe, stdout=pipe, text=True)
-    if process.stdout.readline() != 'ready\n':
-        raise RuntimeError(f'{command} has failed; its messages are above')
-    return process
-
-
-def run_by_turns(processes, runs):
-    """Returns the numbers that every process prints for each of `runs` lines, [processes, runs, numbers]."""
-    results = []
-    for _ in range(runs):
-        results.append([])
-        for process in processes:
-            print(file=process.stdin, flush=True)
-            results[-1].append([float(number) for number in process.stdout.readline().split()])
-    for process in processes:
-        process.communicate()  # the end of its input ends the process
-    return np.swapaxes(results, 0, 1)
+                cells = timing.against(__file__, other, ['--serve', level, order, str(batch), *options])
+                print(f'| {level} | {order} | {batch} | {" | ".join(cells)} |', flush=True)
 
 
 def main():
@@ -249,7 +209,7 @@ def main():
     dtype = jnp.dtype(options.dtype)
     if options.serve:
         level, order, batch = options.serve
-        serve(level, order, int(batch), dtype, options.rows)
+        timing.serve(sample_once(level, order, int(batch), dtype, options.rows))
         return
     if options.against:
         print(f'{machine()}, JAX {jax.__version__}, {dtype.name}')

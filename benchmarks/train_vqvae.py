@@ -2,6 +2,7 @@
 
   pip install -e ".[torch]"
   python -m benchmarks.train_vqvae [--size 256 --factors 4 2 --batch 8]
+  python -m benchmarks.train_vqvae --against ../other   # the ratio to another checkout of this project
 
 Both do whole updates: encoder, codebook by moving averages, decoder, preview head, backward pass, Adam, average of the
 weights. Random images; float32; two levels. The two alternate, and the best time of each counts. PyTorch uses the GPU
@@ -9,6 +10,7 @@ if there is one, as JAX does. Only this project restarts dead codes and computes
 """
 
 import argparse
+import functools
 import time
 
 import jax
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks import timing
 from benchmarks.timing import machine, measure_products
 from vqvae2_jax import xla_flags
 from vqvae2_jax.config import base, build
@@ -157,11 +160,23 @@ def main():
     parser.add_argument('--factors', type=int, nargs=2, default=[4, 2])
     parser.add_argument('--batch', type=int, default=32)
     parser.add_argument('--steps', type=int, default=5, help='of each measurement')
+    parser.add_argument('--against', metavar='CHECKOUT', help='compare with another checkout instead of PyTorch')
+    parser.add_argument('--serve', action='store_true', help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.against:
+        sizes = [f'--{name}={getattr(options, name)}' for name in ('size', 'batch', 'steps')]
+        sizes += ['--factors', *map(str, options.factors)]
+        print(f'{machine()}, jax {jax.__version__}, {options.steps} steps\n\n{timing.AGAINST}\n|---|---|---|---|')
+        print(f'| {" | ".join(timing.against(__file__, options.against, ["--serve", *sizes]))} |')
+        return
     shape = (options.batch, options.size, options.size, 3)
     images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     with jax.set_mesh(sharding.make_mesh()):
-        compare(options, images)
+        if options.serve:
+            run, *_ = training_here(options.factors, images)
+            timing.serve(functools.partial(run, options.steps))
+        else:
+            compare(options, images)
 
 
 def compare(options, images):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.test_prior import make_prior
+from vqvae2_jax.config import build
 from vqvae2_jax.sampling.ancestral import sample, sample_keys
 from vqvae2_jax.sampling.params import SamplingParams, apply_guidance, sample_codes, top_k_top_p_filter
 from vqvae2_jax.sampling.reference import sample_reference
@@ -34,6 +35,28 @@ def test_the_codes_that_remain(params, kept):
     restricted = np.asarray(jax.jit(top_k_top_p_filter)(LOGITS, params))
     assert np.flatnonzero(np.isfinite(restricted)).tolist() == kept
     np.testing.assert_array_equal(restricted[kept], np.asarray(LOGITS)[kept])
+
+
+@pytest.mark.parametrize(
+    'params', [SamplingParams(top_k=0), SamplingParams(top_p=1.0), SamplingParams(top_k=0, top_p=1.0)]
+)
+def test_numbers_that_change_nothing_keep_codes_of_the_least_probability(params):
+    logits = jnp.array([0.0, -40.0, 30.0])  # in float32 the most likely code has all of the probability
+    np.testing.assert_array_equal(top_k_top_p_filter(logits, params), logits)
+
+
+def test_a_program_without_top_k_and_top_p_does_not_sort(config):
+    def lowered(config):
+        params = build.make_sampling_params(config, 'top')
+        return (
+            jax.jit(sample_codes)
+            .lower(jax.random.key(0)[None], jnp.zeros(1, int), LOGITS[None, None], params)
+            .as_text()
+        )
+
+    assert 'stablehlo.sort' not in lowered(config)
+    config.sample.top_p.top = 0.9
+    assert 'stablehlo.sort' in lowered(config)
 
 
 def test_draws_come_from_the_remaining_codes_in_proportion():

@@ -59,3 +59,19 @@ def test_raster_is_the_order_with_one_position_a_step():
 def test_skews_beyond_the_width_are_refused(skew):
     with pytest.raises(ValueError, match=rf'skew is {skew}; .* it must be an integer from 1 to 4'):
         GenerationOrder((3, 4), skew)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(orders())
+def test_phases_cover_all_steps_and_have_their_positions_and_those_of_the_step_before(order):
+    n, phases = order.max_positions_per_step, order.phases(split=True)
+    assert order.phases(split=False) == ((0, order.num_steps, 0, n),)
+    assert [phase.start for phase in phases] == [0, *(phase.stop for phase in phases[:-1])]
+    assert phases[-1].stop == order.num_steps
+    for phase in phases:
+        assert phase.count == n or 2 * phase.count in (n, n + 1)
+        for step in range(phase.start - (phase.start > 0), phase.stop):
+            part = slice(phase.first, phase.first + phase.count)
+            for few, all_of_them in zip(order.positions(step, phase.count), order.positions(step), strict=True):
+                np.testing.assert_array_equal(few, all_of_them[part])
+            assert order.positions(step)[2].sum() == order.positions(step, phase.count)[2].sum()

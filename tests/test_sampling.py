@@ -1,6 +1,7 @@
 """The cached sampler against its slow definition, and the inputs that a sample depends on."""
 
 import collections
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from tests import defaults
 from tests.test_prior import CASES, make_prior
 from vqvae2_jax.distributed import sharding
+from vqvae2_jax.sampling import ancestral
 from vqvae2_jax.sampling.ancestral import sample, sample_keys, sample_levels
 from vqvae2_jax.sampling.params import SamplingParams, sample_codes
 from vqvae2_jax.sampling.reference import sample_reference
@@ -29,6 +31,22 @@ def test_cached_sampling_draws_the_same_codes_as_rerunning_the_network(case):
     np.testing.assert_array_equal(fast.codes, slow.codes)
     np.testing.assert_allclose(fast.log_probs, slow.log_probs, atol=1e-4)
     assert len(np.unique(fast.codes)) > 2
+
+
+@pytest.mark.parametrize('case', ['wavefront', 'skew 3, attention', 'guidance of a wavefront'])
+def test_phases_of_fewer_positions_draw_the_same(case, monkeypatch):
+    monkeypatch.setattr(ancestral, '_ROWS_WORTH_PHASES', 0)
+    guided = case.startswith('guidance')
+    fields = {'skew': 1, 'label_dropout': 0.1} if guided else {}
+    prior, params, _, labels, coarser = make_prior('classes' if guided else case, batch=2, **fields)
+    assert len(prior.order.phases(split=True)) == 3
+    arguments = sample_keys(jax.random.key(7), jnp.arange(2)), labels, coarser
+    arguments += (SamplingParams(1.3, guidance=2.0 if guided else None),)
+    lowered = jax.jit(lambda: sample(prior, params, *arguments)).lower()
+    assert lowered.as_text().count('stablehlo.while') >= 3
+    fast, slow = lowered.compile()(), jax.jit(lambda: sample_reference(prior, params, *arguments))()
+    np.testing.assert_array_equal(fast.codes, slow.codes)
+    np.testing.assert_allclose(fast.log_probs, slow.log_probs, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -47,7 +65,8 @@ def test_any_order_shape_kernel_and_depth_is_exact(data):
         fields['skew'] = data.draw(st.integers(1, width))
     prior, params, _, labels, _ = make_prior('classes', seed=height * 7 + width, batch=2, **fields)
     keys = sample_keys(jax.random.key(1), jnp.arange(2))
-    fast = jax.jit(lambda: sample(prior, params, keys, labels))()
+    with mock.patch.object(ancestral, '_ROWS_WORTH_PHASES', data.draw(st.sampled_from([0, 256]))):
+        fast = jax.jit(lambda: sample(prior, params, keys, labels))()
     slow = jax.jit(lambda: sample_reference(prior, params, keys, labels))()
     np.testing.assert_array_equal(fast.codes, slow.codes, err_msg=str(fields))
     np.testing.assert_allclose(fast.log_probs, slow.log_probs, atol=1e-4)

@@ -131,9 +131,10 @@ def sampling_settings(config: ConfigDict) -> dict[str, dict[str, float]]:
 def make_sampling_params(config: ConfigDict, level_name: str) -> SamplingParams:
     """Returns how the codes of a level are sampled."""
     values = {field: config.sample[field][level_name] for field in SamplingParams._fields}
-    if values['guidance'] == 1:  # it changes nothing, and costs twice the compute
-        values['guidance'] = None
-    return SamplingParams(**values)
+    no_change = {'top_k': 0, 'top_p': 1, 'guidance': 1}  # left out of the program
+    return SamplingParams(
+        **{field: None if no_change.get(field) == value else value for field, value in values.items()}
+    )
 
 
 def has_classifier(config: ConfigDict) -> bool:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqvae2_jax.models.order import GenerationOrder
+from vqvae2_jax.models.rms_norm import RMSNorm
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]  # of the signature of `attend`
 
@@ -88,7 +89,7 @@ class CausalAttention(nn.Module):
         if features % self.num_heads:
             raise ValueError(f'num_heads is {self.num_heads}; it must divide hidden_channels={features}')
         shape = (batch, height * width, self.num_heads, features // self.num_heads)
-        x = nn.RMSNorm(dtype=self.dtype)(x)
+        x = RMSNorm(dtype=self.dtype)(x)
         query, key, value = (
             nn.Dense(features, dtype=self.dtype, name=n)(x).reshape(shape) for n in ('query', 'key', 'value')
         )
@@ -131,8 +132,10 @@ class CausalAttention(nn.Module):
         return logits, visible & (kept | jnp.eye(logits.shape[-1], dtype=bool))
 
     def _update_cache(self, name: str, new: jax.Array, step: jax.Array) -> jax.Array:
-        # [B, n, N, d] -> [B, T n, N, d], with the new entries at their step
-        batch, n, *rest = new.shape
-        cache = self.variable('attention', name, jnp.zeros, (batch, self.order.num_steps * n, *rest), new.dtype)
-        cache.value = jax.lax.dynamic_update_slice_in_dim(cache.value, new, step * n, axis=1)
+        # [B, n or fewer, N, d] -> [B, T n, N, d], with the new entries at their step
+        batch, count, *rest = new.shape
+        order, n = self.order, self.order.max_positions_per_step
+        cache = self.variable('attention', name, jnp.zeros, (batch, order.num_steps * n, *rest), new.dtype)
+        start = step * n + order.first_row(step, count) - order.first_row(step)
+        cache.value = jax.lax.dynamic_update_slice_in_dim(cache.value, new, start, axis=1)
         return cache.value

@@ -9,8 +9,8 @@ A cache is a Flax collection. A layer uses it if the caller of `apply` makes the
   `columns`   the last input columns of each convolution of a horizontal stack; the caller empties it at every new row
   `diagonals` the inputs of the last steps of each convolution in wavefront order
 
-Shapes: B batch, H W map (with a cache, the part that is computed in one call), F features, n positions of a step of the
-order.
+Shapes: B batch, H W map (with a cache, the part that is computed in one call), F features, n positions that a call
+computes of a step of the order.
 """
 
 import flax.linen as nn
@@ -121,7 +121,7 @@ class WavefrontConv(nn.Module):
     def _cached_window(self, x, visible_offsets):
         # [B, n, 1, F] -> [B, n, 1, offsets * F], the inputs at every offset
         order, lead = self.order, int(self.strict)  # `lead`: number of steps from the step of x to that of the output
-        n, margin = order.max_positions_per_step, self.kernel_size // 2  # margin: rows above and below the map
+        n, margin = x.shape[1], self.kernel_size // 2  # margin: rows above and below the map
         steps_back = [-j - order.skew * i for i, j in visible_offsets]  # from the step of the output
         num_slots = max(steps_back) - lead + 1
         shape = (num_slots, x.shape[0], order.shape[0] + 2 * margin, x.shape[-1])
@@ -130,13 +130,13 @@ class WavefrontConv(nn.Module):
         output_step, step = calls.value, calls.value - lead  # step: of x
         calls.value = calls.value + 1
 
-        _, _, on_map = order.positions(step)
+        _, _, on_map = order.positions(step, n)
         new = jnp.where(on_map[:, None], x[:, :, 0], 0)  # zeros off the map, as in training
         # The slot holds an older step. The rows above are finished, so they become zeros as far as a window reaches;
         # those below have not started in either step.
         new = jnp.pad(new, ((0, 0), (margin, 0), (0, 0)))[None]
-        ring.value = jax.lax.dynamic_update_slice(ring.value, new, (step % num_slots, 0, order.first_row(step), 0))
-        top = order.first_row(output_step) + margin
+        ring.value = jax.lax.dynamic_update_slice(ring.value, new, (step % num_slots, 0, order.first_row(step, n), 0))
+        top = order.first_row(output_step, n) + margin
         at_offsets = [
             jax.lax.dynamic_slice(
                 ring.value, ((output_step - back) % num_slots, 0, top + i, 0), (1, x.shape[0], n, x.shape[-1])

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from vqvae2_jax.models.attention import CausalAttention
 from vqvae2_jax.models.block_runner import NO_REMAT, BlockRunner
 from vqvae2_jax.models.pointwise import Dropout, elu
+from vqvae2_jax.models.rms_norm import RMSNorm
 
 PerBlock = Sequence[jax.Array] | jax.Array  # one array for each block: a sequence, or an array [blocks, ...]
 _SMALL = nn.initializers.variance_scaling(0.01, 'fan_in', 'truncated_normal')  # blocks start near the identity
@@ -79,7 +80,7 @@ class GatedBlock(nn.Module):
         features = x.shape[-1]
         y = self.make_conv(self.residual_channels, dtype=self.dtype)(elu(x))
         y = self._add_projection(y, 'aux', None if aux is None else elu(aux))
-        y = elu(nn.RMSNorm(dtype=self.dtype)(y))
+        y = elu(RMSNorm(dtype=self.dtype)(y))
         dropout = Dropout(self.dropout)
         y = dropout(y, train=train) if self.dropout_placement == 'inside' else y
         y = self.make_conv(2 * features, kernel_init=_SMALL, dtype=self.dtype)(y)

@@ -9,10 +9,27 @@ Shapes: H W map, T steps, n the largest number of positions in a step (each in a
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+class Phase(NamedTuple):
+    """A range of steps whose positions are all among `count` of the n that a step has at most.
+
+    Attributes:
+      start: first step.
+      stop: step after the last one.
+      first: index of the first of the `count` positions among the n.
+      count: number of positions to compute.
+    """
+
+    start: int
+    stop: int
+    first: int
+    count: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,19 +82,39 @@ class GenerationOrder:
         """Returns the index of every position in the arrays [n] that `positions` returns for its step, int [H, W]."""
         return np.arange(self.shape[0])[:, None] - self.first_row(self.step_map())
 
-    def first_row(self, step: jax.Array | np.ndarray | int) -> jax.Array | np.ndarray:
-        """Returns the first of the n rows of the map that have the positions of a step.
+    def phases(self, split: bool) -> tuple[Phase, ...]:
+        """Divides the steps by the number of positions to compute.
+
+        Args:
+          split: whether the first and the last steps, which have few positions on the map, are phases of their own that
+            compute half of the n; otherwise there is one phase.
+
+        Returns:
+          The phases, in order. The positions of the step before a phase are also among those of the phase.
+        """
+        n, half = self.max_positions_per_step, -(-self.max_positions_per_step // 2)
+        if not split or half == n:
+            return (Phase(0, self.num_steps, 0, n),)
+        up = half * self.skew  # row `half` starts in this step
+        down = self.shape[1] + self.skew * (self.shape[0] - half - 1) + 1  # half of the rows finished before the last
+        return Phase(0, up, 0, half), Phase(up, down, 0, n), Phase(down, self.num_steps, n - half, half)
+
+    def first_row(self, step: jax.Array | np.ndarray | int, count: int | None = None) -> jax.Array | np.ndarray:
+        """Returns the first of the rows of the map that have the positions of a step.
 
         Args:
           step: int, of any shape.
+          count: number of rows, of a phase with this step; None: n.
 
         Returns:
           int, of the shape of `step`.
         """
         not_finished = (step - self.shape[1]) // self.skew + 1
-        return _numpy_for(step).clip(not_finished, 0, self.shape[0] - self.max_positions_per_step)
+        return _numpy_for(step).clip(not_finished, 0, self.shape[0] - (count or self.max_positions_per_step))
 
-    def positions(self, step: jax.Array | np.ndarray | int) -> tuple[jax.Array | np.ndarray, ...]:
+    def positions(
+        self, step: jax.Array | np.ndarray | int, count: int | None = None
+    ) -> tuple[jax.Array | np.ndarray, ...]:
         """Returns the positions of a step, from top to bottom.
 
         The first and the last steps have fewer than n positions on the map. Their arrays are filled up with positions
@@ -85,12 +122,14 @@ class GenerationOrder:
 
         Args:
           step: int [], or [T, 1] for several steps.
+          count: number of positions, of a phase with this step; None: n.
 
         Returns:
-          Rows int, columns int, and bool, which positions are on the map; each is [n], or [T, n] for several steps.
+          Rows int, columns int, and bool, which positions are on the map; each is [count], or [T, count] for several
+          steps.
         """
         xp = _numpy_for(step)
-        rows = self.first_row(step) + xp.arange(self.max_positions_per_step)
+        rows = self.first_row(step, count) + xp.arange(count or self.max_positions_per_step)
         columns = step - self.skew * rows
         on_map = (columns >= 0) & (columns < self.shape[1])
         return rows, xp.clip(columns, 0, self.shape[1] - 1), on_map

@@ -40,7 +40,7 @@ def row(program: Program, compiled: Compiled, accelerator: Accelerator | None) -
         f'{compiled.flops * devices / 1e12:.3g}' if compiled.flops else None,
         None if compiled.collective_bytes is None else format_bytes(compiled.collective_bytes),
         *_kernels(compiled, accelerator),
-        None if bound is None else f'{1e3 * bound:.3g} ms',
+        None if bound is None else _milliseconds(bound),
         program.steps,
         total,
     ]
@@ -85,7 +85,7 @@ def _kernels(compiled, accelerator):
     if compiled.execution is None:
         return None, None, None
     total = gpu_kernels.total(compiled.execution.kernels, accelerator)
-    return round(total.kernels), format_bytes(total.bytes), f'{1e3 * total.seconds:.4g} ms'
+    return round(total.kernels), format_bytes(total.bytes), _milliseconds(total.seconds)
 
 
 def _memory(program, compiled, accelerator):
@@ -96,3 +96,7 @@ def _memory(program, compiled, accelerator):
         return None, None
     share = f' ({compiled.peak / accelerator.memory:.0%})' if accelerator else ''
     return format_bytes(compiled.peak - program.state), format_bytes(compiled.peak) + share
+
+
+def _milliseconds(seconds):
+    return f'{1e3 * seconds:.3g} ms' if seconds < 1 else f'{1e3 * seconds:.0f} ms'

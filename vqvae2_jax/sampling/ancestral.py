@@ -21,6 +21,10 @@ from vqvae2_jax.models.prior import Prior
 from vqvae2_jax.models.wavefront import WavefrontPrior
 from vqvae2_jax.sampling.params import DEFAULT, SamplingParams, apply_guidance, sample_codes
 
+# Products with fewer rows than this (positions of a step in all samples) take the time of reading the weights, so half
+# as many rows save nothing. Phases of their own take up to three times as long to compile.
+_ROWS_WORTH_PHASES = 256
+
 
 class Sampled(NamedTuple):
     """Codes of one level.
@@ -172,16 +176,24 @@ def _decode_wavefront(prior, sample_at, batch_size, params, condition, copies) -
         arguments = jnp.repeat(previous, copies, axis=0), step, condition
         return prior.apply(variables | cache, *arguments, method='decode_step', mutable=['diagonals', 'attention'])
 
-    def one_step(carry, step):
+    def one_step(phase, carry, step):
         previous, cache = carry
-        logits, cache = network(cache, previous, step)
-        rows, columns, _ = order.positions(step)
+        logits, cache = network(cache, previous[:, phase.first : phase.first + phase.count], step)
+        rows, columns, _ = order.positions(step, phase.count)
         sampled = sample_at(rows, columns, logits)
+        around = (0, 0), (phase.first, n - phase.first - phase.count)
+        sampled = jax.tree.map(lambda x: jnp.pad(x, around), sampled)
         return (sampled.codes, cache), sampled
 
-    start = jnp.zeros((batch_size, order.max_positions_per_step), jnp.int32)
+    n = order.max_positions_per_step
+    start = jnp.zeros((batch_size, n), jnp.int32)
     _, empty_cache = _zeros_like_result(network, {}, start, jnp.int32(0))
-    _, sampled = jax.lax.scan(one_step, (start, empty_cache), jnp.arange(order.num_steps))
+    carry, phases = (start, empty_cache), []
+    for phase in order.phases(split=batch_size * copies * n >= _ROWS_WORTH_PHASES):
+        run = functools.partial(one_step, phase)
+        carry, sampled = jax.lax.scan(run, carry, jnp.arange(phase.start, phase.stop))
+        phases.append(sampled)
+    sampled = jax.tree.map(lambda *parts: jnp.concatenate(parts), *phases)
     steps, indices = order.step_map(), order.index_in_step_map()
     # [T, B, n] -> [H, W, B] -> [B, H, W]
     return jax.tree.map(lambda x: jnp.moveaxis(x[steps, :, indices], 2, 0), sampled)

@@ -1,7 +1,7 @@
 """How a code is sampled from a prior's logits: classifier-free guidance, temperature, top-k, top-p.
 
 The numbers may be traced, so a program that takes them as an argument is compiled once for all values. Only whether
-`guidance` is None is static.
+one is None is static: the program then does not contain that change.
 
 Shapes: B batch, n positions sampled together, K codebook size.
 """
@@ -19,15 +19,16 @@ class SamplingParams(NamedTuple):
 
     Attributes:
       temperature: divides the logits; 0 takes the most likely code (greedy).
-      top_k: sample among the k most likely codes; 0: among all.
-      top_p: sample among the smallest set of most likely codes with at least this probability (nucleus sampling).
+      top_k: sample among the k most likely codes; 0 or None: among all. None saves the sort.
+      top_p: sample among the smallest set of most likely codes with at least this probability (nucleus sampling); None:
+        among all, which saves the sort.
       guidance: the weight of classifier-free guidance, see `apply_guidance`; None: no guidance, which saves the second
         forward pass.
     """
 
     temperature: jax.Array | float = 1.0
-    top_k: jax.Array | int = 0
-    top_p: jax.Array | float = 1.0
+    top_k: jax.Array | int | None = None
+    top_p: jax.Array | float | None = None
     guidance: jax.Array | float | None = None
 
 
@@ -72,19 +73,21 @@ def top_k_top_p_filter(logits: jax.Array, sampling_params: SamplingParams) -> ja
       float32 [..., K].
     """
 
-    def keep_most_likely(logits):
-        ordered = -jnp.sort(-logits, axis=-1)  # most likely first
+    top_k, top_p = sampling_params.top_k, sampling_params.top_p
+    if top_k is None and top_p is None:
+        return logits
+    ordered = -jnp.sort(-logits, axis=-1)  # most likely first
+    if top_k is not None:
         size = logits.shape[-1]
-        limit = jnp.where(jnp.asarray(sampling_params.top_k) > 0, jnp.clip(sampling_params.top_k, 1, size), size)
+        limit = jnp.where(jnp.asarray(top_k) > 0, jnp.clip(top_k, 1, size), size)
         ordered = jnp.where(jnp.arange(size) < limit, ordered, -jnp.inf)
+    kept = ordered > -jnp.inf
+    if top_p is not None:
         probability = jax.nn.softmax(ordered)
         before = jnp.cumsum(probability, axis=-1) - probability  # the probability of all more likely codes
-        inside = (before < sampling_params.top_p).at[..., 0].set(True) & (ordered > -jnp.inf)
-        lowest = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
-        return jnp.where(logits >= lowest, logits, -jnp.inf)
-
-    active = (jnp.asarray(sampling_params.top_k) > 0) | (jnp.asarray(sampling_params.top_p) < 1)
-    return jax.lax.cond(active, keep_most_likely, lambda logits: logits, logits)  # sorts only if needed
+        kept &= ((before < top_p) | (jnp.asarray(top_p) >= 1)).at[..., 0].set(True)
+    lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= lowest, logits, -jnp.inf)
 
 
 def apply_guidance(cond: jax.Array, uncond: jax.Array, guidance: jax.Array | float) -> jax.Array:
