@@ -42,6 +42,7 @@ def get_config() -> ConfigDict:
 
     config.codes.batch_size = 512
 
+    config.prior.top.order = 'wavefront'  # on a GPU the launches of raster order's many steps decide (docs/sampling.md)
     config.prior.top.hidden_channels = 256
     config.prior.top.residual_channels = 256
     config.prior.top.num_residual_blocks = 12

@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
     config.prior.bottom.update(hidden_channels=192, residual_channels=192, num_residual_blocks=12, num_cond_blocks=8)
     config.prior.top.attention_dropout_kind = 'keys'
     for prior in config.prior.values():
+        prior.order = 'wavefront'  # on a GPU the launches of raster order's many steps decide (docs/sampling.md)
         prior.training.update(
             steps=30_000,
             batch_size=32,

@@ -9,6 +9,8 @@ in docs/scale.md: `--job=plan --topology=v5e:16x16` shows whether it fits, and a
 
 Numbers marked [A] are the paper's appendix A, [T] its text. "open" marks values that the paper leaves open; they are
 this project's choice, with their source.
+The priors generate in raster order, as in the paper. To sample on GPUs, train them in wavefront order
+(--config.prior.top.order=wavefront --config.prior.bottom.order=wavefront): docs/sampling.md says why.
 For your own images start from configs/folder256.py.
 """
 
