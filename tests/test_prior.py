@@ -12,6 +12,7 @@ from tests import defaults
 from vqvae2_jax.models.attention import CausalAttention
 from vqvae2_jax.models.gated_resnet import GatedBlock
 from vqvae2_jax.models.order import GenerationOrder
+from vqvae2_jax.models.rms_norm import RMSNorm
 from vqvae2_jax.tasks.prior import make_task
 
 CASES = {
@@ -46,6 +47,20 @@ CASES = {
         'num_classes': 3,
     },
 }
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_the_norm_is_that_of_flax(dtype):
+    x = (3 * jax.random.normal(jax.random.key(0), (2, 5, 64))).astype(dtype)
+    scale = {'params': {'scale': jnp.linspace(0.5, 2, 64)}}
+    ours, theirs = RMSNorm(dtype), nn.RMSNorm(dtype=dtype)
+    shapes = [jax.tree.map(jnp.shape, norm.init(jax.random.key(0), x)) for norm in (ours, theirs)]
+    assert shapes[0] == shapes[1] == jax.tree.map(jnp.shape, scale)
+    found, expected = ours.apply(scale, x), theirs.apply(scale, x)
+    assert found.dtype == expected.dtype == dtype
+    tolerance = 8 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.float32(found), np.float32(expected), rtol=tolerance)
+    assert np.abs(np.float32(expected)).max() > 2
 
 
 def make_prior(case, seed=0, batch=2, **fields):
