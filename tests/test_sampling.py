@@ -15,6 +15,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from tests import defaults
 from tests.test_prior import CASES, make_prior
 from vqvae2_jax.distributed import sharding
+from vqvae2_jax.models import attention
 from vqvae2_jax.sampling import ancestral
 from vqvae2_jax.sampling.ancestral import sample, sample_keys, sample_levels
 from vqvae2_jax.sampling.params import SamplingParams, sample_codes
@@ -47,6 +48,33 @@ def test_phases_of_fewer_positions_draw_the_same(case, monkeypatch):
     fast, slow = lowered.compile()(), jax.jit(lambda: sample_reference(prior, params, *arguments))()
     np.testing.assert_array_equal(fast.codes, slow.codes)
     np.testing.assert_allclose(fast.log_probs, slow.log_probs, atol=1e-4)
+
+
+def test_projections_that_are_too_large_are_made_in_every_step(monkeypatch):
+    prior, params, _, labels, coarser = make_prior('skew 2, coarser level', batch=2)
+    keys = sample_keys(jax.random.key(7), jnp.arange(2))
+
+    def products_in_loop():
+        jaxpr = jax.make_jaxpr(lambda: sample(prior, params, keys, labels, coarser).codes)()
+        return str(next(e for e in jaxpr.eqns if e.primitive.name == 'scan').params['jaxpr']).count('dot_general')
+
+    once = products_in_loop(), jax.jit(lambda: sample(prior, params, keys, labels, coarser))()
+    monkeypatch.setattr(ancestral, '_MAX_PROJECTIONS', 0)
+    every = products_in_loop(), jax.jit(lambda: sample(prior, params, keys, labels, coarser))()
+    assert every[0] == once[0] + prior.num_residual_blocks
+    np.testing.assert_array_equal(once[1].codes, every[1].codes)
+    np.testing.assert_allclose(once[1].log_probs, every[1].log_probs, atol=1e-5)
+
+
+def test_a_cache_of_many_keys_is_padded_and_draws_the_same(monkeypatch):
+    prior, params, _, labels, coarser = make_prior('skew 3, attention', batch=2)
+    keys = sample_keys(jax.random.key(7), jnp.arange(2))
+    plain = jax.jit(lambda: sample(prior, params, keys, labels, coarser))()
+    monkeypatch.setattr(attention, '_MANY_KEYS', 8)
+    monkeypatch.setattr(attention, '_KEYS_MULTIPLE', 32)
+    lowered = jax.jit(lambda: sample(prior, params, keys, labels, coarser)).lower()
+    assert '2x32x2x4xf32' in lowered.as_text() and '2x30x2x4xf32' not in lowered.as_text()
+    np.testing.assert_array_equal(lowered.compile()().codes, plain.codes)
 
 
 @pytest.mark.slow

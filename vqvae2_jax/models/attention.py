@@ -20,6 +20,10 @@ from vqvae2_jax.models.rms_norm import RMSNorm
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]  # of the signature of `attend`
 
 
+# A cache of more keys than this holds a multiple of so many: XLA for GPUs would pad a copy of it in every step.
+_MANY_KEYS, _KEYS_MULTIPLE = 1024, 128
+
+
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
     """Computes softmax(query key^T / sqrt(d)) value for every head: the reference of other implementations.
 
@@ -106,6 +110,7 @@ class CausalAttention(nn.Module):
         _, _, on_map = self.order.positions(steps)
         visible = (on_map & (steps <= step)).reshape(1, -1)  # [1, T n]
         key, value = self._update_cache('keys', key, step), self._update_cache('values', value, step)
+        visible = jnp.pad(visible, ((0, 0), (0, key.shape[1] - visible.shape[1])))
         # The cache may hold anything in later steps.
         logits = jnp.where(visible, _logits(query, key), jnp.finfo(jnp.float32).min)
         return _weighted_mean(logits, visible, value)
@@ -132,10 +137,13 @@ class CausalAttention(nn.Module):
         return logits, visible & (kept | jnp.eye(logits.shape[-1], dtype=bool))
 
     def _update_cache(self, name: str, new: jax.Array, step: jax.Array) -> jax.Array:
-        # [B, n or fewer, N, d] -> [B, T n, N, d], with the new entries at their step
+        # [B, n or fewer, N, d] -> [B, T n or more, N, d], with the new entries at their step
         batch, count, *rest = new.shape
         order, n = self.order, self.order.max_positions_per_step
-        cache = self.variable('attention', name, jnp.zeros, (batch, order.num_steps * n, *rest), new.dtype)
+        length = order.num_steps * n
+        if length > _MANY_KEYS:
+            length += -length % _KEYS_MULTIPLE
+        cache = self.variable('attention', name, jnp.zeros, (batch, length, *rest), new.dtype)
         start = step * n + order.first_row(step, count) - order.first_row(step)
         cache.value = jax.lax.dynamic_update_slice_in_dim(cache.value, new, start, axis=1)
         return cache.value

@@ -47,10 +47,10 @@ class WavefrontPrior(Prior):
         return self._features(codes, rows, columns, condition, train=train)
 
     def project_condition(self, condition: jax.Array) -> None:
-        """Fills the collection `projections` with what blocks add in every step, for a condition of the class alone.
+        """Fills the collection `projections` with the results of the blocks' layers over the condition.
 
         Args:
-          condition: the result of `condition`, [B, 1, 1, F].
+          condition: the result of `condition`, [B, H or 1, W or 1, F].
         """
         project([*self.trunk.all_blocks(), *self.output_blocks], None, condition)
 
@@ -61,8 +61,8 @@ class WavefrontPrior(Prior):
           previous: int32 [B, n], the codes of the previous step; any codes at positions off the map and in step 0.
             Their number decides how many positions of the step are computed, see `GenerationOrder.phases`.
           step: int32 [], the number of the step.
-          condition: the result of `condition` for the whole map, [B, H or 1, W or 1, F], or None; not used if there is
-            the collection `projections`.
+          condition: the result of `condition` for the whole map, [B, H or 1, W or 1, F], or None: unconditional, or
+            there is the collection `projections` at these positions, [B, n or 1, 1, features] each.
 
         Returns:
           float32 [B, n, K] at the positions that `self.order.positions(step, n)` returns; undefined off the map.

@@ -25,6 +25,10 @@ from vqvae2_jax.sampling.params import DEFAULT, SamplingParams, apply_guidance, 
 # as many rows save nothing. Phases of their own take up to three times as long to compile.
 _ROWS_WORTH_PHASES = 256
 
+# Bytes that the projections of the condition may take in wavefront order, for whole maps of the batch. Above it, every
+# step projects the condition of its positions.
+_MAX_PROJECTIONS = 2**30
+
 
 class Sampled(NamedTuple):
     """Codes of one level.
@@ -168,13 +172,21 @@ def _sample_codes(prior, keys, sampling_params, known_codes, rows, columns, logi
 
 def _decode_wavefront(prior, sample_at, batch_size, params, condition, copies) -> Sampled:
     order, variables = prior.order, {'params': params}
-    if condition is not None and condition.shape[1:3] == (1, 1):  # the same at every position
-        _, made = prior.apply(variables, condition, method='project_condition', mutable=['projections'])
-        variables = variables | made
+
+    def project(condition):
+        return prior.apply(variables, condition, method='project_condition', mutable=['projections'])[1]
+
+    projections = {}
+    if condition is not None and _bytes(jax.eval_shape(project, condition)) <= _MAX_PROJECTIONS:
+        projections = project(condition)
 
     def network(cache, previous, step):
-        arguments = jnp.repeat(previous, copies, axis=0), step, condition
-        return prior.apply(variables | cache, *arguments, method='decode_step', mutable=['diagonals', 'attention'])
+        rows, columns, _ = order.positions(step, previous.shape[1])
+        here = jax.tree.map(lambda x: x if x.shape[1:3] == (1, 1) else x[:, rows, columns][:, :, None], projections)
+        arguments = jnp.repeat(previous, copies, axis=0), step, None if projections else condition
+        return prior.apply(
+            variables | here | cache, *arguments, method='decode_step', mutable=['diagonals', 'attention']
+        )
 
     def one_step(phase, carry, step):
         previous, cache = carry
@@ -241,6 +253,10 @@ def _decode_raster(prior, sample_at, batch_size, params, condition, copies) -> S
 def _slice(x, index, axis):
     # the part of x [B, H or 1, W or 1, F], or None, at this row (axis 1) or column (axis 2)
     return x if x is None or x.shape[axis] == 1 else jax.lax.dynamic_slice_in_dim(x, index, 1, axis)
+
+
+def _bytes(shapes):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
 def _zeros_like_result(function, *arguments):
