@@ -200,7 +200,9 @@ def main():
     parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
     parser.add_argument('--only', choices=('memory', 'raster', 'growth', 'wavefront'))
     parser.add_argument(
-        '--against', metavar='CHECKOUT', help='compare with another checkout, in raster order and --skew'
+        '--against',
+        metavar='CHECKOUT',
+        help='compare with another checkout, in raster order and --skew, or --only one of them',
     )
     parser.add_argument('--level', choices=tuple(SHAPES), nargs='+', default=list(SHAPES), help='with --against')
     parser.add_argument('--rows', type=int, default=0, help='with --against: rows of the maps; 0: all')
@@ -213,7 +215,10 @@ def main():
         return
     if options.against:
         print(f'{machine()}, JAX {jax.__version__}, {dtype.name}')
-        orders, passed_on = ['raster', *map(str, options.skew)], ['--dtype', dtype.name, '--rows', str(options.rows)]
+        orders = ['raster'] * (options.only != 'wavefront') + [str(s) for s in options.skew] * (
+            options.only != 'raster'
+        )
+        passed_on = ['--dtype', dtype.name, '--rows', str(options.rows)]
         against(options.against, options.level, orders, options.batch, passed_on)
         return
     bandwidth = measure_bandwidth()
