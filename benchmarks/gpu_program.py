@@ -63,9 +63,9 @@ CASES = [
 ]
 
 
-def compile_case(case, trips):
-    """Compiles a program; returns it with its statistics and the peaks of its GPUs."""
-    devices = hardware.topology_devices(case.topology)  # before JAX looks for GPUs
+def make_program(case):
+    """Builds the program of a case; returns it with the mesh of its devices: attached ones without a topology."""
+    devices = hardware.topology_devices(case.topology) if case.topology else None  # before JAX looks for GPUs
     config = load_config(case.config)
     if unknown := override_fields(config, case.overrides):
         sys.exit(f'unknown arguments: {" ".join(unknown)}')
@@ -75,11 +75,17 @@ def compile_case(case, trips):
     if case.program not in make:
         sys.exit(f'{case.config} has no program {case.program}, but {", ".join(make)}')
     with jax.set_mesh(run.mesh):
-        program = make[case.program]()
+        return make[case.program](), run.mesh
+
+
+def compile_case(case, trips):
+    """Compiles a program; returns it with its statistics and the peaks of its GPUs."""
+    program, mesh = make_program(case)
+    with jax.set_mesh(mesh):
         compiled = programs.compile_program(program, trips)
     if compiled.execution is None:
         sys.exit(f'{case.title}: {compiled.uncounted or "not compiled: JAX has no CUDA plugin here"}')
-    return program, compiled, hardware.hardware_of(run.mesh.devices.flat[0])
+    return program, compiled, hardware.hardware_of(mesh.devices.flat[0])
 
 
 def summary(program, compiled, gpu):
