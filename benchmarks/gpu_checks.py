@@ -260,7 +260,7 @@ def _check_attention(shape, heads=8, features=64):
 
 
 def attention_outputs(attend):
-    """Returns a function (query, key, value, cotangent, each [B, P, N, d]) -> output and gradients of causal attention."""
+    """Returns the function (query, key, value, cotangent, [B, P, N, d]) -> output, gradients of causal attention."""
 
     def run(query, key, value, cotangent):
         mask = jnp.tril(jnp.ones((query.shape[1],) * 2, bool))

@@ -33,7 +33,7 @@ TOTAL = 590  # seconds
 DEVICE = 'device'
 PARTS = {  # seconds at most, and the function that returns the checks
     DEVICE: (60, 'gpu_times.device_checks'),
-    'reference': (150, 'gpu_checks.reference_checks'),
+    'reference': (200, 'gpu_checks.reference_checks'),
     'pipeline': (90, 'gpu_checks.pipeline_checks'),
     'kernels': (60, 'gpu_checks.kernel_checks'),
     'programs': (330, 'gpu_times.program_checks'),
