@@ -64,21 +64,21 @@ def _fewer_blocks(count):
 
 def cases(rehearse):
     """Returns the programs to measure, quick ones first: those of the paper's ImageNet model, for one GPU."""
-    batches = {'codes': 16, 'top': 16, 'bottom': 16, 'sample': 2} if rehearse else {}
-    batches = {'codes': 128, 'top': 32, 'bottom': 16, 'sample': 64} | batches
-
-    def case(title, program, *overrides):
-        data = [] if rehearse else [NO_DATA]
-        return Case(title, 'tiny' if rehearse else 'imagenet256', '', program, [*data, *overrides])
-
-    sample = f'--config.sample.batch_size={batches["sample"]}', *([] if rehearse else _fewer_blocks(5))
+    codes, top, bottom, samples = (16, 16, 16, 2) if rehearse else (128, 32, 16, 64)
+    config, data = ('tiny', []) if rehearse else ('imagenet256', [NO_DATA])
+    batches = [
+        f'--config.codes.batch_size={codes}',
+        f'--config.prior.top.training.batch_size={top}',
+        f'--config.prior.bottom.training.batch_size={bottom}',
+    ]
+    sample = [f'--config.sample.batch_size={samples}', *([] if rehearse else _fewer_blocks(5))]
     return [
-        case('extraction', 'extract_codes', f'--config.codes.batch_size={batches["codes"]}'),
-        case('stage 1', 'vqvae'),
-        case('sampling, wavefront', 'sample', *sample, *WAVEFRONT),
-        case('sampling, raster', 'sample', *sample),
-        case('bottom prior', 'prior.bottom', f'--config.prior.bottom.training.batch_size={batches["bottom"]}'),
-        case('top prior', 'prior.top', f'--config.prior.top.training.batch_size={batches["top"]}'),
+        Case('extraction', config, '', 'extract_codes', data + batches),
+        Case('stage 1', config, '', 'vqvae', data + batches),
+        Case('sampling, wavefront', config, '', 'sample', data + sample + WAVEFRONT),
+        Case('sampling, raster', config, '', 'sample', data + sample),
+        Case('bottom prior', config, '', 'prior.bottom', data + batches),
+        Case('top prior', config, '', 'prior.top', data + batches),
     ]
 
 
