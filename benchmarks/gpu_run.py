@@ -4,7 +4,7 @@
   benchmarks/run_gpu.sh --rehearse [OUT]   # the same on a CPU with small sizes: no modeled times, no flags
 
 The parts run one after another, each in a process of its own with a time limit. OUT is written after every check. The
-exit status is 0 if all checks ran and passed. What a check compares, and its limit, is in its line:
+exit status is 0 if all checks ran and passed. The line of a check has both sides and the limit.
 
   device      the GPU, and the versions of JAX and CUDA
   reference   trains the tiny pipeline (configs/tiny.py) on the CPU, and saves the numbers to compare with
@@ -71,7 +71,7 @@ def run_part(command, limit, environment, report):
       report: a function of a finished check, a dict.
 
     Returns:
-      The entry of the part: 'state' ('done', or what stopped it), 'seconds', 'not_run' (names of checks) and 'checks'.
+      The entry of the part: 'state' ('done', or how it ended), 'seconds', 'not_run' (names of checks) and 'checks'.
     """
     begin, planned, checks, stopped = time.monotonic(), [], {}, threading.Event()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -163,7 +163,7 @@ def run_all(out, rehearse):
 
 
 def _serve(options):
-    """Runs the checks of a part in this process; results go to stdout, and what jobs print to stderr."""
+    """Runs the checks of a part in this process; results go to stdout, and lines of jobs to stderr."""
     results = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)
     xla_flags.set_cpu_flags()  # before JAX starts
