@@ -15,6 +15,7 @@ modeled time.
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import sys
 from typing import NamedTuple
@@ -63,23 +64,34 @@ CASES = [
 ]
 
 
-def compile_case(case, trips):
-    """Compiles a program; returns it with its statistics and the peaks of its GPUs."""
-    devices = hardware.topology_devices(case.topology)  # before JAX looks for GPUs
-    config = load_config(case.config)
-    if unknown := override_fields(config, case.overrides):
+def make_program(case):
+    """Builds the program of a case; returns it with the mesh of its devices: attached ones without a topology."""
+    make, mesh = _make_programs(case.config, case.topology, *case.overrides)
+    if case.program not in make:
+        sys.exit(f'{case.config} has no program {case.program}, but {", ".join(make)}')
+    with jax.set_mesh(mesh):
+        return make[case.program](), mesh
+
+
+@functools.cache  # the shapes of all weights take seconds
+def _make_programs(name, topology, *overrides):
+    devices = hardware.topology_devices(topology) if topology else None  # before JAX looks for GPUs
+    config = load_config(name)
+    if unknown := override_fields(config, overrides):
         sys.exit(f'unknown arguments: {" ".join(unknown)}')
     validate_config(config)
     run = Run(config, epath.Path('runs'), devices)
-    make = dict(plan.make_programs(run))
-    if case.program not in make:
-        sys.exit(f'{case.config} has no program {case.program}, but {", ".join(make)}')
-    with jax.set_mesh(run.mesh):
-        program = make[case.program]()
+    return dict(plan.make_programs(run)), run.mesh
+
+
+def compile_case(case, trips):
+    """Compiles a program; returns it with its statistics and the peaks of its GPUs."""
+    program, mesh = make_program(case)
+    with jax.set_mesh(mesh):
         compiled = programs.compile_program(program, trips)
     if compiled.execution is None:
         sys.exit(f'{case.title}: {compiled.uncounted or "not compiled: JAX has no CUDA plugin here"}')
-    return program, compiled, hardware.hardware_of(run.mesh.devices.flat[0])
+    return program, compiled, hardware.hardware_of(mesh.devices.flat[0])
 
 
 def summary(program, compiled, gpu):

@@ -174,24 +174,29 @@ def compile_program(program: Program, trips: float | None = None) -> Compiled:
       program: the program.
       trips: the mean number of iterations of loops whose program states none, see `gpu_kernels.execution`.
     """
-    device = sharding.current_mesh().devices.flat[0]
-    if hardware.is_simulated(device):
+    if hardware.is_simulated(sharding.current_mesh().devices.flat[0]):
         return Compiled()
     try:
-        compiled = _compile(program.function.lower(*program.inputs))
+        return statistics(compile_executable(program), trips)
     except jax.errors.JaxRuntimeError as error:  # raised by compilers for accelerators if a program cannot fit
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
         return Compiled(error=str(error).splitlines()[0])
-    memory, module = compiled.memory_analysis(), hlo.parse(compiled.as_text())
+
+
+def statistics(executable: jax.stages.Compiled, trips: float | None = None) -> Compiled:
+    """Returns the statistics of an executable for the devices of the mesh; arguments as in `compile_program`."""
+    memory, module = executable.memory_analysis(), hlo.parse(executable.as_text())
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak += memory.temp_size_in_bytes
-    flops = (compiled.cost_analysis() or {}).get('flops')
-    execution, uncounted = _execution(module, hardware.hardware_of(device), trips)
+    flops = (executable.cost_analysis() or {}).get('flops')
+    execution, uncounted = _execution(module, hardware.hardware_of(sharding.current_mesh().devices.flat[0]), trips)
     return Compiled(peak, flops, hlo.collective_bytes(module), execution=execution, uncounted=uncounted)
 
 
-def _compile(lowered):
+def compile_executable(program: Program) -> jax.stages.Compiled:
+    """Compiles a program for the devices of the mesh; attached ones can run the result."""
+    lowered = program.function.lower(*program.inputs)
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
