@@ -230,8 +230,11 @@ def test_a_single_sample_is_computed_twice_on_gpus_with_the_same_result(case, mo
     def run():
         return jax.jit(lambda: sample(prior, params, sample_keys(jax.random.key(7), jnp.arange(1)), labels, coarser))()
 
+    def on_a_gpu(*arguments, default, cuda=None, cpu=None):
+        return (cuda or default)(*arguments)
+
     once = run()
-    monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *arguments, cuda, default: cuda(*arguments))
+    monkeypatch.setattr(jax.lax, 'platform_dependent', on_a_gpu)
     twice = run()
     assert twice.codes.shape == (1, *prior.shape)
     np.testing.assert_array_equal(once.codes, twice.codes)
@@ -239,12 +242,13 @@ def test_a_single_sample_is_computed_twice_on_gpus_with_the_same_result(case, mo
 
 
 def products_by_loop_depth(jaxpr, depth=0):
-    """{depth: number of matrix products and convolutions}, of code whose results are used."""
+    """{depth: number of matrix products and convolutions}, of code whose results are used, of one branch of several."""
     found = collections.Counter()
     for equation in jaxpr.eqns:
-        found[depth] += equation.primitive.name in ('dot_general', 'conv_general_dilated')
-        for inner in jaxprs_in_params(equation.params):
-            found += products_by_loop_depth(inner, depth + (equation.primitive.name == 'scan'))
+        name, inner = equation.primitive.name, list(jaxprs_in_params(equation.params))
+        found[depth] += name in ('dot_general', 'conv_general_dilated')
+        for part in inner[:1] if name == 'cond' else inner:
+            found += products_by_loop_depth(part, depth + (name == 'scan'))
     return found
 
 

@@ -236,9 +236,7 @@ def _decode_raster(prior, sample_at, batch_size, params, condition, copies) -> S
             return (sampled.codes, cache), jax.tree.map(lambda x: x[:, 0], sampled)
 
         start = jnp.full((batch_size, 1), off_map, jnp.int32), cache | {'columns': empty_cache['columns']}
-        # Two positions in one iteration: the windows of `columns` move from one buffer to another and back, without
-        # a copy.
-        (_, cache), sampled = jax.lax.scan(one_column, start, jnp.arange(width), unroll=min(2, width))
+        (_, cache), sampled = _scan_columns(one_column, start, width)
         sampled = jax.tree.map(jnp.transpose, sampled)  # [W, B] -> [B, W]
         return (sampled.codes, {'rows': made['rows']}, cache), sampled
 
@@ -248,6 +246,16 @@ def _decode_raster(prior, sample_at, batch_size, params, condition, copies) -> S
     _, empty_cache = _zeros_like_result(decode_position, {}, above[:, :1], zero, *here)
     _, sampled = jax.lax.scan(one_row, (above, {'rows': made['rows']}, empty_cache), jnp.arange(height))
     return jax.tree.map(lambda x: x.swapaxes(0, 1), sampled)  # [H, B, W] -> [B, H, W]
+
+
+def _scan_columns(one_column, start, width):
+    def scan(start, unroll):
+        return jax.lax.scan(one_column, start, jnp.arange(width), unroll=min(unroll, width))
+
+    # Two positions in one iteration: the windows of `columns` move from one buffer to another and back, without a copy.
+    # XLA for CPUs copies the keys and values of attention instead.
+    once, twice = (functools.partial(scan, unroll=unroll) for unroll in (1, 2))
+    return jax.lax.platform_dependent(start, cpu=once, default=twice)
 
 
 def _slice(x, index, axis):
