@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import cifar10_npz, dropout, orders, sampling
+from benchmarks import cifar10_npz, dropout, orders, timing
 
 
 def test_the_binary_version_of_cifar10_is_read_in_order(tmp_path):
@@ -54,7 +54,7 @@ def echo(reply):
 
 def test_two_checkouts_run_by_turns():
     processes = [echo(3.5), echo(7)]
-    times = sampling.run_by_turns(processes, 3)
+    times = timing.run_by_turns(processes, 3)
     np.testing.assert_array_equal(times, [[[0, 3.5], [1, 3.5], [2, 3.5]], [[0, 7], [1, 7], [2, 7]]])
     assert [process.poll() for process in processes] == [0, 0]
 

@@ -501,8 +501,8 @@ def test_label_dropout_needs_classes(config):
         validate_config(config)
 
 
-def test_a_guidance_of_1_is_off(config):
-    assert build.make_sampling_params(config, 'top') == (0.9, 0, 1.0, None)
+def test_sampling_parameters_that_change_nothing_are_off(config):
+    assert build.make_sampling_params(config, 'top') == (0.9, None, None, None)
     config.sample.guidance.top = 2.0
     assert build.make_sampling_params(config, 'top').guidance == 2.0
     assert build.sampling_settings(config)['guidance'] == {'bottom': 1.0, 'top': 2.0}

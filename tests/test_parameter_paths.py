@@ -20,12 +20,17 @@ _ORDERS = {
     'wavefront, scanned': dict(order='wavefront', num_attention_layers=1, label_dropout=0.1, scan_layers=True),
 }
 
+_RASTER_BEFORE = {'cifar10', 'cifar10_small', 'folder256'}  # configs whose priors were in raster order in version 0.2
+
 
 def load(name):
     config = load_config('tiny' if name in _ORDERS else name)
     if name in _ORDERS:
         for prior in config.prior.values():
             prior.update(num_residual_blocks=4, num_output_blocks=2, num_cond_blocks=2, **_ORDERS[name])
+    elif name in _RASTER_BEFORE:
+        for prior in config.prior.values():
+            prior.order = 'raster'
     return config
 
 
