@@ -1,7 +1,5 @@
 """Attention over whole maps and its implementations, and the functions of single elements."""
 
-import importlib.util
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,9 +11,9 @@ from vqvae2_jax.kernels import attention as kernel
 from vqvae2_jax.models.attention import attend
 from vqvae2_jax.models.order import GenerationOrder
 from vqvae2_jax.models.pointwise import Dropout, elu
+from vqvae2_jax.planning import hardware
 
 ORDERS = {'raster': GenerationOrder.raster((4, 4)), 'wavefront': GenerationOrder((4, 4), 2)}
-has_cuda_plugin = any(importlib.util.find_spec(name) for name in ('jax_cuda12_plugin', 'jax_cuda13_plugin'))
 
 
 def inputs(order, dtype):
@@ -46,7 +44,7 @@ def test_attention_is_a_mean_of_the_visible_values(order, implementation):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.skipif(not has_cuda_plugin, reason='cuDNN cannot be traced without the CUDA plugin')
+@pytest.mark.skipif(not hardware.has_gpu_compiler(), reason='cuDNN cannot be traced without the CUDA plugin')
 @pytest.mark.parametrize('order', ORDERS)
 def test_cudnn_holds_no_logits(order):
     def backward(*x):

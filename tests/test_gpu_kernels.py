@@ -1,4 +1,4 @@
-"""Kernels of compiled GPU programs: counts and modeled times of small programs, from saved texts and compiled anew."""
+"""Kernels of GPU programs: counts and modeled times of small ones, from saved texts and from the installed compiler."""
 
 import pytest
 

@@ -162,9 +162,9 @@ _PRIOR = {
     'remat': Choice(
         REMAT_CHOICES,
         default=NO_REMAT,
-        doc='what training recomputes instead of keeping it: `blocks`: the inside of blocks and attention, for the '
-        'least memory and about a third more compute; `convs`: the same but for the outputs of convolutions larger '
-        'than 1x1, for little more compute; `none`: nothing',
+        doc='activations that training recomputes instead of keeping them: `blocks`, the inside of blocks and '
+        'attention, for the least memory and about a third more compute; `convs`, the same but for the outputs of '
+        'convolutions larger than 1x1, for little more compute; `none`',
     ),
     'scan_layers': Bool(
         default=False,

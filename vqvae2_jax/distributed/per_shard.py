@@ -3,13 +3,12 @@
 XLA shards the operations that it knows. A custom kernel is opaque to it, so it would gather the batch on every device.
 """
 
-import math
 from collections.abc import Callable
 
 import jax
 from jax.sharding import PartitionSpec
 
-from vqvae2_jax.distributed.sharding import DATA, FSDP
+from vqvae2_jax.distributed.sharding import batch_axes
 
 
 def over_batch(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -25,17 +24,11 @@ def over_batch(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """
 
     def sharded(batch, *others):
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty:
+        if jax.sharding.get_abstract_mesh().empty:
             return function(batch, *others)
-        shards = next((axes for axes in ((DATA, FSDP), (DATA,)) if _divides(mesh, axes, len(batch))), ())
-        spec = PartitionSpec(shards)
+        spec = PartitionSpec(batch_axes(len(batch)))
         specs = spec, *[PartitionSpec()] * len(others)
         # Kernels do not state over which axes their results vary, which `check_vma` would check.
         return jax.shard_map(function, in_specs=specs, out_specs=spec, check_vma=False)(batch, *others)
 
     return sharded
-
-
-def _divides(mesh, axes, size):
-    return size % math.prod(mesh.shape[axis] for axis in axes) == 0

@@ -118,14 +118,20 @@ def constrain_replicated(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
 
 
+def batch_axes(batch_size: int) -> tuple[str, ...]:
+    """Inside `jax.jit`: returns the mesh axes over which `batch_sharding` shards a batch; () if it does not divide."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    if batch_size % (shape[DATA] * shape[FSDP]) == 0:
+        return DATA, FSDP
+    return () if batch_size % shape[DATA] else (DATA,)
+
+
 def constrain_batch(tree: Any) -> Any:
     """Inside `jax.jit`: keeps arrays [B, ...] sharded along the batch, as `batch_sharding` says."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    size = shape[DATA] * shape[FSDP]
 
     def constrain(x):
-        axes = (DATA, FSDP) if x.shape[0] % size == 0 else DATA
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if x.shape[0] % shape[DATA] == 0 else x
+        axes = batch_axes(x.shape[0])
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
     return jax.tree.map(constrain, tree)
 

@@ -10,19 +10,10 @@ from vqvae2_jax.models.attention import attend as reference
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-    """Computes `vqvae2_jax.models.attention.attend`, by cuDNN where it can.
+    """Computes attention by cuDNN where it can; arguments and result are those of `models.attention.attend`.
 
     cuDNN takes bfloat16 and float16, an even P, and d up to 128 in steps of 8; other arrays take the reference. XLA
     runs it on every device for its part of the batch.
-
-    Args:
-      query: [B, P, N, d].
-      key: [B, P, N, d].
-      value: [B, P, N, d].
-      mask: bool [P, P], whether a query (first axis) sees a key; every query sees one at least.
-
-    Returns:
-      [B, P, N, d], of the dtype of `value`.
 
     Raises:
       RuntimeError: CUDA's plugin is not installed.

@@ -19,7 +19,6 @@ from vqvae2_jax.models.rms_norm import RMSNorm
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]  # of the signature of `attend`
 
-
 # A cache of more keys than this holds a multiple of so many: XLA for GPUs would pad a copy of it in every step.
 _MANY_KEYS, _KEYS_MULTIPLE = 1024, 128
 

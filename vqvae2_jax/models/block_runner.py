@@ -27,7 +27,7 @@ class BlockRunner(NamedTuple):
     """How training runs blocks. No option changes parameters or results, except for the units dropout drops.
 
     Attributes:
-      remat: one of `REMAT_CHOICES`: what the backward pass recomputes instead of keeping it.
+      remat: one of `REMAT_CHOICES`, the activations that the backward pass recomputes instead of keeping them.
       scan: run the blocks as a scan, so that compile time does not grow with their number.
       dtype: a scan casts kernels to it once and not in every step; None: it does not cast.
     """

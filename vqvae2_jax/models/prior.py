@@ -54,7 +54,7 @@ class Prior(nn.Module):
       dropout_placement: 'inside' a block, or 'after' it (section 3.2 of the paper).
       attention_dropout: dropout rate of the attention layers.
       attention_dropout_kind: 'keys', or 'logits' (section 3.2 of the paper); see `CausalAttention`.
-      remat: what the backward pass recomputes of blocks and attention instead of storing it, see `BlockRunner`.
+      remat: activations of blocks and attention that the backward pass recomputes, see `BlockRunner`.
       scan_layers: train blocks of the same shape as a scan, which compiles one of them.
       dtype: dtype of the computation; logits are float32.
       attend: computes attention over whole maps, see `CausalAttention`.

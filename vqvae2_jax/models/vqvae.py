@@ -175,8 +175,7 @@ class VQVAE(nn.Module):
         self.projections = [nn.Conv(self.codebook_dim, (1, 1), dtype=self.dtype) for _ in levels]
         self.quantizers = [
             Quantizer(
-                *(self.codebook_size, self.codebook_dim, self.codebook_ema_decay, self.dead_code_threshold),
-                nearest=self.nearest,
+                self.codebook_size, self.codebook_dim, self.codebook_ema_decay, self.dead_code_threshold, self.nearest
             )
             for _ in levels
         ]

@@ -61,15 +61,13 @@ class WavefrontPrior(Prior):
           previous: int32 [B, n], the codes of the previous step; any codes at positions off the map and in step 0.
             Their number decides how many positions of the step are computed, see `GenerationOrder.phases`.
           step: int32 [], the number of the step.
-          condition: the result of `condition` for the whole map, [B, H or 1, W or 1, F], or None: unconditional, or
-            there is the collection `projections` at these positions, [B, n or 1, 1, features] each.
+          condition: the result of `condition` at the positions of the step, [B, n or 1, 1, F], or None: unconditional,
+            or there is the collection `projections` at these positions, [B, n or 1, 1, features] each.
 
         Returns:
           float32 [B, n, K] at the positions that `self.order.positions(step, n)` returns; undefined off the map.
         """
         rows, columns, _ = self.order.positions(step, previous.shape[1])
-        if condition is not None and condition.shape[1:3] != (1, 1):
-            condition = condition[:, rows, columns][:, :, None]  # [B, n, 1, F]
         x = self._features(previous[..., None], rows[:, None], columns[:, None], condition, step)
         return self._head(x, condition)[:, :, 0]
 

@@ -2,8 +2,8 @@
 
 A kernel takes the longest of its memory traffic at the peak bandwidth and its FLOPs at the peaks of their precisions,
 plus the time of a launch. The model is optimistic where a kernel does not reach the peaks, and knows nothing of the
-interconnect: collectives count as memory traffic. It was not compared with a GPU yet. What is fused, what is written
-to memory and how many kernels a step starts are facts about the program. Without a GPU the compiler tries out no
+interconnect: collectives count as memory traffic. It was not compared with a GPU yet. Fusions, arrays in memory and the
+number of kernels of a step are facts about the program. Without a GPU the compiler tries out no
 variants of a product or convolution (autotuning), so a real run may start other kernels there.
 """
 
@@ -101,7 +101,7 @@ class Loop(NamedTuple):
 
 
 class Execution(NamedTuple):
-    """What a call of a program runs on one GPU.
+    """The kernels that a call of a program runs on one GPU.
 
     Attributes:
       kernels: all kernels.

@@ -40,8 +40,9 @@ class Accelerator(NamedTuple):
 
 
 class _GpuTarget(NamedTuple):
-    """What XLA's compiler wants to know of a GPU, besides name, memory and bandwidth, as XLA's own descriptions say."""
+    """The facts of a GPU that XLA's compiler needs, besides memory and bandwidth, as XLA's own descriptions say."""
 
+    kind: str
     compute_capability: int
     cores: int
     fpus_per_core: int
@@ -57,24 +58,18 @@ _GPUS = {  # memory and bandwidth as XLA's descriptions say
     'h200': Accelerator('H200', 989e12, 151_397_597_184, 4_800_000_000_000, 494e12, 67e12),
     'b200': Accelerator('B200', 2250e12, 191_514_411_008, 7_672_320_000_000, 1125e12, 75e12),
 }
-_GPU_KINDS = {
-    'a100': 'NVIDIA A100-SXM4-80GB',
-    'h100': 'NVIDIA H100 80GB HBM3',
-    'h200': 'NVIDIA H200',
-    'b200': 'NVIDIA B200',
-}
 _GPU_TARGETS = {
-    'a100': _GpuTarget(8, 108, 64, 41_943_040, 167_936, 166_912, 1.41),
-    'h100': _GpuTarget(9, 132, 128, 52_428_800, 233_472, 232_448, 1.98),
-    'h200': _GpuTarget(9, 132, 128, 52_428_800, 233_472, 232_448, 1.98),
-    'b200': _GpuTarget(10, 148, 128, 132_644_864, 233_472, 232_448, 1.965),
+    'a100': _GpuTarget('NVIDIA A100-SXM4-80GB', 8, 108, 64, 41_943_040, 167_936, 166_912, 1.41),
+    'h100': _GpuTarget('NVIDIA H100 80GB HBM3', 9, 132, 128, 52_428_800, 233_472, 232_448, 1.98),
+    'h200': _GpuTarget('NVIDIA H200', 9, 132, 128, 52_428_800, 233_472, 232_448, 1.98),
+    'b200': _GpuTarget('NVIDIA B200', 10, 148, 128, 132_644_864, 233_472, 232_448, 1.965),
 }
 _ACCELERATORS = {  # by device_kind
     'TPU v4': Accelerator('v4', 275e12, 32e9, 1228e9),
     'TPU v5 lite': Accelerator('v5e', 197e12, 16e9, 819e9),
     'TPU v5': Accelerator('v5p', 459e12, 95e9, 2765e9),
     'TPU v6 lite': Accelerator('v6e', 918e12, 32e9, 1640e9),
-} | {kind: _GPUS[family] for family, kind in _GPU_KINDS.items()}
+} | {target.kind: _GPUS[family] for family, target in _GPU_TARGETS.items()}
 TPU_SLICES = {  # examples; any shape that divides into hosts of 2x2 devices works
     'v4': ('2x2x1', '2x2x4', '4x4x4', '4x4x8', '8x8x8'),
     'v5e': ('2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16'),
@@ -166,7 +161,7 @@ def _target_config(family):
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
 }}
-platform_name: "CUDA" device_description_str: "{_GPU_KINDS[family]}"
+platform_name: "CUDA" device_description_str: "{target.kind}"
 dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 13 minor: 0 }}"""
 
 

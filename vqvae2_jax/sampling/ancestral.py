@@ -182,10 +182,14 @@ def _decode_wavefront(prior, sample_at, batch_size, params, condition, copies) -
 
     def network(cache, previous, step):
         rows, columns, _ = order.positions(step, previous.shape[1])
-        here = jax.tree.map(lambda x: x if x.shape[1:3] == (1, 1) else x[:, rows, columns][:, :, None], projections)
-        arguments = jnp.repeat(previous, copies, axis=0), step, None if projections else condition
+
+        def at_positions(x):  # [B, H or 1, W or 1, features] -> [B, n or 1, 1, features]
+            return x if x.shape[1:3] == (1, 1) else x[:, rows, columns][:, :, None]
+
+        condition_here, made = jax.tree.map(at_positions, (None if projections else condition, projections))
+        arguments = jnp.repeat(previous, copies, axis=0), step, condition_here
         return prior.apply(
-            variables | here | cache, *arguments, method='decode_step', mutable=['diagonals', 'attention']
+            variables | made | cache, *arguments, method='decode_step', mutable=['diagonals', 'attention']
         )
 
     def one_step(phase, carry, step):

@@ -72,7 +72,6 @@ def top_k_top_p_filter(logits: jax.Array, sampling_params: SamplingParams) -> ja
     Returns:
       float32 [..., K].
     """
-
     top_k, top_p = sampling_params.top_k, sampling_params.top_p
     if top_k is None and top_p is None:
         return logits
