@@ -1,5 +1,6 @@
 """Plans: FLOPs against arithmetic and XLA, communication independent of the device count, errors, a TPU compiler."""
 
+import functools
 import importlib.util
 import re
 
@@ -33,6 +34,9 @@ def test_products_convolutions_and_loops_are_counted():
     assert count(jax.jit(convolved), image, kernel).flops == 2 * (2 * 4 * 4 * 4) * (3 * 3 * 3)
     branches = count(lambda a, b: jax.lax.cond(a[0, 0] > 0, lambda: (a @ b).sum(), lambda: 0.0), a, b)
     assert branches.flops == 2 * 3 * 5 * 7
+    twice = {'cuda': lambda a, b: (jnp.concatenate([a, a]) @ b)[:3], 'default': jnp.dot}
+    for forms in (twice, {'cpu': twice['default'], 'default': twice['cuda']}):  # the order does not matter
+        assert count(functools.partial(jax.lax.platform_dependent, **forms), a, b).flops == 2 * 3 * 5 * 7
     assert count(jax.jit(lambda a, b: (a @ b, jnp.sin(a) @ b)[0]), a, b).flops == 2 * 3 * 5 * 7  # the rest is unused
 
 

@@ -1,6 +1,8 @@
 """FLOPs and bytes of a program's matrix products and convolutions, counted in its jaxpr.
 
-A loop's body counts once per iteration, unlike in XLA's own count. Elementwise work is not counted.
+A loop's body counts once per iteration, unlike in XLA's own count. Elementwise work is not counted. Of a conditional the
+most expensive branch counts, of the forms that `jax.lax.platform_dependent` selects from the cheapest: a form with more
+work, such as padding that suits a platform, computes nothing that the others do not.
 """
 
 import math
@@ -63,7 +65,8 @@ def _equation_cost(equation) -> Cost:
         if hasattr(getattr(value, 'jaxpr', value), 'eqns')
     ]
     if name == 'cond':
-        return max((_jaxpr_cost(branch) for branch in inner), default=Cost())
+        extreme = min if parameters.get('branches_platforms') else max
+        return extreme((_jaxpr_cost(branch) for branch in inner), default=Cost())
     total = sum((_jaxpr_cost(jaxpr) for jaxpr in inner), Cost())
     return total.times(parameters['length']) if name == 'scan' else total
 
