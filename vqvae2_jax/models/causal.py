@@ -68,9 +68,18 @@ class CausalConv(nn.Module):
         )(x)
 
 
-def _convolve_one_position(window, kernel, *_, **__):
+def _convolve_one_position(window, kernel, *arguments, **options):
     # [B, 1, k, F] and [1, k, F, features] -> [B, 1, 1, features]: a product, which accelerators start faster
-    return _product(window.reshape(len(window), 1, 1, -1), kernel.reshape(-1, kernel.shape[-1]))
+    def product(window, kernel):
+        return _product(window.reshape(window.shape[0], 1, 1, -1), kernel.reshape(-1, kernel.shape[-1]))
+
+    def convolution(window, kernel):
+        return jax.lax.conv_general_dilated(window, kernel, *arguments, **options)
+
+    if window.shape[0] in (1, 2) or window.dtype != jnp.float32:
+        return product(window, kernel)
+    # XLA for CPUs computes products of more rows at half the speed of its convolutions.
+    return jax.lax.platform_dependent(window, kernel, cpu=convolution, default=product)
 
 
 def _product(x, weights):
