@@ -1,5 +1,6 @@
 """Attention over whole maps and its implementations, and the functions of single elements."""
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import pytest
 
 from tests.defaults import make_prior
 from vqvae2_jax.kernels import attention as kernel
-from vqvae2_jax.models.attention import attend
+from vqvae2_jax.models import attention
+from vqvae2_jax.models.attention import CausalAttention, attend
 from vqvae2_jax.models.order import GenerationOrder
 from vqvae2_jax.models.pointwise import Dropout, elu
 from vqvae2_jax.planning import hardware
@@ -82,6 +84,44 @@ def test_training_without_attention_dropout_takes_the_given_attention(skew, rate
         given.apply(params, codes, train=True, rngs=rngs), reference.apply(params, codes, train=True, rngs=rngs)
     )
     assert len(called) == calls
+
+
+def test_large_maps_attend_head_by_head(monkeypatch):
+    module = CausalAttention(2, ORDERS['raster'], 0.0, 'keys', jnp.float32)
+    x = jax.random.normal(jax.random.key(0), (3, 4, 4, 8))
+    params = jax.tree.map(lambda p: p + 0.1, module.init(jax.random.key(1), x))
+
+    def output_and_gradients(params):
+        return jax.value_and_grad(lambda params: jnp.sum(jnp.sin(module.apply(params, x))))(params)
+
+    expected = output_and_gradients(params)
+    monkeypatch.setattr(attention, '_MANY_POSITIONS', 15)
+    assert 'f32[3,2,16,16]' not in str(jax.make_jaxpr(output_and_gradients)(params))  # logits of both heads
+    for a, b in zip(*map(jax.tree.leaves, (output_and_gradients(params), expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('kind', ['keys', 'logits'])
+@pytest.mark.parametrize('many', [15, 16])
+def test_dropout_differs_by_head_and_example(monkeypatch, many, kind):
+    """Queries and keys are zeros and values one-hot positions, so the output shows the weights of every head."""
+    monkeypatch.setattr(attention, '_MANY_POSITIONS', many)
+    heads, order = 4, ORDERS['raster']
+    module = CausalAttention(heads, order, 0.5, kind, jnp.float32)
+    x = jnp.tile(jnp.eye(16), heads).reshape(1, 4, 4, -1).repeat(8, axis=0)  # [8, 4, 4, 64]
+    params = jax.tree.map(jnp.zeros_like, module.init(jax.random.key(1), x))
+    for name in ('value', 'out'):
+        params['params'][name]['kernel'] = jnp.eye(16 * heads)
+    params = flax.traverse_util.path_aware_map(lambda path, p: p + 1 if path[-1] == 'scale' else p, params)
+    output = module.apply(params, x, train=True, rngs={'dropout': jax.random.key(2)})
+    weights = output.reshape(8, 16, heads, 16) / jnp.max(output[:, 0, 0])  # a query at the first position sees itself
+    np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)
+    assert not np.any(weights * (1 - np.tri(16))[:, None])  # causal
+    if kind == 'logits':  # all logits are 0, dropped or not
+        np.testing.assert_allclose(weights[:, 15], 1 / 16, rtol=1e-5)
+        return
+    kept = np.asarray(weights[:, 15, :, :15] > 0)  # [8, heads, keys]
+    assert 0.4 < kept.mean() < 0.6 and len({row.tobytes() for row in kept.reshape(-1, 15)}) == 8 * heads
 
 
 def test_elu_and_its_gradient():

@@ -21,6 +21,8 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]  # of
 
 # A cache of more keys than this holds a multiple of so many: XLA for GPUs would pad a copy of it in every step.
 _MANY_KEYS, _KEYS_MULTIPLE = 1024, 128
+# Maps of more positions compute attention head by head: the logits of all heads would take most of the memory.
+_MANY_POSITIONS = 2048
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
@@ -118,19 +120,30 @@ class CausalAttention(nn.Module):
         # [B, P, N, d] each -> [B, P, N, d]
         steps = self.order.step_map().reshape(-1)
         visible = jnp.asarray(steps[None, :] <= steps[:, None])  # [P, P]
-        if not train or self.dropout == 0:
+        drops = train and self.dropout > 0
+        if not drops and (self.attend is not attend or len(steps) <= _MANY_POSITIONS):
             return self.attend(query, key, value, visible)
-        logits, visible = self._drop(_logits(query, key), visible)
-        return _weighted_mean(logits, visible, value)
+        rng = self.make_rng('dropout') if drops else jax.random.key(0)  # unused without dropout
 
-    def _drop(self, logits: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def attend_heads(rng, query, key, value):
+            logits, kept = self._drop(rng, _logits(query, key), visible) if drops else (_logits(query, key), visible)
+            return _weighted_mean(logits, kept, value)
+
+        if len(steps) <= _MANY_POSITIONS:
+            return attend_heads(rng, query, key, value)
+        heads = [jnp.moveaxis(x, 2, 0)[:, :, :, None] for x in (query, key, value)]  # [N, B, P, 1, d]
+        one_head = jax.checkpoint(lambda arguments: attend_heads(*arguments))
+        attended = jax.lax.map(one_head, (jax.random.split(rng, self.num_heads), *heads))
+        return jnp.moveaxis(attended[:, :, :, 0], 0, 2)
+
+    def _drop(self, rng: jax.Array, logits: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Applies dropout to logits float32 [B, N, P, P] and the mask of visible keys, which broadcasts to them.
 
         'logits' is ordinary dropout, a reading of "dropout on the logits" in section 3.2 of VQ-VAE-2: a dropped logit
         is 0 and the others are scaled up, so every visible key keeps some weight. 'keys' is DropKey (Li et al. 2022): a
         dropped key gets no weight. A position never drops itself, so no row of the mask is empty.
         """
-        kept = jax.random.bernoulli(self.make_rng('dropout'), 1 - self.dropout, logits.shape)
+        kept = jax.random.bernoulli(rng, 1 - self.dropout, logits.shape)
         if self.dropout_kind == 'logits':
             return logits / (1 - self.dropout) * kept, visible
         return logits, visible & (kept | jnp.eye(logits.shape[-1], dtype=bool))
