@@ -196,7 +196,7 @@ def test_weights_under_both_kinds_of_attention_dropout(kind):
     logits, visible = jax.random.normal(jax.random.key(0), (1, 1, 6, 6)), jnp.tril(jnp.ones((6, 6), bool))
 
     def weights(module):
-        dropped, seen = module._drop(logits, visible)
+        dropped, seen = module._drop(module.make_rng('dropout'), logits, visible)
         return nn.softmax(jnp.where(seen, dropped, -jnp.inf)), dropped
 
     found, dropped = nn.apply(weights, attention)({}, rngs={'dropout': jax.random.key(1)})
