@@ -29,13 +29,13 @@ demo: $(RUN_STAMP)  ## train, sample and evaluate a small model on this machine
 	$(BIN)/python -m vqvae2_jax.main --config=$(CONFIG) $(ARGS)
 
 test: lint  ## ruff, unit tests and tiny pipelines (20 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not system" --numprocesses $(TEST_PROCESSES) --dist worksteal
+	$(BIN)/python -m pytest -m "not system" --numprocesses $(TEST_PROCESSES) --dist worksteal --durations=20
 
 test-fast: lint  ## ruff and the quick tests
 	$(BIN)/python -m pytest -m "not slow and not system"
 
 test-system: $(DEV_STAMP)  ## fresh installs, newest Python, notebooks, processes; needs git, npm and a network (20 minutes)
-	$(BIN)/python -m pytest -m system --numprocesses $(TEST_PROCESSES) --dist worksteal
+	$(BIN)/python -m pytest -m system --numprocesses $(TEST_PROCESSES) --dist worksteal --durations=40
 
 lint: $(DEV_STAMP)  ## ruff
 	$(BIN)/ruff check .

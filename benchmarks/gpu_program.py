@@ -166,16 +166,20 @@ def parse_arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument('--config', help='the six rows of the ImageNet model when not given')
-    parser.add_argument('--topology', default='h100:1', help='such as a100:1, h100:8, h200:64')
-    parser.add_argument('--programs', nargs='+', default=['vqvae'], help='names as in the table of --job=plan')
+    parser.add_argument('--topology', help='with --config: such as a100:1, h100:8, h200:64; h100:1 if not given')
+    parser.add_argument(
+        '--programs', nargs='+', help='with --config: names as in the table of --job=plan; vqvae if none'
+    )
     parser.add_argument('--trips', type=float, help='mean number of iterations of loops that do not state it')
     parser.add_argument('--top', type=int, default=20, help='number of loops and of kernels to list')
     parser.add_argument('--output', help='writes <output>.json and <output>.md too')
     options, overrides = parser.parse_known_args()
+    if not options.config and (options.topology or options.programs):
+        parser.error('--topology and --programs need --config')
     if not options.config:
         return options, [case._replace(overrides=case.overrides + overrides) for case in CASES]
-    names = options.programs
-    return options, [Case(name, options.config, options.topology, name, overrides) for name in names]
+    topology, names = options.topology or 'h100:1', options.programs or ['vqvae']
+    return options, [Case(name, options.config, topology, name, overrides) for name in names]
 
 
 def main():

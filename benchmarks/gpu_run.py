@@ -10,7 +10,8 @@ exit status is 0 if all checks ran and passed. The line of a check has both side
   reference   trains the tiny pipeline (configs/tiny.py) on the CPU, and saves the numbers to compare with
   pipeline    the same weights and data on the GPU: codes, NLL, losses of training steps, samplers
   kernels     the lookup and cuDNN's attention against plain JAX, at the sizes of the ImageNet model
-  programs    measured against modeled time of every program of the ImageNet model, at the batch of one GPU
+  programs    measured against modeled time of the programs of the ImageNet model but the classifier, at the batch of
+              one GPU; samplers with 5 blocks, which compile in time
   flags       sampling with and without CUDA graphs (command buffers) of loops
 """
 

@@ -63,7 +63,10 @@ def _fewer_blocks(count):
 
 
 def cases(rehearse):
-    """Returns the programs to measure, quick ones first: those of the paper's ImageNet model, for one GPU."""
+    """Returns the programs to measure, quick ones first: those of the paper's ImageNet model, for one GPU.
+
+    Samplers have fewer blocks, as their titles say: a whole one takes minutes to compile.
+    """
     codes, top, bottom, samples = (16, 16, 16, 2) if rehearse else (128, 32, 16, 64)
     config, data = ('tiny', []) if rehearse else ('imagenet256', [NO_DATA])
     batches = [
@@ -72,11 +75,12 @@ def cases(rehearse):
         f'--config.prior.bottom.training.batch_size={bottom}',
     ]
     sample = [f'--config.sample.batch_size={samples}', *([] if rehearse else _fewer_blocks(5))]
+    size = '' if rehearse else ', 5 blocks'
     return [
         Case('extraction', config, '', 'extract_codes', data + batches),
         Case('stage 1', config, '', 'vqvae', data + batches),
-        Case('sampling, wavefront', config, '', 'sample', data + sample + WAVEFRONT),
-        Case('sampling, raster', config, '', 'sample', data + sample),
+        Case(f'sampling, wavefront{size}', config, '', 'sample', data + sample + WAVEFRONT),
+        Case(f'sampling, raster{size}', config, '', 'sample', data + sample),
         Case('bottom prior', config, '', 'prior.bottom', data + batches),
         Case('top prior', config, '', 'prior.top', data + batches),
     ]
@@ -93,6 +97,7 @@ def _check_program(case, rehearse):
         begin = time.monotonic()
         executable = programs.compile_executable(program)
         found = {'compile_seconds': time.monotonic() - begin, 'batch_size': program.batch_size}
+        found['overrides'] = case.overrides
         found['seconds'] = median_seconds(make_call(program, executable))
         gpu = hardware.hardware_of(mesh.devices.flat[0])
         compiled = programs.statistics(executable) if gpu else programs.Compiled()
@@ -182,7 +187,9 @@ def flag_checks(directory, rehearse):
     """Returns the comparisons of sampling under flags of XLA; on a CPU, which has none of them, of equal variants."""
     variants = dict.fromkeys(VARIANTS, {}) if rehearse else VARIANTS
     chosen = [case for case in cases(rehearse) if case.program == 'sample']
-    chosen = [case._replace(overrides=case.overrides + ([] if rehearse else _fewer_blocks(2))) for case in chosen]
+    if not rehearse:
+        fewer = [(case.title.replace('5', '2'), case.overrides + _fewer_blocks(2)) for case in chosen]
+        chosen = [case._replace(title=title, overrides=o) for case, (title, o) in zip(chosen, fewer, strict=True)]
     return [(case.title, functools.partial(_check_flags, case, variants, rehearse)) for case in reversed(chosen)]
 
 

@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
     config.prior.top.attention_dropout = 0.1  # open: the rate
     config.prior.top.attention_dropout_kind = 'logits'  # [T]
     config.prior.top.dtype = 'bfloat16'  # open
-    config.prior.top.remat = 'convs'  # recomputes activations that would not fit, except for convolutions
+    config.prior.top.remat = 'blocks_but_convs'  # recomputes activations that would not fit
     config.prior.top.scan_layers = True  # loops over blocks and their attention, of which few are compiled
     config.prior.top.training.update(
         steps=1_600_000,  # [A]

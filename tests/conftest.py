@@ -11,8 +11,9 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '8'
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'true'  # the tests wait for the compiler, not for what it makes
 os.environ['MPLBACKEND'] = 'Agg'
-# Jobs that run twice compile once. Test processes inherit the directory from the one that starts them.
-if 'PYTEST_XDIST_WORKER' not in os.environ:
+# Jobs that run twice compile once. Test processes inherit the directory from the one that starts them. CI gives one for
+# `make test` and `make test-system`.
+if 'PYTEST_XDIST_WORKER' not in os.environ and 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix='vqvae2_jax-tests-')
     os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
@@ -30,6 +31,11 @@ from vqvae2_jax.jobs.workdir import Run
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 xla_flags.set_cpu_flags()  # as the command line does, so that both give the same numbers
+
+
+def pytest_collection_modifyitems(items):
+    """Sorts the tests that need the finished pipeline last: while one process runs it, the others have work."""
+    items.sort(key=lambda item: 'finished' in item.fixturenames)
 
 
 @pytest.fixture

@@ -189,7 +189,7 @@ MISTAKES = [
     ('prior.top.kernel_size', 4, 'prior.top.kernel_size is 4; it must be odd'),
     ('prior.top.num_attention_layers', 5, 'num_attention_layers is 5; it must be at most num_residual_blocks=2'),
     ('prior.top.num_residual_blocks', 2**31, 'num_residual_blocks is 2147483648; it must be an integer from 1 to 256'),
-    ('prior.top.remat', 'x', "prior.top.remat is 'x'; it must be 'none', 'blocks' or 'convs'"),
+    ('prior.top.remat', 'x', "prior.top.remat is 'x'; it must be 'none', 'blocks' or 'blocks_but_convs'"),
     ('prior.bottom.hidden_channels', 0, 'prior.bottom.hidden_channels is 0'),
     ('vqvae.codebook_size', 0, 'vqvae.codebook_size is 0'),
     ('vqvae.downsample_factors', (2, 3), 'vqvae.downsample_factors is (2, 3), but 3 is not a power of two'),
@@ -450,7 +450,7 @@ def test_levels_have_the_names_of_the_paper():
 def test_settings_hold_the_fields_that_decide_the_outcome_and_no_others(config):
     before = build.settings(config, 'prior.top')
     config.prior.top.training.update(log_every=7, eval_every=7, save_every=7, image_every=7, profile_steps=(1, 2))
-    config.prior.top.update(remat='convs', scan_layers=True, skew=3)
+    config.prior.top.update(remat='blocks_but_convs', scan_layers=True, skew=3)
     config.data.workers = 2
     config.sample.count = 10**6
     config.prior.bottom.num_residual_blocks = 7

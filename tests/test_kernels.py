@@ -12,7 +12,7 @@ from tests.test_sharding import images, train_a_little, vqvae_task
 from vqvae2_jax.config import build
 from vqvae2_jax.distributed import per_shard, sharding
 from vqvae2_jax.jobs import train
-from vqvae2_jax.kernels import nearest, select
+from vqvae2_jax.kernels import attention, nearest, select
 from vqvae2_jax.models import quantizer
 
 lookup = functools.partial(nearest.nearest, interpret=True)
@@ -101,7 +101,8 @@ def device(platform, **fields):
 
 @pytest.mark.parametrize('capability', ['8.0', '9.0', '10.0'])
 def test_recent_nvidia_gpus_get_kernels(capability):
-    assert select.for_device(device('gpu', compute_capability=capability)).nearest is not quantizer.nearest
+    selected = select.for_device(device('gpu', compute_capability=capability))
+    assert selected.nearest is not quantizer.nearest and selected.attend is attention.attend
 
 
 @pytest.mark.parametrize(

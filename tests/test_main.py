@@ -339,8 +339,7 @@ INTERRUPTED = {  # job -> what is missing, flags
 
 
 @pytest.mark.system
-@pytest.mark.parametrize('job', INTERRUPTED)
-@pytest.mark.parametrize('moment', ['imports', 'compiles'])
+@pytest.mark.parametrize('job, moment', [('prior', 'imports'), *((job, 'compiles') for job in INTERRUPTED)])
 def test_an_interrupt_of_any_job_ends_with_a_line_and_status_130(run, tmp_path, job, moment):
     missing, flags = INTERRUPTED[job]
     if run.path(missing).exists():

@@ -43,9 +43,12 @@ def test_phases_of_fewer_positions_draw_the_same(case, monkeypatch):
     assert len(prior.order.phases(split=True)) == 3
     arguments = sample_keys(jax.random.key(7), jnp.arange(2)), labels, coarser
     arguments += (SamplingParams(1.3, guidance=2.0 if guided else None),)
-    lowered = jax.jit(lambda: sample(prior, params, *arguments)).lower()
-    assert lowered.as_text().count('stablehlo.while') >= 3
-    fast, slow = lowered.compile()(), jax.jit(lambda: sample_reference(prior, params, *arguments))()
+    jaxpr = jax.make_jaxpr(lambda: sample(prior, params, *arguments))()
+    assert sum(equation.primitive.name == 'scan' for equation in jaxpr.eqns) == 3
+    fast, slow = (
+        jax.jit(lambda: sample(prior, params, *arguments))(),
+        jax.jit(lambda: sample_reference(prior, params, *arguments))(),
+    )
     np.testing.assert_array_equal(fast.codes, slow.codes)
     np.testing.assert_allclose(fast.log_probs, slow.log_probs, atol=1e-4)
 

@@ -163,8 +163,8 @@ _PRIOR = {
         REMAT_CHOICES,
         default=NO_REMAT,
         doc='activations that training recomputes instead of keeping them: `blocks`, the inside of blocks and '
-        'attention, for the least memory and about a third more compute; `convs`, the same but for the outputs of '
-        'convolutions larger than 1x1, for little more compute; `none`',
+        'attention, for the least memory and about a third more compute; `blocks_but_convs`, the same but for the '
+        'outputs of convolutions larger than 1x1, for little more compute; `none`',
     ),
     'scan_layers': Bool(
         default=False,

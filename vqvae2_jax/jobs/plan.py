@@ -24,9 +24,6 @@ from vqvae2_jax.planning.hardware import Accelerator
 from vqvae2_jax.planning.programs import Compiled, Program
 from vqvae2_jax.planning.table import format_bytes
 
-# The shares of a GPU's memory that JAX takes: by default, and at most, since driver and libraries need some too.
-_DEFAULT_GPU_SHARE, _GPU_SHARE = 0.75, 0.95
-
 
 def plan(run: Run) -> None:
     """Prints a table with a row per program, and what to change if one does not fit.
@@ -63,13 +60,11 @@ def advice(run: Run, program: Program, compiled: Compiled, accelerator: Accelera
     if compiled.uncounted:
         yield f'no modeled time: {compiled.uncounted}'
     needed, is_gpu = compiled.peak or program.state, accelerator and accelerator.is_gpu
-    usable = accelerator and accelerator.memory * (_GPU_SHARE if is_gpu else 1)
+    usable = accelerator and accelerator.memory * (hardware.GPU_SHARE if is_gpu else 1)
     if not compiled.error and (accelerator is None or needed <= usable):
-        if is_gpu and needed > _DEFAULT_GPU_SHARE * accelerator.memory:
-            yield (
-                f'set XLA_PYTHON_CLIENT_MEM_FRACTION={_GPU_SHARE}: JAX takes {_DEFAULT_GPU_SHARE:.0%} of the memory of '
-                'a GPU by default'
-            )
+        if is_gpu and needed > hardware.DEFAULT_GPU_SHARE * accelerator.memory:
+            share = f'{hardware.GPU_SHARE_VARIABLE}={hardware.GPU_SHARE}'
+            yield f'set {share}: JAX takes {hardware.DEFAULT_GPU_SHARE:.0%} of the memory of a GPU by default'
         return
     yield compiled.error or (
         f'needs {format_bytes(needed)}, but programs can use {format_bytes(usable)} of {accelerator.name}'

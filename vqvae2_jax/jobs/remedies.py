@@ -1,6 +1,7 @@
 """Advice for jobs that end because the devices run out of memory, a training diverges, or another process ends."""
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 
@@ -11,6 +12,7 @@ from vqvae2_jax.config import build
 from vqvae2_jax.io import record
 from vqvae2_jax.io.record import JobError
 from vqvae2_jax.jobs.workdir import Run, training_directory, training_job
+from vqvae2_jax.planning import hardware
 from vqvae2_jax.training.finite import NonFiniteLoss
 
 # What a job computes at once. None of it is part of the settings of an output, except inpaint.count.
@@ -105,6 +107,9 @@ def _first_line(error):
 def _less_memory(run, section, directory):
     training, path = build.train_config(run.config, section), f'--config.{section}'
     remedies = []
+    accelerator = hardware.hardware_of(run.mesh.devices.flat[0])
+    if accelerator and accelerator.is_gpu and hardware.GPU_SHARE_VARIABLE not in os.environ:
+        remedies.append(f'set the environment variable {hardware.GPU_SHARE_VARIABLE}={hardware.GPU_SHARE}')
     if section != 'vqvae':  # each microbatch has a row for every device
         parts = 2 * training.grad_accum_steps
         if training.batch_size % (run.mesh.shape['data'] * parts) == 0:

@@ -12,8 +12,9 @@ from vqvae2_jax.models.attention import attend as reference
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
     """Computes attention by cuDNN where it can; arguments and result are those of `models.attention.attend`.
 
-    cuDNN takes bfloat16 and float16, an even P, and d up to 128 in steps of 8; other arrays take the reference. XLA
-    runs it on every device for its part of the batch.
+    The mask is an added array for cuDNN, so its backward pass also writes the gradient of one, [1, 1, P, P], which
+    nothing reads. cuDNN takes bfloat16 and float16, an even P, and d up to 128 in steps of 8; other arrays take the
+    reference. XLA runs it on every device for its part of the batch.
 
     Raises:
       RuntimeError: CUDA's plugin is not installed.

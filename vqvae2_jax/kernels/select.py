@@ -1,4 +1,4 @@
-"""Selects implementations of functions of the models by the devices. Only this file names a platform.
+"""Selects implementations of functions of the models by the devices. No other file does.
 
 Every implementation has a reference in plain JAX, which modules use unless they are given another one. Kernels cannot
 be exported for several platforms. So only training and its plan ask for them, never a config or a saved specification.

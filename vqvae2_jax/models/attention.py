@@ -37,7 +37,32 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) 
     Returns:
       [B, P, N, d], of the dtype of `value`.
     """
-    return _weighted_mean(_logits(query, key), mask, value)
+
+    def attend_heads(query, key, value):
+        return _weighted_mean(_logits(query, key), mask, value)
+
+    if query.shape[1] <= _MANY_POSITIONS:
+        return attend_heads(query, key, value)
+    return _map_heads(attend_heads, query, key, value)
+
+
+def _map_heads(function, query, key, value, *by_head):
+    """Calls a function of one head after another; its activations are recomputed in the backward pass.
+
+    Args:
+      function: (query, key, value, of one head [B, P, 1, d], and an item of each of `by_head`) -> [B, P, 1, d].
+      query: [B, P, N, d].
+      key: [B, P, N, d].
+      value: [B, P, N, d].
+      *by_head: arrays [N, ...].
+
+    Returns:
+      [B, P, N, d].
+    """
+    heads = (jnp.moveaxis(x, 2, 0)[:, :, :, None] for x in (query, key, value))
+    one_head = jax.checkpoint(lambda arguments: function(*arguments))
+    attended = jax.lax.map(one_head, (*heads, *by_head))
+    return jnp.moveaxis(attended[:, :, :, 0], 0, 2)
 
 
 def _logits(query, key):
@@ -112,7 +137,7 @@ class CausalAttention(nn.Module):
         visible = (on_map & (steps <= step)).reshape(1, -1)  # [1, T n]
         key, value = self._update_cache('keys', key, step), self._update_cache('values', value, step)
         visible = jnp.pad(visible, ((0, 0), (0, key.shape[1] - visible.shape[1])))
-        # The cache may hold anything in later steps.
+        # Keys of later steps may be anything, but values must be finite.
         logits = jnp.where(visible, _logits(query, key), jnp.finfo(jnp.float32).min)
         return _weighted_mean(logits, visible, value)
 
@@ -120,21 +145,17 @@ class CausalAttention(nn.Module):
         # [B, P, N, d] each -> [B, P, N, d]
         steps = self.order.step_map().reshape(-1)
         visible = jnp.asarray(steps[None, :] <= steps[:, None])  # [P, P]
-        drops = train and self.dropout > 0
-        if not drops and (self.attend is not attend or len(steps) <= _MANY_POSITIONS):
+        if not train or self.dropout == 0:
             return self.attend(query, key, value, visible)
-        rng = self.make_rng('dropout') if drops else jax.random.key(0)  # unused without dropout
 
-        def attend_heads(rng, query, key, value):
-            logits, kept = self._drop(rng, _logits(query, key), visible) if drops else (_logits(query, key), visible)
+        def attend_heads(query, key, value, rng):
+            logits, kept = self._drop(rng, _logits(query, key), visible)
             return _weighted_mean(logits, kept, value)
 
+        rng = self.make_rng('dropout')
         if len(steps) <= _MANY_POSITIONS:
-            return attend_heads(rng, query, key, value)
-        heads = [jnp.moveaxis(x, 2, 0)[:, :, :, None] for x in (query, key, value)]  # [N, B, P, 1, d]
-        one_head = jax.checkpoint(lambda arguments: attend_heads(*arguments))
-        attended = jax.lax.map(one_head, (jax.random.split(rng, self.num_heads), *heads))
-        return jnp.moveaxis(attended[:, :, :, 0], 0, 2)
+            return attend_heads(query, key, value, rng)
+        return _map_heads(attend_heads, query, key, value, jax.random.split(rng, self.num_heads))
 
     def _drop(self, rng: jax.Array, logits: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Applies dropout to logits float32 [B, N, P, P] and the mask of visible keys, which broadcasts to them.

@@ -18,7 +18,7 @@ def _is_large_convolution(primitive, *arrays, **params):
 
 # The policies of `jax.checkpoint` by which training recomputes the inside of blocks in the backward pass: all of it, or
 # all but the outputs of large convolutions.
-_POLICIES = {'blocks': jax.checkpoint_policies.nothing_saveable, 'convs': _is_large_convolution}
+_POLICIES = {'blocks': jax.checkpoint_policies.nothing_saveable, 'blocks_but_convs': _is_large_convolution}
 NO_REMAT = 'none'
 REMAT_CHOICES = (NO_REMAT, *_POLICIES)
 

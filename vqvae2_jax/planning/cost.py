@@ -1,8 +1,8 @@
 """FLOPs and bytes of a program's matrix products and convolutions, counted in its jaxpr.
 
 A loop's body counts once per iteration, unlike in XLA's own count. Elementwise work is not counted. Of a conditional
-the most expensive branch counts, of the forms that `jax.lax.platform_dependent` selects from the cheapest: a form with
-more work, such as padding that suits a platform, computes nothing that the others do not.
+the most expensive branch counts. Of the forms of `jax.lax.platform_dependent` the cheapest counts, because more work in
+another form, such as padding that suits a platform, computes nothing more.
 """
 
 import math

@@ -1,10 +1,10 @@
 """The kernels that a compiled program starts on a GPU, with their bytes and FLOPs, and a modeled time.
 
-A kernel takes the longest of its memory traffic at the peak bandwidth and its FLOPs at the peaks of their precisions,
+A kernel takes the longer of its memory traffic at the peak bandwidth and its FLOPs at the peaks of their precisions,
 plus the time of a launch. The model is optimistic where a kernel does not reach the peaks, and knows nothing of the
 interconnect: collectives count as memory traffic. It was not compared with a GPU yet. Fusions, arrays in memory and the
-number of kernels of a step are facts about the program. Without a GPU the compiler tries out no
-variants of a product or convolution (autotuning), so a real run may start other kernels there.
+number of kernels of a step are facts about the program. Without a GPU the compiler tries out no variants of a product
+or convolution (autotuning); an attached GPU may start other kernels.
 """
 
 import collections

@@ -76,6 +76,9 @@ TPU_SLICES = {  # examples; any shape that divides into hosts of 2x2 devices wor
     'v5p': ('2x2x1', '2x2x4', '4x4x4', '4x4x8', '8x8x8'),
     'v6e': ('2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16'),
 }
+# The shares of a GPU's memory that JAX takes: by default, and at most, since driver and libraries need some too.
+DEFAULT_GPU_SHARE, GPU_SHARE = 0.75, 0.95
+GPU_SHARE_VARIABLE = 'XLA_PYTHON_CLIENT_MEM_FRACTION'  # which sets the share
 _GPUS_PER_HOST = 8  # one process each, as launch/slurm.sh starts them
 _simulated: dict[jax.Device, Accelerator] = {}  # CPU devices that a plan takes for GPUs
 
@@ -99,9 +102,9 @@ def topology_devices(name: str) -> list[jax.Device]:
     """Returns devices that need not be attached.
 
     Args:
-      name: a TPU slice such as 'v5e:4x8', or a number of A100, H100, H200 or B200 GPUs such as 'h100:8', in hosts of
-        eight. Without the CUDA plugin, CPU devices stand for the GPUs, see `is_simulated`. The call creates them, so it
-        has to come before the first JAX operation.
+      name: a TPU slice such as 'v5e:4x8', or a number of A100, H100, H200 or B200 GPUs such as 'h100:8', in equal hosts
+        of at most eight. Without the CUDA plugin, CPU devices stand for the GPUs, see `is_simulated`. The call creates
+        them, so it has to come before the first JAX operation.
 
     Raises:
       RuntimeError: GPUs without the plugin, after JAX was initialized.
@@ -124,7 +127,7 @@ def topology_devices(name: str) -> list[jax.Device]:
 
 
 def _gpus(family, count):
-    per_host = max(n for n in range(1, _GPUS_PER_HOST + 1) if count % n == 0)
+    per_host = _gpus_per_host(count)
     options = {'target_config': _target_config(family), 'topology': f'1x{count // per_host}x{per_host}'}
     help_text = 'is the CUDA plugin of the same version as jaxlib?'
     return _described_devices(f'{family}:{count}', help_text, platform='cuda', topology_name=family, **options)
@@ -142,8 +145,12 @@ def _described_devices(name, help_text, **options):
 def _simulated_gpus(family, count):
     jax.config.update('jax_num_cpu_devices', count)
     _simulated.update(dict.fromkeys(jax.devices(), _GPUS[family]))
-    processes.simulate_hosts(jax.devices(), _GPUS_PER_HOST)
+    processes.simulate_hosts(jax.devices(), _gpus_per_host(count))
     return jax.devices()
+
+
+def _gpus_per_host(count):
+    return max(n for n in range(1, _GPUS_PER_HOST + 1) if count % n == 0)
 
 
 def _target_config(family):

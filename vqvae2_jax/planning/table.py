@@ -64,8 +64,9 @@ def notes(accelerator: Accelerator | None) -> Iterator[str]:
         yield "Nothing was compiled, since JAX's CUDA plugin is not installed; it needs no GPU:"
         yield f'pip install "jax[cuda13]=={jax.__version__}" adds peak, collectives, kernels and modeled time.'
     elif accelerator and accelerator.is_gpu:
+        launch = f'{1e6 * gpu_kernels.LAUNCH_SECONDS:g} us'
         yield 'Of a GPU in a step: kernels: launches. moved: bytes read and written in memory. modeled: the sum'
-        yield 'over kernels of 1.5 us and the time of bytes or of FLOPs, whichever is longer; without communication.'
+        yield f'over kernels of {launch} and the time of bytes or of FLOPs, whichever is longer; without communication.'
     if accelerator:
         yield (
             f'bound: roofline bound of a step on {accelerator.name}, at {accelerator.flops / 1e12:.0f} TFLOP/s in '

@@ -22,11 +22,12 @@ from vqvae2_jax.models.wavefront import WavefrontPrior
 from vqvae2_jax.sampling.params import DEFAULT, SamplingParams, apply_guidance, sample_codes
 
 # Products with fewer rows than this (positions of a step in all samples) take the time of reading the weights, so half
-# as many rows save nothing. Phases of their own take up to three times as long to compile.
+# as many rows save nothing. Phases of their own take up to three times as long to compile. It counts the rows of the
+# whole batch, on all devices.
 _ROWS_WORTH_PHASES = 256
 
-# Bytes that the projections of the condition may take in wavefront order, for whole maps of the batch. Above it, every
-# step projects the condition of its positions.
+# Bytes that the projections of the condition may take in wavefront order, for whole maps of the batch on all devices.
+# Above it, every step projects the condition of its positions.
 _MAX_PROJECTIONS = 2**30
 
 
@@ -78,8 +79,7 @@ def sample(
       keys: one key per sample, [B], from `sample_keys`.
       labels: classes, int32 [B]; ignored if the prior has no classes.
       coarser: codes of every coarser level, finest first; each int32 [B, h_l, w_l].
-      sampling_params: temperature, top-k, top-p and guidance. The numbers may be traced; whether `guidance` is None may
-        not.
+      sampling_params: temperature, top-k, top-p and guidance. The numbers may be traced; whether one is None may not.
       known_codes: int32 [B, H, W]: codes in [0, K) to keep, and -1 at positions to sample; None: sample all. A sampled
         code depends on the kept codes of earlier steps, not of later ones.
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 class SamplingParams(NamedTuple):
     """Changes to the logits, applied in the order guidance, temperature, top-k, top-p.
 
-    All are numbers or arrays of shape []. The defaults sample from the prior's own distribution.
+    All are numbers, arrays of shape [], or None where it says so. The defaults sample from the prior's own
+    distribution.
 
     Attributes:
       temperature: divides the logits; 0 takes the most likely code (greedy).
