@@ -3,7 +3,8 @@
   python -m vqvae2_jax.main --config=configs/fashion.py
 
 Two levels of codes, 14x14 and 7x7. Unlike the paper, it uses `preview_grad_scale` and restarts dead codes, so that both
-codebooks are in full use after some hundred steps.
+codebooks are in full use after some hundred steps. The priors generate in wavefront order, which trains and samples
+faster here.
 Fields that it does not set have the defaults of vqvae2_jax/config/base.py.
 Measured: see "The demo" in README.md.
 """
@@ -39,6 +40,8 @@ def get_config() -> ConfigDict:
 
     config.codes.shard_size = 4096
 
+    for prior in config.prior.values():
+        prior.order = 'wavefront'
     config.prior.top.hidden_channels = 64
     config.prior.top.residual_channels = 64
     config.prior.top.num_residual_blocks = 4
@@ -65,7 +68,7 @@ def get_config() -> ConfigDict:
     config.prior.bottom.kernel_size = 3
     config.prior.bottom.num_cond_blocks = 2
     config.prior.bottom.dropout = 0.1
-    config.prior.bottom.training.update(config.prior.top.training, steps=1600, batch_size=16, image_every=1600)
+    config.prior.bottom.training.update(config.prior.top.training, steps=1400, batch_size=16, image_every=1400)
 
     config.classifier.widths = (32, 64, 128)
     config.classifier.blocks = (1, 1, 1)
@@ -73,7 +76,7 @@ def get_config() -> ConfigDict:
     config.classifier.dropout = 0.3
     config.classifier.flip = True
     config.classifier.training.update(
-        steps=1000,
+        steps=700,
         batch_size=64,
         learning_rate=2e-3,
         warmup_steps=50,
@@ -81,8 +84,8 @@ def get_config() -> ConfigDict:
         weight_decay=1e-2,
         params_ema_decay=0.99,
         log_every=100,
-        eval_every=200,
-        save_every=200,
+        eval_every=100,
+        save_every=100,
     )
 
     config.sample.batch_size = 200

@@ -2,7 +2,7 @@
 
   python -m vqvae2_jax.main --config=configs/tiny.py
 
-The images and the structure of configs/fashion.py, with smaller widths and step counts.
+The images and the structure of configs/fashion.py, with smaller widths and step counts, and raster order.
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.vqvae.update(hidden_channels=8, residual_channels=4, num_residual_blocks=1, codebook_size=16, codebook_dim=8)
     config.codes.batch_size = 200
     for prior in config.prior.values():
-        prior.update(hidden_channels=8, residual_channels=8, num_residual_blocks=2, num_heads=2)
+        prior.update(order='raster', hidden_channels=8, residual_channels=8, num_residual_blocks=2, num_heads=2)
     config.prior.top.update(num_attention_layers=1)
     config.prior.bottom.update(num_cond_blocks=1)
     config.classifier.update(widths=(8, 16), blocks=(1, 1))

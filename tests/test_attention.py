@@ -86,8 +86,9 @@ def test_training_without_attention_dropout_takes_the_given_attention(skew, rate
     assert len(called) == calls
 
 
-def test_large_maps_attend_head_by_head(monkeypatch):
-    module = CausalAttention(2, ORDERS['raster'], 0.0, 'keys', jnp.float32)
+@pytest.mark.parametrize('attend', [attention.attend, kernel.attend])  # cuDNN does not take float32
+def test_large_maps_attend_head_by_head(monkeypatch, attend):
+    module = CausalAttention(2, ORDERS['raster'], 0.0, 'keys', jnp.float32, attend)
     x = jax.random.normal(jax.random.key(0), (3, 4, 4, 8))
     params = jax.tree.map(lambda p: p + 0.1, module.init(jax.random.key(1), x))
 
