@@ -40,6 +40,12 @@ def test_the_lookup_is_its_reference_but_for_ties(dtype, shape, codes):
     assert codes == 1 or same[apart].all()
 
 
+def test_deep_vectors_take_the_reference():
+    shapes = [jax.ShapeDtypeStruct((4, depth), jnp.float32) for depth in (128, 129)]
+    kernels = ['pallas_call' in str(jax.make_jaxpr(lookup)(shape, shape)) for shape in shapes]
+    assert kernels == [True, False]
+
+
 def test_the_lowest_index_wins_a_tie_within_and_across_chunks():
     rows = np.random.default_rng(0).integers(-8, 8, (200, 16)).astype(np.float32)
     rows[[40, 67, 70, 190]] = rows[3]  # 67 has the place of 3 in the next chunk

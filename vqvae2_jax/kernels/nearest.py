@@ -15,16 +15,19 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from vqvae2_jax.models import quantizer
+
 ROWS, CODES = 256, 64  # vectors of a program, and codes whose distances it has in registers
 _WARPS = 8
 _PARTS = 3
 _LEAST_DEPTH = 16  # of a product on tensor cores
+_MOST_DEPTH = 128  # of vectors that fit into the registers and the shared memory of a block
 
 
 def nearest(vectors: jax.Array, codebook: jax.Array, *, interpret: bool = False) -> jax.Array:
     """Finds the nearest codebook row in squared Euclidean distance, as `models.quantizer.nearest`.
 
-    It cannot be differentiated.
+    It cannot be differentiated. Vectors with D above 128 take the reference.
 
     Args:
       vectors: [..., D], any float dtype.
@@ -35,6 +38,8 @@ def nearest(vectors: jax.Array, codebook: jax.Array, *, interpret: bool = False)
       Indices of rows, int32 [...]; the lowest index on ties.
     """
     *shape, depth = vectors.shape
+    if depth > _MOST_DEPTH:
+        return quantizer.nearest(vectors, codebook)
     if vectors.dtype != jnp.bfloat16:
         vectors = vectors.astype(jnp.float32)
     vectors = vectors.reshape(-1, depth)

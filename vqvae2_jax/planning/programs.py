@@ -158,8 +158,8 @@ def sample_program(
     batch = _sharded(batch, batch_size)
     sample = inference.make_sample_fn(model, priors, seed=0)
     work = cost.count(sample, variables, params, sampling_params, _local(batch))
-    if shards := sharding.num_batch_shards(batch_size):
-        # The form of the sampler depends on the size of the whole batch, also the number of its steps' positions.
+    if (shards := sharding.num_batch_shards(batch_size)) > 1:
+        # How the sampler groups positions depends on the size of the whole batch.
         whole = cost.count(sample, variables, params, sampling_params, batch)
         work = work._replace(flops=whole.flops / shards)
     inputs, steps = (*weights, sampling_params, batch), -(-count // batch_size)
