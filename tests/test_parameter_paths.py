@@ -20,7 +20,8 @@ _ORDERS = {
     'wavefront, scanned': dict(order='wavefront', num_attention_layers=1, label_dropout=0.1, scan_layers=True),
 }
 
-_RASTER_BEFORE = {'cifar10', 'cifar10_small', 'fashion', 'folder256'}  # configs whose priors were in raster order in version 0.2
+# Configs whose priors were in raster order in version 0.2.
+_RASTER_BEFORE = {'cifar10', 'cifar10_small', 'fashion', 'folder256'}
 
 
 def load(name):
