@@ -34,7 +34,7 @@ test: lint  ## ruff, unit tests and tiny pipelines (20 minutes on 2 cores)
 test-fast: lint  ## ruff and the quick tests
 	$(BIN)/python -m pytest -m "not slow and not system"
 
-test-system: $(DEV_STAMP)  ## fresh installs, newest Python, notebooks, processes; needs git, npm and a network (20 minutes)
+test-system: $(DEV_STAMP)  ## fresh installs, newest Python, notebooks, processes, attacks; needs git, npm and a network (40 minutes)
 	$(BIN)/python -m pytest -m system --numprocesses $(TEST_PROCESSES) --dist worksteal --durations=40
 
 lint: $(DEV_STAMP)  ## ruff

@@ -315,11 +315,11 @@ class TestOutputsAsData:
 
 
 @pytest.mark.slow
-def test_odd_names_in_every_job(config, tmp_path):
+def test_odd_names_in_every_job(finished, config, tmp_path):
     """A workdir, a folder of data, its classes and its images of odd names."""
     rng = np.random.default_rng(0)
     data = tmp_path / f'[d]*\udce9 {ODD}'
-    # Sizes are those of tests/conftest.py, so that the programs of the finished pipeline serve here too.
+    # Sizes are those of the finished pipeline, whose compiled programs serve here too.
     for name in ('\udce9t\udce9', '<script>alert("x")', 'a\nb[c]*?\\', *'0123456'):
         (data / name).mkdir(parents=True)
         for number in range(4):
