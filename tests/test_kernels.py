@@ -41,9 +41,10 @@ def test_the_lookup_is_its_reference_but_for_ties(dtype, shape, codes):
 
 
 def test_deep_vectors_take_the_reference():
-    shapes = [jax.ShapeDtypeStruct((4, depth), jnp.float32) for depth in (128, 129)]
-    kernels = ['pallas_call' in str(jax.make_jaxpr(lookup)(shape, shape)) for shape in shapes]
-    assert kernels == [True, False]
+    for dtype, most in ((jnp.bfloat16, 128), (jnp.float16, 64), (jnp.float32, 64)):
+        shapes = [jax.ShapeDtypeStruct((4, depth), dtype) for depth in (most, most + 1)]
+        kernels = ['pallas_call' in str(jax.make_jaxpr(lookup)(shape, shape)) for shape in shapes]
+        assert kernels == [True, False]
 
 
 def test_the_lowest_index_wins_a_tie_within_and_across_chunks():
@@ -109,6 +110,12 @@ def device(platform, **fields):
 def test_recent_nvidia_gpus_get_kernels(capability):
     selected = select.for_device(device('gpu', compute_capability=capability))
     assert selected.nearest is not quantizer.nearest and selected.attend is attention.attend
+
+
+@pytest.mark.parametrize('capability', ['8.6', '8.9', '12.0'])
+def test_gpus_with_small_blocks_get_attention_alone(capability):
+    selected = select.for_device(device('gpu', compute_capability=capability))
+    assert selected == select.Implementations(attend=attention.attend)
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,14 @@ ROWS, CODES = 256, 64  # vectors of a program, and codes whose distances it has 
 _WARPS = 8
 _PARTS = 3
 _LEAST_DEPTH = 16  # of a product on tensor cores
-_MOST_DEPTH = 128  # of vectors that fit into the registers and the shared memory of a block
+# The deepest vectors that fit into the 163 KB of shared memory of an A100's block, in bfloat16 and in float32.
+_MOST_DEPTH = {jnp.bfloat16: 128, jnp.float32: 64}
 
 
 def nearest(vectors: jax.Array, codebook: jax.Array, *, interpret: bool = False) -> jax.Array:
     """Finds the nearest codebook row in squared Euclidean distance, as `models.quantizer.nearest`.
 
-    It cannot be differentiated. Vectors with D above 128 take the reference.
+    It cannot be differentiated. Deep vectors take the reference: D above 128 in bfloat16, above 64 in other dtypes.
 
     Args:
       vectors: [..., D], any float dtype.
@@ -38,10 +39,10 @@ def nearest(vectors: jax.Array, codebook: jax.Array, *, interpret: bool = False)
       Indices of rows, int32 [...]; the lowest index on ties.
     """
     *shape, depth = vectors.shape
-    if depth > _MOST_DEPTH:
+    dtype = jnp.bfloat16 if vectors.dtype == jnp.bfloat16 else jnp.float32
+    if depth > _MOST_DEPTH[dtype]:
         return quantizer.nearest(vectors, codebook)
-    if vectors.dtype != jnp.bfloat16:
-        vectors = vectors.astype(jnp.float32)
+    vectors = vectors.astype(dtype)
     vectors = vectors.reshape(-1, depth)
     size, codebook = len(vectors), codebook.astype(jnp.float32)
     width = max(pl.next_power_of_2(depth), _LEAST_DEPTH)

@@ -14,6 +14,7 @@ from vqvae2_jax.models import attention as reference
 from vqvae2_jax.models import quantizer
 
 _LEAST_CAPABILITY = 8.0  # of an NVIDIA GPU with bfloat16 on its tensor cores
+_LARGE_BLOCKS = (8.0, 9.0, 10.0, 10.3)  # A100, H100, H200, B200, B300: others have 99 KB of shared memory for a block
 
 
 class Implementations(NamedTuple):
@@ -37,13 +38,15 @@ def for_device(device: jax.Device) -> Implementations:
     Args:
       device: one of the mesh; all are of one kind. Programs are compiled inside `jax.set_mesh`.
     """
-    if device.platform == 'gpu' and _is_recent_nvidia(device):
-        return Implementations(per_shard.over_batch(nearest.nearest), attention.attend)
-    return REFERENCES
+    capability = _capability(device) if device.platform == 'gpu' else 0.0
+    if capability < _LEAST_CAPABILITY:
+        return REFERENCES
+    lookup = per_shard.over_batch(nearest.nearest) if capability in _LARGE_BLOCKS else quantizer.nearest
+    return Implementations(lookup, attention.attend)
 
 
-def _is_recent_nvidia(device):
+def _capability(device) -> float:
     try:
-        return float(device.compute_capability) >= _LEAST_CAPABILITY
+        return float(device.compute_capability)
     except ValueError:  # AMD's are names
-        return False
+        return 0.0
