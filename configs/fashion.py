@@ -3,8 +3,7 @@
   python -m vqvae2_jax.main --config=configs/fashion.py
 
 Two levels of codes, 14x14 and 7x7. Unlike the paper, it uses `preview_grad_scale` and restarts dead codes, so that both
-codebooks are in full use after some hundred steps. The priors generate in wavefront order, which trains and samples
-faster here.
+codebooks are in full use after some hundred steps. The priors generate in wavefront order, which trains faster here.
 Fields that it does not set have the defaults of vqvae2_jax/config/base.py.
 Measured: see "The demo" in README.md.
 """
