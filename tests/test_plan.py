@@ -245,7 +245,7 @@ def test_gpus_that_are_not_attached_are_compiled_for(config, tmp_path, capsys):
     for row in rows(text).values():
         assert re.fullmatch(r'.*B \(\d+%\)', row['peak']) and int(row['kernels']) > 10
         modeled, bound = (float(row[name].removesuffix(' ms')) for name in ('modeled', 'bound'))
-        assert modeled > bound and modeled > 0.99 * 1.5e-3 * int(row['kernels'])  # rounded to three digits
+        assert modeled > bound and modeled > 0.995 * 1.5e-3 * int(row['kernels'])  # rounded to three digits
 
 
 @pytest.mark.system

@@ -45,10 +45,8 @@ def test_phases_of_fewer_positions_draw_the_same(case, monkeypatch):
     arguments += (SamplingParams(1.3, guidance=2.0 if guided else None),)
     jaxpr = jax.make_jaxpr(lambda: sample(prior, params, *arguments))()
     assert sum(equation.primitive.name == 'scan' for equation in jaxpr.eqns) == 3
-    fast, slow = (
-        jax.jit(lambda: sample(prior, params, *arguments))(),
-        jax.jit(lambda: sample_reference(prior, params, *arguments))(),
-    )
+    fast = jax.jit(lambda: sample(prior, params, *arguments))()
+    slow = jax.jit(lambda: sample_reference(prior, params, *arguments))()
     np.testing.assert_array_equal(fast.codes, slow.codes)
     np.testing.assert_allclose(fast.log_probs, slow.log_probs, atol=1e-4)
 
