@@ -15,7 +15,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-system lint clean
+.PHONY: help demo test test-fast test-system lint docs clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,11 +34,14 @@ test: lint  ## ruff, unit tests and tiny pipelines (20 minutes on 2 cores)
 test-fast: lint  ## ruff and the quick tests
 	$(BIN)/python -m pytest -m "not slow and not system"
 
-test-system: $(DEV_STAMP)  ## fresh installs, newest Python, notebooks, processes, attacks; needs git, npm and a network (40 minutes)
+test-system: $(DEV_STAMP)  ## fresh installs, newest Python, notebooks, processes, attacks, the page; needs git, npm, Chromium and a network (40 minutes)
 	$(BIN)/python -m pytest -m system --numprocesses $(TEST_PROCESSES) --dist worksteal --durations=40
 
 lint: $(DEV_STAMP)  ## ruff
 	$(BIN)/ruff check .
+
+docs: $(DEV_STAMP)  ## the documentation site, in build/site
+	$(BIN)/python docs/build_site.py
 
 clean:  ## remove the environment and all caches (runs/ stays)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .jax_cache

@@ -1,15 +1,16 @@
-"""Compares FID with pytorch-fid: the value, and the speed in images/s.
+"""Compares FID with pytorch-fid and torch-fidelity: the values, and the speed in images/s.
 
-  pip install -e ".[torch]" torchvision pytorch-fid     # in an environment of its own
+  pip install -e ".[torch]" torchvision pytorch-fid torch-fidelity     # in an environment of its own
   python -m benchmarks.fid --weights='fid_inception_part*.npz' --images=data/cifar10.npz
 
-Takes two disjoint sets of `count` images. pytorch-fid reads them from PNG files, this package from memory. The speeds
-are those of the features alone, compiled and warm, on the same images and batches, measured alternately; the ratio is
-that of the best of each. The weights of the .npz files lack the classification head, which FID does not use:
-pytorch-fid gets zeros there.
+Takes two disjoint sets of `count` images. The others read them from PNG files, this package from memory. The speeds of
+this package and of pytorch-fid are those of the features alone, compiled and warm, on the same images and batches,
+measured alternately; the ratio is that of the best of each. The weights of the .npz files lack the classification head,
+which FID does not use: the others get zeros there.
 """
 
 import argparse
+import contextlib
 import pathlib
 import tempfile
 import time
@@ -19,6 +20,7 @@ import numpy as np
 import pytorch_fid.fid_score
 import pytorch_fid.inception
 import torch
+import torch_fidelity
 from PIL import Image
 
 from benchmarks.timing import machine
@@ -32,26 +34,51 @@ from vqvae2_jax.metrics.frechet import Moments, frechet_distance
 TURNS = 3
 
 
+def full_state(weights):
+    """Returns the state dict of the whole network, with a classification head of zeros."""
+    state = {name: torch.from_numpy(array) for name, array in weights.items()}
+    return {'fc.weight': torch.zeros(1008, 2048), 'fc.bias': torch.zeros(1008)} | state
+
+
 def reference_network(weights):
     """Returns pytorch-fid's network with these weights."""
-    state = {name: torch.from_numpy(array) for name, array in weights.items()}
-    head = {'fc.weight': torch.zeros(1008, 2048), 'fc.bias': torch.zeros(1008)}
-    pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: head | state
+    pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: full_state(weights)
     return pytorch_fid.inception.InceptionV3([pytorch_fid.inception.InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).eval()
+
+
+@contextlib.contextmanager
+def folders_of(sets):
+    """Writes sets of images as PNG files; gives the folder of each."""
+    with tempfile.TemporaryDirectory() as root:
+        folders = [pathlib.Path(root, str(number)) for number in range(len(sets))]
+        for folder, images in zip(folders, sets, strict=True):
+            folder.mkdir()
+            for i, image in enumerate(images):
+                Image.fromarray(image).save(folder / f'{i:06d}.png')
+        yield folders
 
 
 def reference_distance(network, sets, device, batch_size):
     """Returns FID as pytorch-fid computes it from folders of PNG files."""
-    moments = []
-    for images in sets:
-        with tempfile.TemporaryDirectory() as folder:
-            for i, image in enumerate(images):
-                Image.fromarray(image).save(pathlib.Path(folder, f'{i:06d}.png'))
-            files = sorted(pathlib.Path(folder).iterdir())
-            score = pytorch_fid.fid_score
+    score, moments = pytorch_fid.fid_score, []
+    with folders_of(sets) as folders:
+        for folder in folders:
+            files = sorted(folder.iterdir())
             moments.append(score.calculate_activation_statistics(files, network, batch_size, 2048, device, 0))
     (mean, covariance), (other_mean, other_covariance) = moments
-    return pytorch_fid.fid_score.calculate_frechet_distance(mean, covariance, other_mean, other_covariance)
+    return score.calculate_frechet_distance(mean, covariance, other_mean, other_covariance)
+
+
+def fidelity_distance(weights, sets, device, batch_size):
+    """Returns FID as torch-fidelity computes it from folders of PNG files."""
+    with folders_of(sets) as folders:
+        path = folders[0].parent / 'weights.pth'
+        torch.save(full_state(weights), path)
+        options = {'feature_extractor_weights_path': str(path), 'batch_size': batch_size, 'cuda': device.type == 'cuda'}
+        found = torch_fidelity.calculate_metrics(
+            input1=str(folders[0]), input2=str(folders[1]), fid=True, cache=False, verbose=False, **options
+        )
+    return found['frechet_inception_distance']
 
 
 def rate(function, images):
@@ -76,7 +103,8 @@ def main():
     mesh = sharding.make_mesh(jax.devices()[:1])
     with jax.set_mesh(mesh):
         extract_fn = load_inception(options.weights).extract
-    reference = reference_network(state_dict.read(options.weights, pattern=True)).to(device)
+    weights = state_dict.read(options.weights, pattern=True)
+    reference = reference_network(weights).to(device)
 
     def extract(images):
         with jax.set_mesh(mesh):
@@ -96,9 +124,13 @@ def main():
     print(f'{ours:.1f} images/s here, {theirs:.1f} with pytorch-fid: {ours / theirs:.2f}x', flush=True)
 
     here = frechet_distance(*(Moments.of(extract(part)) for part in sets))
-    there = reference_distance(reference, sets, device, options.batch)
-    print(f'FID of {options.count} and {options.count} images: {here:.5f} here, {there:.5f} with pytorch-fid')
-    print(f'difference: {abs(here - there):.2e}')
+    print(f'FID of {options.count} and {options.count} images: {here:.5f} here')
+    others = {
+        'pytorch-fid': reference_distance(reference, sets, device, options.batch),
+        'torch-fidelity': fidelity_distance(weights, sets, device, options.batch),
+    }
+    for name, there in others.items():
+        print(f'{there:.5f} with {name}, difference {abs(here - there):.2e}')
 
 
 if __name__ == '__main__':

@@ -153,7 +153,7 @@ def _fill(path, x):
     if not isinstance(x, jax.ShapeDtypeStruct):
         return x  # parameters of sampling
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return jax.device_put(jax.random.key(0), x.sharding)
+        return jax.device_put(jax.random.split(jax.random.key(0), x.shape), x.sharding)
     values = np.zeros(x.shape, x.dtype)
     if x.dtype == np.uint8:
         values = np.resize(_random_block().view(np.uint8), x.shape)
@@ -206,9 +206,8 @@ def _check_flags(case, variants, rehearse):
                 times[name].append(_seconds(functools.partial(executable, *inputs)))
     seconds = {name: statistics.median(values) for name, values in times.items()}
     first = next(iter(variants))
-    same = all(
-        np.array_equal(x, y) for c in codes.values() for x, y in zip(c.values(), codes[first].values(), strict=True)
-    )
+    expected = jax.tree.leaves(codes[first])
+    same = all(np.array_equal(x, y) for c in codes.values() for x, y in zip(jax.tree.leaves(c), expected, strict=True))
     shown = ', '.join(f'{name} {1e3 * s:.4g} ms ({s / seconds[first]:.2f})' for name, s in seconds.items())
     found = {'passed': same, 'seconds': seconds, 'options': dict(variants), 'batch_size': program.batch_size}
     text = shown if same else f'{shown}; the samples of the variants differ'

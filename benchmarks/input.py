@@ -20,7 +20,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from vqvae2_jax.config import base, build
-from vqvae2_jax.data import codes, folder
+from vqvae2_jax.data import codes, listing
 from vqvae2_jax.data.images import open_images
 from vqvae2_jax.data.loader import train_batches
 from vqvae2_jax.io import record
@@ -31,12 +31,13 @@ STORED = 20_000  # examples of codes
 SECONDS = 10  # of reading, for each row of the table
 
 
-def write_dataset(directory, name, features, splits):
-    """Writes a TensorFlow Dataset below `directory`, as ArrayRecord with one shard per split, without TensorFlow.
+def write_dataset(directory, name, features, splits, shards=1):
+    """Writes a TensorFlow Dataset below `directory`, as ArrayRecord, without TensorFlow.
 
     Args:
       features: {feature: tfds.features.FeatureConnector}, with 'image' and perhaps 'label'.
       splits: {split: (bytes of an image file, label) of every example}.
+      shards: number of files of each split; example i is in file i modulo that.
     """
     import tensorflow_datasets as tfds
     from tensorflow_datasets.proto import tf_example_pb2
@@ -46,28 +47,29 @@ def write_dataset(directory, name, features, splits):
     tfds.features.FeaturesDict(features).save_config(home)
     infos = []
     for split, examples in splits.items():
-        writer = ArrayRecordWriter(str(home / f'{name}-{split}.array_record-00000-of-00001'), 'group_size:1')
-        count = 0
-        for image, label in examples:
+        files = [home / f'{name}-{split}.array_record-{i:05d}-of-{shards:05d}' for i in range(shards)]
+        writers, counts = [ArrayRecordWriter(str(file), 'group_size:1') for file in files], [0] * shards
+        for number, (image, label) in enumerate(examples):
             example = tf_example_pb2.Example()
             example.features.feature['image'].bytes_list.value.append(image)
             if 'label' in features:
                 example.features.feature['label'].int64_list.value.append(label)
-            writer.write(example.SerializeToString())
-            count += 1
-        writer.close()
+            writers[number % shards].write(example.SerializeToString())
+            counts[number % shards] += 1
+        for writer in writers:
+            writer.close()
         template = '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'
-        infos.append({'name': split, 'shardLengths': [str(count)], 'filepathTemplate': template})
+        infos.append({'name': split, 'shardLengths': list(map(str, counts)), 'filepathTemplate': template})
     info = {'name': name, 'version': '1.0.0', 'fileFormat': 'array_record', 'splits': infos}
     (home / 'dataset_info.json').write_text(json.dumps(info))
 
 
-def packed(path, directory):
+def packed(path, directory, shards=1):
     """Writes the files of a folder as an unlabeled TensorFlow Dataset `packed` below `directory`."""
     import tensorflow_datasets as tfds
 
-    images = ((pathlib.Path(path, file).read_bytes(), 0) for file in folder.find_images(path, '--path').images)
-    write_dataset(directory, 'packed', {'image': tfds.features.Image(shape=(None, None, 3))}, {'train': images})
+    images = ((pathlib.Path(path, file).read_bytes(), 0) for file in listing.list_images(path).images)
+    write_dataset(directory, 'packed', {'image': tfds.features.Image(shape=(None, None, 3))}, {'train': images}, shards)
 
 
 def write_codes(directory):
@@ -83,10 +85,11 @@ def write_codes(directory):
     return rate, os.path.getsize(path) / count
 
 
-def open_training(name, path, size):
+def open_training(name, path, size, **fields):
     """Opens the training split of unlabeled color images."""
     config = base.get_config(levels=('top',))
     config.data.update(name=name, path=path, image_size=(size, size), channels=3, num_classes=0, held_out=(0.01, 0.0))
+    config.data.update(fields)
     return open_images(build.image_spec(config), 'train')
 
 

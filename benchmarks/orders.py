@@ -35,7 +35,7 @@ from vqvae2_jax.io.logging import read_metrics
 from vqvae2_jax.jobs.extract_codes import extract_codes
 from vqvae2_jax.jobs.train import train_prior, train_vqvae
 from vqvae2_jax.jobs.workdir import Run, training_directory
-from vqvae2_jax.sampling.ancestral import sample, sample_keys
+from vqvae2_jax.sampling.ancestral import sample_keys, sample_level
 
 MAPS = 16  # maps at once
 TIMED = 50  # updates
@@ -104,7 +104,7 @@ def seconds_an_image(run, level):
     _, labels, coarser = jax.tree.map(lambda x: jnp.zeros((MAPS, *x.shape[1:]), x.dtype), one)
 
     def sample_codes(params, labels, coarser):
-        return sample(prior, params, sample_keys(jax.random.key(0), jnp.arange(MAPS)), labels, coarser).codes
+        return sample_level(prior, params, sample_keys(jax.random.key(0), jnp.arange(MAPS)), labels, coarser).codes
 
     return seconds(sample_codes, params, labels, coarser) / MAPS
 

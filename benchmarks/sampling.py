@@ -23,7 +23,8 @@ from benchmarks import timing
 from benchmarks.timing import machine, measure_bandwidth, measure_products, seconds
 from vqvae2_jax import xla_flags
 from vqvae2_jax.config import base, build
-from vqvae2_jax.sampling.ancestral import sample, sample_keys
+from vqvae2_jax.sampling import ancestral
+from vqvae2_jax.sampling.ancestral import sample_keys
 
 SHAPES = {'top': (32, 32), 'bottom': (64, 64)}
 
@@ -63,8 +64,10 @@ def weights(prior):
 def sampler(prior):
     """Returns a function (params, index int [B], coarser) -> codes."""
 
+    sample_level = getattr(ancestral, 'sample_level', None) or ancestral.sample  # its name in older checkouts
+
     def sample_codes(params, index, coarser):
-        return sample(prior, params, sample_keys(jax.random.key(0), index), None, coarser).codes
+        return sample_level(prior, params, sample_keys(jax.random.key(0), index), None, coarser).codes
 
     return sample_codes
 

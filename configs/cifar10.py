@@ -90,7 +90,7 @@ def get_config() -> ConfigDict:
 
     config.reject.keep_fraction = 0.5
 
-    config.evaluate.reference = 'train'  # FID wants many images
+    config.evaluate.references = ('train',)  # FID wants many images
     config.evaluate.cas = True
     config.evaluate.batch_size = 512
     return config

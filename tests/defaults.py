@@ -1,7 +1,10 @@
 """Specs, train configs and modules with the defaults of the base config, for tests that need only a few fields."""
 
+import functools
 from typing import Any
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from vqvae2_jax.config import base
@@ -30,6 +33,11 @@ def make_vqvae(**changes: Any) -> VQVAE:
     """Returns the base config's stage 1, with changes of its module's fields."""
     fields = _module_fields(_DEFAULTS['vqvae'], without=('commitment_weight',))
     return VQVAE(**fields | {'channels': _DEFAULTS['data']['channels']} | changes)
+
+
+def apply(module: nn.Module, variables: Any, *arguments: Any, **options: Any) -> Any:
+    """Returns `module.apply(variables, ...)`, compiled as one program: one operation after another takes far longer."""
+    return jax.jit(functools.partial(module.apply, **options))(variables, *arguments)
 
 
 def make_prior(**changes: Any) -> Prior:

@@ -9,10 +9,11 @@ import json
 import os
 import re
 import threading
+import time
 import urllib.parse
 from unittest import mock
 
-from vqvae2_jax.io import gcs
+from vqvae2_jax.io import remote
 
 _OBJECT = re.compile(r'(?:/download)?/storage/v1/b/([^/]+)/o/([^/]+)(?:/(?:rewriteTo|copyTo|moveTo)/.*o/([^/]+))?')
 
@@ -20,15 +21,18 @@ _OBJECT = re.compile(r'(?:/download)?/storage/v1/b/([^/]+)/o/([^/]+)(?:/(?:rewri
 class FakeGCS(http.server.ThreadingHTTPServer):
     """One bucket. `environment` sends its clients here; `objects` maps names to (bytes, generation).
 
-    The next `lost_answers` changes are made, but answered as if the server had failed.
+    The next `lost_answers` changes are made, but answered as if the server had failed. `reads` holds the size of every
+    content that was sent; each waits for `delay` seconds.
     """
 
     daemon_threads = True
+    numbers = itertools.count(1)  # generations, of all servers: clients may keep a content by its generation
 
     def __init__(self):
         super().__init__(('127.0.0.1', 0), _Handler)
         self.objects, self.uploads, self.lock = {}, {}, threading.RLock()
-        self.numbers, self.lost_answers = itertools.count(1), 0
+        self.lost_answers = 0
+        self.reads, self.delay = [], 0.0
 
     def handle_error(self, *_):
         pass  # a client that hangs up has what it wants
@@ -46,7 +50,7 @@ class FakeGCS(http.server.ThreadingHTTPServer):
 @contextlib.contextmanager
 def serve():
     """A server that answers while the context lasts, to which this process and those it starts are sent."""
-    gcs.configure()
+    remote.configure()
     with FakeGCS() as server, mock.patch.dict(os.environ, server.environment):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -55,13 +59,18 @@ def serve():
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
+    disable_nagle_algorithm = True  # it waits 40 ms between the headers and the body
 
     def log_message(self, *_):
         pass
 
     def do_GET(self):
         with self.server.lock:
-            self._answer(*self._get())
+            answer = self._get()
+        if self._query.get('alt') == 'media':
+            self.server.reads.append(len(answer[1]))
+            time.sleep(self.server.delay)
+        self._answer(*answer)
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get('Content-Length') or 0))

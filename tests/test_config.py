@@ -201,9 +201,8 @@ MISTAKES = [
     ('classifier.widths', (2, 8), 'classifier.widths[0] is 2; it must be an integer from 4 to'),
     ('classifier.crop', 'abc', "classifier.crop is 'abc'; it must be True or False"),
     ('data.channels', 2, 'data.channels is 2; it must be 1 or 3'),
-    ('data.name', 'folder', "data.path is ''; it must be the path"),
     ('evaluate.split', 'all', "evaluate.split is 'all'; it must be 'train', 'validation' or 'test'"),
-    ('evaluate.reference', 'all', "evaluate.reference is 'all'; it must be '', 'train', 'validation' or 'test'"),
+    ('evaluate.references', (1,), 'evaluate.references[0] is 1'),
     ('evaluate.sweep', (0.5, 1.5), 'evaluate.sweep[1] is 1.5; it must be a number in (0, 1]'),
     ('evaluate.real', 'images', "evaluate.real is 'images' and evaluate.generated '': give both sets"),
     ('data.on_error', 'ignore', "data.on_error is 'ignore'; it must be 'raise' or 'skip'"),
@@ -502,9 +501,11 @@ def test_label_dropout_needs_classes(config):
 
 
 def test_sampling_parameters_that_change_nothing_are_off(config):
-    assert build.make_sampling_params(config, 'top') == (0.9, None, None, None)
+    nothing = {'bottom': None, 'top': None}
+    found = build.sampling_arguments(config)
+    assert found.pop('temperature')['top'] == 0.9 and found == {'top_k': nothing, 'top_p': nothing, 'guidance': nothing}
     config.sample.guidance.top = 2.0
-    assert build.make_sampling_params(config, 'top').guidance == 2.0
+    assert build.sampling_arguments(config)['guidance'] == {'bottom': None, 'top': 2.0}
     assert build.sampling_settings(config)['guidance'] == {'bottom': 1.0, 'top': 2.0}
 
 

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import defaults
 from tests.test_prior import make_prior
 from vqvae2_jax.config import build
-from vqvae2_jax.sampling.ancestral import sample, sample_keys
+from vqvae2_jax.sampling.ancestral import sample_keys, sample_level
 from vqvae2_jax.sampling.params import SamplingParams, apply_guidance, sample_codes, top_k_top_p_filter
 from vqvae2_jax.sampling.reference import sample_reference
 
@@ -47,7 +48,7 @@ def test_numbers_that_change_nothing_keep_codes_of_the_least_probability(params)
 
 def test_a_program_without_top_k_and_top_p_does_not_sort(config):
     def lowered(config):
-        params = build.make_sampling_params(config, 'top')
+        params = SamplingParams(**{name: values['top'] for name, values in build.sampling_arguments(config).items()})
         return (
             jax.jit(sample_codes)
             .lower(jax.random.key(0)[None], jnp.zeros(1, int), LOGITS[None, None], params)
@@ -91,7 +92,7 @@ def test_guided_sampling_equals_its_slow_definition(skew):
     @jax.jit
     def fast(sampling_params):
         traces.append(1)
-        return sample(prior, params, keys, labels, sampling_params=sampling_params)
+        return sample_level(prior, params, keys, labels, sampling_params=sampling_params)
 
     strong = fast(SamplingParams(guidance=4.0, top_k=4))
     slow = jax.jit(lambda p: sample_reference(prior, params, keys, labels, sampling_params=p))(
@@ -99,12 +100,12 @@ def test_guided_sampling_equals_its_slow_definition(skew):
     )
     np.testing.assert_array_equal(strong.codes, slow.codes)
     np.testing.assert_allclose(strong.log_probs, slow.log_probs, atol=1e-4)
-    whole = jax.nn.log_softmax(prior.apply({'params': params}, strong.codes, labels))  # unguided
+    whole = jax.nn.log_softmax(defaults.apply(prior, {'params': params}, strong.codes, labels))  # unguided
     expected = jnp.take_along_axis(whole, strong.codes[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(strong.log_probs, expected, atol=1e-4)
-    plain = sample(prior, params, keys, labels).codes
+    plain = sample_level(prior, params, keys, labels).codes
     np.testing.assert_array_equal(fast(SamplingParams(guidance=1.0, top_k=0)).codes, plain)
-    unlabeled = sample(prior, params, keys, jnp.full_like(labels, prior.num_classes)).codes
+    unlabeled = sample_level(prior, params, keys, jnp.full_like(labels, prior.num_classes)).codes
     np.testing.assert_array_equal(fast(SamplingParams(guidance=0.0, top_k=0)).codes, unlabeled)
     assert (plain != unlabeled).any() and len(traces) == 1
 
@@ -112,7 +113,7 @@ def test_guided_sampling_equals_its_slow_definition(skew):
 def test_guidance_needs_a_prior_that_has_seen_hidden_labels():
     prior, params, _, labels, _ = make_prior('classes')
     with pytest.raises(ValueError, match='label_dropout above 0'):
-        sample(
+        sample_level(
             prior,
             params,
             sample_keys(jax.random.key(0), jnp.arange(2)),
@@ -123,7 +124,7 @@ def test_guidance_needs_a_prior_that_has_seen_hidden_labels():
 
 def test_label_dropout_hides_labels_in_training_only():
     prior, params, codes, labels, _ = make_prior('classes', label_dropout=0.999)
-    hidden = prior.apply({'params': params}, codes, labels, train=True, rngs={'dropout': jax.random.key(0)})
-    without = prior.apply({'params': params}, codes, jnp.full_like(labels, prior.num_classes))
+    hidden = defaults.apply(prior, {'params': params}, codes, labels, train=True, rngs={'dropout': jax.random.key(0)})
+    without = defaults.apply(prior, {'params': params}, codes, jnp.full_like(labels, prior.num_classes))
     np.testing.assert_array_equal(hidden, without)
-    assert np.abs(prior.apply({'params': params}, codes, labels) - without).max() > 1e-3
+    assert np.abs(defaults.apply(prior, {'params': params}, codes, labels) - without).max() > 1e-3

@@ -1,11 +1,16 @@
 """The documents are complete and correct: links, paths, and every file and field that a run writes."""
 
 import json
+import os
 import pathlib
 import pkgutil
 import re
+import subprocess
+import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob('*.md'), ROOT / 'launch' / 'README.md', *(ROOT / 'docs').glob('*.md')])
@@ -149,3 +154,14 @@ def test_every_file_is_documented(finished):
     folders = {path.parts[0] for path in ours if len(path.parts) > 1}
     unnamed = sorted(folder for folder in folders if f'{folder}/' not in text)
     assert not unnamed, f'docs/files.md does not name the folders {unnamed}'
+
+
+@pytest.mark.slow
+def test_the_three_lines_of_the_readme_make_a_picture(tmp_path):
+    code = re.search(r'^```python\n(.*?)^```', (ROOT / 'README.md').read_text(), re.MULTILINE | re.DOTALL)[1]
+    assert len(code.split('\n')) == 5  # with the blank line after the imports, and the end
+    environment = os.environ | {'PYTHONPATH': str(ROOT)}
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=environment, check=True)
+    (picture,) = tmp_path.glob('*.png')
+    pixels = np.asarray(Image.open(picture).convert('RGB'))
+    assert pixels.shape == (2 * 28 + 2, 5 * 28 + 4 * 2, 3) and pixels.std() > 30

@@ -12,8 +12,8 @@ from vqvae2_jax.distributed import sharding
 from vqvae2_jax.evaluation import generative
 from vqvae2_jax.evaluation.features import FeatureExtractor
 from vqvae2_jax.io import record
-from vqvae2_jax.jobs import evaluate_samples, feature_store
-from vqvae2_jax.jobs.evaluate_samples import Evaluation, evaluate_part
+from vqvae2_jax.jobs import evaluate_samples, evaluation_parts, feature_store
+from vqvae2_jax.jobs.evaluation_parts import Evaluation, evaluate_part
 from vqvae2_jax.jobs.feature_store import load_logits, load_stats, write_features
 from vqvae2_jax.jobs.workdir import JobError, Run
 
@@ -130,7 +130,7 @@ def test_features_of_another_version_are_extracted_again(empty_run, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    'module, constant', [(evaluate_samples, 'METRICS_VERSION'), (feature_store, 'FEATURES_VERSION')]
+    'module, constant', [(evaluation_parts, 'METRICS_VERSION'), (feature_store, 'FEATURES_VERSION')]
 )
 def test_parts_of_another_version_are_computed_again(empty_run, monkeypatch, module, constant):
     evaluation, calls = Evaluation(empty_run, None, None, lambda: 0), []

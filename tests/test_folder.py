@@ -12,10 +12,11 @@ from PIL import Image
 
 from tests.defaults import image_spec
 from vqvae2_jax.config import base
-from vqvae2_jax.data import folder
+from vqvae2_jax.data import listing as listings
 from vqvae2_jax.data.decode import UnreadableImage
-from vqvae2_jax.data.folder import class_folders, find_images, list_images
+from vqvae2_jax.data.folder import find_images
 from vqvae2_jax.data.images import SPLITS, open_all, open_images, open_native_size
+from vqvae2_jax.data.listing import LocalFolder, class_folders, list_images
 from vqvae2_jax.data.loader import eval_batches, read_skipped
 from vqvae2_jax.io import regular
 from vqvae2_jax.io.record import JobError
@@ -103,10 +104,10 @@ def test_a_folder_that_cannot_be_listed_obeys_on_error(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(os, 'scandir', refuse)
     with pytest.raises(ValueError, match=f"1 folder cannot be listed: '{place or '.'}' .Permission denied") as error:
-        find_images(str(tmp_path), 'data.path')
+        find_images(LocalFolder(str(tmp_path)), 'data.path')
     assert ('on_error=skip' in str(error.value)) == bool(place)
     if place:
-        assert find_images(str(tmp_path), 'data.path', on_error='skip').images == ['cat/1.png']
+        assert find_images(LocalFolder(str(tmp_path)), 'data.path', on_error='skip').images == ['cat/1.png']
         assert "1 folder cannot be listed: 'dog' (Permission denied)" in capsys.readouterr().out
 
 
@@ -150,7 +151,7 @@ def test_folders_with_one_inode_number_are_two(tmp_path, monkeypatch):
 def test_a_folder_is_listed_once_for_its_splits(tmp_path, monkeypatch):
     save(*(tmp_path / name / f'{i}.png' for name in ('cat', 'dog') for i in range(5)))
     listed = []
-    monkeypatch.setattr(folder, 'list_images', lambda root: listed.append(root) or list_images(root))
+    monkeypatch.setattr(listings, 'list_images', lambda root: listed.append(root) or list_images(root))
     config = base.get_config()
     fields = {'name': 'folder', 'path': str(tmp_path), 'image_size': (8, 8), 'num_classes': 2}
     config.data.update(fields)

@@ -6,10 +6,13 @@ import pathlib
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks import gpu_checks, gpu_run, gpu_times
+from vqvae2_jax.kernels import attention as kernels
+from vqvae2_jax.kernels import select
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -56,6 +59,16 @@ def test_a_kernel_may_have_twice_the_error_of_its_reference():
     assert not gpu_checks.compare_attention([1e-3, 3e-3], [1e-3, 1e-3])['passed']
     for errors in ([np.nan, 1e-3], [1e-3, np.nan]):
         assert not gpu_checks.compare_attention(errors, [1e-3, 1e-3])['passed']
+
+
+def test_a_gpu_that_uses_the_reference_leaves_the_lookup_out(monkeypatch):
+    selected = select.REFERENCES._replace(attend=kernels.attend)
+    monkeypatch.setattr(select, 'for_device', lambda device: selected)
+    result = gpu_checks._check_lookup((2, 4, 4), jnp.dtype('float32'), rehearse=False)
+    assert result['passed'] and 'left out' in result['text'] and 'seconds' not in result
+    monkeypatch.setattr(select, 'for_device', lambda device: select.REFERENCES)
+    with pytest.raises(RuntimeError, match='no kernels are selected'):
+        gpu_checks._check_lookup((2, 4, 4), jnp.dtype('float32'), rehearse=False)
 
 
 def test_a_check_that_raises_fails_and_the_others_run():

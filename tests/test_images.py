@@ -36,7 +36,6 @@ def labelled_folder(path, per_class=10):
     [
         ({'name': ''}, 'data.name'),
         ({'path': 'somewhere'}, 'data.path'),
-        ({'name': 'folder'}, 'data.path'),
         ({'image_size': (0, 28)}, 'data.image_size'),
         ({'image_size': 28}, 'data.image_size'),
         ({'channels': 2}, 'data.channels'),
@@ -66,7 +65,6 @@ def test_a_config_of_impossible_images_names_the_field(fields, named):
     'fields, named',
     [
         ({'path': 'somewhere'}, 'data.path'),
-        ({'name': 'folder'}, 'data.path'),
         ({'splits': ('a', 'b', 'c')}, 'data.splits'),
         ({'held_out': (0.5, 0.5)}, 'data.held_out'),
     ],
@@ -420,3 +418,11 @@ def test_nothing_readable_is_an_error(tmp_path):
     source = open_images(folder_spec(tmp_path, held_out=(0, 0), on_error='skip'), 'train')
     with pytest.raises(ValueError, match=r'none of the 1 examples.*a\.png'):
         next(train_batches(source, batch_size=2, seed=0))
+
+
+@pytest.mark.parametrize('name', ['folder', 'npz', 'huggingface'])
+def test_images_need_a_path_when_they_are_opened(name):
+    with pytest.raises(
+        ValueError, match=f"data.path is ''; it must be the path of the images, as data.name is '{name}'"
+    ):
+        open_images(image_spec(name), 'train')

@@ -26,8 +26,13 @@ root = pathlib.Path('vqvae2_jax')
 trees = [ast.parse(path.read_text()) for path in root.rglob('*.py')]
 names = {node.module for tree in trees for node in tree.body if isinstance(node, ast.ImportFrom)}
 names |= {alias.name for tree in trees for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+absent = set()  # optional packages
 for name in sorted(n for n in names if not n.startswith('vqvae2_jax')):
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        absent.add(error.name)
+assert absent <= {'gradio'}, absent
 
 import fsspec, jax, matplotlib, numpy, PIL.Image, absl.flags
 
@@ -45,8 +50,12 @@ import vqvae2_jax
 modules = [m.name for m in pkgutil.walk_packages(vqvae2_jax.__path__, 'vqvae2_jax.')]
 assert len(modules) > 60, modules
 for name in modules:
-    if name != 'vqvae2_jax.main':  # the command line defines its flags
+    if name == 'vqvae2_jax.main':  # the command line defines its flags
+        continue
+    try:
         importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        assert error.name in absent, error
 after = state()
 after['loggers'] = {name: level for name, level in after['loggers'].items() if name in before['loggers']}
 print({key: (before[key], after[key]) for key in before if before[key] != after[key]})
@@ -86,6 +95,16 @@ def test_the_flag_is_for_cpus_and_for_a_jaxlib_that_knows_it(on_cpu):
         assert not xla_flags.set_cpu_flags()
     assert os.environ['XLA_FLAGS'] == ''
     assert xla_flags.set_cpu_flags()
+
+
+def test_a_removed_flag_is_not_added(on_cpu, tmp_path):
+    on_cpu.setattr(importlib.util, 'find_spec', lambda name: PathFinder.find_spec(name, [str(tmp_path)]))
+    (tmp_path / 'jaxlib').mkdir()
+    (tmp_path / 'jaxlib' / '__init__.py').touch()
+    for content, known in ((b'\0\x12xla_cpu_removed_flagR\0', False), (b'.\0xla_cpu_removed_flag\0.', True)):
+        (tmp_path / 'jaxlib' / 'libjax_common.so').write_bytes(content)
+        assert xla_flags.add_flag('xla_cpu_removed_flag', 'true') is known
+    assert os.environ['XLA_FLAGS'] == '--xla_cpu_removed_flag=true'
 
 
 @pytest.mark.parametrize('package', ['libtpu', 'jax_plugins'])

@@ -12,7 +12,7 @@ from vqvae2_jax.config import build
 from vqvae2_jax.data import sample_store
 from vqvae2_jax.io import record
 from vqvae2_jax.io.files import digest_arrays, read_json
-from vqvae2_jax.jobs import workdir
+from vqvae2_jax.jobs import code_inputs, workdir
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.report_files import curve_labels
 from vqvae2_jax.metrics.classification import accuracy
@@ -129,6 +129,7 @@ def test_reported_likelihood(finished, report):
         log_p = np.log(counts / counts.sum(axis=-1, keepdims=True))
         by_hand = -np.mean([np.take_along_axis(log_p, codes[..., None], axis=-1).mean() for codes in here])
         np.testing.assert_allclose(found['positional_cross_entropy'], by_hand, rtol=1e-6)
+        assert found['code_counts'] == [(here == code).sum() for code in range(16)]
         assert found['parameters'] == sum(x.size for x in jax.tree.leaves(trained.params))
         bits += found['nll'] / math.log(2) * here[0].size
     np.testing.assert_allclose(report['likelihood']['bits_per_image'], bits)
@@ -180,7 +181,7 @@ def test_records_hold_the_digests_of_their_inputs(finished):
         inputs = record.read_done(finished.path('codes', split), 'extract_codes').inputs
         assert inputs == {'vqvae': found['vqvae'].digest, 'images': finished.images(split).digest}
     assert found['prior_top'].inputs == found['prior_bottom'].inputs
-    assert found['prior_top'].inputs == {'vqvae': found['vqvae'].digest, 'codes': workdir.codes_digest(finished)}
+    assert found['prior_top'].inputs == {'vqvae': found['vqvae'].digest, 'codes': code_inputs.codes_digest(finished)}
     inputs = sample_store.read_set(finished.path('samples', 'default')).inputs
     assert inputs == {directory: of.digest for directory, of in found.items()}
 
@@ -197,10 +198,11 @@ def test_every_output_directory_has_a_finished_record(finished):
 
 def test_pictures_show_something(finished):
     pictures = [finished.path('report', f'{name}.png') for name in ('reconstructions', 'curves')]
+    pictures += [finished.path('report', f'{name}.png') for name in ('code_maps', 'code_usage')]
     pictures += [finished.path('report', 'sets', 'default', f'{name}.png') for name in ('samples', 'accepted')]
     pictures += list(finished.path('vqvae', 'pictures').glob('*.png'))
     pictures += list(finished.path('prior_top', 'pictures').glob('*.png'))
-    assert len(pictures) >= 6
+    assert len(pictures) >= 8
     for path in pictures:
         pixels = np.asarray(Image.open(path))
         assert min(pixels.shape[:2]) >= 50 and pixels.std() > 5, path

@@ -4,7 +4,9 @@ import dataclasses
 import os
 import pathlib
 import re
+import shutil
 import signal
+import types
 
 import jax
 import numpy as np
@@ -18,10 +20,11 @@ from vqvae2_jax.config.validation import validate_config
 from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.loader import eval_batches
 from vqvae2_jax.distributed.preemption import Interrupted
+from vqvae2_jax.evaluation.features import FeatureStats
 from vqvae2_jax.io import checksums, record
 from vqvae2_jax.io.files import read_json
 from vqvae2_jax.io.record import StaleInputError
-from vqvae2_jax.jobs import cas, feature_store, workdir
+from vqvae2_jax.jobs import cas, feature_store, reference_sets, workdir
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import JobError, Run
 from vqvae2_jax.metrics.frechet import Moments, frechet_distance
@@ -86,8 +89,8 @@ def test_samples_are_compared_with_reconstructions_too(sample_set, outputs):
 
 
 def test_originals_are_compared_with_another_split(report, run):
-    assert 'evaluate.reference is evaluate.split' in report['originals']['quality']['missing']
-    run.config.evaluate.update(reference='train', cas=False, sweep=(1.0,))
+    assert 'compared with themselves: set evaluate.references' in report['originals']['quality']['missing']
+    run.config.evaluate.update(references=('train',), cas=False, sweep=(1.0,))
     run_job(run, 'evaluate')
     found = read_json(run.path('report', 'report.json'))['originals']['quality']
     assert (found['count_real'], found['count']) == (len(run.images('train')), len(run.images('test')))
@@ -159,8 +162,13 @@ def test_classifiers_of_other_samples_are_refused(run):
 
 def test_the_page_holds_everything_it_shows(finished, report):
     text = finished.path('report', 'report.html').read_text()
-    sources = re.findall(r'(?:src|href)="([^"]{0,40})', text)
-    assert len(sources) == 5 and all(source.startswith('data:image/png;base64,') for source in sources)
+    sources = re.findall(r'src="([^"]{0,40})', text)
+    assert all(source.startswith('data:image/png;base64,') for source in sources)
+    # Three rows of reconstructions, two of code maps, the samples and the accepted ones, two histograms, four curves,
+    # two plots of the sweep.
+    scores = sample_store.read_npz(finished.sample_set_path('rejection') / 'accepted.npz')
+    assert len(sources) == 3 * 10 + 2 * 10 + 24 + len(scores['label']) + 2 + 4 + 2
+    assert set(re.findall(r'href="(.)', text)) == {'#'} and 'http' not in re.sub(r'base64,[^"]*', '', text)
     assert f'{report["reconstruction"]["psnr"]:.2f}' in text
     assert f'{report["likelihood"]["levels"]["top"]["nll"]:.3f}' in text
     assert report['protocol']['quality']['weights'] in text
@@ -305,6 +313,56 @@ def times(run, *parts):
     return {str(path): os.stat(path).st_mtime_ns for path in paths}
 
 
+def contents(run, *parts):
+    return {str(p): p.read_bytes() for p in pathlib.Path(run.path(*parts)).rglob('*') if p.is_file()}
+
+
+def test_the_pictures_of_a_set_are_its_first_and_its_best_samples(finished):
+    shown = sample_store.read_npz(finished.path('evaluation', 'sets', 'default', 'pictures.npz'))
+    stored = sample_store.take(finished.sample_set_path('samples'), np.arange(24))
+    order = np.argsort(stored['label'], kind='stable')  # 24 samples of ten classes: all of them, class by class
+    np.testing.assert_array_equal(shown['samples'], stored['arr_0'][order])
+    np.testing.assert_array_equal(shown['samples_label'], stored['label'][order])
+    accepted = sample_store.read_npz(finished.sample_set_path('rejection') / 'accepted.npz')
+    order = np.lexsort((-accepted['log_probability'], accepted['label']))
+    np.testing.assert_array_equal(shown['accepted'], accepted['arr_0'][order])
+
+
+@pytest.mark.system
+def test_pictures_of_another_set_that_are_damaged_are_left_out(run, capsys):
+    run.config.evaluate.cas = False
+    add_set(run, 'other', seed=1)
+    before = contents(run, 'report', 'sets')
+    run.path('evaluation', 'sets', 'default', 'pictures.npz').write_bytes(b'')
+    run_job(run, 'evaluate')
+    assert 'sets/default/pictures.npz is damaged' in (text := capsys.readouterr().out)
+    assert 'run your command with --job=evaluate and --config.sample.name=default' in text
+    left = [path for path in before if path.endswith('default/samples.png') or path.endswith('default/accepted.png')]
+    after = contents(run, 'report', 'sets')
+    assert after == {path: data for path, data in before.items() if path not in left} and len(left) == 2
+    run.config.sample.update(name='default', count=24, seed=0)
+    run_job(run, 'evaluate')
+    assert contents(run, 'report', 'sets') == before
+
+
+def test_numbers_by_class(report, sample_set, finished):
+    labels = np.array([finished.images('test')[i]['label'] for i in range(600)])
+    names = finished.images('test').class_names
+    assert report['classifier']['count_by_class'] == {name: int((labels == i).sum()) for i, name in enumerate(names)}
+    shares = np.array(list(report['classifier']['accuracy_by_class'].values()))
+    counts = np.array(list(report['classifier']['count_by_class'].values()))
+    assert (shares * counts).sum() / 600 == pytest.approx(report['classifier']['accuracy_on_real_images'])
+    assert sum(sample_set['count_by_class'].values()) == 24 and set(sample_set['count_by_class'].values()) == {2, 3}
+    assert sum(sample_set['accepted_by_class'].values()) == sample_set['accepted'] and len(names) == 10
+
+
+def test_a_second_report_is_bit_identical(run):
+    run_job(run, 'evaluate')
+    before = contents(run, 'report')
+    run_job(run, 'evaluate')
+    assert contents(run, 'report') == before
+
+
 def add_set(run, name, **changes):
     """Makes and evaluates another sample set of few samples."""
     run.config.sample.update(name=name, count=16, **changes)
@@ -315,26 +373,27 @@ def add_set(run, name, **changes):
 def test_another_set_costs_only_its_own_images_and_stands_beside_the_first(run, report):
     run.config.evaluate.cas = False
     run_job(run, 'evaluate')  # without CAS
-    before = times(run, 'features') | times(run, 'evaluation') | times(run, 'report', 'sets')
+    before = times(run, 'features') | times(run, 'evaluation')
+    pictures = contents(run, 'report', 'sets')
     add_set(run, 'other', seed=1)
-    after = times(run, 'features') | times(run, 'evaluation') | times(run, 'report', 'sets')
+    after = times(run, 'features') | times(run, 'evaluation')
     assert {path: after[path] for path in before} == before
+    all_pictures = contents(run, 'report', 'sets')
+    assert {path: all_pictures[path] for path in pictures} == pictures and len(all_pictures) == 2 * len(pictures) == 6
     new = {pathlib.Path(path).relative_to(run.workdir).parent for path in after.keys() - before.keys()}
-    assert {str(path) for path in new} == {
-        'features/classifier/samples/other', 'evaluation/sets/other', 'report/sets/other',
-    }  # fmt: skip
+    assert {str(path) for path in new} == {'features/classifier/samples/other', 'evaluation/sets/other'}
     found = read_json(run.path('report', 'report.json'))
-    assert found['schema'] == 5 and list(found['sets']) == ['default', 'other']
+    assert found['schema'] == 7 and list(found['sets']) == ['default', 'other']
     assert found['sets']['default'] == {k: v for k, v in report['sets']['default'].items() if k != 'cas'} | {
         'seconds': {'sample': report['sets']['default']['seconds']['sample']}
     }
     assert (found['sets']['other']['count'], found['sets']['other']['seed']) == (16, 1)
     assert found['reconstruction'] == report['reconstruction'] and found['likelihood'] == report['likelihood']
     page = run.path('report', 'report.html').read_text()
-    assert '<h3>Sample set default</h3>' in page and '<h3>Sample set other</h3>' in page
-    assert page.count('data:image/png') == 8  # reconstructions, curves, three of each set
+    assert '<h3>default</h3>' in page and '<h3>other</h3>' in page and page.count('<section>') == 2
 
 
+@pytest.mark.system
 def test_a_set_whose_inputs_have_changed_is_marked_and_not_deleted(run):
     run.config.evaluate.cas = False
     add_set(run, 'other', seed=1)
@@ -368,6 +427,7 @@ def test_a_set_with_cas_is_not_stale_where_the_config_asks_for_none(run):
     assert sets['default']['stale'] == [] and 'cas' in sets['default'] and 'cas' not in sets['other']
 
 
+@pytest.mark.system
 def test_an_interrupted_evaluation_continues(run, report, monkeypatch):
     monkeypatch.setattr(feature_store, 'SHARD_SIZE', 256)
     for directory in ('features', 'evaluation', 'report'):
@@ -418,3 +478,112 @@ def test_cas_without_classes_is_refused(run):
     run.config.data.num_classes = 0
     with pytest.raises(JobError, match='CAS needs classes'):
         cas.classification_accuracy_score(run)
+
+
+def test_the_report_has_the_parts_whose_inputs_exist(finished, run, capsys):
+    run.config.evaluate.sweep = (1.0,)
+    before = read_json(run.path('report', 'report.json'))
+    for name in ('rejection', 'cas', 'evaluation/sets'):
+        run.path(name).rmtree()
+    run_job(run, 'evaluate')
+    report = read_json(run.path('report', 'report.json'))
+    assert report['missing'].keys() == {'rejection', 'cas'} and 'cas' not in report
+    assert report['missing']['rejection'].endswith('run your command with --job=reject')
+    assert report['likelihood'] == before['likelihood'] and report['classifier'] == before['classifier']
+    (entry,) = report['sets'].values()
+    assert entry['quality'] == before['sets']['default']['quality'] and 'class_accuracy' not in entry
+    for name in ('rejection', 'cas'):  # finished, but not what they were made from
+        shutil.copytree(finished.path(name), run.path(name))
+    for name in ('samples', 'evaluation/sets', 'prior_top'):
+        run.path(name).rmtree()
+    run_job(run, 'evaluate')
+    report = read_json(run.path('report', 'report.json'))
+    assert report['missing'].keys() == {'likelihood', 'samples', 'rejection', 'cas'}
+    assert report['missing']['likelihood'].endswith('run your command with --job=prior --level=top')
+    assert report['missing']['rejection'].endswith('run your command with --job=sample')
+    assert 'likelihood' not in report and report['sets'] == {} and report['classifier'] == before['classifier']
+    for name in ('codes', 'prior_bottom', 'classifier', 'evaluation', 'features'):
+        run.path(name).rmtree()
+    capsys.readouterr()
+    run_job(run, 'evaluate')  # stage 1 alone
+    report = read_json(run.path('report', 'report.json'))
+    assert report['reconstruction']['psnr'] == pytest.approx(before['reconstruction']['psnr'])
+    assert report['missing'].keys() == {'likelihood', 'samples', 'classifier', 'rejection', 'cas'}
+    out = capsys.readouterr().out
+    assert 'evaluate: without samples: ' in out and '--job=sample' in out and 'PSNR' in out
+    page = run.path('report', 'report.html').read_text()
+    assert 'Without likelihood: ' in page and 'Likelihood</h2>' not in page and 'data:image/png' in page
+    run.path('vqvae').rmtree()
+    with pytest.raises(JobError, match='vqvae has nothing: run your command with --job=vqvae'):
+        run_job(run, 'evaluate')
+
+
+def test_a_damaged_input_is_not_a_missing_one(run):
+    path = run.path('prior_top', 'record.json')
+    path.write_text(path.read_text().replace('done', 'dono'))
+    with pytest.raises(record.DamagedError, match='prior_top'):
+        run_job(run, 'evaluate')
+
+
+@pytest.mark.system
+def test_every_reference_gives_a_distance_with_both_counts(run, tmp_path):
+    source = run.images('test')
+    images = np.stack([source[i]['image'] for i in range(100)])
+    np.savez(tmp_path / 'batch.npz', arr_0=images, arr_1=np.zeros(100, int))  # as ADM's batches
+    (tmp_path / 'folder').mkdir()
+    for number, image in enumerate(images[:30]):
+        Image.fromarray(image[..., 0]).save(tmp_path / 'folder' / f'{number:03d}.png')
+    names = 'test', 'train', str(tmp_path / 'batch.npz'), str(tmp_path / 'folder')
+    run.config.evaluate.update(references=names, cas=False, sweep=(1.0,))
+    validate_config(run.config)
+    run_job(run, 'evaluate')
+    report = read_json(run.path('report', 'report.json'))
+    entry, model = report['sets']['default'], build.make_classifier(run.config)
+    params = workdir.load_trained(run, 'classifier').params
+    samples = sample_store.take(run.path('samples', 'default'), np.arange(24))['arr_0']
+
+    def moments(images):
+        return Moments.of(model.apply({'params': params}, to_float(images), with_features=True)[1])
+
+    assert entry['quality']['count_real'] == 600 and report['protocol']['reference'] == 'test'
+    for found, generated, count in ((entry, samples, 24), (report['reconstruction']['quality'], None, 600)):
+        assert list(found['references']) == list(names[1:])
+        for name, real in zip(names[1:], (None, images, images[:30]), strict=True):
+            metrics = found['references'][name]
+            assert metrics['count'] == count and metrics['count_real'] == (400 if real is None else len(real))
+            if generated is not None and real is not None:
+                distance = frechet_distance(moments(real), moments(generated))
+                np.testing.assert_allclose(metrics['frechet_distance'], distance, rtol=1e-3)
+    page = run.path('report', 'report.html').read_text()
+    assert f'<td>{names[2]}</td>' in page
+    np.savez(tmp_path / 'statistics.npz', mu=np.zeros(8), sigma=np.eye(8))
+    for name, message in (
+        ('statistics.npz', 'statistics.npz has statistics of the Inception network: set evaluate.inception'),
+        ('missing', 'evaluate.references: there is no file or folder .*missing'),
+    ):
+        run.config.evaluate.references = (str(tmp_path / name),)
+        with pytest.raises(JobError, match=message):
+            run_job(run, 'evaluate')
+
+
+def test_published_statistics_are_a_reference(run, tmp_path):
+    rng = np.random.default_rng(0)
+    real, generated = rng.normal(size=(50, 8)), rng.normal(1, size=(30, 8)).astype(np.float32)
+    expected = frechet_distance(Moments.of(real), Moments.of(generated))
+    path = str(tmp_path / 'statistics.npz')
+    np.savez(path, mu=real.mean(axis=0), sigma=np.cov(real.T))
+    run.config.evaluate.references = (path,)
+    network = types.SimpleNamespace(name='inception')
+    opened = reference_sets.open_references(run, network)
+    stats = FeatureStats(generated, None, Moments.of(generated))
+    found = reference_sets.compare(run, network, opened, stats, 'samples')[path]
+    assert found['fid'] == pytest.approx(expected) and found['count'] == 30 and found['count_real'] is None
+    assert 'few' not in found['warning'] and '30 generated images' in found['warning']
+    data = bytearray(pathlib.Path(path).read_bytes())
+    data[200] ^= 255
+    pathlib.Path(path).write_bytes(data)
+    with pytest.raises(JobError, match='evaluate.references: .*statistics.npz.* is no .npz file that can be read'):
+        reference_sets.open_references(run, network)
+    np.savez(path, mu=real.mean(axis=0), sigma=np.cov(real.T)[:3])
+    with pytest.raises(JobError, match=r'evaluate.references: a mean \[D\] and a covariance \[D, D\] are needed'):
+        reference_sets.open_references(run, network)

@@ -66,7 +66,8 @@ def test_a_folder_becomes_a_report(folder_run, capsys):
     assert found['arr_0'].shape == (8, 16, 24, 3) and not found['label'].any()
     assert 'class_accuracy' not in report['sets']['default'] and not folder_run.path('classifier').exists()
     written = {p.name for p in folder_run.path('report').iterdir()}
-    assert written == {'record.json', 'report.json', 'report.html', 'curves.png', 'reconstructions.png', 'sets'}
+    pictures = {'curves.png', 'reconstructions.png', 'code_maps.png', 'code_usage.png'}
+    assert written == {'record.json', 'report.json', 'report.html', 'sets', *pictures}
     assert [p.name for p in folder_run.path('report', 'sets', 'default').iterdir()] == ['samples.png']
     with pytest.raises(JobError, match='data.num_classes is 0: a classifier needs at least 2'):
         run_job(folder_run, 'classifier')

@@ -42,6 +42,44 @@ def read_variants(run, name):
     return sample_store.read_npz(run.path('inpaint', f'{name}.npz'))
 
 
+def test_a_folder_is_reconstructed(run, folder, capsys):
+    path, images = folder
+    (pathlib.Path(path) / 'c.png').write_bytes(b'no image')
+    run.config.data.on_error, run.config.reconstruct.path = 'skip', path
+    run_job(run, 'reconstruct')
+    errors = []
+    for name, image in zip(('0000-a', '0001-b'), images, strict=True):
+        found = sample_store.read_npz(run.path('reconstruct', f'{name}.npz'))
+        for level, codes in enumerate(encode(run, image)):
+            np.testing.assert_array_equal(found[f'codes_{level}'], codes[0])
+        picture = np.asarray(Image.open(run.path('reconstruct', f'{name}.png')).convert('L'))
+        np.testing.assert_array_equal(picture, found['arr_0'][..., 0])
+        errors.append(10 * np.log10(255**2 / np.mean((picture - image[..., 0].astype(float)) ** 2)))
+    with open(run.path('reconstruct', 'images.csv')) as file:
+        rows = list(csv.DictReader(file))
+    assert [pathlib.Path(row['image']).name for row in rows] == ['a.png', 'b.png']
+    np.testing.assert_allclose([float(row['psnr']) for row in rows], errors, atol=0.006)
+    output = record.read_done(run.path('reconstruct'), 'reconstruct')
+    assert output.results['images'] == 2 and len(output.files) == 6
+    assert output.results['psnr'] == pytest.approx(np.mean(errors))
+    assert 'reconstruct: 2 images' in capsys.readouterr().out
+    run_job(run, 'reconstruct')
+    assert 'reconstruct: done (2 images' in capsys.readouterr().out
+
+
+def test_reconstruction_refuses_what_it_cannot_read(run, tmp_path):
+    with pytest.raises(JobError, match='reconstruct.path is empty: give --config.reconstruct.path=IMAGE'):
+        run_job(run, 'reconstruct')
+    (tmp_path / 'bad').mkdir()
+    (tmp_path / 'bad' / 'a.png').write_bytes(b'no image')
+    run.config.data.on_error, run.config.reconstruct.path = 'skip', str(tmp_path / 'bad')
+    with pytest.raises(JobError, match='none of the 1 examples can be read; the last one: .*a.png'):
+        run_job(run, 'reconstruct')
+    run.config.reconstruct.path = str(run.path('reconstruct'))
+    with pytest.raises(JobError, match='reconstruct.path=.* lies in .*reconstruct, where this job writes'):
+        run_job(run, 'reconstruct')
+
+
 def test_the_lower_half_is_sampled_again_and_the_rest_stays(run, folder):
     path, images = folder
     run.config.inpaint.update(path=path, mask='0.5,0,1,1', label=3, count=8)

@@ -164,7 +164,7 @@ def test_weights_of_another_versions_network_are_refused(run, monkeypatch):
 
 def test_a_record_tells_the_digest_without_the_weights(run, monkeypatch):
     monkeypatch.setattr(BestCheckpoint, 'load', None)
-    evaluate.check_inputs(run)
+    evaluate.check_inputs(run, missing=())
     for job in ('prior', 'classifier', 'vqvae'):
         run_job(run, job)
 
@@ -177,8 +177,6 @@ def test_a_record_tells_the_digest_without_the_weights(run, monkeypatch):
         ('prior_bottom', 'sample', '--job=prior --level=bottom'),
         ('samples', 'reject', '--job=sample'),
         ('classifier', 'reject', '--job=classifier'),
-        ('rejection', 'evaluate', 'run your command with --job=reject'),
-        ('samples', 'evaluate', '--job=sample'),
     ],
 )
 def test_a_missing_input_names_the_job_that_makes_it(run, missing, job, hint):
@@ -228,13 +226,13 @@ def results_of(monkeypatch, owner, name):
 def test_evaluation_opens_each_split_once_and_ends_its_readers(run, monkeypatch):
     loads = results_of(monkeypatch, BestCheckpoint, 'load')
     opened = results_of(monkeypatch, images, 'open_images')
-    readers = [results_of(monkeypatch, module, 'eval_batches') for module in (evaluate, feature_store)]
+    readers = results_of(monkeypatch, feature_store, 'eval_batches')
     for name in ('evaluation', 'features', 'report'):
         run.path(name).rmtree()
     run_job(run, 'evaluate')
     assert len(opened) == 3
     assert len(loads) == 7  # stage 1, two priors, the classifier, and three of CAS
-    assert all(readers) and all(reader._reading is None for module in readers for reader in module)
+    assert readers and all(reader._reading is None for reader in readers)
 
 
 def test_images_are_opened_again_when_the_config_changes(run):

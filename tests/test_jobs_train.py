@@ -1,8 +1,12 @@
 """Training jobs and their records: done, continued, refused, and restored."""
 
+import sys
+
 import pytest
 
-from vqvae2_jax.io import files, record
+from tests.test_trackers import FakeWandB
+from vqvae2_jax.io import files, record, trackers
+from vqvae2_jax.io.logging import RUNTIME_FIELDS, read_metrics
 from vqvae2_jax.io.record import JobError, SettingsChangedError, StaleInputError
 from vqvae2_jax.jobs import train, workdir
 from vqvae2_jax.jobs.workdir import Run
@@ -92,6 +96,28 @@ def test_a_training_continues_with_the_same_settings_and_inputs_alone(small, mon
     monkeypatch.setattr(Run, 'images_digest', lambda run: 64 * '0')
     with pytest.raises(StaleInputError, match='(?s)another input images.*' + 64 * '0'):
         train.train_classifier(small)
+
+
+def test_the_log_of_a_training_goes_to_the_tracker_once(small, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'wandb', wandb := FakeWandB())
+    monkeypatch.setattr(trackers, 'find_spec', lambda name: None)
+    small.config.tracker = 'wandb'
+    with pytest.raises(JobError, match='pip install wandb'):
+        train.train_classifier(small)
+    assert read(small) is None
+    monkeypatch.setattr(trackers, 'find_spec', lambda name: name)
+    train.train_classifier(small)
+    small.config.classifier.training.steps = 6
+    train.train_classifier(small)
+    (logged,) = wandb.runs.values()
+    runtime = (*RUNTIME_FIELDS, 'step')
+    lines = [
+        (x['step'], k, v) for x in read_metrics(small.path('classifier')) for k, v in x.items() if k not in runtime
+    ]
+    assert sorted(logged) == sorted(lines) and len(lines) > 6
+    assert (
+        wandb.options['name'] == 'tiny/classifier' and wandb.options['config']['classifier.training.batch_size'] == 16
+    )
 
 
 def test_without_classes_there_is_no_classifier(small):

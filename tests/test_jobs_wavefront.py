@@ -24,9 +24,12 @@ def test_the_jobs_know_wavefront_priors_and_sampling_params(run, monkeypatch):
     assert trained.settings['prior.top.order'] == 'wavefront' and trained.settings['prior.top.skew'] == 2
     assert trained.results['val']['nll'] < 2 * np.log(run.config.vqvae.codebook_size)
     loaded, load = [], workdir.load_generator
-    monkeypatch.setattr(workdir, 'load_generator', lambda *arguments: loaded.append(load(*arguments)) or loaded[-1])
+    monkeypatch.setattr(
+        workdir, 'load_generator', lambda *args, **kwargs: loaded.append(load(*args, **kwargs)) or loaded[-1]
+    )
     run_job(run, 'pipeline')
-    priors, params = loaded[0].priors, loaded[0].params
+    generator = next(generator for generator in loaded if generator.params)
+    priors, params = generator.specification.priors, generator.params
     assert {prior.dtype for prior in priors} | {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype('bfloat16')}
     guided = sample_store.take(run.path('samples', 'default'), np.arange(16))
     assert guided['arr_0'].shape == (16, 28, 28, 1) and len(np.unique(guided['codes_1'].reshape(16, -1), axis=0)) == 16

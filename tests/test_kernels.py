@@ -94,6 +94,7 @@ def test_without_a_mesh_the_function_gets_the_whole_batch():
     assert per_shard.over_batch(lookup)(vectors, codebook).tolist() == [[4, 3, 2, 1, 0]]
 
 
+@pytest.mark.system
 def test_training_with_the_kernel_is_training_with_the_reference():
     states = [
         train_a_little(vqvae_task(nearest=function), images(), fsdp=2)[0]

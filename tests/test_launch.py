@@ -188,3 +188,61 @@ def test_local(tmp_path):
     environment = {'PATH': f'{tmp_path}:{os.environ["PATH"]}'}
     found = subprocess.run(['sh', LAUNCH / 'local.sh', '--job=plan'], env=environment, capture_output=True, text=True)
     assert found.stdout == '-m vqvae2_jax.main --config=configs/fashion.py --workdir=runs/fashion --job=plan\n'
+
+
+def uncommented_tpu(text):
+    """The file with the variant for a TPU slice in place of the one for GPUs."""
+    tpu = re.search(r'^# resources:\n(?:# {3}.*\n)+', text, re.MULTILINE)[0]
+    gpu = re.search(r'^resources:\n(?: .*\n)+', text, re.MULTILINE)[0]
+    return text.replace(tpu, '').replace(gpu, re.sub(r'^# ', '', tpu, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize('gpu', [True, False])
+def test_what_skypilot_runs(tmp_path, gpu):
+    task = yaml.safe_load((LAUNCH / 'sky.yaml').read_text())
+    for name in ('nvidia-smi', 'uv')[not gpu :]:
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        (tmp_path / name).chmod(stat.S_IRWXU)
+    python = tmp_path / '.venv' / 'bin' / 'python'
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho $JAX_COORDINATOR_ADDRESS $JAX_NUM_PROCESSES $JAX_PROCESS_ID "$@"\n')
+    python.chmod(stat.S_IRWXU)
+    environment = {**task['envs'], 'WORKDIR': 'gs://bucket/run', 'FLAGS': '--job=prior --level=top'}
+    environment |= {'SKYPILOT_NODE_IPS': '10.0.0.1\n10.0.0.2', 'SKYPILOT_NUM_NODES': '2', 'SKYPILOT_NODE_RANK': '1'}
+    environment['PATH'] = f'{tmp_path}:{os.defpath}'
+
+    def run(step, **changes):
+        command = ['bash', '-c', task[step]]
+        return subprocess.run(command, cwd=tmp_path, env=environment | changes, capture_output=True, text=True)
+
+    assert run('setup').stdout.splitlines()[-1] == f'uv pip install -q -e .[{"cuda" if gpu else "tpu"},gcs]'
+    flags = '--config=configs/imagenet256.py --workdir=gs://bucket/run --distributed --job=prior --level=top'
+    processes = '10.0.0.1:12345 2 1 ' if gpu else ''
+    assert run('run').stdout == f'{processes}-m vqvae2_jax.main {flags}\n'
+    missing = run('run', WORKDIR='')
+    assert missing.returncode != 0 and 'WORKDIR' in missing.stderr
+
+
+@pytest.mark.system
+def test_skypilot_reads_both_variants(tmp_path):
+    """In an environment of its own, since SkyPilot pins versions that others do not take."""
+    text = (LAUNCH / 'sky.yaml').read_text()
+    (tmp_path / 'gpu.yaml').write_text(text)
+    (tmp_path / 'tpu.yaml').write_text(uncommented_tpu(text))
+    (tmp_path / 'bad.yaml').write_text(text.replace('use_spot:', 'use_spots:'))
+    python = tmp_path / 'venv' / 'bin' / 'python'
+    subprocess.run([sys.executable, '-m', 'venv', tmp_path / 'venv'], check=True)
+    install = [sys.executable, '-m', 'uv', 'pip', 'install', '--quiet', '--python', python, 'skypilot>=0.14,<0.15']
+    subprocess.run(install, check=True)
+    show = 'import sky, sys\nfor path in sys.argv[1:]:\n  (r,) = sky.Task.from_yaml(path).resources\n'
+    show += '  print(r.cloud, r.accelerators, r.accelerator_args, r.use_spot)'
+
+    def parse(*names):
+        command, home = [python, '-c', show, *(tmp_path / name for name in names)], {'HOME': str(tmp_path)}
+        return subprocess.run(command, cwd=tmp_path, env=os.environ | home, capture_output=True, text=True)
+
+    gpu, tpu = parse('gpu.yaml', 'tpu.yaml').stdout.splitlines()[-2:]
+    assert gpu == "None {'H100': 8} None True"
+    assert tpu == "GCP {'tpu-v5litepod-256': 1} {'runtime_version': 'v2-alpha-tpuv5-lite'} True"
+    bad = parse('bad.yaml')
+    assert bad.returncode != 0 and 'use_spots' in bad.stderr

@@ -21,7 +21,7 @@ def long_function(lines):
     'module, source, message',
     [
         ('models.prior', 'from vqvae2_jax.io import logging', 'imports vqvae2_jax.io.logging, which models must not'),
-        ('models.prior', 'from vqvae2_jax import inference', 'imports vqvae2_jax.inference, which models must not'),
+        ('models.prior', 'from vqvae2_jax import api', 'imports vqvae2_jax.api, which models must not'),
         ('models.prior', 'from ..tasks import vqvae', 'imports vqvae2_jax.tasks.vqvae, which models must not'),
         (
             'models.prior',
@@ -39,12 +39,14 @@ def long_function(lines):
         ('training.a', 'from vqvae2_jax.jobs import train', 'imports vqvae2_jax.jobs.train, which training must not'),
         ('evaluation.a', 'from vqvae2_jax.jobs import cas', 'imports vqvae2_jax.jobs.cas, which evaluation must not'),
         ('planning.a', 'from vqvae2_jax.jobs.train import f', 'imports vqvae2_jax.jobs.train.f, which planning must'),
+        ('api', 'def f():\n    from .jobs import train', 'imports vqvae2_jax.jobs.train, which api must not'),
         (
-            'inference',
-            'def f():\n    from .jobs import train',
-            'imports vqvae2_jax.jobs.train, which inference must not',
+            'jobs.sample',
+            'from vqvae2_jax.sampling import params',
+            'imports vqvae2_jax.sampling.params, which jobs.sample',
         ),
-        ('inference', 'from vqvae2_jax.training import loop', 'imports vqvae2_jax.training.loop, which inference must'),
+        ('jobs.workdir', 'from vqvae2_jax.models import vqvae', 'imports vqvae2_jax.models.vqvae, which jobs.workdir'),
+        ('api', 'from vqvae2_jax.training import loop', 'imports vqvae2_jax.training.loop, which api must'),
         ('config.build', 'from vqvae2_jax.planning import a', 'imports vqvae2_jax.planning.a, which config must not'),
         ('distributed.a', 'from vqvae2_jax.models import a', 'imports vqvae2_jax.models.a, which distributed must not'),
         ('metrics.fid', 'import optax', 'imports optax: metrics take NumPy in'),
@@ -84,7 +86,7 @@ def test_each_rule_fails_on_a_bad_source(module, source, message):
     'module, source',
     [
         ('jobs.train', 'from vqvae2_jax.tasks import vqvae\nfrom vqvae2_jax import io, distributed\nimport jax'),
-        ('planning.programs', 'from vqvae2_jax import inference\nfrom vqvae2_jax.training import loop'),
+        ('planning.programs', 'from vqvae2_jax import api\nfrom vqvae2_jax.training import loop'),
         ('evaluation.a', 'from vqvae2_jax.metrics import frechet\nfrom vqvae2_jax.distributed import sharding'),
         ('config.build', 'from vqvae2_jax.models import prior\nfrom vqvae2_jax.training import optim'),
         (

@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 
 from tests import fake_gcs
-from vqvae2_jax.io import files, gcs, lock
+from vqvae2_jax.io import files, lock, remote
 from vqvae2_jax.io.record import JobError
 
 # Obeys a line at a time: be HEARTBEAT LEASE [MACHINE], hold DIRECTORY, write FILE TEXT, fork, release.
@@ -156,7 +156,7 @@ def forge(directory, **fields):
 
 def test_of_two_that_start_at_once_one_writes(place, start):
     workers = [start(), start()]
-    for number in range(10 if gcs.is_remote(place) else 50):
+    for number in range(10 if remote.is_remote(place) else 50):
         directory = place / str(number)
         for worker in workers:
             worker.send(f'hold {directory}')
@@ -234,7 +234,7 @@ def test_the_heartbeat_itself_finds_that_the_lock_is_lost(tmp_path, start):
 
 def test_of_two_that_watch_an_abandoned_lock_one_takes_it_over(place, start):
     workers = [start(lease=0.2), start(lease=0.2)]
-    for number in range(3 if gcs.is_remote(place) else 10):
+    for number in range(3 if remote.is_remote(place) else 10):
         forge(place / str(number))
         for worker in workers:
             worker.send(f'hold {place}/{number}')

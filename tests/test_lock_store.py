@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from tests import fake_gcs
-from vqvae2_jax.io import files, gcs, lock, lock_store
+from vqvae2_jax.io import files, lock, lock_store
 from vqvae2_jax.io.record import JobError
 
 
@@ -79,13 +79,17 @@ def test_a_heartbeat_does_not_overwrite_the_next_owner(tmp_path, monkeypatch):
 
 def test_conditional_writes(server):
     path = 'gs://bucket/conditional'
-    assert gcs.read_generation(path) is None and not gcs.remove_if_generation(path, '1')
-    assert gcs.write_if_generation(path, b'1', '0') and not gcs.write_if_generation(path, b'2', '0')
-    data, generation = gcs.read_generation(path)
-    assert data == b'1' and not gcs.write_if_generation(path, b'2', str(int(generation) - 1))
-    assert gcs.write_if_generation(path, b'2', generation) and not gcs.remove_if_generation(path, generation)
-    data, generation = gcs.read_generation(path)
-    assert data == b'2' and gcs.remove_if_generation(path, generation) and gcs.read_generation(path) is None
+    assert lock_store.read_generation(path) is None and not lock_store.remove_if_generation(path, '1')
+    assert lock_store.write_if_generation(path, b'1', '0') and not lock_store.write_if_generation(path, b'2', '0')
+    data, generation = lock_store.read_generation(path)
+    assert data == b'1' and not lock_store.write_if_generation(path, b'2', str(int(generation) - 1))
+    assert lock_store.write_if_generation(path, b'2', generation) and not lock_store.remove_if_generation(
+        path, generation
+    )
+    data, generation = lock_store.read_generation(path)
+    assert (
+        data == b'2' and lock_store.remove_if_generation(path, generation) and lock_store.read_generation(path) is None
+    )
 
 
 def test_requests_whose_answer_is_lost(server, monkeypatch):

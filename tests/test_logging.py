@@ -1,10 +1,7 @@
 """The log of a training: its lines, those that a resume keeps, and the progress line."""
 
-import builtins
 import json
 import math
-import sys
-import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -252,54 +249,6 @@ def test_images_become_png_files_by_step(tmp_path):
     open_log(tmp_path).image(20, 'reconstructions', image)
     png = np.asarray(Image.open(tmp_path / 'pictures' / 'reconstructions-20.png'))
     np.testing.assert_array_equal(png, np.repeat(image, 3, axis=-1))
-
-
-def test_tensorboard_events_and_purge_on_resume(tmp_path, monkeypatch):
-    calls = []
-
-    class Writer:
-        def __init__(self, logdir, purge_step):
-            calls.append((logdir, purge_step))
-
-        def add_scalar(self, *args):
-            calls.append(args)
-
-        def add_image(self, name, image, step, dataformats):
-            calls.append((name, image.shape, step, dataformats))
-
-    monkeypatch.setitem(sys.modules, 'tensorboardX', types.SimpleNamespace(SummaryWriter=Writer))
-    log = open_log(tmp_path)
-    log.write(4, 'train', {'loss': 0.5})
-    log.image(4, 'samples', np.zeros((2, 5, 1), np.uint8))
-    open_log(tmp_path, start_step=4)
-    directory = str(tmp_path / 'tensorboard')
-    assert calls == [(directory, 0), ('train/loss', 0.5, 4), ('samples', (2, 5, 3), 4, 'HWC'), (directory, 5)]
-
-
-def test_real_tensorboard_writer_makes_an_event_file(tmp_path):
-    pytest.importorskip('tensorboardX')
-    log = open_log(tmp_path)
-    log.write(1, 'train', {'loss': 0.5})
-    log.image(1, 'samples', np.zeros((4, 4, 1), np.uint8))
-    log.close()
-    (events,) = (tmp_path / 'tensorboard').iterdir()
-    assert b'train/loss' in events.read_bytes() and b'samples' in events.read_bytes()
-
-
-def test_works_without_tensorboard(tmp_path, monkeypatch):
-    real_import = builtins.__import__
-
-    def no_tensorboard(name, *args, **kwargs):
-        if name == 'tensorboardX':
-            raise ImportError(name)
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, '__import__', no_tensorboard)
-    log = open_log(tmp_path)
-    log.write(1, 'train', {'loss': 1.0})
-    log.image(1, 'samples', np.zeros((2, 2, 3), np.uint8))
-    log.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['metrics.jsonl', 'pictures']
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,11 @@ def run_main(arguments, path):
         (['--config=configs/missing.py'], "no file 'configs/missing.py': give the path of a .py file, or one of the"),
         (['--config=fashon'], "no config 'fashon': give the path of a .py file, or one of the names cifar10,"),
         (['--config=configs/tiny.py', '--job=prior', '--level=middle'], 'the levels of this config are top, bottom'),
+        (['--config=tiny', '--job=sample', '--from=a.pt'], '--from=a.pt: import it first, by --job=import'),
+        (
+            ['--config=tiny', '--job=import', '--from=~nobody-at-all/a.pt'],
+            "--from is '~nobody-at-all/a.pt'; there is no such home",
+        ),
         (['--config=tiny', '--config.vqvae.training.batch_size=12'], '--config.vqvae.training.batch_size=16'),
         (['--config=tiny', '--config.vqvae.training.batch_size=12', '--job=sample'], 'vqvae has nothing: '),
         (

@@ -19,7 +19,7 @@ from vqvae2_jax.config.loading import load_config
 from vqvae2_jax.config.validation import validate_config
 from vqvae2_jax.data.images import open_all, open_images, open_native_size
 from vqvae2_jax.data.loader import eval_batches, read_skipped
-from vqvae2_jax.io import files, gcs, names, record
+from vqvae2_jax.io import files, names, record, remote
 from vqvae2_jax.io.record import JobError
 from vqvae2_jax.jobs import inpaint, likelihood
 from vqvae2_jax.jobs.paths import check_paths
@@ -129,7 +129,7 @@ def test_a_path_that_exists_names_itself(name):
         path = f'{root}/{name}'
         files.write_bytes(path, b'x')
         assert set(os.listdir(root)) == {'a', 'b', name}  # no other name is left
-        assert gcs.expand(path) == [path] and os.fspath(gcs.absolute(path)) == path
+        assert remote.expand(path) == [path] and os.fspath(remote.absolute(path)) == path
         assert len(os.fsencode(names.shorten(name, 100))) <= 100 and len(os.fsencode(names.safe(name))) <= 200
 
 
@@ -314,7 +314,7 @@ class TestOutputsAsData:
             assert len(open_native_size(str(tmp_path), 'evaluate.real')) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_odd_names_in_every_job(finished, config, tmp_path):
     """A workdir, a folder of data, its classes and its images of odd names."""
     rng = np.random.default_rng(0)

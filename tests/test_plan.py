@@ -72,6 +72,7 @@ def compiled(run, name):
         return programs.compile_program(program)
 
 
+@pytest.mark.system
 def test_a_plan_of_the_attached_devices(config, tmp_path, capsys):
     for section in (config.vqvae, config.prior.top):
         section.hidden_channels = 32  # enough for products and convolutions to be most of the FLOPs

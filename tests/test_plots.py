@@ -138,3 +138,8 @@ def test_plotting_leaves_pyplot_alone(tmp_path):
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, '-c', code, str(tmp_path / 'p.png')], check=False).returncode == 0
+
+
+@pytest.mark.parametrize('count', [2, 128, 512])
+def test_codes_have_different_colors(count):
+    assert len(np.unique(plots.code_palette(count), axis=0)) == count

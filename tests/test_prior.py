@@ -1,6 +1,7 @@
 """The prior: strictly causal, no blind spot, a normalised distribution, conditioned on what it is given."""
 
 import itertools
+import math
 
 import flax.linen as nn
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests import defaults
+from vqvae2_jax.models import prior as prior_module
 from vqvae2_jax.models.attention import CausalAttention
 from vqvae2_jax.models.gated_resnet import GatedBlock
 from vqvae2_jax.models.order import GenerationOrder
@@ -128,24 +130,50 @@ def test_likelihood_sums_to_one_over_all_maps():
 
 def test_class_and_every_coarser_level_matter():
     prior, params, codes, labels, coarser = make_prior('coarser level')
-    reference = prior.apply({'params': params}, codes, labels, coarser)
-    other_class = prior.apply({'params': params}, codes, (labels + 1) % 3, coarser)
+    reference = defaults.apply(prior, {'params': params}, codes, labels, coarser)
+    other_class = defaults.apply(prior, {'params': params}, codes, (labels + 1) % 3, coarser)
     assert np.abs(other_class - reference).max() > 1e-3
     prior, params, codes, labels, coarser = make_prior('two coarser levels')
-    reference = prior.apply({'params': params}, codes, labels, coarser)
+    reference = defaults.apply(prior, {'params': params}, codes, labels, coarser)
     for level, size in enumerate((2, 4)):  # a coarse code covers size * size fine ones
         changed = list(coarser)
         changed[level] = coarser[level].at[:, 0, 0].set((coarser[level][:, 0, 0] + 1) % 5)
-        logits = prior.apply({'params': params}, codes, labels, tuple(changed))
+        logits = defaults.apply(prior, {'params': params}, codes, labels, tuple(changed))
         assert np.abs(logits - reference).max(axis=(0, 3))[:size, :size].min() > 0, level
+
+
+@pytest.mark.parametrize('sizes', [((3, 5), (2, 2)), ((7, 4), (3, 9)), ((2, 3), (4, 6)), ((5, 8), (10, 7))])
+def test_a_position_sees_the_coarse_position_below_it_at_any_ratio(sizes):
+    """Maps of any size, also larger ones, give the condition of the maps that a loop resizes to this level's size."""
+    prior, params, _, _, _ = make_prior('two coarser levels', shape=(5, 8))
+    keys = jax.random.split(jax.random.key(1))
+    coarser = tuple(jax.random.randint(key, (2, *size), 0, 5) for key, size in zip(keys, sizes, strict=True))
+    resized = [np.zeros((2, 5, 8), np.int32) for _ in coarser]
+    for codes, full in zip(coarser, resized, strict=True):
+        for i, j in itertools.product(range(5), range(8)):
+            row, column = math.floor(i * codes.shape[1] / 5), math.floor(j * codes.shape[2] / 8)
+            full[:, i, j] = codes[:, row, column]
+    condition = jax.jit(lambda coarser: prior.apply({'params': params}, None, coarser, method='condition'))
+    np.testing.assert_array_equal(condition(coarser), condition(tuple(resized)))
+
+
+def test_integer_ratios_are_repetitions():
+    """Of values and of gradients, bit by bit: the programs are those of `jnp.repeat`."""
+    x, weights = (jax.random.normal(jax.random.key(i), (2, 4 * s, 6 * s, 5)) for i, s in enumerate((1, 3)))
+
+    def repeat(x):
+        return jnp.repeat(jnp.repeat(x, 3, 1), 3, 2)
+
+    for function in (lambda resize: resize(x), lambda resize: jax.grad(lambda x: jnp.sum(resize(x) * weights))(x)):
+        np.testing.assert_array_equal(function(lambda x: prior_module._resize(x, (12, 18))), function(repeat))
 
 
 def test_conditions_that_are_missing_are_refused():
     prior, params, codes, labels, coarser = make_prior('coarser level')
     with pytest.raises(ValueError, match='3 classes'):
-        prior.apply({'params': params}, codes, None, coarser)
+        defaults.apply(prior, {'params': params}, codes, None, coarser)
     with pytest.raises(ValueError, match='1 coarser levels, not 0'):
-        prior.apply({'params': params}, codes, labels, ())
+        defaults.apply(prior, {'params': params}, codes, labels, ())
 
 
 @pytest.mark.parametrize('placement', ['inside', 'after'])
@@ -153,10 +181,11 @@ def test_conditions_that_are_missing_are_refused():
 def test_dropout_acts_in_training_only(placement, kind):
     fields = dict(dropout_placement=placement, attention_dropout_kind=kind)
     prior, params, codes, labels, coarser = make_prior('attention', dropout=0.5, attention_dropout=0.5, **fields)
-    plain = prior.apply({'params': params}, codes)
-    np.testing.assert_array_equal(plain, make_prior('attention')[0].apply({'params': params}, codes))
+    plain = defaults.apply(prior, {'params': params}, codes)
+    np.testing.assert_array_equal(plain, defaults.apply(make_prior('attention')[0], {'params': params}, codes))
     one, two = (
-        prior.apply({'params': params}, codes, train=True, rngs={'dropout': jax.random.key(i)}) for i in range(2)
+        defaults.apply(prior, {'params': params}, codes, train=True, rngs={'dropout': jax.random.key(i)})
+        for i in range(2)
     )
     assert np.abs(one - two).max() > 1e-3 and np.isfinite(one).all()
 
@@ -215,9 +244,9 @@ def test_weights_under_both_kinds_of_attention_dropout(kind):
 def test_bfloat16_is_close_and_gives_float32_logits():
     prior, params, codes, labels, coarser = make_prior('attention')
     half = prior.clone(dtype=jnp.bfloat16)
-    logits = half.apply({'params': params}, codes)
+    logits = defaults.apply(half, {'params': params}, codes)
     assert logits.dtype == jnp.float32
-    reference = prior.apply({'params': params}, codes)
+    reference = defaults.apply(prior, {'params': params}, codes)
     assert 0 < np.abs(logits - reference).max() < 0.1 * np.abs(reference).max()
 
 

@@ -15,7 +15,7 @@ from vqvae2_jax.evaluation import generative
 from vqvae2_jax.evaluation.features import FeatureExtractor, FeatureStats
 from vqvae2_jax.io import record
 from vqvae2_jax.jobs import evaluate_samples, feature_store, reject
-from vqvae2_jax.jobs.evaluate_samples import Evaluation
+from vqvae2_jax.jobs.evaluation_parts import Evaluation
 from vqvae2_jax.jobs.workdir import JobError, Run
 from vqvae2_jax.metrics.frechet import Moments, frechet_distance
 from vqvae2_jax.metrics.manifold import precision_recall

@@ -17,7 +17,7 @@ from tests.test_prior import CASES, make_prior
 from vqvae2_jax.distributed import sharding
 from vqvae2_jax.models import attention
 from vqvae2_jax.sampling import ancestral
-from vqvae2_jax.sampling.ancestral import sample, sample_keys, sample_levels
+from vqvae2_jax.sampling.ancestral import sample_keys, sample_level, sample_levels
 from vqvae2_jax.sampling.params import SamplingParams, sample_codes
 from vqvae2_jax.sampling.reference import sample_reference
 from vqvae2_jax.sampling.rejection import select_top_per_class
@@ -27,7 +27,7 @@ from vqvae2_jax.sampling.rejection import select_top_per_class
 def test_cached_sampling_draws_the_same_codes_as_rerunning_the_network(case):
     prior, params, _, labels, coarser = make_prior(case, batch=3)
     keys = sample_keys(jax.random.key(7), jnp.arange(3))
-    fast = jax.jit(lambda: sample(prior, params, keys, labels, coarser, SamplingParams(1.3)))()
+    fast = jax.jit(lambda: sample_level(prior, params, keys, labels, coarser, SamplingParams(1.3)))()
     slow = jax.jit(lambda: sample_reference(prior, params, keys, labels, coarser, SamplingParams(1.3)))()
     np.testing.assert_array_equal(fast.codes, slow.codes)
     np.testing.assert_allclose(fast.log_probs, slow.log_probs, atol=1e-4)
@@ -43,9 +43,9 @@ def test_phases_of_fewer_positions_draw_the_same(case, monkeypatch):
     assert len(prior.order.phases(split=True)) == 3
     arguments = sample_keys(jax.random.key(7), jnp.arange(2)), labels, coarser
     arguments += (SamplingParams(1.3, guidance=2.0 if guided else None),)
-    jaxpr = jax.make_jaxpr(lambda: sample(prior, params, *arguments))()
+    jaxpr = jax.make_jaxpr(lambda: sample_level(prior, params, *arguments))()
     assert sum(equation.primitive.name == 'scan' for equation in jaxpr.eqns) == 3
-    fast = jax.jit(lambda: sample(prior, params, *arguments))()
+    fast = jax.jit(lambda: sample_level(prior, params, *arguments))()
     slow = jax.jit(lambda: sample_reference(prior, params, *arguments))()
     np.testing.assert_array_equal(fast.codes, slow.codes)
     np.testing.assert_allclose(fast.log_probs, slow.log_probs, atol=1e-4)
@@ -56,12 +56,12 @@ def test_projections_that_are_too_large_are_made_in_every_step(monkeypatch):
     keys = sample_keys(jax.random.key(7), jnp.arange(2))
 
     def products_in_loop():
-        jaxpr = jax.make_jaxpr(lambda: sample(prior, params, keys, labels, coarser).codes)()
+        jaxpr = jax.make_jaxpr(lambda: sample_level(prior, params, keys, labels, coarser).codes)()
         return str(next(e for e in jaxpr.eqns if e.primitive.name == 'scan').params['jaxpr']).count('dot_general')
 
-    once = products_in_loop(), jax.jit(lambda: sample(prior, params, keys, labels, coarser))()
+    once = products_in_loop(), jax.jit(lambda: sample_level(prior, params, keys, labels, coarser))()
     monkeypatch.setattr(ancestral, '_MAX_PROJECTIONS', 0)
-    every = products_in_loop(), jax.jit(lambda: sample(prior, params, keys, labels, coarser))()
+    every = products_in_loop(), jax.jit(lambda: sample_level(prior, params, keys, labels, coarser))()
     assert every[0] == once[0] + prior.num_residual_blocks
     np.testing.assert_array_equal(once[1].codes, every[1].codes)
     np.testing.assert_allclose(once[1].log_probs, every[1].log_probs, atol=1e-5)
@@ -70,15 +70,15 @@ def test_projections_that_are_too_large_are_made_in_every_step(monkeypatch):
 def test_a_cache_of_many_keys_is_padded_and_draws_the_same(monkeypatch):
     prior, params, _, labels, coarser = make_prior('skew 3, attention', batch=2)
     keys = sample_keys(jax.random.key(7), jnp.arange(2))
-    plain = jax.jit(lambda: sample(prior, params, keys, labels, coarser))()
+    plain = jax.jit(lambda: sample_level(prior, params, keys, labels, coarser))()
     monkeypatch.setattr(attention, '_MANY_KEYS', 8)
     monkeypatch.setattr(attention, '_KEYS_MULTIPLE', 32)
-    lowered = jax.jit(lambda: sample(prior, params, keys, labels, coarser)).lower()
+    lowered = jax.jit(lambda: sample_level(prior, params, keys, labels, coarser)).lower()
     assert '2x32x2x4xf32' in lowered.as_text() and '2x30x2x4xf32' not in lowered.as_text()
     np.testing.assert_array_equal(lowered.compile()().codes, plain.codes)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_order_shape_kernel_and_depth_is_exact(data):
@@ -95,7 +95,7 @@ def test_any_order_shape_kernel_and_depth_is_exact(data):
     prior, params, _, labels, _ = make_prior('classes', seed=height * 7 + width, batch=2, **fields)
     keys = sample_keys(jax.random.key(1), jnp.arange(2))
     with mock.patch.object(ancestral, '_ROWS_WORTH_PHASES', data.draw(st.sampled_from([0, 256]))):
-        fast = jax.jit(lambda: sample(prior, params, keys, labels))()
+        fast = jax.jit(lambda: sample_level(prior, params, keys, labels))()
     slow = jax.jit(lambda: sample_reference(prior, params, keys, labels))()
     np.testing.assert_array_equal(fast.codes, slow.codes, err_msg=str(fields))
     np.testing.assert_allclose(fast.log_probs, slow.log_probs, atol=1e-4)
@@ -106,7 +106,7 @@ def test_a_map_of_one_row_is_conditioned_on_a_coarser_one():
     prior = defaults.make_prior(**fields, residual_channels=8, num_residual_blocks=2, kernel_size=3)
     keys, coarser = sample_keys(jax.random.key(1), jnp.arange(2)), (jnp.array([[[0, 3]], [[4, 1]]]),)
     params = prior.init(jax.random.key(0), jnp.zeros((2, 1, 4), jnp.int32), None, coarser)['params']
-    fast, slow = (draws(prior, params, keys, None, coarser).codes for draws in (sample, sample_reference))
+    fast, slow = (draws(prior, params, keys, None, coarser).codes for draws in (sample_level, sample_reference))
     np.testing.assert_array_equal(fast, slow)
 
 
@@ -114,8 +114,8 @@ def test_a_map_of_one_row_is_conditioned_on_a_coarser_one():
 def test_log_probs_are_those_of_the_whole_network_on_the_finished_map(case):
     prior, params, _, labels, coarser = make_prior(case, batch=2)
     keys = sample_keys(jax.random.key(5), jnp.arange(2))
-    sampled = jax.jit(lambda: sample(prior, params, keys, labels, coarser, SamplingParams(0.7, top_k=3)))()
-    whole = jax.nn.log_softmax(prior.apply({'params': params}, sampled.codes, labels, coarser))
+    sampled = jax.jit(lambda: sample_level(prior, params, keys, labels, coarser, SamplingParams(0.7, top_k=3)))()
+    whole = jax.nn.log_softmax(defaults.apply(prior, {'params': params}, sampled.codes, labels, coarser))
     expected = jnp.take_along_axis(whole, sampled.codes[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(sampled.log_probs, expected, atol=1e-4)
 
@@ -125,8 +125,8 @@ def test_in_bfloat16_log_probs_are_nearly_those_of_the_whole_network(case):
     prior, params, *_ = make_prior(case, batch=4)
     prior = prior.clone(dtype=jnp.bfloat16)
     keys = sample_keys(jax.random.key(5), jnp.arange(4))
-    sampled = jax.jit(lambda: sample(prior, params, keys))()
-    whole = jax.nn.log_softmax(prior.apply({'params': params}, sampled.codes))
+    sampled = jax.jit(lambda: sample_level(prior, params, keys))()
+    whole = jax.nn.log_softmax(defaults.apply(prior, {'params': params}, sampled.codes))
     expected = jnp.take_along_axis(whole, sampled.codes[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(sampled.log_probs, expected, atol=0.1)
 
@@ -136,12 +136,14 @@ def test_kept_codes_stay_and_the_rest_is_drawn_given_the_earlier_ones(case):
     prior, params, codes, labels, coarser = make_prior(case, batch=2)
     keys = sample_keys(jax.random.key(5), jnp.arange(2))
     keep = jax.random.bernoulli(jax.random.key(6), 0.5, codes.shape)
-    run = jax.jit(lambda known: sample(prior, params, keys, labels, coarser, known_codes=known).codes)
+    run = jax.jit(lambda known: sample_level(prior, params, keys, labels, coarser, known_codes=known).codes)
     completed = run(jnp.where(keep, codes, -1))
     assert (completed[keep] == codes[keep]).all() and (completed[~keep] != codes[~keep]).any()
     slow = jax.jit(lambda known: sample_reference(prior, params, keys, labels, coarser, known_codes=known).codes)
     np.testing.assert_array_equal(completed, slow(jnp.where(keep, codes, -1)))
-    np.testing.assert_array_equal(run(jnp.full_like(codes, -1)), sample(prior, params, keys, labels, coarser).codes)
+    np.testing.assert_array_equal(
+        run(jnp.full_like(codes, -1)), sample_level(prior, params, keys, labels, coarser).codes
+    )
 
 
 def poisoned(cache, written):
@@ -175,7 +177,7 @@ def test_what_a_cache_holds_of_later_steps_is_never_read():
 
     clean = run(poison=False)
     np.testing.assert_array_equal(run(poison=True), clean)
-    whole = np.asarray(prior.apply({'params': params}, codes, labels, coarser))
+    whole = np.asarray(defaults.apply(prior, {'params': params}, codes, labels, coarser))
     steps, indices = order.step_map(), order.index_in_step_map()
     np.testing.assert_allclose(np.moveaxis(clean[steps, :, indices], 2, 0), whole, atol=1e-4)
 
@@ -184,7 +186,7 @@ def test_what_a_cache_holds_of_later_steps_is_never_read():
 def test_eight_devices_draw_what_one_draws(case):
     prior, params, *_ = make_prior(case)
     index = jnp.arange(8)
-    run = jax.jit(lambda i: sample(prior, params, sample_keys(jax.random.key(2), i), i % 3).codes)
+    run = jax.jit(lambda i: sample_level(prior, params, sample_keys(jax.random.key(2), i), i % 3).codes)
     alone = run(jax.device_put(index, jax.devices()[0]))
     with jax.set_mesh(sharding.make_mesh()):
         spread = run(jax.device_put(index, sharding.batch_sharding()))
@@ -196,8 +198,8 @@ def test_eight_devices_draw_what_one_draws(case):
 def test_logits_with_caches_equal_the_whole_network(case):
     """Stronger than equal codes: row by row and position by position, the logits agree to rounding, poison or not."""
     prior, params, codes, labels, coarser = make_prior(case)
-    whole = prior.apply({'params': params}, codes, labels, coarser)
-    condition = prior.apply({'params': params}, labels, coarser, method='condition')
+    whole = defaults.apply(prior, {'params': params}, codes, labels, coarser)
+    condition = defaults.apply(prior, {'params': params}, labels, coarser, method='condition')
     rows, attention = {}, {}
     above = jnp.full((2, prior.shape[1]), prior.codebook_size)
     for i in range(prior.shape[0]):
@@ -229,7 +231,9 @@ def test_a_single_sample_is_computed_twice_on_gpus_with_the_same_result(case, mo
     prior, params, _, labels, coarser = make_prior(case, batch=1)
 
     def run():
-        return jax.jit(lambda: sample(prior, params, sample_keys(jax.random.key(7), jnp.arange(1)), labels, coarser))()
+        return jax.jit(
+            lambda: sample_level(prior, params, sample_keys(jax.random.key(7), jnp.arange(1)), labels, coarser)
+        )()
 
     def on_a_gpu(*arguments, default, cuda=None, cpu=None):
         return (cuda or default)(*arguments)
@@ -258,7 +262,7 @@ def test_projections_of_what_a_step_does_not_change_are_not_in_its_loop(case, de
     """Two convolutions a block, six products of an attention layer, the first convolution, and the logits."""
     prior, params, _, labels, coarser = make_prior(case, num_classes=3)
     labels, keys = jnp.arange(2), sample_keys(jax.random.key(7), jnp.arange(2))
-    jaxpr = jax.make_jaxpr(lambda: sample(prior, params, keys, labels, coarser).codes)().jaxpr
+    jaxpr = jax.make_jaxpr(lambda: sample_level(prior, params, keys, labels, coarser).codes)().jaxpr
     used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
     blocks = prior.num_residual_blocks + prior.num_output_blocks
     assert products_by_loop_depth(used)[depth] == 2 * blocks + 6 * prior.num_attention_layers + 2
@@ -267,7 +271,7 @@ def test_projections_of_what_a_step_does_not_change_are_not_in_its_loop(case, de
 def test_sample_i_is_the_same_in_any_batch_and_order():
     prior, params, _, _, _ = make_prior('classes')
     key = jax.random.key(3)
-    run = jax.jit(lambda index: sample(prior, params, sample_keys(key, index), index % 3).codes)
+    run = jax.jit(lambda index: sample_level(prior, params, sample_keys(key, index), index % 3).codes)
     together = run(jnp.arange(6))
     np.testing.assert_array_equal(run(jnp.array([4, 1]))[::-1], together[jnp.array([1, 4])])
     assert (np.asarray(together[0]) != np.asarray(together[3])).any()  # same class, another sample
@@ -281,7 +285,7 @@ def test_temperature_is_traced_and_zero_takes_the_likeliest():
     @jax.jit
     def run(keys, temperature):
         traces.append(1)
-        return sample(prior, params, keys, sampling_params=SamplingParams(temperature)).codes
+        return sample_level(prior, params, keys, sampling_params=SamplingParams(temperature)).codes
 
     greedy, also_greedy = run(keys, 0.0), run(sample_keys(jax.random.key(1), jnp.arange(4)), 0.0)
     np.testing.assert_array_equal(greedy, also_greedy)
@@ -310,26 +314,28 @@ def test_draws_follow_the_distribution():
 def test_samples_follow_the_prior():
     """The frequency of every first code agrees with the network's own probability of it."""
     prior, params, codes, _, _ = make_prior('convolutions', batch=1)
-    probability = jax.nn.softmax(prior.apply({'params': params}, codes)[0, 0, 0])
+    probability = jax.nn.softmax(defaults.apply(prior, {'params': params}, codes)[0, 0, 0])
     keys = sample_keys(jax.random.key(0), jnp.arange(4000))
-    sampled = jax.jit(lambda: sample(prior, params, keys))().codes[:, 0, 0]
+    sampled = jax.jit(lambda: sample_level(prior, params, keys))().codes[:, 0, 0]
     np.testing.assert_allclose(np.bincount(sampled, minlength=6) / 4000, probability, atol=0.03)
 
 
 def test_levels_are_drawn_from_the_coarsest_and_condition_the_finer():
     top, top_params, *_ = make_prior('classes', shape=(2, 3), codebook_size=5)
     bottom, bottom_params, *_ = make_prior('coarser level')
-    index, labels, key = jnp.arange(4), jnp.arange(4) % 3, jax.random.key(11)
+    labels, keys = jnp.arange(4) % 3, sample_keys(jax.random.key(11), jnp.arange(4))
     codes = sample_levels(
-        (bottom, top), (bottom_params, top_params), key, index, labels, (SamplingParams(), SamplingParams(0.7))
+        (bottom, top), (bottom_params, top_params), keys, labels, (SamplingParams(), SamplingParams(0.7))
     )
     assert [c.shape for c in codes] == [(4, 4, 6), (4, 2, 3)]
-    by_hand = sample(
-        top, top_params, sample_keys(jax.random.fold_in(key, 1), index), labels, (), SamplingParams(0.7)
-    ).codes
+
+    def level_keys(level):
+        return jnp.stack([jax.random.fold_in(key, level) for key in keys])
+
+    by_hand = sample_level(top, top_params, level_keys(1), labels, (), SamplingParams(0.7)).codes
     np.testing.assert_array_equal(codes[1], by_hand)
-    keys = sample_keys(jax.random.fold_in(key, 0), index)
-    np.testing.assert_array_equal(codes[0], sample(bottom, bottom_params, keys, labels, (by_hand,)).codes)
+    by_hand = sample_level(bottom, bottom_params, level_keys(0), labels, (by_hand,)).codes
+    np.testing.assert_array_equal(codes[0], by_hand)
 
 
 def test_rejection_keeps_the_best_of_every_class():

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqvae2_jax import inference
+from vqvae2_jax import api
 from vqvae2_jax.config import base, build
 from vqvae2_jax.distributed import sharding
-from vqvae2_jax.sampling.params import SamplingParams
 
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 BATCH = 16
@@ -40,31 +39,29 @@ def init(config, section):
     return model, jax.device_get(jax.jit(model.init)(key, *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)))
 
 
-@pytest.fixture(scope='module')
-def vqvae():
-    model, variables = init(make_config(), 'vqvae')
+def make_generator(order='raster', codebook_size=None):
+    """A generator of the config with random weights on the host."""
+    config = make_config(order)
+    config.vqvae.codebook_size = codebook_size or config.vqvae.codebook_size
+    (_, variables), *priors = (init(config, section) for section in ('vqvae', 'prior.bottom', 'prior.top'))
     rng = np.random.default_rng(0)  # an untrained codebook is zero
     codebook = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), variables['codebook'])
-    return model, variables | {'codebook': codebook}
+    params = tuple(prior['params'] for _, prior in priors)
+    return api.Generator(variables | {'codebook': codebook}, params, api.Specification.of(config))
 
 
-def make_priors(order):
-    """Modules and parameters of both levels, finest first."""
-    made = [init(make_config(order), f'prior.{name}') for name in ('bottom', 'top')]
-    return [prior for prior, _ in made], [variables['params'] for _, variables in made]
+def sample(generator, index, labels):
+    keys = api.sample_keys(jax.random.key(0), index)
+    return api.sample(generator, keys, labels, temperature={'bottom': 0.9}, top_k={'bottom': 8}, guidance={'bottom': 2})
 
 
-def sampling_params():
-    return SamplingParams(temperature=0.9, top_k=8, guidance=2.0), SamplingParams()
-
-
-def make_arguments(vqvae, params):
-    """The arguments of the sampling program, on the current mesh."""
+def make_arguments(generator):
+    """The arguments of `sample`, on the current mesh."""
     index = np.arange(BATCH, dtype=np.int32)
     batch = {'index': index, 'label': index % 3}
     rows = sharding.process_local_rows(BATCH)
     batch = sharding.make_global_batch({name: values[rows] for name, values in batch.items()}, BATCH)
-    return sharding.put_sharded(vqvae[1]), sharding.put_sharded(params), sampling_params(), batch
+    return sharding.put_sharded(generator), batch['index'], batch['label']
 
 
 def split_computations(text):
@@ -93,71 +90,74 @@ def collectives_in_loops(text):
     return [line.strip() for name in reached for line in computations[name] if operation.search(line)], len(bodies)
 
 
-def compile_sampler(vqvae, order):
-    priors, params = make_priors(order)
+def compile_sampler(order):
     with jax.set_mesh(sharding.make_mesh(jax.devices()[:8], fsdp=2)):
-        sample = inference.make_sample_fn(vqvae[0], priors, seed=0)
-        arguments = make_arguments(vqvae, params)
-        return sample.lower(*arguments).compile().as_text(), arguments
+        arguments = make_arguments(make_generator(order))
+        return jax.jit(sample).lower(*arguments).compile().as_text(), arguments[0]
 
 
 @pytest.mark.parametrize('order', ['raster', 'wavefront'])
-def test_no_collective_runs_inside_the_sampling_loop(vqvae, order):
-    text, (_, params, *_) = compile_sampler(vqvae, order)
-    assert sum(not x.sharding.is_fully_replicated for x in jax.tree.leaves(params)) > 10  # else the test shows nothing
+def test_no_collective_runs_inside_the_sampling_loop(order):
+    text, generator = compile_sampler(order)
+    arrays = jax.tree.leaves(generator.params)
+    assert sum(not x.sharding.is_fully_replicated for x in arrays) > 10  # else the test shows nothing
     assert 'all-gather' in text  # before the loop
     found, loops = collectives_in_loops(text)
     assert loops >= 2 and not found, found
 
 
 @pytest.mark.parametrize('order', ['raster', 'wavefront'])
-def test_the_test_above_finds_weights_that_are_gathered_in_every_step(vqvae, order, monkeypatch):
+def test_the_test_above_finds_weights_that_are_gathered_in_every_step(order, monkeypatch):
     monkeypatch.setattr(sharding, 'constrain_replicated', lambda tree: tree)
-    found, _ = collectives_in_loops(compile_sampler(vqvae, order)[0])
+    jax.clear_caches()  # `api.sample` is traced again
+    try:
+        found, _ = collectives_in_loops(compile_sampler(order)[0])
+    finally:
+        jax.clear_caches()
     assert found
 
 
+def assert_equal(results):
+    first, *others = results
+    for other in others:
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize('order', ['raster', 'wavefront'])
-def test_samples_are_equal_on_any_devices(vqvae, order):
-    priors, params = make_priors(order)
-    results = []
+def test_samples_are_equal_on_any_devices(order):
+    generator, results = make_generator(order), []
     for devices, fsdp in ((1, 1), (2, 2), (8, 1), (8, 2)):
         with jax.set_mesh(sharding.make_mesh(jax.devices()[:devices], fsdp)):
-            sample = inference.make_sample_fn(vqvae[0], priors, seed=0)
-            results.append(sharding.gather_rows(sample(*make_arguments(vqvae, params))))
-    first, *others = results
-    assert first['image'].dtype == np.uint8 and len(np.unique(first['codes_1'].reshape(BATCH, -1), axis=0)) > BATCH // 2
-    for other in others:
-        for name in first:
-            np.testing.assert_array_equal(first[name], other[name], err_msg=name)
+            results.append(sharding.gather_rows(sample(*make_arguments(generator))))
+    images, codes = results[0]
+    assert images.dtype == np.uint8 and len(np.unique(codes[1].reshape(BATCH, -1), axis=0)) > BATCH // 2
+    assert_equal(results)
 
 
-def test_codes_and_reconstructions_are_equal_on_any_devices(vqvae):
-    model, variables = vqvae
+def test_codes_and_reconstructions_are_equal_on_any_devices():
     image = np.random.default_rng(0).integers(0, 256, (BATCH, 16, 16, 1), np.uint8)
-    results = []
+    generator, results = make_generator(), []
     for devices, fsdp in ((1, 1), (2, 2), (8, 1), (8, 2)):
         with jax.set_mesh(sharding.make_mesh(jax.devices()[:devices], fsdp)):
-            held = sharding.put_sharded(variables)
-            codes = inference.make_encode_fn(model)(held, sharding.make_global_batch({'image': image}))
-            results.append(sharding.gather_rows(codes | inference.make_decode_fn(model)(held, codes)))
-    first, *others = results
-    assert len(np.unique(first['codes_0'])) > 2 and first['image'].dtype == np.uint8
-    for other in others:
-        for name in first:
-            np.testing.assert_array_equal(first[name], other[name], err_msg=name)
+            held = sharding.put_sharded(generator)
+            codes = api.encode(held, sharding.make_global_batch({'image': image})['image'])
+            results.append(sharding.gather_rows((codes, api.decode(held, codes))))
+    codes, images = results[0]
+    assert len(np.unique(codes[0])) > 2 and images.dtype == np.uint8
+    assert_equal(results)
 
 
-def test_log_likelihoods_agree_on_any_devices(vqvae):
-    priors, params = make_priors('raster')
-    image = np.random.default_rng(0).integers(0, 256, (BATCH, 16, 16, 1), np.uint8)
+def test_log_likelihoods_agree_on_any_devices():
+    generator, image = make_generator(), np.random.default_rng(0).integers(0, 256, (BATCH, 16, 16, 1), np.uint8)
     batch = {'image': image, 'label': np.arange(BATCH, dtype=np.int32) % 3}
     for labeled in (True, False):
         results = []
         for devices in (1, 2, 8):
             with jax.set_mesh(sharding.make_mesh(jax.devices()[:devices])):
-                function = inference.make_log_likelihood_fn(vqvae[0], priors, labeled=labeled)
-                held = sharding.put_sharded(vqvae[1]), sharding.put_sharded(params)
-                results.append(sharding.gather_rows(function(*held, sharding.make_global_batch(batch))))
+                held, shared = sharding.put_sharded(generator), sharding.make_global_batch(batch)
+                codes = api.encode(held, shared['image'])
+                found = api.log_likelihood(held, codes, shared['label'] if labeled else None)
+                results.append(sharding.gather_rows(found))
         for other in results[1:]:
-            np.testing.assert_allclose(results[0]['log_likelihood'], other['log_likelihood'], rtol=1e-5)
+            np.testing.assert_allclose(results[0].nats, other.nats, rtol=1e-5)

@@ -68,8 +68,7 @@ def assert_same(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, other)
 
 
-@pytest.mark.parametrize('make, batch', [(prior_task, codes()), (vqvae_task, images())])
-@pytest.mark.parametrize('fsdp', [2, 8])
+@pytest.mark.parametrize('make, batch, fsdp', [(prior_task, codes(), 2), (vqvae_task, images(), 8)])
 def test_a_sharded_state_trains_as_a_replicated_one(make, batch, fsdp, monkeypatch):
     monkeypatch.setattr(sharding, 'MIN_SHARDED_SIZE', 64)
     replicated, _ = train_a_little(make(), batch)
@@ -86,8 +85,8 @@ def gradients(task):
     return jax.grad(lambda p: task.loss(p, {}, codes(), jax.random.key(1))[0])
 
 
-@pytest.mark.parametrize('scan_layers', [False, True])
-@pytest.mark.parametrize('order', ORDERS)
+@pytest.mark.parametrize('scan_layers', [False, pytest.param(True, marks=pytest.mark.system)])
+@pytest.mark.parametrize('order', [pytest.param('raster', marks=pytest.mark.system), 'wavefront'])
 def test_recomputing_changes_nothing_but_what_is_kept(order, scan_layers):
     shape = dict(
         num_residual_blocks=5, num_attention_layers=2, scan_layers=scan_layers

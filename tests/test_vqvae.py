@@ -58,39 +58,40 @@ def test_sizes_that_do_not_divide_are_refused_with_both_numbers():
 
 def test_decoding_the_codes_is_the_reconstruction():
     model, variables, image = _model((2, 2, 2), (8, 8))
-    output = model.apply(variables, image)
-    codes = model.apply(variables, image, method='encode')
+    output = defaults.apply(model, variables, image)
+    codes = defaults.apply(model, variables, image, method='encode')
     jax.tree.map(np.testing.assert_array_equal, codes, output.codes)
-    np.testing.assert_allclose(model.apply(variables, codes, method='decode'), output.image, atol=1e-5)
+    np.testing.assert_allclose(defaults.apply(model, variables, codes, method='decode'), output.image, atol=1e-5)
     for level in (1, 2):
-        preview = model.apply(variables, codes[level:], level, method='decode')
+        preview = defaults.apply(model, variables, codes[level:], level=level, method='decode')
         np.testing.assert_allclose(preview, output.previews[level - 1], atol=1e-5)
     with pytest.raises(ValueError, match='decoding from level 1 needs the codes of 2 levels, not 3'):
-        model.apply(variables, codes, 1, method='decode')
+        defaults.apply(model, variables, codes, level=1, method='decode')
     for level, some in ((3, ()), (-1, (*codes, codes[-1]))):
         with pytest.raises(ValueError, match=f'level is {level}; it must be from 0 to 2'):
-            model.apply(variables, some, level, method='decode')
+            defaults.apply(model, variables, some, level=level, method='decode')
 
 
 def test_the_image_depends_on_every_level_and_a_preview_on_the_coarser_ones_only():
     model, variables, image = _model((2, 2, 2), (8, 8))
-    codes = list(model.apply(variables, image, method='encode'))
-    reference = model.apply(variables, tuple(codes), method='decode')
+    codes = list(defaults.apply(model, variables, image, method='encode'))
+    reference = defaults.apply(model, variables, tuple(codes), method='decode')
     for level in range(3):
         changed = list(codes)
         changed[level] = (codes[level] + 1) % 16
-        assert not np.allclose(model.apply(variables, tuple(changed), method='decode'), reference)
-        preview, same = (model.apply(variables, tuple(c[1:]), 1, method='decode') for c in (changed, codes))
+        assert not np.allclose(defaults.apply(model, variables, tuple(changed), method='decode'), reference)
+        coarser = tuple(changed[1:]), tuple(codes[1:])
+        preview, same = (defaults.apply(model, variables, c, level=1, method='decode') for c in coarser)
         assert np.allclose(preview, same) == (level == 0)
 
 
 def test_finer_codes_see_the_decoded_coarser_ones():
     """Algorithm 1: change the top codebook's vectors alone, and the bottom codes change."""
     model, variables, image = _model()
-    before = model.apply(variables, image).codes[0]
+    before = defaults.apply(model, variables, image).codes[0]
     book = variables['codebook']['quantizers_1']
     moved = {**variables['codebook'], 'quantizers_1': {**book, 'embedding': 50 * book['embedding'][::-1]}}
-    after = model.apply({**variables, 'codebook': moved}, image).codes[0]
+    after = defaults.apply(model, {**variables, 'codebook': moved}, image).codes[0]
     assert (before != after).any()
 
 
@@ -130,12 +131,12 @@ def test_task_counts_only_codes_that_were_chosen_as_used_and_clips_as_evaluation
     task = make_task(model, ('bottom', 'top'), 0.25, steps_per_epoch=10)
     batch, codebook = {'image': jnp.round((image + 1) * 127.5).astype(jnp.uint8)}, {'codebook': variables['codebook']}
     params = jax.tree.map(lambda x: 3 * x, variables['params'])  # images that leave [-1, 1]
-    _, (after, metrics) = task.loss(params, codebook, batch, jax.random.key(0))
-    output = model.apply({'params': params, **codebook}, batch['image'] / 127.5 - 1)
+    _, (after, metrics) = jax.jit(task.loss)(params, codebook, batch, jax.random.key(0))
+    output = defaults.apply(model, {'params': params, **codebook}, batch['image'] / 127.5 - 1)
     for name, codes in zip(('bottom', 'top'), output.codes, strict=True):
         assert metrics[f'used_{name}'] == len(np.unique(codes)) / 16 < 1
     assert np.abs(output.image).max() > 1
-    values = task.eval_step(params, codebook, batch)
+    values = jax.jit(task.eval_step)(params, codebook, batch)
     assert metrics['mse'] == pytest.approx(float(np.mean(values['mse'])), rel=1e-5)
     assert metrics['loss'] > metrics['mse'] + np.mean((output.image - jnp.clip(output.image, -1, 1)) ** 2)
 
@@ -143,12 +144,14 @@ def test_task_counts_only_codes_that_were_chosen_as_used_and_clips_as_evaluation
 def test_bfloat16_computes_close_to_float32_and_quantizes_in_float32():
     model, variables, image = _model()
     half = defaults.make_vqvae(downsample_factors=(2, 2), dtype=jnp.bfloat16, **SMALL)
-    output = half.apply(variables, image)
+    output = defaults.apply(half, variables, image)
     assert output.image.dtype == jnp.float32
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables['params']))
-    error = jnp.sqrt(jnp.mean((output.image - model.apply(variables, image).image) ** 2))
+    error = jnp.sqrt(jnp.mean((output.image - defaults.apply(model, variables, image).image) ** 2))
     assert 0 < error < 0.1
-    _, after = half.apply(variables, image, train=True, mutable=['codebook'], rngs={'restart': jax.random.key(0)})
+    _, after = defaults.apply(
+        half, variables, image, train=True, mutable=['codebook'], rngs={'restart': jax.random.key(0)}
+    )
     assert after['codebook']['quantizers_0']['embedding'].dtype == jnp.float32
 
 
@@ -156,14 +159,14 @@ def test_task_summary_counts_codes_and_psnr():
     model, variables, image = _model()
     task = make_task(model, ('bottom', 'top'), 0.25, 10)
     batch = {'image': jnp.round((image + 1) * 127.5).astype(jnp.uint8)}
-    values = task.eval_step(variables['params'], {'codebook': variables['codebook']}, batch)
+    values = jax.jit(task.eval_step)(variables['params'], {'codebook': variables['codebook']}, batch)
     summary = task.reduce_metrics({k: np.asarray(v, np.float64).mean(0) for k, v in values.items()})
-    codes = model.apply(variables, batch['image'] / 127.5 - 1, method='encode')
+    codes = defaults.apply(model, variables, batch['image'] / 127.5 - 1, method='encode')
     for name, level_codes in zip(('bottom', 'top'), codes, strict=True):
         assert summary[f'used_{name}'] == len(np.unique(level_codes)) / 16
     assert summary['psnr'] == pytest.approx(10 * np.log10(4 / summary['mse']))
     assert task.image_labels == ('original', 'top only', 'all levels')
-    original, _, both = task.visualize(variables['params'], {'codebook': variables['codebook']}, batch)
+    original, _, both = jax.jit(task.visualize)(variables['params'], {'codebook': variables['codebook']}, batch)
     np.testing.assert_allclose(original, batch['image'] / 127.5 - 1, atol=1e-6)
     error = np.mean((np.clip(both, -1, 1) - original) ** 2)
     assert error == pytest.approx(summary['mse'], rel=1e-5)

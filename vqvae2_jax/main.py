@@ -20,15 +20,16 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from vqvae2_jax import xla_flags
+from vqvae2_jax.config import build
 from vqvae2_jax.config.fields import ConfigError, expand_home
 from vqvae2_jax.config.loading import load_config
 from vqvae2_jax.config.validation import check_names, validate_config
 from vqvae2_jax.data.decode import UnreadableImage
 from vqvae2_jax.distributed import processes
-from vqvae2_jax.io import gcs
+from vqvae2_jax.io import remote
 from vqvae2_jax.io.files import WriteError
 from vqvae2_jax.io.record import JobError
-from vqvae2_jax.jobs import remedies
+from vqvae2_jax.jobs import pretrained, remedies
 from vqvae2_jax.jobs.pipeline import JOBS, run_job
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.planning.hardware import topology_devices
@@ -53,6 +54,19 @@ _CONTINUE_FROM = flags.DEFINE_integer(
     'With --job=vqvae, prior or classifier: the step of a checkpoint to continue from, with changed fields '
     '--config.<network>.training; later checkpoints move to abandoned/.',
     lower_bound=0,
+)
+_FROM = flags.DEFINE_string(
+    'from',
+    None,
+    'Trained networks: a model of the package such as fashion, a workdir, a .safetensors file or hf://OWNER/NAME. With '
+    '--job=vqvae or prior training starts from them; other jobs that use them import them into the workdir. Without '
+    '--config their config is used. With --job=import also: a PyTorch VQ-VAE (.pt), or an LMDB of its codes.',
+)
+_TO = flags.DEFINE_string(
+    'to',
+    None,
+    'With --job=export: the file to write: NAME.safetensors, NAME.pt for PyTorch (stage 1), or NAME.npz, programs that '
+    'run with JAX alone.',
 )
 
 
@@ -85,7 +99,8 @@ def _run(config):
             sys.stdout = open(os.devnull, 'w', errors='replace')  # only process 0 prints; all processes print errors
     devices = _devices()
     validate_config(config)
-    run = Run(config, _workdir(config), devices, _CONTINUE_FROM.value)
+    source, target = (flag.value and expand_home(flag.value, f'--{flag.name}') for flag in (_FROM, _TO))
+    run = Run(config, _workdir(config), devices, _CONTINUE_FROM.value, source, target)
     if _DISTRIBUTED.value:
         print(processes.describe_mesh(run.mesh), flush=True)
     run_job(run, _JOB.value, _LEVEL.value)
@@ -93,16 +108,16 @@ def _run(config):
 
 def _workdir(config):
     path = expand_home(_WORKDIR.value or os.path.join('runs', config.name), '--workdir')
-    if gcs.is_remote(path) and config.data.on_error == 'skip':
+    if remote.is_remote(path) and build.skips_unreadable(config):
         raise JobError(
             f'data.on_error=skip keeps a growing list, which --workdir={path} on a bucket cannot hold: '
             'set --config.data.on_error=raise, or give a local directory'
         )
     try:
-        gcs.check(path)
+        remote.check(path, for_writing=True)
     except ValueError as error:
         raise JobError(f'--workdir={error}') from error
-    return gcs.absolute(path)
+    return remote.absolute(path)
 
 
 def _devices():
@@ -118,18 +133,24 @@ def _parse(arguments: list[str]) -> ConfigDict:
     flags.FLAGS.set_gnu_getopt()  # other flags may follow the text of `--config.<field> <text>`
     try:
         arguments = flags.FLAGS(arguments, known_only=True)
-        if _CONFIG.value is None:
-            flags.FLAGS(
-                [a for a in arguments if not re.match(r'--?(no)?config\.', a)]
-            )  # a misspelled --config is unknown
-            raise ConfigError('--config is missing, for example --config=fashion')
-        config = load_config(_CONFIG.value)
+        config = _load_config(arguments)
         rest = flags.FLAGS(override_fields(config, arguments))  # refuses unknown flags
         if len(rest) > 1:
             raise ConfigError(f'unexpected argument {rest[1]!r}; flags look like --config=fashion')
         return config
-    except (ConfigError, FileNotFoundError, flags.Error) as error:
+    except (ConfigError, FileNotFoundError, flags.Error, JobError) as error:
         sys.exit(f'error: {" ".join(str(error).split())}')
+
+
+def _load_config(arguments):
+    """Returns the config that --config names, or that of the networks of --from."""
+    if _CONFIG.value is not None:
+        return load_config(_CONFIG.value)
+    flags.FLAGS([a for a in arguments if not re.match(r'--?(no)?config\.', a)])  # a misspelled --config is unknown
+    source = _FROM.value and expand_home(_FROM.value, '--from')
+    if source and pretrained.is_generator(source):
+        return pretrained.load_config(source)
+    raise ConfigError('--config is missing, for example --config=fashion')
 
 
 def override_fields(config: ConfigDict, arguments: list[str]) -> list[str]:
@@ -194,7 +215,7 @@ def run() -> None:
         sys.stdout.reconfigure(errors='backslashreplace')
     # --help describes the main module, which is not this one if a console script imports it.
     sys.modules['__main__'].__doc__ = __doc__
-    for flag in (_CONFIG, _WORKDIR, _JOB, _DISTRIBUTED, _TOPOLOGY, _LEVEL, _CONTINUE_FROM):
+    for flag in (_CONFIG, _WORKDIR, _JOB, _DISTRIBUTED, _TOPOLOGY, _LEVEL, _CONTINUE_FROM, _FROM, _TO):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
     app.run(main, flags_parser=_parse)
 

@@ -18,17 +18,27 @@ _VALUE = '-individual_convolution'
 def set_cpu_flags() -> bool:
     """Adds the flag to the environment variable XLA_FLAGS, if JAX will run on a CPU.
 
-    Call it before the first computation: XLA reads XLA_FLAGS once, when JAX starts its backend. An XLA that does not
-    know a flag aborts the process, so the flag is added only if the installed jaxlib contains its name and no plugin
-    for an accelerator will be loaded. A value that the user has set is kept.
+    Call it before the first computation: XLA reads XLA_FLAGS once, when JAX starts its backend. A value that the user
+    has set is kept.
+
+    Returns:
+      Whether the flag was added.
+    """
+    return _runs_on_cpu() and add_flag(CPU_FLAG, _VALUE)
+
+
+def add_flag(name: str, value: str) -> bool:
+    """Adds a flag to XLA_FLAGS, unless it is set already, or the installed jaxlib does not know it.
+
+    An XLA that does not know a flag aborts the process; that of a plugin for an accelerator may not know it.
 
     Returns:
       Whether the flag was added.
     """
     flags = os.environ.get('XLA_FLAGS', '')
-    if CPU_FLAG in flags or not _runs_on_cpu() or not _jaxlib_contains(CPU_FLAG.encode()):
+    if name in flags or not _jaxlib_knows(name):
         return False
-    os.environ['XLA_FLAGS'] = f'{flags} --{CPU_FLAG}={_VALUE}'.strip()
+    os.environ['XLA_FLAGS'] = f'{flags} --{name}={value}'.strip()
     return True
 
 
@@ -46,9 +56,11 @@ def _has_plugin() -> bool:
     return namespace is not None and any(pkgutil.iter_modules(namespace.submodule_search_locations))
 
 
-def _jaxlib_contains(name: bytes) -> bool:
+def _jaxlib_knows(name: str) -> bool:
+    # Flags are C strings, between two zero bytes. The descriptor of DebugOptions also holds the names of removed flags.
+    string = b'\0' + name.encode() + b'\0'
     for path in pathlib.Path(importlib.util.find_spec('jaxlib').origin).parent.glob('*.so'):
         with path.open('rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if content.find(name) >= 0:
+            if content.find(string) >= 0:
                 return True
     return False

@@ -25,8 +25,8 @@ OUTPUTS = {
     'likelihood': ('likelihood',),
 }
 # Not compared: train states (they serve only to resume, and TensorStore names their files at random), event files (they
-# hold times), and files that a damaged one was set aside as.
-_EXEMPT = re.compile(r'(^|/)(checkpoints|tensorboard|abandoned|[^/]*\.damaged)(/|$)')
+# hold times), files that a damaged one was set aside as, and a lock that could not be removed: the next job removes it.
+_EXEMPT = re.compile(r'(^|/)(checkpoints|tensorboard|abandoned|[^/]*\.damaged|\.lock\.[0-9a-f]+\.\d+\.part)(/|$)')
 # Fields of a record that are reproducible. Its seconds, and the names of the files of weights, are not.
 _RECORD = ('job', 'state', 'inputs', 'settings', 'results', 'digest')
 _TIMES = ('seconds', 'date')  # fields of report.json, at any depth

@@ -16,14 +16,20 @@ from this file (`python -m tests.config_tables`).
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from vqvae2_jax.config.data_fields import DATA, MAX_CLASSES, seed_field
-from vqvae2_jax.config.fields import Bool, Choice, Field, Float, Int, Label, Name, Path, Tuple
+from vqvae2_jax.config.fields import Bool, Choice, ConfigError, Field, Float, Int, Label, Name, Path, Tuple
+from vqvae2_jax.config.job_fields import EVALUATE, REJECT, SAMPLE, SAMPLE_LEVELS, SERVE
+from vqvae2_jax.data import codes as code_store
+from vqvae2_jax.data import own_codes
 from vqvae2_jax.data.images import SPLITS
+from vqvae2_jax.io.trackers import TRACKERS
 from vqvae2_jax.models.block_runner import NO_REMAT, REMAT_CHOICES
 from vqvae2_jax.models.prior import ATTENTION_DROPOUT_KINDS, DROPOUT_PLACEMENTS
 
@@ -46,6 +52,9 @@ def _dtype(doc: str) -> Choice:
 _CONFIG = {
     'name': Name(default='unnamed', doc='of the run: its directory is `runs/<name>` unless `--workdir` is given'),
     'seed': seed_field('of initial weights, shuffling, augmentation and dropout'),
+    'tracker': Choice(
+        ('', *TRACKERS), default='', doc="that gets a copy of every training's log (docs/files.md); `''`: none"
+    ),
 }
 
 _TRAINING = {
@@ -100,6 +109,11 @@ _VQVAE = {
     'hidden_channels': Int(2, _CHANNELS, default=128, doc='channels of encoders and decoders'),
     'residual_channels': Int(1, _CHANNELS, default=64, doc='channels inside their residual blocks'),
     'num_residual_blocks': Int(1, _BLOCKS, default=2, doc='of each encoder and decoder'),
+    'relu_skip': Bool(
+        default=False,
+        doc='the skip connections of residual blocks carry relu(x) in place of x, as in PyTorch weights that were '
+        'trained with a ReLU in place (docs/from_pytorch.md)',
+    ),
     'codebook_size': Int(2, 2**20, default=512, doc='codes of each level'),
     'codebook_dim': Int(1, _CHANNELS, default=64, doc='length of a code vector'),
     'commitment_weight': Float(0, 1e6, default=0.25, doc='beta of the paper'),
@@ -118,8 +132,14 @@ _VQVAE = {
 }
 
 _CODES = {
+    'path': Path(
+        default='',
+        doc='directory of the codes of another tokenizer, which replace stage 1 (docs/your_codes.md): '
+        "`base.get_config(codes=...)` sets it; `''`: codes are extracted by stage 1",
+    ),
     'batch_size': Int(1, _BATCH, default=256, doc='images encoded at once, over all devices'),
     'shard_size': Int(1, 2**24, default=16_384, doc='images a file; an interrupted extraction loses at most one file'),
+    'flip': Bool(default=False, doc='extracts the codes of mirrored training images too: priors train on both'),
 }
 
 _PRIOR = {
@@ -193,101 +213,18 @@ _CLASSIFIER = {
     'training': _TRAINING | {'warn_overfit': dataclasses.replace(_TRAINING['warn_overfit'], default=0.0)},
 }
 
-_SAMPLE = {
-    'name': Name(default='default', doc='of the set of samples: its directory is `samples/<name>`'),
-    'count': Int(1, 10**9, default=1000, doc='samples wanted; may grow later'),
-    'batch_size': Int(1, _BATCH, default=64, doc='samples generated at once, over all devices'),
-    'shard_size': Int(1, _BATCH, default=1000, doc='images a file'),
-    'seed': seed_field('of the samples; with its index and label it decides a sample'),
-    'labels': Tuple(
-        Label(0, MAX_CLASSES), range(10_001), default=(), doc='numbers or names, cycled through; `()`: all classes'
-    ),
-    'dtype': Choice(
-        ('', 'float32', 'bfloat16'), default='', doc="of weights and caches while sampling; `''`: each prior's own"
-    ),
-}
-
-# One value for each level.
-_SAMPLE_LEVELS = {
-    'temperature': Float(0, 1000, default=1.0, doc='divides the logits; 0: always the likeliest code'),
-    'top_k': Int(0, 2**20, default=0, doc='samples among that many likeliest codes; 0: all'),
-    'top_p': Float(
-        0, 1, low_open=True, default=1.0, doc='samples among the likeliest codes with this share of the probability'
-    ),
-    'guidance': Float(
-        -1000,
-        1000,
-        default=1.0,
-        doc='classifier-free: logits without class + `guidance` * (with - without); needs `label_dropout`; 1: off',
-    ),
-}
-
-_REJECT = {
-    'keep_fraction': Float(0, 1, low_open=True, default=1.0, doc='fraction of the samples of each class to keep'),
-    'threshold': Float(
-        0,
-        1,
-        default=0.0,
-        doc='keeps of these only samples whose class has at least this probability; may unbalance the classes',
-    ),
-    'classifier': Path(
-        default='',
-        doc="state dict (`.pth`, `.npz`) of a torchvision ResNet-50, -101 or -152 that replaces the run's classifier; "
-        "same classes in the same order; `''`: the run's own",
-    ),
-}
-
-_EVALUATE = {
-    'split': Choice(SPLITS, default='test', doc='whose images are reconstructed and evaluated'),
-    'reference': Choice(
-        ('', *SPLITS),
-        default='',
-        doc="split that samples and reconstructions are compared with by FID and related metrics; `''`: `split`",
-    ),
-    'inception': Path(
-        default='',
-        doc='weights of the FID Inception network: a `.pth` or `.npz` file, a pattern of several `.npz` if there is no '
-        "such file, or `fetch`; `''`: the run's classifier replaces it, and its numbers are not called FID",
-    ),
-    'batch_size': Int(1, _BATCH, default=16, doc='images evaluated at once, over all devices'),
-    'sweep': Tuple(
-        Float(0, 1, low_open=True),
-        range(1, 101),
-        default=(1.0, 0.9, 0.7, 0.5, 0.3, 0.2, 0.1),
-        doc='fractions of each class for the curves of rejection; all use as many images as the smallest fraction '
-        'keeps, up to 50 000',
-    ),
-    'cas': Bool(
-        default=False,
-        doc='trains two more classifiers, on reconstructions and on samples: Classification Accuracy Score; '
-        'needs classes',
-    ),
-    'real': Path(
-        default='',
-        doc='with `generated`, compares two sets instead of evaluating the run: folders, `.npz` files '
-        '(`samples/*.npz`, a pattern if there is no such file), or splits of the data; needs `inception`',
-    ),
-    'generated': Path(default='', doc='the other set'),
-}
-
 
 def level_names(downsample_factors: Sequence[int]) -> tuple[str, ...]:
-    """Returns the names of the levels, finest first.
-
-    Up to three levels have the names of the paper: bottom, middle, top. More are bottom, level1, ..., top.
-    """
-    count = len(downsample_factors)
-    if count == 1:
-        return ('top',)
-    middle = ('middle',) if count == 3 else tuple(f'level{i}' for i in range(1, count - 1))
-    return ('bottom', *middle, 'top')
+    """Returns the names of the levels that stage 1 makes, finest first (`data.codes.level_names`)."""
+    return code_store.level_names(len(downsample_factors))
 
 
-def schema(levels: Sequence[str] = ('bottom', 'top')) -> Schema:
+def schema(levels: Sequence[str] = ('bottom', 'top'), *, stage_1: bool = True) -> Schema:
     """Returns the type of every field.
 
     Args:
       levels: names of the levels, finest first.
+      stage_1: False: without the sections `data` and `vqvae`, of a config with codes of another tokenizer.
 
     Returns:
       A nested dict in the order of docs/configs.md.
@@ -317,7 +254,7 @@ def schema(levels: Sequence[str] = ('bottom', 'top')) -> Schema:
     }
     return {
         **_CONFIG,
-        'data': DATA,
+        **({'data': DATA} if stage_1 else {}),
         'parallel': {
             'fsdp': Int(
                 1,
@@ -327,31 +264,49 @@ def schema(levels: Sequence[str] = ('bottom', 'top')) -> Schema:
                 'divides the number of devices; fewer devices all share one copy',
             )
         },
-        'vqvae': {'downsample_factors': factors, **_VQVAE},
+        **({'vqvae': {'downsample_factors': factors, **_VQVAE}} if stage_1 else {}),
         'codes': _CODES,
         'prior': dict.fromkeys(levels, _PRIOR),
         'classifier': _CLASSIFIER,
-        'sample': {**_SAMPLE, **{name: dict.fromkeys(levels, field) for name, field in _SAMPLE_LEVELS.items()}},
-        'reject': _REJECT,
-        'evaluate': _EVALUATE,
+        'sample': {**SAMPLE, **{name: dict.fromkeys(levels, field) for name, field in SAMPLE_LEVELS.items()}},
+        'reject': REJECT,
+        'evaluate': EVALUATE,
         'inpaint': inpaint,
         'likelihood': {
             'split': Choice(SPLITS, default='test', doc='whose images are evaluated'),
             'path': Path(default='', doc='instead of a split: an image, or a folder of images, of unknown class'),
         },
+        'reconstruct': {'path': Path(default='', doc='the image file, or the folder of images, to encode and decode')},
+        'serve': SERVE,
     }
 
 
-def get_config(levels: Sequence[str] = ('bottom', 'top')) -> ConfigDict:
+def get_config(levels: Sequence[str] | None = None, *, codes: epath.PathLike = '') -> ConfigDict:
     """Returns the base config.
 
     Args:
-      levels: names of the levels, finest first (`level_names`).
+      levels: names of the levels, finest first (`level_names`); None: ('bottom', 'top').
+      codes: directory of the codes of another tokenizer, which replace stage 1 (docs/your_codes.md). The config has no
+        sections `data` and `vqvae` then, and the levels of these codes.
 
     Returns:
       A new ConfigDict with every field at its default: type-safe and locked.
+
+    Raises:
+      ConfigError: `levels` and `codes` are given, or there are no such codes.
     """
-    return ConfigDict(_defaults(schema(levels))).lock()
+    if not codes:
+        return default_config(('bottom', 'top') if levels is None else levels)
+    if levels is not None:
+        raise ConfigError(f'levels={tuple(levels)} and codes={os.fspath(codes)!r}: the codes have the names of levels')
+    config = default_config(own_codes.read_spec(codes).levels, stage_1=False)
+    config.codes.path = os.fspath(codes)
+    return config
+
+
+def default_config(levels: Sequence[str], *, stage_1: bool = True) -> ConfigDict:
+    """Returns a new config with every field at its default, locked; arguments as in `schema`."""
+    return ConfigDict(_defaults(schema(levels, stage_1=stage_1))).lock()
 
 
 def _defaults(fields: Schema) -> dict[str, Any]:

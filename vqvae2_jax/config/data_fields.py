@@ -16,13 +16,16 @@ DATA = {
     'name': Text(
         True,
         default='fashion',
-        doc='`fashion` (in the package), `folder`, `npz`, or the name of a TensorFlow dataset prepared as array_record',
+        doc='`fashion` (in the package), `folder`, `npz`, `huggingface`, or the name of a TensorFlow dataset prepared '
+        'as array_record',
     ),
     'path': Path(
         default='',
         doc='the folder; the .npz file (`arr_0`, `label`, `class_names`) or a folder of some, which are joined (with '
-        "`splits`, the folder of them); or TFDS's data_dir; all also on a bucket (gs://), copied by every process; "
-        "`''`: TFDS's default",
+        '`splits`, the folder of them); for `huggingface` a folder that `save_to_disk` wrote, or a dataset of the hub, '
+        "OWNER/NAME or OWNER/NAME@REVISION:CONFIG; or TFDS's data_dir, `''`: its default. All but datasets of the hub "
+        'may also be on gs://, s3:// and hf://: images of a folder and records of TFDS are read there one by one, the '
+        'rest is copied by every process',
     ),
     'image_size': Tuple(Int(1, 2**14), (2,), default=(28, 28), doc='(height, width); images are resized and cropped'),
     'channels': Choice((1, 3), default=1, doc='1: gray, 3: RGB'),
@@ -31,7 +34,7 @@ DATA = {
         Text(True),
         (0, 3),
         default=(),
-        doc='names of (train, validation, test): subfolders, .npz files or TFDS splits such as `train[:95%]`; '
+        doc='names of (train, validation, test): subfolders, .npz files or splits of datasets such as `train[:95%]`; '
         '`()`: all images are one set, split at random',
     ),
     'held_out': Tuple(
@@ -64,6 +67,14 @@ DATA = {
         2**60,
         default=0,
         doc='limit of the arrays of compressed .npz files, which are held in memory; 0: half of the free memory',
+    ),
+    'cache_bytes': Int(
+        0,
+        2**60,
+        default=2**32,
+        doc='disk space of each process for remote data: images of a folder are kept up to this; ArrayRecord files of '
+        'TFDS and of codes that are not larger together are copied before use, so that small records need no request '
+        'each; at most half of the free space',
     ),
     'workers': Int(0, 1024, default=0, doc='processes that read images; 0: threads'),
 }

@@ -13,7 +13,12 @@ from ml_collections import ConfigDict
 
 from vqvae2_jax.config import base, build
 from vqvae2_jax.config.fields import ConfigError, show
-from vqvae2_jax.models.vqvae import map_shapes
+
+# Fields of sections that a config without stage 1 has too, which need images or their decoder.
+_OF_IMAGES = (
+    *('codes.flip', 'likelihood.path'),
+    *(f'evaluate.{name}' for name in ('references', 'inception', 'cas', 'real', 'generated')),
+)
 
 
 def validate_config(config: ConfigDict) -> None:
@@ -27,23 +32,21 @@ def validate_config(config: ConfigDict) -> None:
     """
     if not isinstance(config, ConfigDict):
         raise ConfigError(f'the config is {show(config)}; it must be an ml_collections.ConfigDict')
-    fields = base.schema()
+    stage_1 = 'data' in config or 'vqvae' in config
+    fields = base.schema(stage_1=stage_1)
     check_names('config', config, fields)
-    for section in ('data', 'vqvae'):  # they decide which levels there are
+    for section in ('data', 'vqvae', 'codes') if stage_1 else ('codes',):  # they decide which levels there are
         _check_section(section, config[section], fields[section])
-    spec = build.image_spec(config)
-    try:
-        shapes = map_shapes(spec.image_size, config.vqvae.downsample_factors)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    levels = base.level_names(config.vqvae.downsample_factors)
-    _check_levels(config, levels)
-    _check_section('', config, base.schema(levels))
-    _check_priors(config, dict(zip(levels, shapes, strict=True)))
-    _check_training(config, levels)
-    _check_sampling(config, levels)
-    _check_evaluation(config)
-    _check_networks(config)
+    spec = _code_spec(config)
+    _check_levels(config, spec.levels)
+    _check_section('', config, base.schema(spec.levels, stage_1=stage_1))
+    if not stage_1:
+        _check_without_images(config)
+    _check_priors(config, spec)
+    _check_training(config)
+    _check_sampling(config, spec)
+    _check_evaluation(config, spec)
+    _check_networks(config, spec)
 
 
 def check_batch_sizes(config: ConfigDict, mesh_shape: tuple[int, int], sections: Iterable[str]) -> None:
@@ -131,22 +134,65 @@ def _check_section(path, section, fields):
                 section[name] = checked
 
 
+def _code_spec(config):
+    """Checks that codes come from stage 1 or from codes.path; returns their description."""
+    path = config.codes.path
+    if not build.has_stage_1(config):
+        if not path:
+            raise ConfigError(
+                "codes.path is ''; a config without the sections data and vqvae needs the directory of its codes: "
+                'start it from base.get_config(codes=...)'
+            )
+        return build.code_spec(config)
+    if path:
+        raise ConfigError(
+            f'codes.path is {show(path)}, but this config has the sections data and vqvae, which it replaces: start '
+            'the config from base.get_config(codes=...)'
+        )
+    build.image_spec(config)
+    try:
+        return build.code_spec(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _check_levels(config, levels):
     if isinstance(config.prior, ConfigDict) and set(config.prior) != set(levels):
+        if build.has_stage_1(config):
+            field, start = f'vqvae.downsample_factors={config.vqvae.downsample_factors} makes', levels
+        else:
+            field, start = f'codes.path={config.codes.path!r} has', 'codes=...'
         raise ConfigError(
-            f'prior has the levels {sorted(map(str, config.prior))}, but vqvae.downsample_factors='
-            f'{config.vqvae.downsample_factors} makes {sorted(levels)}: start the config from base.get_config({levels})'
+            f'prior has the levels {sorted(map(str, config.prior))}, but {field} {sorted(levels)}: start the config '
+            f'from base.get_config({start})'
         )
 
 
-def _check_priors(config, shapes):
-    classes = config.data.num_classes
-    for name, (height, width) in shapes.items():
-        path, prior = f'prior.{name}', config.prior[name]
-        if prior.label_dropout and not classes:
+def _check_without_images(config):
+    """Checks that fields that need images have their defaults, in a config without stage 1."""
+    fields = base.schema(stage_1=False)
+    for path in _OF_IMAGES:
+        section, name = path.split('.')
+        value, default = config[section][name], fields[section][name].default
+        if value != default:
             raise ConfigError(
-                f'{path}.label_dropout is {prior.label_dropout}, but data.num_classes={classes}; without classes it '
-                'must be 0'
+                f'{path} is {show(value)}; it must be {default!r}, because codes.path={config.codes.path!r} has no '
+                'images, and no decoder that makes some'
+            )
+
+
+def _classes_field(config, spec):
+    """Returns the number of classes and where it is given, for messages."""
+    return f'{"data." if build.has_stage_1(config) else "codes.path has "}num_classes={spec.num_classes}'
+
+
+def _check_priors(config, spec):
+    for name, (height, width) in zip(spec.levels, spec.shapes, strict=True):
+        path, prior = f'prior.{name}', config.prior[name]
+        if prior.label_dropout and not spec.num_classes:
+            raise ConfigError(
+                f'{path}.label_dropout is {prior.label_dropout}, but {_classes_field(config, spec)}; without classes '
+                'it must be 0'
             )
         if height * width >= 2**24:
             raise ConfigError(
@@ -155,22 +201,24 @@ def _check_priors(config, shapes):
             )
 
 
-def _check_training(config, levels):
-    for section in ('vqvae', *(f'prior.{name}' for name in levels), 'classifier'):
+def _check_training(config):
+    for section in (*(f'prior.{name}' for name in config.prior), 'classifier'):
         build.train_config(config, section)
-    if (steps := config.vqvae.training.grad_accum_steps) > 1:
+    if not build.has_stage_1(config):
+        return
+    if (steps := build.train_config(config, 'vqvae').grad_accum_steps) > 1:
         raise ConfigError(
             f'vqvae.training.grad_accum_steps is {steps}; it must be 1, because the codebook learns from the sums over '
             'a whole batch'
         )
 
 
-def _check_sampling(config, levels):
-    sample, classes = config.sample, config.data.num_classes
+def _check_sampling(config, spec):
+    sample, classes = config.sample, spec.num_classes
     if wrong := [label for label in sample.labels if _is_no_class(label, classes)]:
         there = f'has labels 0 to {classes - 1}' if classes else 'means that there are no labels'
-        raise ConfigError(f'sample.labels holds {show(wrong)}, but data.num_classes={classes} {there}')
-    for name in levels:
+        raise ConfigError(f'sample.labels holds {show(wrong)}, but {_classes_field(config, spec)} {there}')
+    for name in spec.levels:
         guidance, prior = sample.guidance[name], f'prior.{name}'
         if guidance != 1 and not config[prior].label_dropout:
             raise ConfigError(
@@ -185,8 +233,8 @@ def _is_no_class(label, classes):
     return not classes if isinstance(label, str) else label >= classes
 
 
-def _check_evaluation(config):
-    evaluate, label, classes = config.evaluate, config.inpaint.label, config.data.num_classes
+def _check_evaluation(config, spec):
+    evaluate, label, classes = config.evaluate, config.inpaint.label, spec.num_classes
     if bool(evaluate.real) != bool(evaluate.generated):
         raise ConfigError(
             f'evaluate.real is {evaluate.real!r} and evaluate.generated {evaluate.generated!r}: give both sets, or '
@@ -198,14 +246,18 @@ def _check_evaluation(config):
             "weights, or 'fetch'"
         )
     if isinstance(label, str) and not classes:
-        raise ConfigError(f'inpaint.label is {show(label)}, but data.num_classes=0 means that there are no labels')
+        raise ConfigError(
+            f'inpaint.label is {show(label)}, but {_classes_field(config, spec)} means that there are no labels'
+        )
     if classes and _is_no_class(label, classes):
-        raise ConfigError(f'inpaint.label is {label}; with data.num_classes={classes} it must be at most {classes - 1}')
+        raise ConfigError(
+            f'inpaint.label is {label}; with {_classes_field(config, spec)} it must be at most {classes - 1}'
+        )
 
 
-def _check_networks(config):
+def _check_networks(config, spec):
     """Traces every module with shapes alone, so that sizes that do not fit show now and not hours later."""
-    for section, (model, inputs) in build.networks(config).items():
+    for section, (model, inputs) in build.networks(config, spec=spec).items():
         try:
             jax.eval_shape(model.init, *inputs)
         except ValueError as error:  # modules raise it for relations between fields, with the field as first word

@@ -18,7 +18,7 @@ from PIL import Image
 
 from vqvae2_jax.data.decode import to_channels
 from vqvae2_jax.data.outputs import IMAGE_JOBS, job_of
-from vqvae2_jax.io import gcs, npz
+from vqvae2_jax.io import npz, remote
 from vqvae2_jax.io.record import JobError
 
 _opened: dict[tuple, np.ndarray] = {}
@@ -63,7 +63,7 @@ def list_arrays(path: str, field: str, pattern: bool = False) -> list[str]:
         if not names:
             raise ValueError(f'{field}: the folder {path!r} holds no .npz files.')
         return sorted(os.path.join(path, name) for name in names)
-    paths = gcs.expand(path) if pattern else [path] if os.path.exists(path) else []
+    paths = remote.expand(path) if pattern else [path] if os.path.exists(path) else []
     if not paths:
         hint = (
             ': give a folder to join its .npz files, since this field takes no pattern'

@@ -1,4 +1,6 @@
-"""Labeled 8-bit images of one size, from the embedded Fashion-MNIST, a folder, an .npz file, or a TensorFlow Dataset.
+"""Labeled 8-bit images of one size: embedded, from a folder or .npz files, or from prepared datasets.
+
+The embedded images are those of Fashion-MNIST. Prepared datasets are those of Hugging Face and TensorFlow Datasets.
 
 `open_images` opens one split as a random-access source. Sources hold names and indices, not pixels, so they pickle
 cheaply into grain's worker processes. Pixels are decoded and resized on access.
@@ -14,7 +16,7 @@ import functools
 import hashlib
 import operator
 import os
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from PIL import Image
@@ -22,11 +24,14 @@ from PIL import Image
 from vqvae2_jax.data.arrays import ArraysDataset, is_arrays
 from vqvae2_jax.data.decode import MAX_PIXELS, UnreadableImage, resize_and_crop
 from vqvae2_jax.data.fashion import FashionDataset
-from vqvae2_jax.data.folder import FilesDataset, Listing, find_images, open_folder
+from vqvae2_jax.data.folder import FilesDataset, Folder, find_images, open_folder
+from vqvae2_jax.data.huggingface import HuggingFaceDataset
+from vqvae2_jax.data.listing import Listing, LocalFolder
+from vqvae2_jax.data.outputs import IMAGE_JOBS
+from vqvae2_jax.data.remote_folder import open_remote_folder
+from vqvae2_jax.data.splits import SPLITS, random_split
 from vqvae2_jax.data.tfds_records import TfdsDataset
-from vqvae2_jax.io import gcs, names
-
-SPLITS = ('train', 'validation', 'test')
+from vqvae2_jax.io import names, remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +39,15 @@ class ImageSpec:
     """The images and their form; the fields of config.data, whose types and defaults are in config/base.py.
 
     Attributes:
-      name: 'fashion', 'folder', 'npz' or a TFDS name.
-      path: the folder, the .npz file or a folder of some (with splits: their folder), or the TFDS data_dir ('': TFDS's
-        default).
+      name: 'fashion', 'folder', 'npz', 'huggingface' or a TFDS name.
+      path: the folder, the .npz file or a folder of some (with splits: their folder), the dataset of Hugging Face (see
+        `huggingface.HuggingFaceDataset`), or the TFDS data_dir ('': TFDS's default).
       image_size: (height, width).
       channels: 1 or 3.
       num_classes: 0 is unlabeled: every label is 0 and there are no class names.
-      splits: () splits one set of images at random by held_out (TFDS: the set is 'train'); otherwise the names of
-        (train, validation, test): subfolders, .npz files, or TFDS split strings such as 'train[:95%]'. The same name
-        may serve twice.
+      splits: () splits one set of images at random by held_out (of datasets 'train'); otherwise the names of
+        (train, validation, test): subfolders, .npz files, or split strings of datasets such as 'train[:95%]'. The same
+        name may serve twice.
       held_out: fractions of the set for (validation, test).
       split_seed: seed of that split, and of the order of every split.
       flip: training only: mirror half of the images.
@@ -51,6 +56,7 @@ class ImageSpec:
       max_pixels: a stored image with more pixels counts as one that cannot be decoded.
       check_all: see `inspection.inspect`.
       max_bytes: limit of the arrays of compressed .npz files, which are held in memory; 0: half of the free memory.
+      cache_bytes: limit of the remote images that the local disk of a process keeps.
       workers: grain worker processes.
 
     Raises:
@@ -71,14 +77,18 @@ class ImageSpec:
     max_pixels: int
     check_all: bool
     max_bytes: int
+    cache_bytes: int
     workers: int
 
     def __post_init__(self):
-        needed, built_in = self.name in ('folder', 'npz'), self.name == 'fashion'
-        self._require('path', self.path or not needed, f'the path of the images, as data.name is {self.name!r}')
+        built_in = self.name == 'fashion'
         self._require('path', not self.path or not built_in, "'', as data.name='fashion' is built in")
         is_text = self.path == self.path.encode(errors='ignore').decode()
-        self._require('path', is_text or needed, 'in UTF-8, as prepared datasets are read by libraries that need it')
+        self._require(
+            'path',
+            is_text or self.name in ('folder', 'npz'),
+            'in UTF-8, as prepared datasets are read by libraries that need it',
+        )
         self._require('splits', not self.splits or not built_in, "() for data.name='fashion'")
         self._require('held_out', sum(self.held_out) < 1, 'two fractions (validation, test) with a sum below 1')
 
@@ -129,7 +139,10 @@ class ImageSource:
       channels: C.
       on_error: 'raise' or 'skip', for the loader; source[i] itself always raises UnreadableImage.
       require_equal_size: refuse images of another size than image_size instead of resizing and cropping them.
+      with_mirrored: the mirrored images follow, in the same order: source[N + i] is source[i], mirrored.
     """
+
+    kind: ClassVar[str] = 'images'  # names the examples
 
     dataset: Dataset
     indices: np.ndarray
@@ -137,6 +150,7 @@ class ImageSource:
     channels: int
     on_error: str = 'raise'
     require_equal_size: bool = False
+    with_mirrored: bool = False
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -149,20 +163,25 @@ class ImageSource:
         known = self.class_names and self.dataset.labels is not None
         return self.dataset.labels[self.indices] if known else None
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading an example waits for a network."""
+        return getattr(self.dataset, 'is_remote', False)
+
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 (64 hex digits) of the fingerprint of this split; no pixel is read for it."""
         return hashlib.sha256(self.dataset.fingerprint(self.indices)).hexdigest()
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.indices) * (1 + self.with_mirrored)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return self.read(index)
 
     def example_name(self, index: int) -> str:
         """Returns the path or name of example `index`."""
-        return self.dataset.example_name(int(self.indices[index]))
+        return self.dataset.example_name(int(self.indices[index % len(self.indices)]))
 
     def read(self, index: int, zoom: float = 1.0, offset: tuple[float, float] = (0.5, 0.5)) -> dict[str, np.ndarray]:
         """Reads source[index], cropped at `offset` from `zoom` times the size (see `decode.resize_and_crop`).
@@ -175,15 +194,16 @@ class ImageSource:
         index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(f'example {index} of a split of {len(self)}')
-        image, label = self.dataset.read(int(self.indices[index]), self.channels)
+        image, label = self.dataset.read(int(self.indices[index % len(self.indices)]), self.channels)
         if self.require_equal_size and (image.height, image.width) != tuple(self.image_size):
             raise ValueError(
                 f'{names.printable(self.example_name(index))} has {image.height}x{image.width} pixels, but '
                 f'the first image has {self.image_size[0]}x{self.image_size[1]}: '
                 'all images of a set must have one size'
             )
+        pixels = resize_and_crop(image, self.image_size, zoom, offset)
         return {
-            'image': resize_and_crop(image, self.image_size, zoom, offset),
+            'image': pixels[:, ::-1] if index >= len(self.indices) else pixels,
             'label': np.int32(label),
             'index': np.int64(index),
         }
@@ -199,12 +219,14 @@ def open_images(spec: ImageSpec, split: str, opened: dict | None = None) -> Imag
         for each of them. None: the dataset is opened again.
 
     Raises:
-      ValueError: an unknown or empty split, or data that does not fit the spec; the message names the field.
+      ValueError: an unknown or empty split, no path, or data that does not fit the spec; the message names the field.
       FileNotFoundError: a folder or prepared dataset that is not there.
       ImportError: a TFDS name without tensorflow_datasets.
     """
     if split not in SPLITS:
         raise ValueError(f'split={split!r}: there are {", ".join(SPLITS)}.')
+    if not spec.path and spec.name in ('folder', 'npz', 'huggingface'):  # jobs that read no images do without
+        raise ValueError(f"data.path is ''; it must be the path of the images, as data.name is {spec.name!r}")
     named = spec.splits[SPLITS.index(split)] if spec.splits else None
     opened, key = {} if opened is None else opened, ('dataset', spec, named)
     if key not in opened:
@@ -229,16 +251,20 @@ def _open_named(spec: ImageSpec, named: str | None) -> Dataset:
     if spec.name == 'fashion':
         dataset = FashionDataset(spec.num_classes)
     elif spec.name == 'folder':
-        options = {'on_error': spec.on_error, 'max_pixels': spec.max_pixels}
-        options['shown'] = spec.path if gcs.is_remote(spec.path) else None
         train = spec.splits[0] if named else None
-        dataset = open_folder(_local(spec.path), spec.num_classes, named, train, **options)
+        options = {'on_error': spec.on_error, 'max_pixels': spec.max_pixels}
+        folder = _open_folder(spec.path, spec.cache_bytes)
+        dataset = open_folder(folder, spec.num_classes, named, train, **options)
     elif spec.name == 'npz':
         path = _local(spec.path)
         path = os.path.join(path, named) if named else path
         dataset = ArraysDataset(path, spec.num_classes, max_bytes=spec.max_bytes)
+    elif spec.name == 'huggingface':
+        path = spec.path if spec.path.startswith('hf://') else _local(spec.path)
+        dataset = HuggingFaceDataset(path, named, spec.num_classes, spec.max_pixels)
     else:
-        dataset = TfdsDataset(spec.name, spec.path, named, spec.num_classes, spec.max_pixels)
+        _check(spec.path, 'data.path')
+        dataset = TfdsDataset(spec.name, spec.path, named, spec.num_classes, spec.max_pixels, spec.cache_bytes)
     _check_names(dataset.class_names)
     return dataset
 
@@ -264,11 +290,18 @@ def open_all(path: str, spec: ImageSpec, field: str) -> ImageSource:
       ValueError: there are no images.
       FileNotFoundError: there is no such file or folder.
     """
-    dataset = _open_dataset(path, field, spec.on_error, spec.max_pixels, spec.max_bytes)
+    dataset = _open_dataset(path, field, spec.on_error, spec.max_pixels, spec.max_bytes, spec.cache_bytes)
     return ImageSource(dataset, np.arange(len(dataset)), tuple(spec.image_size), spec.channels, spec.on_error)
 
 
-def _open_dataset(path, field, on_error, max_pixels, max_bytes, pattern=False):
+def _open_dataset(path, field, on_error, max_pixels, max_bytes, cache_bytes, pattern=False):
+    if remote.is_remote(path) and not path.endswith(('.npz', '.npy')):
+        folder, name = _list_remote(path, cache_bytes, field)
+        if name:
+            return FilesDataset(folder, Listing([name]), max_pixels)
+        found = folder.find_output(())
+        if not found or found[1] not in IMAGE_JOBS:
+            return FilesDataset(folder, find_images(folder, field, on_error), max_pixels)
     shown, path = path, _local(path, field, pattern)
     if is_arrays(path):
         if os.path.isdir(path):
@@ -277,12 +310,18 @@ def _open_dataset(path, field, on_error, max_pixels, max_bytes, pattern=False):
     if not os.path.exists(path):
         raise FileNotFoundError(f'{field}: there is no file or folder {path!r}.')
     if os.path.isdir(path):
-        return FilesDataset(path, find_images(path, field, shown, on_error), max_pixels)
-    return FilesDataset(os.path.dirname(path) or '.', Listing([os.path.basename(path)]), max_pixels)
+        folder = LocalFolder(path)
+        return FilesDataset(folder, find_images(folder, field, on_error), max_pixels)
+    return FilesDataset(LocalFolder(os.path.dirname(path) or '.'), Listing([os.path.basename(path)]), max_pixels)
 
 
 def open_native_size(
-    path: str, field: str, on_error: str = 'raise', max_pixels: int = MAX_PIXELS, max_bytes: int = 0
+    path: str,
+    field: str,
+    on_error: str = 'raise',
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = 0,
+    cache_bytes: int = 0,
 ) -> ImageSource:
     """Opens all images of a folder or of .npz files, in RGB and at their own size, in a fixed random order.
 
@@ -295,12 +334,13 @@ def open_native_size(
       on_error: as in `ImageSource`.
       max_pixels: as in `ImageSpec`.
       max_bytes: as in `ImageSpec`.
+      cache_bytes: as in `ImageSpec`.
 
     Raises:
       ValueError: there are no images; the first one cannot be read, with 'skip' none.
       FileNotFoundError: there is no such file or folder.
     """
-    dataset = _open_dataset(path, field, on_error, max_pixels, max_bytes, pattern=True)
+    dataset = _open_dataset(path, field, on_error, max_pixels, max_bytes, cache_bytes, pattern=True)
     for index in range(len(dataset)):
         try:
             first, _ = dataset.read(index, 3)
@@ -312,57 +352,35 @@ def open_native_size(
     return ImageSource(dataset, order, (first.height, first.width), 3, on_error, require_equal_size=True)
 
 
-@functools.cache
-def _local(path, field='data.path', pattern=False):
+def _open_folder(path, cache_bytes, field='data.path') -> Folder:
+    if not remote.is_remote(path):
+        _check(path, field)
+        return LocalFolder(os.path.normpath(path))
+    folder, name = _list_remote(path, cache_bytes, field)
+    if name:
+        raise FileNotFoundError(f'{field}: {path!r} is a file, not a folder.')
+    return folder
+
+
+def _list_remote(path, cache_bytes, field):
+    _check(path, field)
     try:
-        gcs.check(path)
-        return gcs.local_copy(path, pattern=pattern)
-    except (FileNotFoundError, ValueError) as error:
+        return open_remote_folder(path, cache_bytes)
+    except OSError as error:
         raise FileNotFoundError(f'{field}: {error}') from error
 
 
-def random_split(
-    count: int,
-    held_out: tuple[float, float],
-    seed: int,
-    stratify_by: np.ndarray | None = None,
-    labels: np.ndarray | None = None,
-) -> dict[str, np.ndarray]:
-    """Splits range(count) at random. Every prefix of a split is a random sample too, without what `labels` moved.
-
-    Args:
-      count: number of images.
-      held_out: shares for (validation, test); a share above 0 gets at least one example of each stratum, unless it
-        is the only one of its class.
-      seed: seed of the random order.
-      stratify_by: int [count]; the images of each value are split in the same shares. None: all together.
-      labels: int [count]; if a class has no training image, one of another split becomes the last training image.
-        None: there are no classes.
-
-    Returns:
-      {'train', 'validation', 'test'}: int64 indices, disjoint.
-    """
-    # RandomState, as NumPy promises that its stream will never change: neither will a split.
-    generator = np.random.RandomState(seed)
-    order = generator.permutation(count)
-    groups = (
-        [order] if stratify_by is None else [order[stratify_by[order] == value] for value in np.unique(stratify_by)]
-    )
-    splits = {split: [] for split in SPLITS}
-    for group in groups:
-        sizes = [max(1, round(share * len(group))) if share else 0 for share in held_out]
-        validation, test, train = np.split(group, np.cumsum(sizes))
-        for split, part in zip(SPLITS, (train, validation, test), strict=True):
-            splits[split].append(part)
-    splits = {split: generator.permutation(np.concatenate(parts)) for split, parts in splits.items()}
-    return splits if labels is None else _with_all_classes_in_train(splits, labels)
+@functools.cache
+def _local(path, field='data.path', pattern=False):
+    _check(path, field)
+    try:
+        return remote.local_copy(path, pattern=pattern)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f'{field}: {error}') from error
 
 
-def _with_all_classes_in_train(splits, labels):
-    """Moves one image of every class that has none in 'train' there, from 'validation' or else from 'test'."""
-    for label in np.setdiff1d(labels, labels[splits['train']]):
-        origin = 'validation' if label in labels[splits['validation']] else 'test'
-        position = np.flatnonzero(labels[splits[origin]] == label)[-1]
-        splits['train'] = np.append(splits['train'], splits[origin][position])
-        splits[origin] = np.delete(splits[origin], position)
-    return splits
+def _check(path, field):
+    try:
+        remote.check(path)
+    except ValueError as error:
+        raise FileNotFoundError(f'{field}: {error}') from error

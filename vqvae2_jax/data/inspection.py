@@ -123,7 +123,7 @@ def _ignored(sources) -> list[dict[str, Any]]:
     """Returns what the listings of folders left out; splits of one folder share a listing."""
     datasets = {id(source.dataset): source.dataset for source in sources.values()}.values()
     folders = [dataset for dataset in datasets if isinstance(dataset, FilesDataset)]
-    return [{'folder': dataset.shown or dataset.root, 'notes': dataset.listing.notes()} for dataset in folders]
+    return [{'folder': dataset.folder.path, 'notes': dataset.listing.notes()} for dataset in folders]
 
 
 def _classes(sources, decoded) -> list[dict[str, Any]]:

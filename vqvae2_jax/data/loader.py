@@ -8,6 +8,7 @@ Unreadable examples (source.on_error == 'skip') do not shift this. Each is repla
 sees that example once more, evaluation masks it out.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import gc
@@ -27,6 +28,7 @@ from vqvae2_jax.io import names
 from vqvae2_jax.io.record import JobError
 
 _READ_THREADS = 4  # Decoding releases the GIL, so a few threads help even without worker processes.
+_REMOTE_THREADS = 32  # of a process, for examples that wait for a network
 _WORKER_BUFFER = 2  # Chunks that each worker process holds ready, or more if one batch has more chunks.
 _CHUNK_BYTES = 2**26  # Batches are read in chunks of at most this size, since workers hold them in shared memory.
 
@@ -46,7 +48,8 @@ def train_batches(
 
     Args:
       source: has __len__, and __getitem__ that returns a dict of arrays or scalars of fixed shapes and dtypes. It may
-        raise `decode.UnreadableImage`; if its attribute `on_error` is 'skip', the next example is read instead.
+        raise `decode.UnreadableImage`; if its attribute `on_error` is 'skip', the next example is read instead. If its
+        attribute `is_remote` is True, many examples are read at once.
       batch_size: the global batch size.
       seed: seed of shuffling and augmentation.
       flip: mirror half of the images.
@@ -66,7 +69,7 @@ def train_batches(
     examples = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     # Augmentation depends on the position in the endless sequence, so it differs between epochs.
     examples = examples.random_map(reader.augmented) if flip or crop else examples.map(reader.plain)
-    return BatchIterator(examples, batch_size, rows, workers)
+    return BatchIterator(examples, batch_size, rows, workers, reader.is_remote)
 
 
 def eval_batches(
@@ -102,7 +105,8 @@ def eval_batches(
     stop = len(source) if stop is None else stop
     if not 0 <= start <= stop <= len(source):
         raise ValueError(f'start={start}, stop={stop}: not a range within the {len(source)} examples of the source.')
-    return BatchIterator(grain.MapDataset.range(start, stop).map(reader.with_mask), batch_size, rows, workers)
+    examples = grain.MapDataset.range(start, stop).map(reader.with_mask)
+    return BatchIterator(examples, batch_size, rows, workers, reader.is_remote)
 
 
 def read_next(batches: 'BatchIterator', received_signal: Callable[[], int]) -> dict[str, np.ndarray]:
@@ -149,7 +153,14 @@ class BatchIterator(grain.DatasetIterator):
     Reading starts with the first batch, or with start_prefetch().
     """
 
-    def __init__(self, examples: grain.MapDataset, batch_size: int, rows: Sequence[int], workers: int = 0):
+    def __init__(
+        self,
+        examples: grain.MapDataset,
+        batch_size: int,
+        rows: Sequence[int],
+        workers: int = 0,
+        is_remote: bool = False,
+    ):
         """Batch k has examples[k * batch_size + row] for every row of `rows`; see `_Chunks`.
 
         Args:
@@ -157,16 +168,17 @@ class BatchIterator(grain.DatasetIterator):
           batch_size: the global batch size.
           rows: indices of the rows of the global batch to read, int [n], ascending.
           workers: number of worker processes; 0 reads in threads.
+          is_remote: whether reading an example waits for a network: then many are read at once.
         """
         super().__init__()
         self._examples, self._batch_size, self._rows = examples, batch_size, rows
-        self._workers = workers
+        self._workers, self._is_remote = workers, is_remote
         self._next_batch = 0
         self._reading = None
 
     @functools.cached_property
     def _chunks(self) -> '_Chunks':
-        return _Chunks(self._examples, self._batch_size, self._rows)
+        return _Chunks(self._examples, self._batch_size, self._rows, self._is_remote)
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._next_batch * self._batch_size >= len(self._examples):
@@ -260,7 +272,7 @@ class _Reader:
             raise ValueError(f'the source {source} has no examples.')
         if (flip or crop) and not hasattr(source, 'read'):
             raise ValueError(f'flip={flip}, crop={crop}: {type(source).__name__} has no images to augment.')
-        self._source = source
+        self._source, self.is_remote = source, getattr(source, 'is_remote', False)
         self._skip = getattr(source, 'on_error', 'raise') == 'skip'
         self._skip_log = skip_log
         self._flip = flip
@@ -322,8 +334,8 @@ class _Chunks:
     the last batch; 'mask' is False there.
     """
 
-    def __init__(self, examples: grain.MapDataset, batch_size: int, rows: Sequence[int]):
-        self._examples, self._batch_size = examples, batch_size
+    def __init__(self, examples: grain.MapDataset, batch_size: int, rows: Sequence[int], is_remote: bool):
+        self._examples, self._batch_size, self._is_remote = examples, batch_size, is_remote
         example_bytes = sum(np.asarray(value).nbytes for value in examples[0].values())
         self.per_batch = -(-len(rows) // max(_CHUNK_BYTES // example_bytes, 1))
         self._rows = np.array_split(rows, self.per_batch)
@@ -337,11 +349,19 @@ class _Chunks:
         wanted = batch * self._batch_size + self._rows[chunk]
         last = len(self._examples) - 1
         positions = np.minimum(wanted, last).tolist()
-        examples = {position: self._examples[position] for position in dict.fromkeys(positions)}
+        read = _remote_pool().map if self._is_remote else map
+        distinct = list(dict.fromkeys(positions))
+        examples = dict(zip(distinct, read(self._examples.__getitem__, distinct), strict=True))
         arrays = {name: np.stack([examples[p][name] for p in positions]) for name in examples[positions[0]]}
         if 'mask' in arrays:
             arrays['mask'] &= wanted <= last
         return arrays
+
+
+@functools.cache
+def _remote_pool() -> concurrent.futures.ThreadPoolExecutor:
+    """The threads of this process that wait for a network, for all chunks."""
+    return concurrent.futures.ThreadPoolExecutor(_REMOTE_THREADS, 'remote')
 
 
 def _checked_rows(rows: Sequence[int] | None, batch_size: int) -> list[int]:

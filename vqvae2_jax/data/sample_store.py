@@ -4,7 +4,7 @@ Samples and reconstructions are stored in this way. A set is a directory with a 
 hold `count` and whose settings hold `shard_size`, and with files samples-START-STOP.npz of `shard_size` images (the
 last one may hold fewer). N is the number of images of a file:
 
-    arr_0    uint8 [N, H, W, C]
+    arr_0    uint8 [N, H, W, C]; samples of a run without stage 1 have codes only
     label    int32 [N]
     index    int64 [N], the number of the sample; of reconstructions the position in the split of images
     codes_l  int32 [N, h_l, w_l] of level l, 0 is the finest
@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from vqvae2_jax.data.shards import Range
-from vqvae2_jax.io import files, gcs, npz, record
+from vqvae2_jax.io import files, npz, record, remote
 from vqvae2_jax.io.record import Record
 
 _SHARD = re.compile(r'samples-(\d+)-(\d+)\.npz')
@@ -59,7 +59,7 @@ def remove_others(output: Record, ranges: Sequence[Range]) -> None:
 
 def write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes an uncompressed `.npz` file, over an existing one, completely or not at all."""
-    if gcs.is_remote(path):  # np.savez seeks in its file, which a bucket does not allow
+    if remote.is_remote(path):  # np.savez seeks in its file, which a bucket does not allow
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         files.write_bytes(path, buffer.getvalue())
@@ -84,7 +84,7 @@ def local_files(directory: epath.Path) -> str:
     """
     output = read_set(directory)
     output.refuse_damaged(output.find_damaged_together())
-    return gcs.local_copy(directory, output.digest)
+    return remote.local_copy(directory, output.digest)
 
 
 def take(directory: epath.Path, index: np.ndarray) -> dict[str, np.ndarray]:

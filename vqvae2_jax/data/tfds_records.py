@@ -4,16 +4,23 @@ The records are tf.train.Example messages. Only the features 'image' and 'label'
 the same decoder as image files.
 """
 
+import concurrent.futures
 import functools
 import os
+import re
+import tempfile
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
 from vqvae2_jax.data.decode import MAX_PIXELS, UnreadableImage, decode_image
-from vqvae2_jax.io import gcs
+from vqvae2_jax.data.remote_records import RemoteRecords, open_records
+from vqvae2_jax.io import remote
 
 _DEFAULT_SPLIT = 'train'
+_SHARD = re.compile(r'\d{5}-of-\d{5}')  # in the name of a file of records
+_THREADS = 32  # that read labels from a store; they wait most of the time
 _MAX_LABELED = 50_000  # records that are read for their labels alone
 
 
@@ -22,8 +29,8 @@ def _import_tfds():
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise ImportError(
-            "data.name: only 'fashion', 'folder' and 'npz' are built in; other names are TensorFlow Datasets and need "
-            '`pip install tensorflow-datasets`.'
+            "data.name: only 'fashion', 'folder', 'npz' and 'huggingface' are built in; other names are TensorFlow "
+            'Datasets and need `pip install tensorflow-datasets`.'
         ) from error
     return tfds
 
@@ -33,7 +40,15 @@ class TfdsDataset:
 
     stratify_by = None
 
-    def __init__(self, name: str, data_dir: str, split: str | None, num_classes: int, max_pixels: int = MAX_PIXELS):
+    def __init__(
+        self,
+        name: str,
+        data_dir: str,
+        split: str | None,
+        num_classes: int,
+        max_pixels: int = MAX_PIXELS,
+        cache_bytes: int = 0,
+    ):
         """Opens a prepared dataset.
 
         Args:
@@ -42,6 +57,7 @@ class TfdsDataset:
           split: TFDS split string such as 'train[:95%]'; None is all of 'train'.
           num_classes: 0 ignores the labels, every label is 0.
           max_pixels: data.max_pixels, see `decode.decode_image`.
+          cache_bytes: data.cache_bytes, of a remote data_dir: see `remote_records.open_records`.
 
         Raises:
           ImportError: tensorflow_datasets is not installed.
@@ -49,7 +65,10 @@ class TfdsDataset:
           ValueError: no such split, no usable 'image' or 'label' feature, or another number of classes.
         """
         tfds = _import_tfds()
-        builder = _prepared_builder(tfds, name, data_dir)
+        directory = data_dir or os.fspath(tfds.core.constants.DATA_DIR)
+        root = remote.pinned(directory.rstrip('/')) if remote.is_remote(directory) else ''
+        listed = _list_dataset(root, name) if root else []
+        builder = _prepared_builder(tfds, name, _copy_metadata(listed, root) if root else directory, directory)
         features = dict(builder.info.features.items())
         image = features.get('image')
         if not isinstance(image, tfds.features.Image) or image.np_dtype not in ('uint8', 'uint16'):
@@ -60,6 +79,9 @@ class TfdsDataset:
         self.class_names = _class_names(tfds, name, features, num_classes)
         try:
             self._records = builder.as_data_source(split=self.split, file_format='array_record').data_source
+            if root:
+                instructions = builder.info.splits[self.split].file_instructions
+                self._records = _remote_records(instructions, listed, directory, cache_bytes)
         except ValueError as error:
             raise ValueError(
                 f'data.splits: cannot read {self.split!r} of {name!r}, which has {sorted(builder.info.splits)}: {error}'
@@ -67,6 +89,11 @@ class TfdsDataset:
 
     def __len__(self) -> int:
         return len(self._records)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading a record waits for a network."""
+        return isinstance(self._records, RemoteRecords)
 
     def example_name(self, index: int) -> str:
         """Returns the path or name of an image, for messages."""
@@ -82,7 +109,8 @@ class TfdsDataset:
         """The labels, int32 [N], 0 for unreadable records; None if that means to read more than 50,000 records."""
         if len(self) > _MAX_LABELED:
             return None
-        return np.array([self._known_label(index) for index in range(len(self))], np.int32)
+        with concurrent.futures.ThreadPoolExecutor(_THREADS if self.is_remote else 1) as pool:
+            return np.array(list(pool.map(self._known_label, range(len(self)))), np.int32)
 
     def content_length(self, index: int) -> None:
         """Returns None, since the length is known only when the record is read."""
@@ -129,18 +157,51 @@ class TfdsDataset:
             return 0
 
 
-def _prepared_builder(tfds, name: str, data_dir: str):
-    directory = data_dir or tfds.core.constants.DATA_DIR
+def _list_dataset(root: str, name: str) -> list[remote.RemoteFile]:
+    """Lists the files of a dataset in a remote data_dir; [] if there are none."""
+    try:
+        return remote.list_files(f'{root}/{re.split("[:/]", name)[0]}')
+    except FileNotFoundError:
+        return []
+
+
+def _copy_metadata(listed: Sequence[remote.RemoteFile], root: str) -> str:
+    """Copies the files that describe a dataset, all but its records, to a local data_dir; returns that."""
+    described = [file for file in listed if not _SHARD.search(file.path)]
+    return remote.copy_files(described, root, tempfile.mkdtemp(dir=remote.cache_folder()))
+
+
+def _remote_records(instructions, listed, data_dir: str, cache_bytes: int) -> Sequence[bytes]:
+    """Opens the records of a split in a remote data_dir.
+
+    Args:
+      instructions: TFDS's, of all files of the split: filename, skip, take.
+      listed: the files of the dataset.
+      data_dir: the address.
+      cache_bytes: see `open_records`.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+    """
+    by_name = {file.path.rpartition('/')[2]: file for file in listed}
+    parts = [(os.path.basename(each.filename), each.skip, each.skip + each.take) for each in instructions]
+    if missing := [name for name, _, _ in parts if name not in by_name]:
+        raise FileNotFoundError(f'data.path: {data_dir} lacks the file {missing[0]!r} of the dataset')
+    return open_records([(by_name[name], start, stop) for name, start, stop in parts], cache_bytes)
+
+
+def _prepared_builder(tfds, name: str, data_dir: str, directory: str):
+    """Returns the builder of a dataset that is prepared in a local `data_dir`, which messages call `directory`."""
     recipe = (
         f"tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare() "
         'once, where TensorFlow is installed (reading needs none), and set data.path to that data_dir.'
     )
     try:
-        builder = tfds.builder(name, data_dir=data_dir or None)
+        builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.registered.DatasetNotFoundError as error:
         raise FileNotFoundError(
-            f"data.name={name!r} is neither 'fashion' nor 'folder' nor 'npz' nor a TensorFlow Dataset: no such name is "
-            f'known to TFDS or prepared under data.path={directory!r}.'
+            f"data.name={name!r} is neither 'fashion' nor 'folder' nor 'npz' nor 'huggingface' nor a TensorFlow "
+            f'Dataset: no such name is known to TFDS or prepared under data.path={directory!r}.'
         ) from error
     if not builder.info.splits:
         raise FileNotFoundError(f'data.name={name!r} is not prepared under data.path={directory!r}. Run {recipe}')
@@ -150,8 +211,6 @@ def _prepared_builder(tfds, name: str, data_dir: str):
             f'data.name={name!r} under data.path={directory!r} is prepared as {", ".join(sorted(formats))}, which has '
             f'no random access; needed is array_record. For another data_dir, run {recipe}'
         )
-    if gcs.is_remote(directory):
-        return tfds.builder_from_directory(gcs.local_copy(os.fspath(builder.data_path)))
     return builder
 
 

@@ -22,12 +22,17 @@ def exit_together(received_signal: Callable[[], int]) -> None:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], int]]:
+def stop_signals(
+    message: str = 'saving before the exit; the same command continues',
+) -> Iterator[Callable[[], int]]:
     """Within the context, SIGINT, SIGTERM and SIGHUP only set a flag; a SIGHUP that is ignored (nohup) stays ignored.
 
     The end of the context raises `Interrupted` on all processes if a signal came to any of them, even one that came too
     late for the loop to see. All processes enter and leave the context together. The same signal, sent again, acts as
     usual, for users who do not want to wait.
+
+    Args:
+      message: printed to standard error when the signal comes.
 
     Yields:
       A function that returns the signal received, or 0.
@@ -41,7 +46,7 @@ def stop_signals() -> Iterator[Callable[[], int]]:
         signal.signal(number, previous[number])
         with contextlib.suppress(OSError):  # the terminal may be gone
             # Not print: a signal may interrupt a print, which cannot be entered twice.
-            os.write(2, f'{signal.Signals(number).name}: saving before the exit; the same command continues\n'.encode())
+            os.write(2, f'{signal.Signals(number).name}: {message}\n'.encode())
 
     for number in STOP_SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:

@@ -113,9 +113,30 @@ def constrain_sharded(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _fsdp_spec(x.shape, count)), tree)
 
 
+def refuse_explicit_axes(tree: Any) -> None:
+    """Raises ValueError inside a mesh with Explicit axes, or for arrays on one: codebooks cannot be indexed there."""
+    meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree)]
+    for mesh in [jax.sharding.get_abstract_mesh(), *meshes]:
+        if AxisType.Explicit in mesh.axis_types:
+            raise ValueError(
+                f'the mesh {mesh.axis_names} has Explicit axes, the default of jax.make_mesh, in which codebooks and '
+                'embeddings cannot be indexed: make it with '
+                f'axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}'
+            )
+
+
 def constrain_replicated(tree: Any) -> Any:
-    """Inside `jax.jit`: all-gathers arrays, so that every device holds a full copy while they are in use."""
+    """Inside `jax.jit`: all-gathers arrays, so that every device holds a full copy while they are in use.
+
+    Outside of a mesh of `make_mesh` the arrays stay as they are.
+    """
+    if not _in_own_mesh():
+        return tree
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
+
+
+def _in_own_mesh():
+    return jax.sharding.get_abstract_mesh().axis_names == (DATA, FSDP)
 
 
 def batch_axes(batch_size: int) -> tuple[str, ...]:
@@ -127,7 +148,12 @@ def batch_axes(batch_size: int) -> tuple[str, ...]:
 
 
 def constrain_batch(tree: Any) -> Any:
-    """Inside `jax.jit`: keeps arrays [B, ...] sharded along the batch, as `batch_sharding` says."""
+    """Inside `jax.jit`: keeps arrays [B, ...] sharded along the batch, as `batch_sharding` says.
+
+    Outside of a mesh of `make_mesh` the arrays stay as they are.
+    """
+    if not _in_own_mesh():
+        return tree
 
     def constrain(x):
         axes = batch_axes(x.shape[0])

@@ -8,7 +8,7 @@ import numpy as np
 
 from vqvae2_jax.evaluation.features import INCEPTION, MAX_STORED_FEATURES, FeatureExtractor, FeatureStats
 from vqvae2_jax.io.progress import track
-from vqvae2_jax.metrics.frechet import frechet_distance
+from vqvae2_jax.metrics.frechet import Moments, frechet_distance
 from vqvae2_jax.metrics.inception_score import SPLITS, inception_score
 from vqvae2_jax.metrics.kernel import SUBSET_SIZE, SUBSETS, kernel_distance
 from vqvae2_jax.metrics.manifold import NEIGHBORS, precision_recall
@@ -101,9 +101,38 @@ def generative_metrics(
     return metrics
 
 
-def metrics_or_reason(network_name: str, real: FeatureStats, generated: FeatureStats, name: str) -> dict[str, Any]:
-    """Returns `generative_metrics`, or {'missing': the reason} if there are none, which keeps the rest of a report."""
+def distance_to_statistics(network_name: str, real: Moments, generated: FeatureStats) -> dict[str, Any]:
+    """Computes the Fréchet distance to published statistics of an unknown number of images.
+
+    Args:
+      network_name: as in `generative_metrics`.
+      real: the statistics.
+      generated: features of the generated images.
+
+    Returns:
+      {'count_real': None, 'count': number of images, 'fid' (of a classifier 'frechet_distance'), 'warning': text, if
+      there are few images}.
+
+    Raises:
+      ValueError: as `frechet_distance`.
+    """
+    metrics = {'count_real': None, 'count': len(generated)}
+    metrics[_NAMES[network_name]['frechet']] = frechet_distance(real, generated.moments)
+    if len(generated) < MIN_FID_IMAGES:
+        metrics['warning'] = f'{len(generated)} generated images: {_few_images(metrics)}'
+    return metrics
+
+
+def metrics_or_reason(
+    network_name: str, real: FeatureStats | Moments, generated: FeatureStats, name: str
+) -> dict[str, Any]:
+    """Returns `generative_metrics`, or against moments `distance_to_statistics`.
+
+    If there are no metrics it is {'missing': the reason}, so that the rest of a report is kept.
+    """
     try:
+        if isinstance(real, Moments):
+            return distance_to_statistics(network_name, real, generated)
         return generative_metrics(network_name, real, generated, name)
     except ValueError as error:
         return {'missing': str(error)}

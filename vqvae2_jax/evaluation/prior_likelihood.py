@@ -15,9 +15,9 @@ def likelihood_report(
     nll_train: Sequence[float],
     codes: Sequence[np.ndarray],
     train_codes: Sequence[np.ndarray],
+    codebook_sizes: Sequence[int],
     parameters: Sequence[int],
-    codebook_size: int,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, int, int] | None,
 ) -> dict[str, Any]:
     """Returns the likelihood part of a report. All sequences have one entry per level, finest first.
 
@@ -27,12 +27,12 @@ def likelihood_report(
       nll_train: nats per code of training codes.
       codes: held-out codes, int [N, h, w].
       train_codes: training codes that the per-position unigrams count, int [M, h, w].
+      codebook_sizes: K of each level.
       parameters: number of parameters of the priors.
-      codebook_size: K.
-      image_shape: (H, W, C).
+      image_shape: (H, W, C); None: there are no images.
     """
     levels = {}
-    for level, name in enumerate(level_names):
+    for level, (name, codebook_size) in enumerate(zip(level_names, codebook_sizes, strict=True)):
         levels[name] = {
             'nll': nll[level],
             'nll_train': nll_train[level],
@@ -41,13 +41,14 @@ def likelihood_report(
                 train_codes[level], codes[level], codebook_size, alpha=1.0
             ),
             'parameters': parameters[level],
+            'code_counts': codebook.histogram(codes[level], codebook_size).tolist(),
         }
     shapes = [values.shape[1:] for values in codes]
     bits = codebook.bits_per_image(nll, shapes)
-    return {
+    report = {
         'unit': 'nats per code',
         'levels': levels,
         'bits_per_image': bits,
         'bits_per_image_train': codebook.bits_per_image(nll_train, shapes),
-        'bits_per_subpixel': bits / math.prod(image_shape),
     }
+    return report | ({'bits_per_subpixel': bits / math.prod(image_shape)} if image_shape else {})

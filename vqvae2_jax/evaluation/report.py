@@ -1,12 +1,13 @@
 """The report for people: one HTML page, and a summary for the terminal. Both are made from report.json's content."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from vqvae2_jax.evaluation import html
+from vqvae2_jax.evaluation.report_pictures import Pictures, SetPictures
 from vqvae2_jax.io.logging import format_duration
 
-_MANY_CLASSES = 20  # no table of single classes from here on
+_MANY_CLASSES = 20  # a longer table of classes is hidden until a click
 _LABELS = {  # of metrics, in the order of the page
     'fid': 'FID',
     'frechet_distance': 'Fréchet distance',
@@ -19,36 +20,32 @@ _LABELS = {  # of metrics, in the order of the page
 _SAMPLING = ('temperature', 'top_k', 'top_p', 'guidance')
 
 
-def render_html(report: dict[str, Any], pictures: Mapping[str, bytes]) -> str:
+def render_html(report: dict[str, Any], pictures: Pictures) -> str:
     """Returns the page of a report.
 
     Args:
       report: the content of report.json.
-      pictures: PNG files by name: 'reconstructions', 'curves', and of each sample set '<set>/samples',
-        '<set>/accepted', '<set>/rejection'. Missing ones are left out.
+      pictures: its pictures; missing ones are left out.
     """
-    parts = [
-        html.heading('Reconstruction'),
-        *_reconstruction(report['reconstruction'], report['originals']),
-        html.image(pictures.get('reconstructions'), 'Images of the split, and their reconstructions from each level'),
-        html.heading('Likelihood'),
-        *_likelihood(report['likelihood']),
-        html.heading('Samples'),
-        *_overview(report),
-    ]
-    for name, entry in report['sets'].items():
-        parts += [html.heading(f'Sample set {name}', 3), *_sample_set(name, entry, report, pictures)]
-    if 'cas' in report:
-        parts += [html.heading('Classification Accuracy Score'), *_cas(report)]
-    seconds = [(name, format_duration(value)) for name, value in all_seconds(report).items()]
-    parts += [
-        html.heading('Training'),
-        html.image(pictures.get('curves'), 'Learning curves', plot=True),
-        html.table(('job', 'time'), seconds),
-        html.heading('Protocol'),
-        html.table(('', ''), [(name, _plain(value)) for name, value in report['protocol'].items()]),
-    ]
-    return html.page(f'{report["config"]}: report', parts)
+    sections = {}
+    if 'reconstruction' in report:
+        sections['Reconstruction'] = _reconstruction(report['reconstruction'], report['originals'], pictures)
+        sections['Codes'] = _codes(report, pictures)
+    sections |= {
+        'Likelihood': _likelihood(report['likelihood']) if 'likelihood' in report else [],
+        'Samples': _samples(report, pictures),
+        'Classes': _classes(report),
+        'Classification Accuracy Score': _cas(report) if 'cas' in report else [],
+        'Training': _training(report, pictures),
+        'Protocol': [html.table(('', ''), [(name, _plain(value)) for name, value in report['protocol'].items()])],
+    }
+    sections = {title: parts for title, parts in sections.items() if parts}
+    names = [(title.lower().replace(' ', '-'), title) for title in sections]
+    parts = [_headline(report)]
+    parts += [html.note(f'Without {part}: {reason}') for part, reason in report['missing'].items()]
+    for name, title in names:
+        parts += [html.heading(title, name=name), *sections[title]]
+    return html.page(f'{report["config"]}: report', parts, names)
 
 
 def render_comparison(report: dict[str, Any]) -> str:
@@ -61,20 +58,16 @@ def render_comparison(report: dict[str, Any]) -> str:
 
 def summary(report: dict[str, Any]) -> str:
     """Returns the main numbers of a report as text."""
-    reconstruction, split = report['reconstruction'], report['protocol']['split']
-    ssim = f', SSIM {reconstruction["ssim"]:.3f}' if 'ssim' in reconstruction else ''
-    lines = [
-        f'{report["config"]}: {report["protocol"]["counts"][split]} {split} images',
-        f'  reconstruction   PSNR {reconstruction["psnr"]:.2f} dB{ssim}, '
-        f'{reconstruction["compression_ratio"]:.1f}x smaller',
-    ]
-    for name, level in reversed(reconstruction['levels'].items()):
-        likelihood = report['likelihood']['levels'][name]
+    reconstruction, split = report.get('reconstruction', {}), report['protocol']['split']
+    count = report['protocol']['counts'][split]
+    lines = [f'{report["config"]}: {count} {split} {"images" if reconstruction else "codes"}']
+    if reconstruction:
+        ssim = f', SSIM {reconstruction["ssim"]:.3f}' if 'ssim' in reconstruction else ''
         lines.append(
-            f'  {name:<16} codebook usage {level["codebook_usage"]:.0%}, perplexity {level["perplexity"]:.1f}; '
-            f'prior {likelihood["nll"]:.3f} nats per code (unigram entropy {likelihood["unigram_entropy"]:.3f}, '
-            f'under per-position unigrams {likelihood["positional_cross_entropy"]:.3f})'
+            f'  reconstruction   PSNR {reconstruction["psnr"]:.2f} dB{ssim}, '
+            f'{reconstruction["compression_ratio"]:.1f}x smaller'
         )
+    lines += _level_lines(reconstruction.get('levels', {}), report.get('likelihood', {}).get('levels', {}))
     if 'quality' in reconstruction:
         lines.append(f'  reconstructions  {_quality_line(reconstruction["quality"])}')
     if 'classifier' in report:
@@ -84,11 +77,26 @@ def summary(report: dict[str, Any]) -> str:
     if 'cas' in report:
         rows = ', '.join(f'{name} {row["top1"]:.1%}' for name, row in _cas_rows(report).items())
         lines.append(f'  CAS              {rows} (accuracy on real images of a classifier trained on each source)')
+    lines += [f'  without          {part}: {reason}' for part, reason in report['missing'].items()]
     lines += [f'  changed          {change}' for change in report['protocol']['changes']]
     seconds = all_seconds(report)
     times = ', '.join(f'{name} {format_duration(value)}' for name, value in seconds.items())
     lines.append(f'  time             {times}; total {format_duration(sum(seconds.values()))}')
     return '\n'.join(lines)
+
+
+def _level_lines(reconstructions, likelihoods):
+    names = reversed(reconstructions or likelihoods)
+    for name in names:
+        parts = []
+        if level := reconstructions.get(name):
+            parts.append(f'codebook usage {level["codebook_usage"]:.0%}, perplexity {level["perplexity"]:.1f}')
+        if prior := likelihoods.get(name):
+            parts.append(
+                f'prior {prior["nll"]:.3f} nats per code (unigram entropy {prior["unigram_entropy"]:.3f}, '
+                f'under per-position unigrams {prior["positional_cross_entropy"]:.3f})'
+            )
+        yield f'  {name:<16} {"; ".join(parts)}'
 
 
 def all_seconds(report: dict[str, Any]) -> dict[str, float]:
@@ -103,6 +111,9 @@ def _set_lines(name, entry):
     lines = [f'  set {name}: {entry["count"]} samples{_stale(entry)}']
     if 'quality' in entry:
         lines.append(f'    quality        {_quality_line(entry["quality"])}')
+    for name, metrics in entry.get('references', {}).items():
+        counts = f' ({metrics["count"]} against {_real_count(metrics)} images)' if 'count' in metrics else ''
+        lines.append(f'    against {name}: {_quality_line(metrics)}{counts}')
     if 'class_accuracy' in entry:
         lines.append(
             f'    class accuracy {entry["class_accuracy"]:.1%}, after rejection '
@@ -131,12 +142,35 @@ def _note(quality):
     return f'No comparison: {quality["missing"]}.' if 'missing' in quality else quality.get('warning', '')
 
 
-def _reconstruction(report, originals) -> list[str]:
+def _headline(report) -> str:
+    # the main numbers, in large
+    reconstruction, split = report.get('reconstruction'), report['protocol']['split']
+    images = 'images' if reconstruction else 'maps'
+    values = [(str(report['protocol']['counts'][split]), f'{split} {images}')]
+    if reconstruction:
+        values.append((f'{reconstruction["psnr"]:.2f} dB', 'PSNR of reconstructions'))
+        values.append((f'{reconstruction["compression_ratio"]:.1f}x', 'smaller as codes'))
+    if 'likelihood' in report:
+        values.append((f'{report["likelihood"]["bits_per_image"]:.0f}', f'bits per {images[:-1]} under the priors'))
+    for name, level in reversed(reconstruction['levels'].items()) if reconstruction else ():
+        values.append((f'{level["codebook_usage"]:.0%}', f'codebook usage, {name}'))
+    for name, entry in report['sets'].items() if len(report['sets']) == 1 else ():  # a table compares several
+        quality = entry.get('quality', {})
+        values += [(_number(quality[k]), f'{_LABELS[k]}, {name}') for k in ('fid', 'frechet_distance') if k in quality]
+        if 'class_accuracy' in entry:
+            values.append((_percent(entry['class_accuracy']), f'class accuracy, {name}'))
+        if 'cas' in entry:
+            values.append((_percent(entry['cas']['top1']), f'CAS top-1, {name}'))
+    return html.numbers(values)
+
+
+def _reconstruction(report, originals, pictures) -> list[str]:
     levels = list(report['levels'].items())  # finest first
     rows = [('original images', originals)] if 'missing' not in originals.get('quality', {'missing': ''}) else []
     rows += [(f'{name} only', level['without_finer_levels']) for name, level in reversed(levels[1:])]
     rows += [('all levels', report), ('all levels, training images', report['train'])]
     shown = [key for key in _LABELS if key in report.get('quality', {})]
+    others = report.get('quality', {}).get('references')
     header = ('', 'PSNR, dB', 'MSE in [-1, 1]', 'MSE in [0, 1]', 'SSIM', *(_LABELS[key] for key in shown))
     cells = [
         (
@@ -147,15 +181,36 @@ def _reconstruction(report, originals) -> list[str]:
         )
         for name, errors in rows
     ]
-    codes = [
-        (name, 'x'.join(map(str, level['codes'])), f'{level["codebook_usage"]:.0%}', f'{level["perplexity"]:.1f}')
-        for name, level in reversed(levels)
-    ]
     return [
         html.table(header, cells),
         html.note(_note(report.get('quality', {}))),
-        html.table(('level', 'codes', 'codebook usage', 'perplexity'), codes),
-        html.note(f'{report["bits_per_image"]:.0f} bits per image, {report["compression_ratio"]:.1f} times smaller'),
+        *([_comparisons('reconstructions against', others, shown)] if others else []),
+        html.gallery(
+            pictures.reconstructions,
+            'Images of the split, and their reconstructions from the coarse levels alone and from all levels',
+            pictures.class_names,
+            sharp=pictures.sharp,
+        ),
+    ]
+
+
+def _codes(report, pictures) -> list[str]:
+    reconstruction = report['reconstruction']
+    rows = [
+        (name, 'x'.join(map(str, level['codes'])), f'{level["codebook_usage"]:.0%}', f'{level["perplexity"]:.1f}')
+        for name, level in reversed(reconstruction['levels'].items())
+    ]
+    bits, ratio = reconstruction['bits_per_image'], reconstruction['compression_ratio']
+    return [
+        html.table(('level', 'codes', 'codebook usage', 'perplexity'), rows),
+        html.note(f'{bits:.0f} bits per image, {ratio:.1f} times smaller'),
+        html.gallery(
+            pictures.code_maps,
+            'Code maps of the images above. Codes with similar vectors have similar colors: red, green and blue are '
+            'ranks along three principal components of the codebook',
+            pictures.class_names,
+        ),
+        html.plots(pictures.code_usage, 'How often each code occurs in the split'),
     ]
 
 
@@ -167,25 +222,37 @@ def _likelihood(report) -> list[str]:
         (name, *(f'{level[key]:.3f}' for key in keys), f'{level["parameters"]:,}')
         for name, level in reversed(report['levels'].items())
     ]
-    bits = f'{report["bits_per_image"]:.0f} bits per image, {report["bits_per_subpixel"]:.4f} bits per subpixel'
+    bits = f'{report["bits_per_image"]:.0f} bits per image'
+    if 'bits_per_subpixel' in report:
+        bits += f', {report["bits_per_subpixel"]:.4f} bits per subpixel'
     return [html.table(header, rows), html.note(bits)]
 
 
-def _overview(report) -> list[str]:
-    # one row per sample set
+def _samples(report, pictures) -> list[str]:
     sets = report['sets']
+    parts = [
+        html.heading(name, 3)
+        + ''.join(_sample_set(name, entry, report, pictures.sets.get(name, SetPictures()), pictures.sharp))
+        for name, entry in sets.items()
+    ]
+    return [*_overview(sets), html.columns(parts)] if sets else []
+
+
+def _overview(sets) -> list[str]:
+    # one column per sample set
     shown = [key for key in _LABELS if any(key in entry.get('quality', {}) for entry in sets.values())]
-    columns = {'set': lambda name, e: name, 'samples': lambda name, e: e['count']}
-    columns |= {f: lambda name, e, f=f: _per_level(e[f]) for f in _SAMPLING}
-    columns |= {_LABELS[k]: lambda name, e, k=k: _number(e.get('quality', {}).get(k, '')) for k in shown}
+    rows = {'samples': lambda e: e['count'], 'seed': lambda e: e['seed']}
+    rows |= {f: lambda e, f=f: _per_level(e[f]) for f in _SAMPLING}
+    rows |= {_LABELS[k]: lambda e, k=k: _number(e.get('quality', {}).get(k, '')) for k in shown}
     if any('class_accuracy' in entry for entry in sets.values()):
-        columns['class accuracy'] = lambda name, e: _percent(e.get('class_accuracy'))
-        columns['after rejection'] = lambda name, e: _percent(e.get('class_accuracy_after_rejection'))
+        rows['class accuracy'] = lambda e: _percent(e.get('class_accuracy'))
+        rows['class accuracy after rejection'] = lambda e: _percent(e.get('class_accuracy_after_rejection'))
     if any('cas' in entry for entry in sets.values()):
-        columns['CAS top-1'] = lambda name, e: _percent(e.get('cas', {}).get('top1'))
+        rows['CAS top-1'] = lambda e: _percent(e.get('cas', {}).get('top1'))
     if any(entry['stale'] for entry in sets.values()):
-        columns['state'] = lambda name, e: 'stale' if e['stale'] else ''
-    return [html.table(tuple(columns), [[cell(n, e) for cell in columns.values()] for n, e in sets.items()])]
+        rows['state'] = lambda e: 'stale' if e['stale'] else ''
+    cells = [(label, *(cell(entry) for entry in sets.values())) for label, cell in rows.items()]
+    return [html.table(('sample set', *sets), cells)]
 
 
 def _per_level(values):
@@ -196,7 +263,7 @@ def _percent(value):
     return '' if value is None else f'{value:.1%}'
 
 
-def _sample_set(name, entry, report, pictures) -> list[str]:
+def _sample_set(name, entry, report, pictures: SetPictures, sharp) -> list[str]:
     parts = []
     if entry['stale']:
         parts.append(
@@ -210,15 +277,18 @@ def _sample_set(name, entry, report, pictures) -> list[str]:
         quality = entry['quality']
         compared = {'real images': quality, 'reconstructions': entry['quality_against_reconstructions']}
         shown = [key for key in _LABELS if key in quality]
-        rows = [(against, *(_number(metrics.get(k, '')) for k in shown)) for against, metrics in compared.items()]
-        parts.append(html.table(('samples against', *(_LABELS[k] for k in shown)), rows))
+        compared |= entry.get('references', {})
+        parts.append(_comparisons('samples against', compared, shown))
         parts.append(html.note(_note(quality)))
-    caption = f'{entry["count"]} samples, unfiltered; one class per row, if each class has ten'
-    parts.append(html.image(pictures.get(f'{name}/samples'), caption))
+    form = '' if 'reconstruction' in report else ' (code maps, one color per code, the coarsest level on the left)'
+    of_each = ' of each class' if len(pictures.samples) > 1 else ''
+    caption = f'{entry["count"]} samples{form}, unfiltered: the first ones{of_each}'
+    parts.append(html.gallery(pictures.samples, caption, sharp=sharp))
     if 'class_accuracy' not in entry:
         return parts
+    classifier = report.get('classifier')
     rows = [
-        ('real images', _percent(report['classifier']['accuracy_on_real_images'])),
+        *([('real images', _percent(classifier['accuracy_on_real_images']))] if classifier else []),
         ('samples', _percent(entry['class_accuracy'])),
         (
             f'the {entry["accepted"]} accepted: {_accepted(entry)}',
@@ -226,11 +296,27 @@ def _sample_set(name, entry, report, pictures) -> list[str]:
         ),
     ]
     parts += [html.table(('', 'class accuracy by the classifier'), rows), html.note(entry['note'])]
-    parts.append(html.image(pictures.get(f'{name}/accepted'), 'After rejection, best first'))
+    parts.append(html.gallery(pictures.accepted, 'After rejection, best first', sharp=sharp))
     if entry.get('sweep'):
         caption = 'Rejection: quality against diversity'
-        parts += [html.image(pictures.get(f'{name}/rejection'), caption, plot=True), _sweep_table(entry['sweep'])]
+        parts += [html.plots(pictures.rejection, caption), _sweep_table(entry['sweep'])]
     return [*parts, html.note(entry.get('sweep_note', ''))]
+
+
+def _comparisons(title, compared, shown) -> str:
+    # one row per set of images that is compared with
+    header = (title, *(_LABELS[k] for k in shown), 'images', 'compared with')
+    rows = [
+        (against, *(_number(m.get(k, '')) for k in shown), m.get('count', ''), _real_count(m))
+        for against, m in compared.items()
+    ]
+    missing = [html.note(f'{against}: {_note(m)}') for against, m in compared.items() if 'missing' in m]
+    return html.table(header, rows) + ''.join(missing)
+
+
+def _real_count(metrics):
+    count = metrics.get('count_real', '')
+    return 'unknown' if count is None else count
 
 
 def _sweep_table(points: Sequence[dict]) -> str:
@@ -257,9 +343,51 @@ def _cas(report) -> list[str]:
         'Top-1 and top-5 accuracy on real held-out images, and on their reconstructions, of classifiers trained on '
         'each source.'
     )
-    parts = [html.note(note), html.table(('trained on', 'images', *(k.replace('_', ', ') for k in keys)), cells)]
-    classes = report['cas']['real']['by_class']
-    if len(classes) <= _MANY_CLASSES:
-        each = [(name, *(_percent(row['by_class'].get(name)) for row in rows.values())) for name in classes]
-        parts.append(html.table(('top-1 of each class', *rows), each))
-    return parts
+    return [html.note(note), html.table(('trained on', 'images', *(k.replace('_', ', ') for k in keys)), cells)]
+
+
+def _classes(report) -> list[str]:
+    # one row per class, with a group of columns for the real images and for each sample set
+    classifier, cas = report.get('classifier'), report.get('cas', {})
+    if classifier is None:
+        return []
+    split = report['protocol']['split']
+    groups = {f'{split} images': {'images': classifier['count_by_class']}}
+    real = groups[f'{split} images']
+    real['classifier'] = _percents(classifier['accuracy_by_class'])
+    for source, row in cas.items():
+        if row['by_class'] != classifier['accuracy_by_class']:  # else it is the same classifier
+            real[f'CAS, {source}'] = _percents(row['by_class'])
+    for name, entry in report['sets'].items():
+        if 'count_by_class' not in entry:  # no classes, or a stale set of an earlier version
+            continue
+        columns = {
+            'samples': entry['count_by_class'],
+            'as intended': _percents(entry['class_accuracy_by_class']),
+            'accepted': entry['accepted_by_class'],
+        }
+        groups[f'sample set {name}'] = columns | (
+            {'CAS': _percents(entry['cas']['by_class'])} if 'cas' in entry else {}
+        )
+    columns = [column for group in groups.values() for column in group.values()]
+    names = classifier['count_by_class']
+    table = html.table(
+        ('class', *(header for group in groups.values() for header in group)),
+        [(name, *(column.get(name, '') for column in columns)) for name in names],
+        [('', 1), *((text, len(group)) for text, group in groups.items())],
+    )
+    note = (
+        'Accuracy of the classifier on real images; share of samples that it assigns to the intended class; samples '
+        'that rejection keeps.'
+    )
+    note += ' CAS: top-1 accuracy on real images of classifiers trained on each source.' if cas else ''
+    return [html.note(note), table if len(names) <= _MANY_CLASSES else html.details(f'{len(names)} classes', table)]
+
+
+def _percents(values):
+    return {name: _percent(value) for name, value in values.items()}
+
+
+def _training(report, pictures) -> list[str]:
+    seconds = [(name, format_duration(value)) for name, value in all_seconds(report).items()]
+    return [html.plots(pictures.curves, 'Learning curves'), html.table(('job', 'time'), seconds)]

@@ -15,7 +15,7 @@ from typing import Any
 import fsspec
 from etils import epath
 
-from vqvae2_jax.io import files, gcs
+from vqvae2_jax.io import files, remote
 
 _SEAL = 'checksum'
 _MAX_SINGLE = 4  # objects of a bucket that are asked for one by one, instead of by a listing
@@ -34,7 +34,7 @@ def file_entries(directory: epath.PathLike, names: Collection[str] | None = None
     Returns:
       {name: [bytes, checksum]}, sorted by name. Names without a file are left out.
     """
-    if gcs.is_remote(directory):
+    if remote.is_remote(directory):
         listed = _list_remote(directory, names)
         wanted = listed.keys() if names is None else names
         return {name: list(listed[name]) for name in sorted(wanted) if name in listed}
@@ -51,7 +51,7 @@ def find_damaged(directory: epath.PathLike, recorded: dict[str, list]) -> dict[s
     Returns:
       {name: reason} of files that differ, such as 'it is missing'; {} if all are as recorded.
     """
-    if gcs.is_remote(directory):
+    if remote.is_remote(directory):
         listed = _list_remote(directory) if recorded else {}
         problems = ((name, _compare_remote(directory, name, entry, listed)) for name, entry in recorded.items())
     else:
@@ -93,9 +93,9 @@ def _list_local(directory):
 
 def _list_remote(directory, names=None) -> dict[str, tuple[int, str]]:
     """Returns (bytes, checksum) of objects below a directory of a bucket: all, or at least those of `names`."""
-    gcs.configure()
+    remote.configure()
     system, root = fsspec.core.url_to_fs(os.fspath(directory))
-    with gcs.as_os_error(directory):
+    with remote.as_os_error(directory):
         if names is not None and len(names) <= _MAX_SINGLE:
             paths = [f'{root}/{name}' for name in names]
             infos = {path: system.info(path) for path in paths if system.exists(path)}
@@ -154,6 +154,6 @@ def _compare_remote(directory, name, entry, listed) -> str:
     if size != now:
         return f'it has {now} bytes instead of {size}'
     if checksum.partition(':')[0] != checksum_now.partition(':')[0]:  # the set was copied from a disk
-        with gcs.local(epath.Path(directory) / name) as path:
+        with remote.local(epath.Path(directory) / name) as path:
             return _compare_local(path, entry)
     return 'its content has changed' if checksum != checksum_now else ''

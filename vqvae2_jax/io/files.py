@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from vqvae2_jax.io import gcs, names
+from vqvae2_jax.io import names, remote
 
 PARTIAL = re.compile(r'\..*\.\d+\.part|.*\.unfinished-[0-9a-f]{8}')  # of `replace_file`, and of the store of codes
 
@@ -41,7 +41,7 @@ guards: list[Callable[[epath.PathLike], None]] = []  # called before every write
 def writing(path: epath.PathLike, size: int | None = None) -> Iterator[None]:
     """Turns the errors of a failed write or deletion inside the context into one clear error.
 
-    These are an OSError, whoever raised it, and errors of TensorStore and ArrayRecord that name a failed system call.
+    These are an OSError from any library, and errors of TensorStore and ArrayRecord that name a failed system call.
 
     Args:
       path: the file or directory.
@@ -54,13 +54,13 @@ def writing(path: epath.PathLike, size: int | None = None) -> Iterator[None]:
     for guard in guards:
         guard(path)
     try:
-        with gcs.as_os_error(path) if gcs.is_remote(path) else contextlib.nullcontext():
+        with remote.as_os_error(path) if remote.is_remote(path) else contextlib.nullcontext():
             yield
     except WriteError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         if (number := _error_number(error)) is None:
-            if isinstance(error, OSError) and gcs.is_remote(path):  # such errors have no number
+            if isinstance(error, OSError) and remote.is_remote(path):  # such errors have no number
                 raise WriteError(
                     f'{path} cannot be written: {error}. Correct this; then the same command continues'
                 ) from error
@@ -75,7 +75,7 @@ def writing(path: epath.PathLike, size: int | None = None) -> Iterator[None]:
 
 def free_bytes(path: epath.PathLike) -> int | None:
     """Returns the free space of the disk that holds a path, which need not exist; None on a bucket."""
-    if gcs.is_remote(path):
+    if remote.is_remote(path):
         return None
     path = os.path.abspath(path)
     while not os.path.isdir(path):
@@ -184,7 +184,7 @@ def replace_file(path: epath.PathLike, size: int | None = None) -> Iterator[epat
       WriteError: the file cannot be written.
     """
     path = epath.Path(path)
-    if gcs.is_remote(path):
+    if remote.is_remote(path):
         with writing(path, size):
             yield path
         return
@@ -216,7 +216,7 @@ def remove(path: epath.Path) -> None:
 
 def remove_partial(directory: epath.PathLike) -> None:
     """Removes temporary files of dead processes below a directory. Call it while no other process writes there."""
-    if gcs.is_remote(directory):  # files appear there only when they are complete
+    if remote.is_remote(directory):  # files appear there only when they are complete
         return
     for folder, _, filenames in os.walk(directory):
         for name in filenames:

@@ -33,7 +33,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from vqvae2_jax.io import files, gcs, lock_store
+from vqvae2_jax.io import files, lock_store, remote
 from vqvae2_jax.io.logging import format_duration
 from vqvae2_jax.io.record import JobError
 
@@ -60,7 +60,7 @@ def hold(directory: epath.PathLike, job: str) -> Iterator[None]:
     Raises:
       JobError: another process writes the directory (the message names it), or the lock cannot be written.
     """
-    directory = gcs.absolute(directory)
+    directory = remote.absolute(directory)
     key = os.fspath(directory)
     if key in _held:
         yield
@@ -131,7 +131,7 @@ class _Lock:
     def __init__(self, directory, job):
         self.directory, self.path, self.job = directory, directory / FILE, job
         path = os.fspath(self.path)
-        self._store = lock_store.BucketStore(path) if gcs.is_remote(path) else lock_store.LocalStore(path)
+        self._store = lock_store.BucketStore(path) if remote.is_remote(path) else lock_store.LocalStore(path)
         self._token = secrets.token_hex(16).encode()
         own, started = os.getpid(), int(time.time())
         start = _process_start(own) or ''
@@ -182,7 +182,7 @@ class _Lock:
         return not self._lost and _clock() - self._last < LEASE / 2
 
     def contains(self, path: epath.PathLike) -> bool:
-        directory, path = os.fspath(self.directory), os.fspath(gcs.absolute(path))
+        directory, path = os.fspath(self.directory), os.fspath(remote.absolute(path))
         return path == directory or path.startswith(f'{directory}/')
 
     def check(self) -> None:

@@ -10,7 +10,9 @@ import os
 import pathlib
 import secrets
 
-from vqvae2_jax.io import gcs
+from etils import epath
+
+from vqvae2_jax.io import remote
 
 _MAX_BYTES = 4096
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -113,25 +115,86 @@ class BucketStore:
 
     def create(self, content: bytes) -> None:
         """Creates the object, unless there is one."""
-        gcs.write_if_generation(self._path, content, '0')
+        write_if_generation(self._path, content, '0')
 
     def read(self) -> bytes | None:
         """Returns the content, or None if there is no object."""
-        found = gcs.read_generation(self._path)
+        found = read_generation(self._path)
         return found and found[0]
 
     def renew(self, token: bytes, content: bytes) -> bool:
         """Replaces a content that holds the token; returns whether the object has the new content."""
-        found = gcs.read_generation(self._path)
+        found = read_generation(self._path)
         if not found or token not in found[0]:
             return False
         # The answer to a request may be lost. Sent again, it fails.
-        return gcs.write_if_generation(self._path, content, found[1]) or self.read() == content
+        return write_if_generation(self._path, content, found[1]) or self.read() == content
 
     def remove(self, content: bytes) -> bool:
         """Removes the object if it still has the content that was read; returns whether it did."""
-        found = gcs.read_generation(self._path)
-        return bool(found) and found[0] == content and gcs.remove_if_generation(self._path, found[1])
+        found = read_generation(self._path)
+        return bool(found) and found[0] == content and remove_if_generation(self._path, found[1])
+
+
+def read_generation(path: epath.PathLike) -> tuple[bytes, str] | None:
+    """Reads a small object and the generation that the content has; None if there is no object.
+
+    Raises:
+      OSError: the bucket does not answer, or refuses; the message names the path.
+    """
+    files, bucket, name = _split(path)
+    with remote.as_os_error(path):
+        try:
+            # By its generation, since a bucket that everybody may read may answer with an older content from a cache.
+            generation = files.call('GET', 'b/{}/o/{}', bucket, name, json_out=True)['generation']
+            _, data = files.call('GET', 'b/{}/o/{}', bucket, name, alt='media', generation=generation)
+        except FileNotFoundError:  # or it was replaced between the two requests
+            return None
+    return data, generation
+
+
+def write_if_generation(path: epath.PathLike, data: bytes, generation: str) -> bool:
+    """Writes an object if its generation is still the given one; of all that try, one process succeeds.
+
+    A request whose answer is lost is sent again, and then finds its own object: read it if the result is False.
+
+    Args:
+      path: the object.
+      data: its new content.
+      generation: the generation that was read; '0': there is no object yet.
+
+    Returns:
+      Whether it was written.
+
+    Raises:
+      OSError: as `read_generation`.
+    """
+    files, bucket, name = _split(path)
+    place = files.base.removesuffix('storage/v1/') + 'upload/storage/v1/b/{}/o'
+    options = {'uploadType': 'media', 'name': name, 'ifGenerationMatch': generation}
+    with remote.as_os_error(path):
+        try:
+            files.call('POST', place, bucket, data=data, headers={'Content-Type': 'application/json'}, **options)
+        except FileExistsError:  # what gcsfs makes of status 412, "precondition failed"
+            return False
+    return True
+
+
+def remove_if_generation(path: epath.PathLike, generation: str) -> bool:
+    """Deletes an object if its generation is still the given one; arguments and result as `write_if_generation`."""
+    files, bucket, name = _split(path)
+    with remote.as_os_error(path):
+        try:
+            files.call('DELETE', 'b/{}/o/{}', bucket, name, ifGenerationMatch=generation)
+        except (FileExistsError, FileNotFoundError):
+            return False
+    return True
+
+
+def _split(path):
+    remote.configure()
+    files, name = remote.file_system(os.fspath(path))
+    return files, *name.split('/', 1)
 
 
 def _read(path):

@@ -1,4 +1,4 @@
-"""The log of a training: metrics.jsonl, progress lines, pictures and, if tensorboardX is installed, TensorBoard events.
+"""The log of a training: metrics.jsonl, progress lines, pictures and a copy for one tracker (io/trackers.py).
 
 metrics.jsonl holds one JSON object a line, such as `{"step": 1200, "train/loss": 0.0123, "time": 97.6}`. `time` is the
 seconds of training, summed over restarts. A line is written at once; on a bucket after evaluations, before checkpoints,
@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from vqvae2_jax.io import files, gcs, plots
+from vqvae2_jax.io import files, plots, remote, trackers
+from vqvae2_jax.io.trackers import TrackerSpec
 
 _FIRST = ('loss', 'mse', 'nll')  # metrics that a progress line begins with
 PREFIXES = ('train', 'validation')
@@ -45,6 +46,7 @@ class MetricsLogger:
         examples_per_step: int,
         flops_per_step: float | None = None,
         peak_flops: float | None = None,
+        tracker: TrackerSpec | None = None,
         enabled: bool = True,
     ):
         """Opens the log.
@@ -58,7 +60,11 @@ class MetricsLogger:
           examples_per_step: the global batch size.
           flops_per_step: FLOPs of the model in one step, on all devices; None: unknown.
           peak_flops: peak FLOP/s of all devices together; None: unknown.
+          tracker: the tracker that gets a copy; None: there is none.
           enabled: False on all processes but the main one; then nothing is read or written.
+
+        Raises:
+          JobError: as `trackers.open_tracker`.
         """
         self._enabled = enabled
         self._begin, self._time_before = time.monotonic(), 0.0
@@ -69,15 +75,21 @@ class MetricsLogger:
         self._utilization = flops_per_step / peak_flops if flops_per_step and peak_flops else None  # at one step/s
         with files.writing(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
-        self._time_before = _keep_lines(self._directory / _FILE, start_step)
+        path = self._directory / _FILE
+        before, is_whole = _parse(path) if start_step and path.exists() else ([], False)
+        logged = {prefix: max((x['step'] for x in before if _prefix(x) == prefix), default=-1) for prefix in PREFIXES}
+        self._tracker = trackers.open_tracker(tracker, self._directory, name, start_step, logged)
+        kept = _keep_lines(path, before, is_whole, start_step)
+        self._time_before = kept[-1]['time'] if kept else 0.0
         self._recent = collections.deque(maxlen=_WINDOW + 1)  # (step, clock) of train lines
         self._first = None  # (step, clock) of the first train line: all compilation of the train step lies before it
-        self._lines = _Lines(self._directory / _FILE)
-        with self._writing_events():
-            self._events = _event_writer(self._directory, start_step)
+        self._lines = _Lines(path)
+        self._unsent = []  # lines that are not in the file yet
+        self._send(kept)
+        self._send_images(start_step)
 
     def write(self, step: int, prefix: str, metrics: dict) -> dict[str, int | float]:
-        """Appends one line to metrics.jsonl, prints a progress line, and adds the scalars to TensorBoard.
+        """Appends one line to metrics.jsonl, prints a progress line, and sends the line to the tracker.
 
         Args:
           step: number of updates done.
@@ -104,10 +116,7 @@ class MetricsLogger:
         self._lines.write(json.dumps(line) + '\n')
         if prefix == 'validation':
             self._lines.flush()
-        if self._events:
-            with self._writing_events():
-                for name, value in scalars.items():
-                    self._events.add_scalar(name, value, step)
+        self._send([line])
         middle = 'validation' if prefix == 'validation' else '  '.join(self._pace(step, now, seconds, runtime))
         numbers = '  '.join(f'{name} {format_number(value)}' for name, value in values.items())
         percent = 100 * step // max(self._total, 1)
@@ -120,13 +129,14 @@ class MetricsLogger:
         return _parse(path)[0] if path and path.exists() else []
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Writes `pictures/<name>-<step>.png`, and to TensorBoard; `image` is uint8 [H, W, C] with C 1 or 3."""
+        """Writes `pictures/<name>-<step>.png`, and to the tracker; `image` is uint8 [H, W, C] with C 1 or 3."""
         if not self._enabled:
             return
-        plots.save_png(self._directory / 'pictures' / f'{name}-{step}.png', image)
-        if self._events:
-            with self._writing_events():
-                self._events.add_image(name, plots.to_rgb(image), step, dataformats='HWC')
+        path = self._directory / 'pictures' / f'{name}-{step}.png'
+        is_held = path.exists() and self._is_held(step, 'image')
+        plots.save_png(path, image)
+        if self._tracker and not is_held:
+            self._tracker.image(step, name, plots.to_rgb(image))
 
     def seconds(self) -> float:
         """Returns the seconds of training, summed over restarts, each up to the line that the next one resumed from.
@@ -136,21 +146,44 @@ class MetricsLogger:
         return self._time_before + time.monotonic() - self._begin
 
     def flush(self) -> None:
-        """Brings all lines into the file."""
+        """Brings all lines into the file and to the tracker."""
         if self._enabled:
             self._lines.flush()
+            self._send([])
+            if self._tracker:
+                self._tracker.flush()
 
     def close(self) -> None:
-        """Brings all lines into the files and closes them."""
-        if not self._enabled:
-            return
-        self._lines.flush()
-        if self._events:
-            with self._writing_events():
-                self._events.close()
+        """Brings all lines into the file and to the tracker, and closes it."""
+        self.flush()
+        if self._enabled and self._tracker:
+            self._tracker.close()
 
-    def _writing_events(self):
-        return files.writing(self._directory / 'tensorboard')
+    def _send(self, lines: list[dict]) -> None:
+        """Sends lines that the tracker lacks once they are in the file, so that the file tells what it has."""
+        if not self._tracker:
+            return
+        self._unsent += [line for line in lines if not self._is_held(line['step'], _prefix(line))]
+        if self._lines.pending:
+            return
+        for line in self._unsent:
+            self._tracker.scalars(line['step'], {k: v for k, v in line.items() if k not in ('step', 'time')})
+        self._unsent.clear()
+
+    def _is_held(self, step: int, kind: str) -> bool:
+        return self._tracker is not None and step <= self._tracker.held.get(kind, -1)
+
+    def _send_images(self, start_step: int) -> None:
+        """Sends the pictures of earlier steps that the tracker lacks."""
+        if not self._tracker or not start_step:
+            return
+        found = []
+        for path in (self._directory / 'pictures').glob('*.png'):
+            name, _, step = path.stem.rpartition('-')
+            if step.isdigit() and int(step) <= start_step and not self._is_held(int(step), 'image'):
+                found.append((int(step), name, path))
+        for step, name, path in sorted(found):
+            self._tracker.image(step, name, plots.read_image(path))
 
     def _runtime(self, step, prefix, now) -> dict[str, float]:
         """Rates and memory at a train line; updates the window of the rates."""
@@ -199,27 +232,27 @@ class _Lines:
     """A file that grows by lines: at once, or on a bucket, where nothing can be appended, at most once a minute."""
 
     def __init__(self, path):
-        self._path, self._remote = path, gcs.is_remote(path)
-        self._pending, self._flushed = '', time.monotonic()
+        self._path, self._remote = path, remote.is_remote(path)
+        self.pending, self._flushed = '', time.monotonic()  # text that is not in the file yet
         if not self._remote:
             with files.writing(path):
                 path.touch()
 
     def write(self, line: str) -> None:
-        self._pending += line
+        self.pending += line
         if not self._remote or time.monotonic() - self._flushed > _UPLOAD_EVERY:
             self.flush()
 
     def flush(self) -> None:
-        if not self._pending:
+        if not self.pending:
             return
-        with files.writing(self._path, len(self._pending)):
+        with files.writing(self._path, len(self.pending)):
             if self._remote:
-                self._path.write_text((self._path.read_text() if self._path.exists() else '') + self._pending)
+                self._path.write_text((self._path.read_text() if self._path.exists() else '') + self.pending)
             else:
                 with self._path.open('a') as file:
-                    file.write(self._pending)
-        self._pending, self._flushed = '', time.monotonic()
+                    file.write(self.pending)
+        self.pending, self._flushed = '', time.monotonic()
 
 
 def device_memory() -> dict[str, int]:
@@ -309,34 +342,26 @@ def _parse_line(text: bytes) -> dict | None:
     return line if all(type(value) in (int, float) for value in line.values()) else None
 
 
-def _keep_lines(path, start_step: int) -> float:
+def _prefix(line: dict) -> str:
+    return next((prefix for prefix in PREFIXES if any(name.startswith(f'{prefix}/') for name in line)), '')
+
+
+def _keep_lines(path, lines: list[dict], is_whole: bool, start_step: int) -> list[dict]:
     """Drops the lines after `start_step`, where a run resumes, and damaged ones from the file.
 
+    Args:
+      path: the file; it may be missing.
+      lines: its lines, from `_parse`.
+      is_whole: as from `_parse`.
+      start_step: 0 starts a new file.
+
     Returns:
-      The time in the last line, in seconds; 0 if there is none.
+      The lines that stay.
     """
-    if not path.exists():
-        return 0.0
-    if start_step == 0:
-        path.unlink()
-        return 0.0
-    lines, whole = _parse(path)
     kept = [line for line in lines if line['step'] <= start_step]
-    if not whole or len(kept) < len(lines):
+    if start_step == 0:
+        path.unlink(missing_ok=True)
+    elif path.exists() and (not is_whole or len(kept) < len(lines)):
         text = ''.join(json.dumps(line) + '\n' for line in kept)
         files.write_bytes(path, text.encode())
-    return kept[-1]['time'] if kept else 0.0
-
-
-def _event_writer(directory, start_step: int):
-    """Returns a TensorBoard writer that hides the events of steps that will be repeated.
-
-    None without tensorboardX, and on a bucket, for which it needs another library.
-    """
-    if gcs.is_remote(directory):
-        return None
-    try:
-        import tensorboardX
-    except ImportError:
-        return None
-    return tensorboardX.SummaryWriter(str(directory / 'tensorboard'), purge_step=start_step + 1 if start_step else 0)
+    return kept

@@ -1,4 +1,4 @@
-"""Arrays of `.npz` files that need not be trusted: no pickle is read, and memory is bounded before it is used.
+"""Arrays of `.npz` and `.npy` files that need not be trusted: no pickle is read, and memory is bounded.
 
 The zip archive lists the size of each member, and each member begins with a header of dtype and shape. Both are read
 first: they must agree, and arrays that are read into memory must fit a limit. A decompressing read ends at the listed
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from etils import epath
 
-from vqvae2_jax.io import gcs, memory, regular
+from vqvae2_jax.io import memory, regular, remote
 
 _LOCAL_HEADER = 30  # bytes of a zip member's own header, before its name
 _NOT_PLAIN = 0x61  # flags of members that are encrypted or patches
@@ -217,6 +217,23 @@ def memory_map(path: str, member: Member) -> np.ndarray:
         return np.memmap(file, member.dtype, 'r', begin, member.shape)
 
 
+def map_npy(path: str) -> np.ndarray:
+    """Maps the array of a local .npy file, read-only.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: it is no .npy file, is pickled, or has another size than its header claims; the message names it.
+    """
+    with _errors_name(path, '.npy file'), regular.open_file(path) as file:
+        shape, fortran, dtype = _parse_header(file, os.path.basename(path))
+        begin, size, there = file.tell(), math.prod(shape) * dtype.itemsize, os.fstat(file.fileno()).st_size
+        if begin + size != there:
+            raise ValueError(f'it claims to be {dtype} {list(shape)}, {size} bytes, but holds {there - begin}')
+        if not size:  # nothing can be mapped
+            return np.empty(shape, dtype)
+        return np.memmap(file, dtype, 'r', begin, shape, 'F' if fortran else 'C')
+
+
 @contextlib.contextmanager
 def _errors_name(path, kind='.npz file') -> Iterator[None]:
     try:
@@ -231,7 +248,7 @@ def _errors_name(path, kind='.npz file') -> Iterator[None]:
 
 @contextlib.contextmanager
 def _open(path) -> Iterator[zipfile.ZipFile]:
-    with epath.Path(path).open('rb') if gcs.is_remote(path) else regular.open_file(path) as file:
+    with epath.Path(path).open('rb') if remote.is_remote(path) else regular.open_file(path) as file:
         if file.read(6) == b'\x93NUMPY':
             raise ValueError(
                 "it is an .npy file, a single array: write it into an .npz file by np.savez('NEW.npz', "
@@ -259,26 +276,32 @@ def _read_header(archive, name, info) -> Member:
     if info.flag_bits & _NOT_PLAIN or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f'array {name!r} is encrypted or compressed in a way that np.savez does not use')
     with archive.open(info) as stream:
-        version = np.lib.format.read_magic(stream)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f'array {name!r} has the format {version}, not that of plain numbers or text')
-        old = version == (1, 0)
-        size = stream.read(2 if old else 4)
-        if (length := int.from_bytes(size, 'little')) > _MAX_HEADER:
-            raise ValueError(f'array {name!r} has a header of {length} bytes, more than {_MAX_HEADER}')
-        read_header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read_header(io.BytesIO(size + stream.read(length)))
+        shape, fortran, dtype = _parse_header(stream, name)
         member = Member(info, dtype, shape, fortran, stream.tell())
-    if dtype.hasobject:
-        raise ValueError(f'array {name!r} holds pickled objects, which are not read')
-    if min(shape, default=0) < 0 or (math.prod(shape) and not dtype.itemsize):
-        raise ValueError(f'array {name!r} claims to be {member}')
     if member.begin + member.nbytes != info.file_size:
         raise ValueError(
             f'array {name!r} claims to be {member}, {member.nbytes} bytes, but its entry has '
             f'{info.file_size - member.begin}'
         )
     return member
+
+
+def _parse_header(stream, name) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Reads the header of an array from the start of its bytes; returns its shape, whether it is Fortran, its dtype."""
+    version = np.lib.format.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f'array {name!r} has the format {version}, not that of plain numbers or text')
+    old = version == (1, 0)
+    size = stream.read(2 if old else 4)
+    if (length := int.from_bytes(size, 'little')) > _MAX_HEADER:
+        raise ValueError(f'array {name!r} has a header of {length} bytes, more than {_MAX_HEADER}')
+    read_header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read_header(io.BytesIO(size + stream.read(length)))
+    if dtype.hasobject:
+        raise ValueError(f'array {name!r} holds pickled objects, which are not read')
+    if min(shape, default=0) < 0 or (math.prod(shape) and not dtype.itemsize):
+        raise ValueError(f'array {name!r} claims to be {dtype} {list(shape)}')
+    return shape, fortran, dtype
 
 
 def _read_values(archive, member) -> np.ndarray:

@@ -36,7 +36,41 @@ def to_rgb(image: ArrayLike) -> np.ndarray:
 
 def visible_scale(images: np.ndarray) -> int:
     """Returns the factor that enlarges small images [N, H, W, C] to a visible size."""
-    return max(1, 56 // images.shape[1])
+    return max(1, 112 // images.shape[1])
+
+
+def shrink(images: np.ndarray, size: int) -> np.ndarray:
+    """Resizes images uint8 [N, H, W, C] that are larger than `size` pixels to that height or width; others stay."""
+    height, width = images.shape[1:3]
+    if max(height, width) <= size:
+        return images
+    shape = tuple(max(1, round(length * size / max(height, width))) for length in (width, height))
+    return np.stack(
+        [np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BOX)) for image in to_rgb(images)]
+    )
+
+
+def code_palette(codebook_size: int) -> np.ndarray:
+    """Returns a color for every code, uint8 [K, 3]. The colors tell codes apart; they have no other meaning."""
+    return np.random.RandomState(0).randint(0, 256, (codebook_size, 3)).astype(np.uint8)
+
+
+def draw_codes(codes: Sequence[np.ndarray], codebook_sizes: Sequence[int]) -> np.ndarray:
+    """Draws code maps, one color per code: the levels side by side, the coarsest on the left, of one height.
+
+    Args:
+      codes: int [N, h, w] of each level, finest first.
+      codebook_sizes: of each level.
+
+    Returns:
+      uint8 [N, H, W, 3], H the largest h.
+    """
+    height, parts = max(level.shape[1] for level in codes), []
+    for level, size in zip(reversed(codes), reversed(codebook_sizes), strict=True):
+        width = max(level.shape[2] * height // level.shape[1], 1)
+        rows, columns = (np.arange(n) * there // n for n, there in zip((height, width), level.shape[1:], strict=True))
+        parts.append(code_palette(size)[level[:, rows[:, None], columns]])
+    return np.concatenate(parts, axis=2)
 
 
 def image_grid(images: ArrayLike, columns: int, pad: int = 2, scale: int = 1) -> np.ndarray:
@@ -112,9 +146,20 @@ def labeled_rows(
 
 def save_png(path: epath.PathLike, image: ArrayLike) -> None:
     """Writes uint8 [H, W, C] (C 1 or 3) as a PNG file, completely or not at all. Makes parent directories."""
+    files.write_bytes(path, encode_png(image))
+
+
+def encode_png(image: ArrayLike) -> bytes:
+    """Returns uint8 [H, W, C] (C 1 or 3) as the content of a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(to_rgb(image))).save(buffer, format='PNG')
-    files.write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def read_image(path: epath.PathLike) -> np.ndarray:
+    """Reads an image file as uint8 [H, W, 3]."""
+    with epath.Path(path).open('rb') as file:
+        return np.asarray(Image.open(file).convert('RGB'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +173,7 @@ class Panel:
       hlines: label -> y of a dashed line, for baselines and published numbers.
       log_y: logarithmic y axis.
       xlabel: label of the x axis.
+      filled: fill the area below the curves in steps, as in a histogram; x is then 0, 1, ...
     """
 
     title: str
@@ -136,10 +182,16 @@ class Panel:
     hlines: Mapping[str, float] = dataclasses.field(default_factory=dict)
     log_y: bool = False
     xlabel: str = 'update'
+    filled: bool = False
 
 
 def plot_panels(path: epath.PathLike, panels: Sequence[Panel]) -> None:
-    """Plots panels side by side, at most three in a row, into one PNG file.
+    """Writes the PNG file of `draw_panels`; arguments and errors as there."""
+    files.write_bytes(epath.Path(path), draw_panels(panels))
+
+
+def draw_panels(panels: Sequence[Panel]) -> bytes:
+    """Plots panels side by side, at most three in a row, and returns the content of a PNG file.
 
     Raises:
       ValueError: no panels, a panel without curves, or a curve whose steps and values differ in length or are empty.
@@ -148,7 +200,7 @@ def plot_panels(path: epath.PathLike, panels: Sequence[Panel]) -> None:
     from matplotlib.figure import Figure
 
     if not panels:
-        raise ValueError('plot_panels: panels is empty; give at least one Panel')
+        raise ValueError('draw_panels: panels is empty; give at least one Panel')
     columns = min(len(panels), 2 if len(panels) == 4 else 3)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(5.6 * columns, 3.9 * rows), dpi=120, layout='constrained')
@@ -160,7 +212,7 @@ def plot_panels(path: epath.PathLike, panels: Sequence[Panel]) -> None:
         axis.remove()
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png')
-    files.write_bytes(epath.Path(path), buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _draw_panel(axis, panel: Panel) -> None:
@@ -172,6 +224,9 @@ def _draw_panel(axis, panel: Panel) -> None:
                 f'panel {panel.title!r}, curve {label!r}: {len(steps)} steps and {len(values)} values; '
                 'the numbers must be equal, and at least one'
             )
+        if panel.filled:
+            axis.stairs(values, label=label, fill=True)
+            continue
         # A single point has no line; many points need no markers.
         axis.plot(steps, values, label=label, linewidth=1.8, marker='o' if len(steps) <= 25 else None, markersize=4)
     for index, (label, height) in enumerate(panel.hlines.items()):

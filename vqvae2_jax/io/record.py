@@ -37,6 +37,7 @@ _FIELDS = (
 _TYPES = {'inputs': dict, 'settings': dict, 'results': dict, 'files': dict, 'changes': list, 'digest': str}
 # Files for people. Another version of a library may write them differently, which makes no other output stale.
 _NO_DATA = ('.png', '.html')
+_FUNCTIONS = ('write_codes',)  # that write records, as jobs do
 _OLD_FILES = ('trained.json', 'settings.json', 'started.json', 'meta.json')  # of versions before 0.3
 
 
@@ -50,6 +51,10 @@ class DamagedError(JobError):
 
 class UnreadableError(JobError):
     """A record is there, but cannot be read."""
+
+
+class MissingError(JobError):
+    """An output that a job reads is not there, or not finished."""
 
 
 class StaleInputError(JobError):
@@ -257,7 +262,8 @@ def read_done(directory: epath.PathLike, job: str) -> Record:
       job: the value of --job that writes it, for the message.
 
     Raises:
-      JobError: it is not finished, or damaged; the message names the job to run. Also as `read`.
+      MissingError: it is not there, or not finished; the message names the job to run.
+      JobError: it is damaged; also as `read`.
     """
     try:
         record = read(directory)
@@ -265,7 +271,7 @@ def read_done(directory: epath.PathLike, job: str) -> Record:
         raise DamagedError(f'{error}. To make it again, {job_command(job)}') from error
     if record is None or record.state != DONE:
         how = 'has nothing' if record is None else 'is not finished'
-        raise JobError(f'{directory} {how}: {job_command(job)}')
+        raise MissingError(f'{directory} {how}: {job_command(record.job if record else job)}')
     return record
 
 
@@ -381,5 +387,5 @@ def check_settings_match(
 
 
 def job_command(job: str) -> str:
-    """Returns how to run a job, for messages. Users know the rest of their command."""
-    return f'run your command with --job={job}'
+    """Returns how to run a job or function, for messages. Users know the rest of their command."""
+    return f'call vqvae2_jax.{job} again' if job in _FUNCTIONS else f'run your command with --job={job}'

@@ -1,4 +1,4 @@
-"""Opens regular files only: a named pipe would block whoever opens it."""
+"""Opens regular files only: a named pipe would block the process that opens it."""
 
 import errno
 import os

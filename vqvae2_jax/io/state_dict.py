@@ -9,7 +9,7 @@ import urllib.request
 import numpy as np
 from etils import epath
 
-from vqvae2_jax.io import files, gcs, names, npz
+from vqvae2_jax.io import files, names, npz, remote
 
 # What PyTorch raises for damaged files, and for tensors that NumPy has no form for.
 _DAMAGE = (
@@ -31,17 +31,20 @@ def read(path: str, pattern: bool = False) -> dict[str, np.ndarray]:
     """Name -> array.
 
     Args:
-      path: a .pth or .pt file (needs PyTorch), or an .npz file.
+      path: a .pth or .pt file (needs PyTorch), or an .npz file; also one on gs://, s3:// or hf://, which is copied.
       pattern: whether a path that does not exist may be a pattern such as 'weights_part*.npz' for several .npz files
         that make one state dict together.
 
     Raises:
       FileNotFoundError: no such file.
+      OSError: a store does not answer, or refuses.
       ImportError: a .pth file without PyTorch.
       ValueError: a file of another format, or one that holds something else.
     """
     path = os.path.expanduser(path)
-    paths = gcs.expand(path) if pattern else [path] * os.path.lexists(path)
+    remote.check(path)
+    path = remote.local_copy(path, pattern=pattern)
+    paths = remote.expand(path) if pattern else [path] * os.path.lexists(path)
     if not paths:
         raise FileNotFoundError(f'there is no file {path!r}')
     state: dict[str, np.ndarray] = {}

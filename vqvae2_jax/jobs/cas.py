@@ -11,17 +11,17 @@ import functools
 
 import jax
 
-from vqvae2_jax import inference
+from vqvae2_jax import api
 from vqvae2_jax.config import build
 from vqvae2_jax.data import sample_store
 from vqvae2_jax.data.images import open_images
 from vqvae2_jax.data.shards import ShardWriter, shard_ranges
-from vqvae2_jax.distributed import processes, sharding
+from vqvae2_jax.distributed import processes
 from vqvae2_jax.distributed.batches import map_missing
 from vqvae2_jax.distributed.preemption import stop_signals
 from vqvae2_jax.io import record
 from vqvae2_jax.io.record import JobError
-from vqvae2_jax.jobs import feature_store, train, workdir
+from vqvae2_jax.jobs import code_inputs, feature_store, train, workdir
 from vqvae2_jax.jobs.workdir import RECONSTRUCTIONS, SAMPLES, Run
 
 DIRECTORY = 'cas'
@@ -64,7 +64,7 @@ def inputs(run: Run) -> dict[str, str]:
     Raises:
       JobError: stage 1 or codes are missing.
     """
-    return {'vqvae': workdir.trained_record(run, 'vqvae').digest, 'codes': workdir.codes_digest(run)}
+    return {'vqvae': workdir.trained_record(run, 'vqvae').digest, 'codes': code_inputs.codes_digest(run)}
 
 
 def classifier_inputs(run: Run, source: str) -> dict[str, str]:
@@ -108,11 +108,14 @@ def reconstruct(run: Run) -> None:
     writer = ShardWriter(missing, lambda *args: processes.run_on_main_process(lambda: write(*args)))
     with run.lock(directory, output.job, output), stop_signals() as received_signal:
         with jax.set_mesh(run.mesh):
-            variables = workdir.load_trained(run, 'vqvae').variables
-            parameters = workdir.num_parameters(variables['params'])
+            generator = workdir.load_generator(run, with_priors=False)
+            parameters = workdir.generator_size(generator)
             run.print_start(RECONSTRUCTIONS, f'{count} codes', parameters=parameters, batch='codes')
-            decode = inference.make_decode_fn(build.make_vqvae(run.config))
-            decode = functools.partial(decode, sharding.put_sharded(variables))
+
+            def decode(batch):
+                codes = [batch[f'codes_{level}'] for level in range(len(run.levels))]
+                return {'image': api.decode(generator, codes)}
+
             processes.run_on_main_process(output.start)
             read = functools.partial(
                 feature_store.read_batches, run, source, RECONSTRUCTIONS, received_signal, section='codes'

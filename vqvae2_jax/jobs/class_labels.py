@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from vqvae2_jax.distributed import processes
 from vqvae2_jax.io import record
 from vqvae2_jax.io.record import JobError
-from vqvae2_jax.jobs.workdir import Run
+from vqvae2_jax.jobs.workdir import Run, imported_record
 
 _MAX_SHOWN = 20  # classes in a message
 
@@ -35,9 +35,10 @@ def resolve(run: Run, label: int | str, field: str) -> int:
     """
     if isinstance(label, int):
         return label
-    names = names_in_codes(run) or run.images('train').class_names
+    names = names_in_codes(run) or (run.images('train').class_names if run.has_stage_1 else ())
     if label not in names:
-        raise JobError(f'{field}: there is no class {label!r}; the classes are {table(names)}')
+        known = f'the classes are {table(names)}' if names else 'the classes have no names: give a number'
+        raise JobError(f'{field}: there is no class {label!r}; {known}')
     return names.index(label)
 
 
@@ -48,10 +49,20 @@ def print_names(run: Run, labels: Sequence[int], field: str) -> None:
 
 
 def names_in_codes(run: Run) -> tuple[str, ...]:
-    """Returns the names of the classes by label, from the codes of the training split; () if there are none."""
-    codes = processes.run_on_main_process(lambda: record.read_if_done(run.path('codes', 'train')))
-    names = codes.results['class_names'] if codes else ()
-    return tuple(names) if len(names) == run.config.data.num_classes else ()
+    """Returns the names of the classes by label, from the codes of the training split, or with an imported stage 1.
+
+    Returns:
+      The names; () if there are none.
+    """
+    if not run.has_stage_1:
+        return run.code_spec.class_names
+
+    def read():
+        return record.read_if_done(run.path('codes', 'train')) or imported_record(run)
+
+    output = processes.run_on_main_process(read)
+    names = output.results.get('class_names', ()) if output else ()
+    return tuple(names) if len(names) == run.code_spec.num_classes else ()
 
 
 def table(names: Sequence[str], labels: Sequence[int] | None = None) -> str:

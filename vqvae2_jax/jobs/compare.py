@@ -71,7 +71,7 @@ def _compare(run: Run, network: FeatureExtractor, sources: dict[str, ImageSource
 
 def _open(run: Run, which: str, field: str) -> ImageSource:
     data = run.config.data
-    options = data.on_error, data.max_pixels, data.max_bytes
+    options = data.on_error, data.max_pixels, data.max_bytes, data.cache_bytes
     try:
         return run.images(which) if which in SPLITS else open_native_size(which, field, *options)
     except (ValueError, OSError) as error:

@@ -1,92 +1,28 @@
 """Numbers of sample sets for --job=evaluate, each kept in evaluation/sets/<name>/record.json."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from vqvae2_jax.config import build
 from vqvae2_jax.data import sample_store
 from vqvae2_jax.distributed import processes
-from vqvae2_jax.distributed.preemption import exit_together
 from vqvae2_jax.evaluation import generative
-from vqvae2_jax.evaluation.features import MAX_STORED_FEATURES, FeatureExtractor
-from vqvae2_jax.io import files, record
+from vqvae2_jax.evaluation.features import MAX_STORED_FEATURES
+from vqvae2_jax.evaluation.report_pictures import class_positions
+from vqvae2_jax.io import record
 from vqvae2_jax.io.record import DamagedError, Record
-from vqvae2_jax.jobs import cas, feature_store, reject, workdir
+from vqvae2_jax.jobs import cas, feature_store, reference_sets, reject, sample, workdir
+from vqvae2_jax.jobs.evaluation_parts import DIRECTORY, Evaluation, evaluate_part
 from vqvae2_jax.jobs.workdir import REJECTION, SAMPLES, Run
 from vqvae2_jax.metrics.classification import accuracy, per_class_accuracy
 from vqvae2_jax.tasks.vqvae import ALL_LEVELS
 
-DIRECTORY = 'evaluation'
-# Part of the settings of all parts. Raise it when a number of report.json changes for the same inputs and settings: how
-# a metric is computed, on which images, or the names of the results. Features have a version of their own.
-METRICS_VERSION = 1
 _SETS = 'sets'
+_PICTURES = 'pictures.npz'
 _NOTE = 'the classifier that rejects also evaluates: class_accuracy_after_rejection is optimistic'
-
-
-class Evaluation(NamedTuple):
-    """A run that is being evaluated.
-
-    Attributes:
-      run: the run.
-      network: the network whose features are compared: Inception, or else the classifier; None without both.
-      classifier: the network that scores samples; None without classes.
-      received_signal: from `stop_signals`.
-    """
-
-    run: Run
-    network: FeatureExtractor | None
-    classifier: FeatureExtractor | None
-    received_signal: Callable[[], int]
-
-    @property
-    def split(self) -> str:
-        return self.run.config.evaluate.split
-
-    @property
-    def reference(self) -> str:
-        return self.run.config.evaluate.reference or self.split
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings of every part."""
-        versions = {'metrics_version': METRICS_VERSION, 'features_version': feature_store.FEATURES_VERSION}
-        return {'evaluate.split': self.split, **versions}
-
-
-def evaluate_part(
-    e: Evaluation,
-    name: str,
-    inputs: dict[str, str],
-    compute: Callable[[], dict],
-    settings: dict[str, Any] | None = None,
-    *,
-    main_process_only: bool = False,
-) -> dict[str, Any]:
-    """Returns the results kept in evaluation/<name>; computes them if they are missing or anything has changed.
-
-    Args:
-      e: the evaluation.
-      name: directory of the part.
-      inputs: digests of its inputs.
-      compute: returns the results. They are kept: an error that may not come again must raise, not become a result.
-      settings: settings of this part besides `e.settings`.
-      main_process_only: call `compute` on the main process alone.
-
-    Raises:
-      Interrupted: a stop signal came; the part is kept if it was complete.
-    """
-    settings = e.settings | (settings or {})
-    output = e.run.open_output(e.run.path(DIRECTORY, name), 'evaluate', inputs, settings, replace=True)
-    if output.state == record.DONE:
-        return output.results
-    results = files.to_json(processes.run_on_main_process(compute) if main_process_only else compute(), name)
-    processes.run_on_main_process(lambda: output.finish(results))
-    exit_together(e.received_signal)
-    return results
 
 
 def evaluate_set(e: Evaluation, cas_metrics: dict | None) -> None:
@@ -104,13 +40,49 @@ def evaluate_set(e: Evaluation, cas_metrics: dict | None) -> None:
             seconds['cas'] = record.read_done(run.path(cas.DIRECTORY, SAMPLES, name), 'cas').seconds
         return results | {'seconds': seconds}
 
-    evaluate_part(e, f'{_SETS}/{name}', _set_inputs(e, name), compute, _set_settings(e))
+    def write(output: Record):
+        sample_store.write_npz(output.directory / _PICTURES, _choose_pictures(e))
+        output.add_files(_PICTURES)
+
+    evaluate_part(e, f'{_SETS}/{name}', _set_inputs(e, name), compute, _set_settings(e), write=write)
+
+
+def _choose_pictures(e: Evaluation) -> dict[str, np.ndarray]:
+    """Returns samples and accepted samples that the report shows, as the arrays of pictures.npz."""
+    samples, arrays = sample_store.read_set(e.run.sample_set_path(SAMPLES)), {}
+    index = np.arange(samples.results['count'])
+    classes = samples.settings['labels'] or range(max(samples.settings['num_classes'], 1))
+    labels, orders = np.asarray(classes)[index % len(classes)], {'samples': index}
+    if e.has_rejection:
+        rejection = record.read_done(e.run.sample_set_path(REJECTION), 'reject')
+        accepted = sample_store.read_npz(rejection.file(reject.ACCEPTED), ('index', 'log_probability'))
+        orders['accepted'] = accepted['index'][np.argsort(-accepted['log_probability'], kind='stable')]
+    for name, order in orders.items():
+        shown = sample_store.take(samples.directory, class_positions(labels, order))
+        arrays |= {name: sample.images_or_codes(e.run, shown), f'{name}_label': shown['label']}
+    return arrays
+
+
+def read_pictures(run: Run, name: str) -> dict[str, np.ndarray]:
+    """Reads the pictures of a sample set that was evaluated.
+
+    Returns:
+      'samples' and, with classes, 'accepted': uint8 [N, H, W, C], class by class; 'samples_label' and
+      'accepted_label': int32 [N]. {} if the file is damaged, which is printed.
+    """
+    output = record.read_done(run.path(DIRECTORY, _SETS, name), 'evaluate')
+    try:
+        return sample_store.read_npz(output.file(_PICTURES))
+    except DamagedError as error:
+        print(f'{error} and --config.sample.name={name}', flush=True)
+        return {}
 
 
 def all_sets(e: Evaluation) -> dict[str, dict]:
     """Returns the numbers of all sample sets evaluated so far, with the names of the inputs that changed since."""
     entries = {}
-    for directory in sorted(e.run.path(DIRECTORY, _SETS).iterdir()):
+    path = e.run.path(DIRECTORY, _SETS)
+    for directory in sorted(path.iterdir()) if path.exists() else ():
         try:
             output = record.read(directory)
         except DamagedError as error:  # of another set: this call has written the record of its own
@@ -128,20 +100,23 @@ def all_sets(e: Evaluation) -> dict[str, dict]:
 
 
 def _set_settings(e: Evaluation) -> dict[str, Any]:
-    return {'evaluate.reference': e.reference, 'evaluate.sweep': list(e.run.config.evaluate.sweep)}
+    options = e.run.config.evaluate
+    return {f'evaluate.{name}': list(options[name]) for name in ('references', 'sweep')}
 
 
 def _set_inputs(e: Evaluation, name: str) -> dict[str, str]:
     """Returns the inputs that decide the numbers of a sample set."""
     run = e.run
-    inputs = {'images': run.images(e.split).digest, 'reference': run.images(e.reference).digest}
-    inputs |= workdir.generator_digests(run)
+    inputs = workdir.generator_digests(run)
+    if run.has_stage_1:
+        inputs |= {'images': run.images(e.split).digest, 'reference': run.images(e.reference).digest}
+        inputs |= {f'reference {name}': reference.digest for name, reference in e.references.items()}
     outputs = {'samples': (SAMPLES,)}
     if e.network is not None:
         inputs['network'] = e.network.digest
-    if e.classifier is not None:
+    if e.has_rejection:
         outputs['rejection'] = (REJECTION,)
-    if build.has_cas(run.config):
+    if e.has_cas:
         outputs['cas'] = cas.DIRECTORY, SAMPLES
     for key, parts in outputs.items():
         output = record.read_if_done(run.path(*parts, name))
@@ -167,7 +142,7 @@ def sample_metrics(e: Evaluation, samples: Record) -> dict[str, Any]:
         def choose():
             # The first samples, and those of the sweep, which need not be among the first.
             indices = np.arange(min(samples.results['count'], MAX_STORED_FEATURES))
-            if e.classifier is None:
+            if not e.has_rejection:
                 return indices, [], None
             scores, fractions = _scores(run), run.config.evaluate.sweep
             points = generative.choose_samples(
@@ -178,8 +153,10 @@ def sample_metrics(e: Evaluation, samples: Record) -> dict[str, Any]:
         indices, points, probability = processes.run_on_main_process(choose)
         extracted = feature_store.sample_features(run, network, indices, e.received_signal)
 
+        reference_sets.extract(run, network, e.references, e.received_signal)
+
         def compare():
-            references = {
+            real_sets = {
                 'quality': feature_store.load_stats(real),
                 'quality_against_reconstructions': feature_store.load_stats(reconstructed, ALL_LEVELS),
             }
@@ -187,16 +164,17 @@ def sample_metrics(e: Evaluation, samples: Record) -> dict[str, Any]:
             first = generated.take(slice(MAX_STORED_FEATURES))
             quality = {
                 key: generative.metrics_or_reason(network.name, stats, first, f'samples, {key}')
-                for key, stats in references.items()
+                for key, stats in real_sets.items()
             }
-            if e.classifier is None:
+            quality['references'] = reference_sets.compare(run, network, e.references, first, 'samples')
+            if not e.has_rejection:
                 return quality
-            sets = *references.values(), generated
+            sets = *real_sets.values(), generated
             sweep, note = generative.rejection_sweep(network.name, *sets, indices, points, probability)
             return quality | {'sweep': sweep, 'sweep_note': note}
 
         results = processes.run_on_main_process(compare)
-    if e.classifier is not None:
+    if e.has_rejection:
         results |= processes.run_on_main_process(lambda: _class_accuracy(run))
     return results
 
@@ -220,4 +198,12 @@ def _class_accuracy(run: Run) -> dict[str, Any]:
         'accepted': len(accepted['index']),
         'note': _NOTE,
         'class_accuracy_by_class': dict(zip(names, each, strict=True)),
+        'count_by_class': count_by_class(names, scores['label']),
+        'accepted_by_class': count_by_class(names, accepted['label']),
     }
+
+
+def count_by_class(class_names: Sequence[str], labels: np.ndarray) -> dict[str, int]:
+    """Returns the number of examples of each class; `class_names` by label, `labels` int [N]."""
+    counts = np.bincount(labels, minlength=len(class_names))
+    return dict(zip(class_names, counts.tolist(), strict=True))

@@ -1,48 +1,56 @@
-"""--job=extract_codes: encodes every image of every split, in shards; a restart continues (VQ-VAE-2, algorithm 2)."""
+"""--job=extract_codes: encodes every image of every split, in shards; a restart continues (VQ-VAE-2, algorithm 2).
+
+With codes.flip the training split also has the codes of its mirrored images, after the others.
+"""
 
 import dataclasses
 import functools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from etils import epath
 
-from vqvae2_jax import inference
-from vqvae2_jax.config import build
+from vqvae2_jax import api
 from vqvae2_jax.data import codes as store
-from vqvae2_jax.data.images import SPLITS
+from vqvae2_jax.data.images import SPLITS, ImageSource
 from vqvae2_jax.data.shards import ShardWriter, shard_ranges
-from vqvae2_jax.distributed import processes, sharding
+from vqvae2_jax.distributed import processes
 from vqvae2_jax.distributed.batches import map_missing
 from vqvae2_jax.distributed.preemption import Interrupted, exit_together, stop_signals
 from vqvae2_jax.io import record
-from vqvae2_jax.io.record import Record
-from vqvae2_jax.jobs import feature_store, train, workdir
+from vqvae2_jax.io.record import JobError, Record
+from vqvae2_jax.jobs import code_inputs, feature_store, train, workdir
 from vqvae2_jax.jobs.workdir import Run
-from vqvae2_jax.models.vqvae import map_shapes
+
+LMDB = 'lmdb'  # the input of codes that --job=import has read
 
 
 def extract_codes(run: Run) -> None:
     """Writes codes/<split> for all splits; finished shards are kept.
 
     Raises:
-      JobError: stage 1 or images are missing.
+      JobError: stage 1 or images are missing, or an import of codes is not finished.
       StaleInputError: stage 1 was trained on other images, or existing codes are those of other weights or images.
       SettingsChangedError: existing codes were extracted with other settings.
       Interrupted: a stop signal came; the same command continues.
     """
+    if _are_imported(run):
+        return
     trained = workdir.load_trained(run, 'vqvae')
     stage1 = trained.record
     hint = f'delete {stage1.directory} to train it again'
     record.check_inputs(stage1.directory, stage1.inputs, train.inputs(run, 'vqvae'), hint)
     outputs = {split: _open_output(run, split) for split in SPLITS}  # any refusal comes before the work
-    counts = ', '.join(f'{split} {len(run.images(split))}' for split in SPLITS)
+    counts = ', '.join(f'{split} {len(_images(run, split))}' for split in SPLITS)
     run.print_start(store.JOB, f'{counts} images', parameters=workdir.num_parameters(trained.params), batch='codes')
     with jax.set_mesh(run.mesh):
-        encode = functools.partial(
-            inference.make_encode_fn(build.make_vqvae(run.config)), sharding.put_sharded(trained.variables)
-        )
+        generator = workdir.load_generator(run, with_priors=False)
+
+    def encode(batch):
+        return store.name_levels(api.encode(generator, batch['image']))
+
     with stop_signals() as received_signal:
         for split, output in outputs.items():
             if output.state == record.DONE:
@@ -56,18 +64,43 @@ def extract_codes(run: Run) -> None:
 def inputs(run: Run, split: str) -> dict[str, str]:
     """Returns the current digests of the inputs of codes/<split>.
 
+    Returns:
+      The digests by name; for imported codes with that of their database, as their record has it.
+
     Raises:
       JobError: stage 1 or images are missing.
     """
-    return {'vqvae': workdir.trained_record(run, 'vqvae').digest, 'images': run.images(split).digest}
+    digests = {'vqvae': workdir.trained_record(run, 'vqvae').digest, 'images': run.images(split).digest}
+    output = record.read_if_sound(run.path('codes', split))
+    return digests | ({LMDB: output.inputs[LMDB]} if output and LMDB in output.inputs else {})
+
+
+def _are_imported(run: Run) -> bool:
+    """Returns whether the codes were imported, and says so; refuses them if some are missing."""
+
+    def read():
+        records = [record.read_if_sound(run.path('codes', split)) for split in SPLITS]
+        return [output.state if output and output.job == workdir.IMPORT else None for output in records]
+
+    states = processes.run_on_main_process(read)
+    if not any(states):
+        return False
+    if states != [record.DONE] * len(SPLITS):
+        raise JobError(
+            f'the import of codes to {run.path("codes")} is not finished: the same command with --job=import '
+            'continues it. To extract codes instead, delete that directory'
+        )
+    counts = ', '.join(f'{split} {codes.results["count"]}' for split, codes in code_inputs.codes_records(run).items())
+    print(f'codes: done (imported: {counts})', flush=True)
+    return True
 
 
 def _open_output(run: Run, split: str) -> Record:
-    return run.open_output(run.path('codes', split), store.JOB, inputs(run, split), _settings(run, split))
+    return run.open_output(run.path('codes', split), store.JOB, inputs(run, split), settings(run, split))
 
 
 def _extract_split(run: Run, split: str, output: Record, encode: Callable, received_signal: Callable[[], int]) -> None:
-    source, directory = run.images(split), output.directory
+    source, directory = _images(run, split), output.directory
     ranges = shard_ranges(len(source), output.settings['shard_size'])
     paths = {shard: store.shard_path(directory, number, len(ranges)) for number, shard in enumerate(ranges)}
     missing = [shard for shard, path in paths.items() if path.name not in output.files]
@@ -89,22 +122,30 @@ def _extract_split(run: Run, split: str, output: Record, encode: Callable, recei
     except Interrupted:
         print(f'codes {split}: {written} of {len(missing)} shards written; the same command continues', flush=True)
         raise
-    meta = processes.run_on_main_process(lambda: _finish(output, source.class_names, list(paths.values())))
+    meta = processes.run_on_main_process(lambda: finish(output, source.class_names, list(paths.values())))
     print(f'codes {split}: {meta.count} images in {directory}', flush=True)
 
 
-def _settings(run, split):
-    config = run.config
+def settings(run: Run, split: str) -> dict[str, Any]:
+    """Returns the settings in the record of codes/<split>."""
     return {
         'split': split,
-        'shard_size': config.codes.shard_size,
-        'shapes': map_shapes(config.data.image_size, config.vqvae.downsample_factors),
-        'codebook_sizes': [config.vqvae.codebook_size] * len(run.levels),
-        'num_classes': config.data.num_classes,
+        'shard_size': run.config.codes.shard_size,
+        **{name: getattr(run.code_spec, name) for name in ('shapes', 'codebook_sizes', 'num_classes')},
+        **({'flip': True} if _mirrors(run, split) else {}),
     }
 
 
-def _finish(output: Record, class_names: tuple[str, ...], paths: list[epath.Path]) -> store.CodesMeta:
+def _mirrors(run, split) -> bool:
+    """Returns whether the mirrored images of a split are extracted too."""
+    return run.config.codes.flip and split == 'train'
+
+
+def _images(run, split) -> ImageSource:
+    return dataclasses.replace(run.images(split), with_mirrored=_mirrors(run, split))
+
+
+def finish(output: Record, class_names: tuple[str, ...], paths: list[epath.Path]) -> store.CodesMeta:
     """Records a split whose shards are all written."""
     settings = {name: output.settings[name] for name in ('shapes', 'codebook_sizes', 'num_classes', 'split')}
     count = sum(store.count_records(path) for path in paths)

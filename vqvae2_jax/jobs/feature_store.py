@@ -306,6 +306,11 @@ def _finish(run: Run, output: Record) -> Record:
     return output
 
 
+def read_features(directory: epath.Path) -> Record:
+    """Reads the record of extracted features; raises JobError if they are not finished."""
+    return record.read_done(directory, 'evaluate')
+
+
 def load_stats(output: Record, row: str = IMAGES, max_stored: int | None = None) -> FeatureStats:
     """Loads the statistics of extracted features, with the features of the first images.
 

@@ -5,25 +5,24 @@ autoregressive order sees earlier positions only: new codes fit the known codes 
 above and to the left) and do not depend on later ones.
 """
 
-import functools
 import os
 from collections.abc import Callable
 
 import jax
 import numpy as np
-from etils import epath
 
-from vqvae2_jax import inference
+from vqvae2_jax import api
 from vqvae2_jax.config import build
 from vqvae2_jax.data import sample_store
+from vqvae2_jax.data.codes import name_levels
 from vqvae2_jax.data.decode import UnreadableImage, decode_image, read_file, resize_and_crop
 from vqvae2_jax.data.images import ImageSource
 from vqvae2_jax.distributed import processes, sharding
-from vqvae2_jax.io import files, gcs, names, plots, record
+from vqvae2_jax.io import files, names, plots, record, remote
 from vqvae2_jax.io.progress import Progress
 from vqvae2_jax.io.record import JobError, Record
 from vqvae2_jax.jobs import class_labels, workdir
-from vqvae2_jax.jobs.workdir import Generator, Run
+from vqvae2_jax.jobs.workdir import Run
 
 DIRECTORY = 'inpaint'
 _GRAY = 128
@@ -52,7 +51,7 @@ def inpaint(run: Run) -> None:
         generator = workdir.load_generator(run, run.config.sample.dtype)  # it refuses before any file changes
     make_variants = make_inpainter(run, generator, levels)
     run.print_start(
-        'inpaint', f'{len(source)} images, {options.count} variants each', parameters=generator.num_parameters
+        'inpaint', f'{len(source)} images, {options.count} variants each', parameters=workdir.generator_size(generator)
     )
     with run.lock(directory, output.job, output):
         written = _write_variants(run, output, source, mask, make_variants)
@@ -110,7 +109,7 @@ def output_name(number: int, example_name: str) -> str:
 
 
 def make_inpainter(
-    run: Run, generator: Generator, levels: tuple[str, ...]
+    run: Run, generator: api.Generator, levels: tuple[str, ...]
 ) -> Callable[[int, np.ndarray, np.ndarray], dict[str, np.ndarray]]:
     """Makes the function that inpaints one image; call that function inside `jax.set_mesh(run.mesh)`.
 
@@ -125,16 +124,21 @@ def make_inpainter(
       number and its index alone.
     """
     options = run.config.inpaint
-    resampled = [name in levels for name in run.levels]
-    sample = inference.make_inpaint_fn(generator.model, generator.priors, resampled, seed=run.config.sample.seed)
-    sample = functools.partial(sample, generator.variables, generator.params, workdir.sampling_params(run))
+    seed, settings = run.config.sample.seed, build.sampling_arguments(run.config)
+
+    @jax.jit
+    def keys_of(number, index):
+        return api.sample_keys(jax.random.fold_in(jax.random.key(seed), number), index)
+
     batch_size = sharding.pad_batch_size(options.count, run.mesh)
 
     def make_variants(number, image, mask):
         index = sharding.process_local_rows(batch_size).astype(np.int32)
         batch = {'index': index, 'label': np.full_like(index, max(options.label, 0))}
-        variants = sample(sharding.make_global_batch(batch, batch_size), image, mask, np.int32(number))
-        variants = sharding.gather_rows(variants, main_process_only=True)
+        batch = sharding.make_global_batch(batch, batch_size)
+        keys = keys_of(np.int32(number), batch['index'])
+        images, codes = api.inpaint(generator, keys, image[None], mask, batch['label'], levels=levels, **settings)
+        variants = sharding.gather_rows({'image': images, **name_levels(codes)}, main_process_only=True)
         return {name: values[: options.count] for name, values in variants.items()}
 
     return make_variants
@@ -157,11 +161,11 @@ def read_mask(mask: str, size: tuple[int, int]) -> np.ndarray:
     if not mask:
         return np.ones(size, bool)
     try:
-        gcs.check(mask)
+        remote.check(mask)
     except ValueError as error:
         raise JobError(f'inpaint.mask={error}') from error
     mask = os.path.expanduser(mask)
-    if epath.Path(mask).is_file():
+    if remote.exists(mask) and not os.path.isdir(mask):
         return _mask_of_file(mask, size)
     try:
         top, left, bottom, right = (float(share) for share in mask.split(','))
@@ -179,7 +183,7 @@ def read_mask(mask: str, size: tuple[int, int]) -> np.ndarray:
 
 def _mask_of_file(path, size):
     try:
-        image = decode_image(read_file(gcs.local_copy(path), path), 1, path)
+        image = decode_image(read_file(remote.local_copy(path), path), 1, path)
     except UnreadableImage as error:
         raise JobError(f'inpaint.mask: cannot read the image {path}: {error.reason}') from error
     return _not_empty(resize_and_crop(image, size)[..., 0] >= _GRAY, path)  # cropped and resized as the images are

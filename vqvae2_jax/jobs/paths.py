@@ -7,13 +7,15 @@ import stat
 from etils import epath
 from ml_collections import ConfigDict
 
+from vqvae2_jax.config import build
 from vqvae2_jax.data.images import SPLITS
-from vqvae2_jax.io import gcs, names
+from vqvae2_jax.io import names, remote
 from vqvae2_jax.io.record import JobError
 
 # Jobs, Orbax and TensorStore find files by patterns below the workdir: these would name other directories as well.
 # TensorStore takes a backslash for a slash, and Orbax a directory `gs:` for a bucket.
 _SPECIAL = re.compile(r'[\\*?]|\[[^/]+\]|(?<=/)gs:(?=/|$)')
+_WRITES_BESIDE = ('inpaint', 'reconstruct')  # jobs that write <job>/ and read <job>.path
 _MAX_BYTES = 3500  # the system's limit is 4096, and checkpoints have long paths below the workdir
 
 
@@ -28,7 +30,7 @@ def check_paths(config: ConfigDict, workdir: epath.Path, job: str) -> None:
     Raises:
       JobError: it cannot; the message names the path and the reason.
     """
-    if gcs.is_remote(workdir):
+    if remote.is_remote(workdir):
         return
     _check_name(os.fspath(workdir))
     if job == 'plan':  # reads no data
@@ -39,9 +41,9 @@ def check_paths(config: ConfigDict, workdir: epath.Path, job: str) -> None:
                 f'{field}={names.printable(path)} holds the workdir {names.printable(str(workdir))}, whose pictures '
                 'would be read as data: give a --workdir outside of it'
             )
-    own = workdir / 'inpaint'
-    if job == 'inpaint' and config.inpaint.path and _is_inside(config.inpaint.path, own):
-        raise JobError(f'inpaint.path={names.printable(config.inpaint.path)} lies in {own}, where this job writes')
+    path, own = config[job].path if job in _WRITES_BESIDE else '', workdir / job
+    if path and not remote.is_remote(path) and _is_inside(path, own):
+        raise JobError(f'{job}.path={names.printable(path)} lies in {own}, where this job writes')
 
 
 def _check_name(workdir):
@@ -66,13 +68,13 @@ def _check_name(workdir):
 
 def _folders(config) -> dict[str, str]:
     """Returns {field: folder} of all folders whose images jobs read, with those below."""
-    data, evaluate = config.data, config.evaluate
-    given = {'inpaint.path': config.inpaint.path, 'likelihood.path': config.likelihood.path}
+    evaluate = config.evaluate
+    given = {f'{job}.path': config[job].path for job in ('inpaint', 'likelihood', 'reconstruct')}
     given |= {f'evaluate.{name}': evaluate[name] for name in ('real', 'generated') if evaluate[name] not in SPLITS}
-    if data.name == 'folder':
+    if build.has_stage_1(config) and (data := config.data).name == 'folder':
         for split in data.splits or ('',):
             given[f'data.path{split and "/"}{split}'] = os.path.join(data.path, split) if split else data.path
-    return {field: path for field, path in given.items() if path and not gcs.is_remote(path)}
+    return {field: path for field, path in given.items() if path and not remote.is_remote(path)}
 
 
 def _is_inside(path, folder) -> bool:

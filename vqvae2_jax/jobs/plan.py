@@ -11,14 +11,13 @@ import sys
 from collections.abc import Callable, Iterator
 
 import jax
-import optax
 
+from vqvae2_jax.api import Specification
 from vqvae2_jax.config import build
 from vqvae2_jax.distributed import sharding
-from vqvae2_jax.jobs import train, workdir
+from vqvae2_jax.jobs import train
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.kernels import select
-from vqvae2_jax.models.vqvae import map_shapes
 from vqvae2_jax.planning import hardware, programs, table
 from vqvae2_jax.planning.hardware import Accelerator
 from vqvae2_jax.planning.programs import Compiled, Program
@@ -98,13 +97,8 @@ def make_programs(run: Run) -> Iterator[tuple[str, Callable[[], programs.Program
     The functions are called inside `jax.set_mesh(run.mesh)`. Random keys and other small arrays are made here: nothing
     runs on devices that are not attached.
     """
-    config = run.config
+    config, maps = run.config, run.code_spec.shapes
     networks, implementations = build.networks(config), select.for_device(run.mesh.devices.flat[0])
-    priors = workdir.make_priors(run, config.sample.dtype)
-
-    variables = {name: jax.eval_shape(model.init, *inputs) for name, (model, inputs) in networks.items()}
-    data = config.data
-    maps = map_shapes(data.image_size, config.vqvae.downsample_factors)
     for section in networks:
         reference = train.make_task(run, section, examples=1)
         task = train.make_task(run, section, examples=1, implementations=implementations)
@@ -112,13 +106,14 @@ def make_programs(run: Run) -> Iterator[tuple[str, Callable[[], programs.Program
         if section.startswith('prior'):
             batch = programs.code_shapes(training.batch_size, maps)
         else:
-            batch = programs.image_shapes(training.batch_size, data.image_size, data.channels)
+            batch = programs.image_shapes(training.batch_size, config.data.image_size, config.data.channels)
         yield section, functools.partial(programs.train_program, section, task, reference, training, batch)
-    model, stage_1 = networks['vqvae'][0], variables['vqvae']
-    batch = programs.image_shapes(run.batch_size('codes'), data.image_size, data.channels)
-    yield 'extract_codes', functools.partial(programs.encode_program, model, stage_1, batch)
-    params = [variables[section]['params'] for section in run.prior_sections]
-    params = jax.eval_shape(lambda p: optax.tree.cast(p, config.sample.dtype or None), params)
+    generator = Specification.of(config).shapes()
+    if run.has_stage_1:
+        batch = programs.image_shapes(run.batch_size('codes'), config.data.image_size, config.data.channels)
+        yield 'extract_codes', functools.partial(programs.encode_program, generator.replace(params=()), batch)
+    if config.sample.dtype:
+        generator = jax.eval_shape(lambda g: g.with_dtype(config.sample.dtype), generator)
     sizes = {'batch_size': run.batch_size('sample'), 'count': config.sample.count}
-    arguments = model, priors, stage_1, params, workdir.sampling_params(run)
-    yield 'sample', functools.partial(programs.sample_program, *arguments, **sizes)
+    settings = build.sampling_arguments(config)
+    yield 'sample', functools.partial(programs.sample_program, generator, settings, **sizes)

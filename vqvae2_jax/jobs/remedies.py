@@ -24,6 +24,7 @@ _BATCHES = {
     'evaluate': 'evaluate.batch_size',
     'likelihood': 'evaluate.batch_size',
     'inpaint': 'inpaint.count',
+    'reconstruct': 'codes.batch_size',
 }
 
 

@@ -4,58 +4,73 @@ import datetime
 import os
 import platform
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from vqvae2_jax.config import build
-from vqvae2_jax.data import sample_store
-from vqvae2_jax.data.images import SPLITS
+from vqvae2_jax.evaluation import report_pictures
 from vqvae2_jax.evaluation.report import render_html, summary
+from vqvae2_jax.evaluation.report_pictures import Pictures, SetPictures
 from vqvae2_jax.io import checksums, files, lock, plots, record
 from vqvae2_jax.io.logging import read_metrics
 from vqvae2_jax.io.plots import Panel
 from vqvae2_jax.io.record import Record
-from vqvae2_jax.jobs import cas, reject, sample, workdir
-from vqvae2_jax.jobs.workdir import RECONSTRUCTIONS, REJECTION, SAMPLES, SKIPPED, Run
+from vqvae2_jax.jobs import cas, code_inputs, evaluate_samples, reference_sets, workdir
+from vqvae2_jax.jobs.workdir import RECONSTRUCTIONS, SKIPPED, Run
 from vqvae2_jax.tasks.vqvae import SSIM_PROTOCOL
 from vqvae2_jax.version import __version__
 
 DIRECTORY = 'report'
-SCHEMA = 5
-_DISTANCES = {'fid': 'FID', 'frechet_distance': 'Fréchet distance'}
+SCHEMA = 7
+
+
+class Examples(NamedTuple):
+    """Some images of the split that is evaluated.
+
+    Attributes:
+      images: the images and their reconstructions, uint8 [N, H, W, C], by label.
+      class_names: the class of each image; () without classes.
+      codes: int [N, h, w] of each level, finest first.
+      codebooks: float [K, D] of each level, finest first.
+    """
+
+    images: dict[str, np.ndarray]
+    class_names: Sequence[str]
+    codes: Sequence[np.ndarray]
+    codebooks: Sequence[np.ndarray]
 
 
 def write_report(
-    run: Run, parts: dict[str, Any], quality: dict[str, str] | None, images: dict[str, np.ndarray]
+    run: Run,
+    parts: dict[str, Any],
+    missing: dict[str, str],
+    quality: dict[str, str] | None,
+    examples: Examples | None,
 ) -> None:
     """Writes all files of the report, and prints a summary.
 
     Args:
       run: the run.
       parts: the parts of report.json, from `evaluate_parts`.
+      missing: parts that are left out, with the reason of each.
       quality: protocol of the metrics of generated images; None: there are none.
-      images: images uint8 [N, H, W, C] of the split and their reconstructions, by label.
+      examples: images of the split that the report shows; None without stage 1.
     """
     directory = run.path(DIRECTORY)
     trainings = _trainings(run)
     report = {'schema': SCHEMA, 'config': run.config.name, 'protocol': _protocol(run, quality, trainings), **parts}
+    report['missing'] = missing
     seconds = {name: training.seconds for name, training in trainings.items()}
     report |= {'seconds': seconds, 'skipped_files': len(run.skipped())}
     inputs = {name: files.digest_json(part) for name, part in parts.items()}
     output = record.open_output(directory, 'evaluate', inputs, {'config': _config_digest(run)}, replace=True)
     output.start()
-    picture = plots.labeled_rows(list(images.items()), scale=plots.visible_scale(next(iter(images.values()))))
-    plots.save_png(directory / 'reconstructions.png', picture)
-    if panels := _curve_panels(run, report['likelihood']):
-        plots.plot_panels(directory / 'curves.png', panels)
-    else:
-        files.remove(directory / 'curves.png')
-    _write_set_pictures(run, report['sets'][run.config.sample.name])
+    pictures = _write_pictures(run, report, examples)
     files.write_json(directory / 'report.json', report)
-    files.write_bytes(directory / 'report.html', render_html(report, _read_pictures(directory, report)).encode())
+    files.write_bytes(directory / 'report.html', render_html(report, pictures).encode())
     not_report = record.FILE, lock.FILE
     output.files = {name: v for name, v in checksums.file_entries(directory).items() if name not in not_report}
     output.finish({'sets': list(report['sets'])})
@@ -65,44 +80,66 @@ def write_report(
     print(f'\nreport: {directory / "report.html"} (and report.json)', flush=True)
 
 
-def _write_set_pictures(run, entry):
-    directory = run.sample_set_path(DIRECTORY, 'sets')
-    sources = {'samples.png': sample_store.read_set(run.sample_set_path(SAMPLES)).file(sample.PICTURE)}
-    if build.has_classifier(run.config):
-        rejection = record.read_done(run.sample_set_path(REJECTION), 'reject')
-        sources['accepted.png'] = rejection.file(reject.PICTURE)
-    for name, source in sources.items():
-        files.write_bytes(directory / name, source.read_bytes())
-    if entry.get('sweep'):
-        plots.plot_panels(directory / 'rejection.png', _sweep_panels(entry['sweep']))
-    else:
-        files.remove(directory / 'rejection.png')
+def _write_pictures(run: Run, report: dict[str, Any], examples: Examples | None) -> Pictures:
+    """Writes the PNG files of the report; returns the pictures of its page."""
+    curves = _curve_panels(run, report.get('likelihood'))
+    _write_panels(run.path(DIRECTORY, 'curves.png'), curves)
+    return Pictures(
+        curves=[plots.draw_panels([panel]) for panel in curves],
+        sets={name: _write_set_pictures(run, name, entry) for name, entry in report['sets'].items()},
+        **(_write_examples(run, report, examples) if examples else {}),
+    )
 
 
-def _read_pictures(directory, report) -> dict[str, bytes]:
-    names = ['reconstructions', 'curves']
-    names += [f'sets/{name}/{picture}' for name in report['sets'] for picture in ('samples', 'accepted', 'rejection')]
-    paths = {name.removeprefix('sets/'): directory / f'{name}.png' for name in names}
-    return {name: path.read_bytes() for name, path in paths.items() if path.exists()}
-
-
-def _sweep_panels(points: Sequence[dict[str, Any]]) -> list[Panel]:
-    """Returns the plots of a rejection sweep (VQ-VAE-2 figure 7), from `generative.rejection_sweep`."""
-    distance = next(name for name in _DISTANCES if name in points[0])
-    x = 'inception_score' if all('inception_score' in p for p in points) else 'confidence'
-    distances = {'against real images': distance, 'against reconstructions': f'{distance}_against_reconstructions'}
-    curves = {label: ([p[x] for p in points], [p[key] for p in points]) for label, key in distances.items()}
-    kept = f'kept {points[0]["keep_fraction"]:.0%} to {points[-1]["keep_fraction"]:.0%}'
-    trade_off = {kept: ([p['recall'] for p in points], [p['precision'] for p in points])}
-    images = f'n = {points[0]["count"]}'
-    xlabel = {'inception_score': 'Inception Score', 'confidence': 'mean confidence of the classifier'}[x]
-    return [
-        Panel(f'quality, {kept}, {images}', curves, _DISTANCES[distance], xlabel=xlabel),
-        Panel(f'precision and recall, {images}', trade_off, 'precision', xlabel='recall'),
+def _write_examples(run: Run, report: dict[str, Any], examples: Examples) -> dict[str, Any]:
+    """Writes the PNG files of stage 1; returns the fields of `Pictures`."""
+    directory, images = run.path(DIRECTORY), list(examples.images.items())
+    code_maps = [
+        (f'{name} codes', report_pictures.code_colors(codebook)[codes])
+        for name, codes, codebook in zip(run.levels, examples.codes, examples.codebooks, strict=True)
+    ][::-1]
+    levels, likelihood = report['reconstruction']['levels'], report.get('likelihood', {}).get('levels', {})
+    usage = [
+        report_pictures.usage_panel(name, likelihood[name]['code_counts'], levels[name]['perplexity'])
+        for name in reversed(run.levels)
+        if name in likelihood
     ]
+    plots.save_png(directory / 'reconstructions.png', report_pictures.draw_rows(images))
+    plots.save_png(directory / 'code_maps.png', report_pictures.draw_rows(code_maps))
+    _write_panels(directory / 'code_usage.png', usage)
+    return {
+        'reconstructions': report_pictures.encode_rows(images),
+        'class_names': examples.class_names,
+        'code_maps': report_pictures.encode_rows(code_maps),
+        'code_usage': [plots.draw_panels([panel]) for panel in usage],
+        'sharp': report_pictures.is_small(images[0][1]),
+    }
 
 
-def _curve_panels(run: Run, likelihood: dict) -> list[Panel]:
+def _write_set_pictures(run: Run, name: str, entry: dict[str, Any]) -> SetPictures:
+    directory, arrays = run.path(DIRECTORY, 'sets', name), evaluate_samples.read_pictures(run, name)
+    images = run.images(run.config.evaluate.split) if run.has_stage_1 else run.code_spec
+    class_names, rows = images.class_names, {}
+    for kind in ('samples', 'accepted'):
+        if kind in arrays:
+            rows[kind] = report_pictures.class_rows(arrays[kind], arrays[f'{kind}_label'], class_names)
+            plots.save_png(directory / f'{kind}.png', report_pictures.draw_rows(rows[kind]))
+        else:
+            files.remove(directory / f'{kind}.png')
+    panels = report_pictures.sweep_panels(entry['sweep']) if entry.get('sweep') else []
+    _write_panels(directory / 'rejection.png', panels)
+    encoded = {kind: report_pictures.encode_rows(images) for kind, images in rows.items()}
+    return SetPictures(**encoded, rejection=[plots.draw_panels([panel]) for panel in panels])
+
+
+def _write_panels(path, panels):
+    if panels:
+        plots.plot_panels(path, panels)
+    else:
+        files.remove(path)
+
+
+def _curve_panels(run: Run, likelihood: dict | None) -> list[Panel]:
     """Returns the learning curves of all trainings; those of the priors with the unigram entropy of their codes."""
 
     def panel(section, directory, title, metric, ylabel, hlines=None, *, log_y=False):
@@ -117,16 +154,18 @@ def _curve_panels(run: Run, likelihood: dict) -> list[Panel]:
                 curves[label] = tuple(zip(*points, strict=True))
         return Panel(title, curves, ylabel, hlines or {}, log_y)
 
-    panels = [panel('vqvae', 'vqvae', 'vqvae: reconstruction', 'mse', 'MSE in [-1, 1]', log_y=True)]
+    panels = []
+    if run.has_stage_1:
+        panels.append(panel('vqvae', 'vqvae', 'vqvae: reconstruction', 'mse', 'MSE in [-1, 1]', log_y=True))
     for name in reversed(run.levels):
-        lines = {'unigram entropy': likelihood['levels'][name]['unigram_entropy']}
+        lines = {'unigram entropy': likelihood['levels'][name]['unigram_entropy']} if likelihood else {}
         section = f'prior.{name}'
         panels.append(
             panel(section, workdir.training_directory(section), f'{name} prior', 'nll', 'nats per code', lines)
         )
     if build.trains_classifier(run.config):
         panels.append(panel('classifier', 'classifier', 'classifier', 'nll', 'cross-entropy, nats'))
-    for each in panels:
+    for each in panels if likelihood else ():
         if not each.curves:
             print(f'{each.title}: its metrics.jsonl is missing or empty, so curves.png leaves it out', flush=True)
     return [each for each in panels if each.curves]
@@ -140,7 +179,7 @@ def curve_labels(config: ConfigDict, section: str) -> tuple[str, str]:
       section: the section of the network, such as 'prior.top'.
     """
     fields = config[section]
-    augmentation = {'vqvae': config.data, 'classifier': fields}.get(section)
+    augmentation = config.data if section == 'vqvae' else fields if section == 'classifier' else None
     differences = {
         'last weights': fields.training.params_ema_decay,
         'dropout': fields.get('dropout') or fields.get('attention_dropout'),
@@ -156,16 +195,25 @@ def _config_digest(run):
 
 def _protocol(run: Run, quality: dict | None, trainings: dict[str, Record]) -> dict:
     options, device = run.config.evaluate, jax.devices()[0]
-    return {
-        'split': options.split,
-        'reference': options.reference or options.split,
-        'counts': {split: len(run.images(split)) for split in SPLITS},
-        'weights': 'averaged (training.params_ema_decay), best on the validation split',
+    changes = [f'{name}: {r.describe_changes()}' for name, r in trainings.items() if r.changes]
+    for name, training in trainings.items():
+        if training.job == workdir.IMPORT:
+            changes.append(f'{name}: trained elsewhere, imported from {training.results["source"]}')
+        elif workdir.FROM in training.inputs:
+            changes.append(f'{name}: started from other weights, {training.inputs[workdir.FROM]}')
+    of_images = {
         'mse': 'of the clipped image; mse in [-1, 1], mse_unit in [0, 1]; PSNR of the mean MSE',
         'ssim': SSIM_PROTOCOL,
         'quality': quality,
+    }
+    return {
+        'split': options.split,
+        'reference': reference_sets.first_split(run),
+        'counts': code_inputs.data_counts(run),
+        'weights': 'averaged (training.params_ema_decay), best on the validation split',
+        **(of_images if run.has_stage_1 else {}),
         'seed': run.config.seed,
-        'changes': [f'{name}: {r.describe_changes()}' for name, r in trainings.items() if r.changes],
+        'changes': changes,
         'config_digest': _config_digest(run),
         'version': __version__,
         'jax': jax.__version__,
@@ -176,11 +224,12 @@ def _protocol(run: Run, quality: dict | None, trainings: dict[str, Record]) -> d
 
 
 def _trainings(run: Run) -> dict[str, Record]:
-    """Returns the records of all trainings of the run, except those of sample sets."""
-    trained = ['vqvae', *(workdir.training_directory(section) for section in reversed(run.prior_sections))]
+    """Returns the records of all finished trainings of the run, except those of sample sets."""
+    trained = ['vqvae'] if run.has_stage_1 else []
+    trained += [workdir.training_directory(section) for section in reversed(run.prior_sections)]
     trained += ['classifier'] if build.trains_classifier(run.config) else []
     directories = {name: name for name in trained}
     if build.has_cas(run.config):
         directories[f'cas_{RECONSTRUCTIONS}'] = cas.directories(run)[RECONSTRUCTIONS]
-    jobs = {workdir.training_directory(section): workdir.training_job(section) for section in run.prior_sections}
-    return {name: record.read_done(run.path(path), jobs.get(path, path)) for name, path in directories.items()}
+    records = {name: record.read_if_done(run.path(path)) for name, path in directories.items()}
+    return {name: output for name, output in records.items() if output}

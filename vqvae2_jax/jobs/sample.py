@@ -1,9 +1,10 @@
-"""--job=sample: class-conditional samples from all priors, decoded, in shards; a restart continues.
+"""--job=sample: class-conditional samples from all priors, decoded if there is a stage 1, in shards.
+
+A restart continues.
 
 Sample i depends on the seed, i, its label and the settings of `sample`, not on its batch, the count or the devices.
 """
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 
@@ -11,9 +12,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vqvae2_jax import inference
+from vqvae2_jax import api
 from vqvae2_jax.config import build
 from vqvae2_jax.data import sample_store
+from vqvae2_jax.data.codes import name_levels
 from vqvae2_jax.data.shards import Range, ShardWriter, shard_ranges
 from vqvae2_jax.distributed import processes, sharding
 from vqvae2_jax.distributed.batches import map_missing
@@ -22,7 +24,7 @@ from vqvae2_jax.io import plots, record
 from vqvae2_jax.io.progress import Progress
 from vqvae2_jax.io.record import JobError, Record
 from vqvae2_jax.jobs import class_labels, workdir
-from vqvae2_jax.jobs.workdir import SAMPLES, Generator, Run
+from vqvae2_jax.jobs.workdir import SAMPLES, Run
 
 PICTURE = 'samples.png'
 
@@ -69,7 +71,7 @@ def _settings(run):
         'labels': list(sample.labels),
         **build.sampling_settings(run.config),
         'dtype': sample.dtype,
-        'num_classes': run.config.data.num_classes,
+        'num_classes': run.code_spec.num_classes,
         'shard_size': sample.shard_size,
     }
 
@@ -80,7 +82,8 @@ def _draw_shards(run: Run, output: Record, missing: Sequence[Range], received_si
     begin, before = time.monotonic(), output.seconds
 
     def write(shard, arrays):
-        arrays = {'arr_0': arrays['image']} | {k: v for k, v in arrays.items() if k not in ('image', 'index')}
+        images = {'arr_0': arrays['image']} if 'image' in arrays else {}
+        arrays = images | {k: v for k, v in arrays.items() if k not in ('image', 'index')}
         arrays['index'] = np.arange(*shard, dtype=np.int64)
         path = sample_store.shard_path(output.directory, *shard)
         sample_store.write_npz(path, arrays)
@@ -89,14 +92,18 @@ def _draw_shards(run: Run, output: Record, missing: Sequence[Range], received_si
     writer = ShardWriter(missing, lambda *args: processes.run_on_main_process(lambda: write(*args)))
     with jax.set_mesh(run.mesh):
         generator = workdir.load_generator(run, run.config.sample.dtype)  # it refuses before any file changes
-        run.print_start('sample', f'{total} samples', parameters=generator.num_parameters, batch='sample')
+        run.print_start('sample', f'{total} samples', parameters=workdir.generator_size(generator), batch='sample')
         processes.run_on_main_process(lambda: _start(output))
         written, progress = 0, Progress('sample', total)
         rows = sharding.process_local_rows(batch_size)
 
         def open_batches(start, stop):
             for first in range(start, stop, batch_size):
-                yield _batch(run.config, first + rows)
+                index = first + rows
+                yield {
+                    'index': index.astype(np.int32),
+                    'label': sample_labels(run.config, run.code_spec.num_classes, index),
+                }
 
         results = map_missing(make_sampler(run, generator), missing, open_batches, batch_size, run.config.sample.count)
         for number, (start, arrays) in enumerate(results, start=1):
@@ -107,20 +114,25 @@ def _draw_shards(run: Run, output: Record, missing: Sequence[Range], received_si
                 break
 
 
-def make_sampler(run: Run, generator: Generator) -> Callable[[inference.Batch], inference.Batch]:
-    """Returns a jitted {'index': int32 [B], 'label': int32 [B]} -> as `inference.make_sample_fn`."""
-    sample = inference.make_sample_fn(generator.model, generator.priors, seed=run.config.sample.seed)
-    return functools.partial(sample, generator.variables, generator.params, workdir.sampling_params(run))
+def make_sampler(run: Run, generator: api.Generator) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
+    """Returns {'index': int32 [B], 'label': int32 [B]} -> {'image': uint8 [B, H, W, C], 'codes_l': int32 [B, ...]}.
+
+    Without stage 1 there is no 'image'.
+    """
+    seed, settings = run.config.sample.seed, build.sampling_arguments(run.config)
+    keys_of = jax.jit(lambda index: api.sample_keys(jax.random.key(seed), index))
+
+    def sample(batch):
+        images, codes = api.sample(generator, keys_of(batch['index']), batch['label'], **settings)
+        return ({} if images is None else {'image': images}) | name_levels(codes)
+
+    return sample
 
 
-def sample_labels(config: ConfigDict, index: np.ndarray) -> np.ndarray:
+def sample_labels(config: ConfigDict, num_classes: int, index: np.ndarray) -> np.ndarray:
     """Returns labels int32 [B] of samples `index`: sample.labels, or else all classes, round-robin."""
-    choices = np.asarray(config.sample.labels or range(max(config.data.num_classes, 1)), np.int32)
+    choices = np.asarray(config.sample.labels or range(max(num_classes, 1)), np.int32)
     return choices[index % len(choices)]
-
-
-def _batch(config, index):
-    return {'index': index.astype(np.int32), 'label': sample_labels(config, index)}
 
 
 def _start(output):
@@ -133,10 +145,18 @@ def _finish(run: Run, output: Record, ranges: Sequence[Range]) -> None:
     count, directory = run.config.sample.count, output.directory
     sample_store.remove_others(output, ranges)
     output.finish({'count': count})
-    labels = sample_labels(run.config, np.arange(count))
-    grid = sample_store.take(directory, grid_positions(labels, np.arange(count)))['arr_0']
+    labels = sample_labels(run.config, run.code_spec.num_classes, np.arange(count))
+    grid = images_or_codes(run, sample_store.take(directory, grid_positions(labels, np.arange(count))))
     plots.save_png(directory / PICTURE, plots.image_grid(grid, columns=10, scale=plots.visible_scale(grid)))
     output.add_files(PICTURE)
+
+
+def images_or_codes(run: Run, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Returns the images of some samples, or a drawing of their codes, uint8 [N, H, W, C]."""
+    if 'arr_0' in arrays:
+        return arrays['arr_0']
+    levels = [arrays[f'codes_{level}'] for level in range(len(run.levels))]
+    return plots.draw_codes(levels, run.code_spec.codebook_sizes)
 
 
 def grid_positions(labels: np.ndarray, order: np.ndarray, rows: int = 10, columns: int = 10) -> np.ndarray:

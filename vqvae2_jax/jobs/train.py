@@ -5,28 +5,29 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
-from vqvae2_jax.config import build
+from vqvae2_jax.config import build, portable
 from vqvae2_jax.data.images import ImageSource
 from vqvae2_jax.data.loader import eval_batches, train_batches
 from vqvae2_jax.distributed import processes, sharding
-from vqvae2_jax.io import files, record
+from vqvae2_jax.io import files, plots, record, trackers
 from vqvae2_jax.io.record import JobError, Record
-from vqvae2_jax.jobs import inspect_data, remedies, workdir
+from vqvae2_jax.io.trackers import TrackerSpec
+from vqvae2_jax.jobs import code_inputs, inspect_data, pretrained, remedies, workdir
 from vqvae2_jax.jobs.workdir import Run
 from vqvae2_jax.kernels import select
 from vqvae2_jax.planning import cost, hardware
 from vqvae2_jax.tasks import classifier, prior, vqvae
-from vqvae2_jax.tasks.task import Task
+from vqvae2_jax.tasks.task import Task, to_float
 from vqvae2_jax.training import recovery
 from vqvae2_jax.training.checkpoint import (
-    BEST,
     CHECKPOINTS,
-    WEIGHTS,
     BestCheckpoint,
     CheckpointMismatch,
     checkpoint_steps,
+    finish_weights,
 )
 from vqvae2_jax.training.loop import Data, train
 
@@ -45,7 +46,7 @@ def make_task(
       run: the run.
       section: 'vqvae', 'prior.<level>' or 'classifier'.
       examples: of stage 1: the number of images in an epoch; None: opens the training split.
-      visualize: of a prior: loads stage 1, for pictures.
+      visualize: of a prior: loads stage 1 if there is one, for pictures.
       implementations: of functions of the network, for the devices of the run.
 
     Raises:
@@ -70,21 +71,30 @@ def inputs(run: Run, section: str) -> dict[str, str]:
       run: the run.
       section: section of the config: 'vqvae', 'prior.<level>' or 'classifier'.
 
+    Returns:
+      The digests by name; for imported weights those of their record: the images are unknown.
+
     Raises:
       JobError: an input is missing.
       StaleInputError: another stage 1 made the codes.
     """
+    if imported := workdir.imported_record(run, section):
+        return imported.inputs
     if section.startswith('prior.'):
-        return {'codes': workdir.codes_digest(run), 'vqvae': workdir.trained_record(run, 'vqvae').digest}
-    return {'images': run.images_digest()}
+        stage_1 = {'vqvae': workdir.trained_record(run, 'vqvae').digest} if run.has_stage_1 else {}
+        data = {'codes': code_inputs.codes_digest(run), **stage_1}
+    else:
+        data = {'images': run.images_digest()}
+    return data | pretrained.input_digest(run, section)
 
 
 def train_vqvae(run: Run) -> None:
     """Trains stage 1 (--job=vqvae).
 
     Raises:
-      JobError: images are missing; as `train_network`.
+      JobError: the workdir has imported weights; images are missing; as `train_network`.
     """
+    _refuse_imported(run, 'vqvae', 'extract_codes')
     augment = {'flip': run.config.data.flip, 'crop': run.config.data.crop}
     train_network(run, 'vqvae', functools.partial(image_data, run, 'vqvae', **augment), inputs(run, 'vqvae'))
 
@@ -97,6 +107,7 @@ def train_prior(run: Run, level_name: str) -> None:
       StaleInputError: another stage 1 made the codes.
     """
     section = f'prior.{level_name}'
+    _refuse_imported(run, section, 'sample')
 
     def make_data():
         # Codes are read from memory-mapped files: worker processes would only cost.
@@ -116,6 +127,15 @@ def train_classifier(run: Run) -> None:
     augment = {'flip': run.config.classifier.flip, 'crop': run.config.classifier.crop}
     make_data = functools.partial(image_data, run, 'classifier', **augment)
     train_network(run, 'classifier', make_data, inputs(run, 'classifier'))
+
+
+def _refuse_imported(run, section, next_job):
+    if processes.run_on_main_process(lambda: workdir.imported_record(run, section)):
+        directory, job = run.path(workdir.training_directory(section)), workdir.training_job(section)
+        raise JobError(
+            f'{directory} holds imported weights, which --job={job} would replace: give another --workdir to train '
+            f'(from these weights, by --from), or continue with them, by --job={next_job}'
+        )
 
 
 def train_network(
@@ -164,8 +184,11 @@ def _train(run: Run, section: str, make_data: Callable[[], Data], output: Record
     config = build.train_config(run.config, section)
     implementations = select.for_device(run.mesh.devices.flat[0])
     task = make_task(run, section, visualize=config.image_every > 0, implementations=implementations)
+    initial = pretrained.initial_weights(run, section, output.inputs)
     data = make_data()  # may refuse, as the task
     before = dataclasses.replace(output)
+    tracker = TrackerSpec(run.config.tracker, run.config.name, output.settings) if run.config.tracker else None
+    processes.run_on_main_process(lambda: trackers.check(tracker, output.directory))
     try:
         recovery.recover(output.directory, directory, has_record=output.state != record.MISSING)
         # FLOPs are counted in the references: a kernel may do more, or hide them.
@@ -176,7 +199,8 @@ def _train(run: Run, section: str, make_data: Callable[[], Data], output: Record
         with remedies.of_training(run, section, output.directory):
             result = train(
                 *(task, config, data, output.directory),
-                **{'mesh': run.mesh, 'name': directory, 'seed': run.config.seed, 'output': output, **flops},
+                **{'mesh': run.mesh, 'name': directory, 'seed': run.config.seed, 'output': output},
+                **{'initial': initial, 'tracker': tracker, **flops},
             )
     except CheckpointMismatch:
         if before.state == record.DONE and processes.is_main_process():
@@ -184,7 +208,7 @@ def _train(run: Run, section: str, make_data: Callable[[], Data], output: Record
         raise
     finally:
         data.train.close()
-    results = processes.run_on_main_process(lambda: _finish(output, result))
+    results = processes.run_on_main_process(lambda: _finish(run, output, result))
     print(f'{directory}: trained ({_summary(results)})', flush=True)
 
 
@@ -226,6 +250,7 @@ def continue_training(run: Run, section: str, directory: epath.Path, digests: di
             )
         best = recovery.check_checkpoint(directory, step)
         recovery.go_back(directory, step, best)
+        trackers.forget(directory)
         output.changes += [[step, name, before.get(name), now.get(name)] for name in changed]
         output.settings = now
         output.state, output.results, output.digest, output.files = record.STARTED, {}, '', {}
@@ -297,23 +322,27 @@ def _count(task, data, batch_size, mesh) -> tuple[int, dict[str, float]]:
     return parameters, {'flops_per_step': 3 * forward, 'peak_flops': device.flops * mesh.size}
 
 
-def _finish(output, result) -> dict:
-    best = BestCheckpoint(output.directory)
+def _finish(run, output, result) -> dict:
+    best = BestCheckpoint(output.directory).best()
     results = {
         'steps': result['steps'],
-        'best_step': best.best()['step'],
-        'val': best.best()['metrics'],
+        'best_step': best['step'],
+        'val': best['metrics'],
         'parameters': result['parameters'],
+        'config': portable.to_json(run.config),
     }
-    output.add_files(
-        f'{WEIGHTS}/{BEST}', *(f'{WEIGHTS}/{best.best()["directory"]}/{name}' for name in best.best()['files'])
-    )
-    output.finish(results, seconds=result['seconds'], digest=files.digest_arrays(best.load()))
+    finish_weights(output, results, seconds=result['seconds'])
     return results
 
 
 def _decoder(run: Run, level: int):
-    """Returns a function that decodes codes of `level` and coarser ones to images, by the trained stage 1."""
+    """Returns a function that decodes codes of `level` and coarser ones to images, by the trained stage 1.
+
+    Without stage 1 it shows the codes of `level`, one color per code.
+    """
+    if not run.has_stage_1:
+        palette = jnp.asarray(plots.code_palette(run.code_spec.codebook_sizes[level]))
+        return lambda codes: to_float(palette[codes[0]])
     # The weights are host arrays: pictures are made on one device of one process.
     model, variables = build.make_vqvae(run.config), workdir.load_trained(run, 'vqvae').variables
 

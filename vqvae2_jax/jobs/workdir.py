@@ -11,27 +11,38 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vqvae2_jax.api import Generator, Specification
 from vqvae2_jax.config import build
-from vqvae2_jax.data import images, loader
-from vqvae2_jax.data.codes import CodeSource
-from vqvae2_jax.data.images import SPLITS, ImageSource
+from vqvae2_jax.data import codes as code_store
+from vqvae2_jax.data import images, loader, own_codes
+from vqvae2_jax.data.codes import CodeSource, CodeSpec
+from vqvae2_jax.data.images import ImageSource
+from vqvae2_jax.data.own_codes import ArrayCodes
 from vqvae2_jax.distributed import processes, sharding
-from vqvae2_jax.io import files, gcs, lock, record
+from vqvae2_jax.io import files, lock, record, remote
 from vqvae2_jax.io.record import JobError, Record
-from vqvae2_jax.models.prior import Prior
-from vqvae2_jax.models.vqvae import VQVAE
 from vqvae2_jax.training.checkpoint import BestCheckpoint
 
 SKIPPED = 'skipped.txt'
-# Fields of a network's section that decide how it is trained, but not the network.
-_OF_TRAINING = ('training.', 'flip', 'crop', 'commitment_weight')
+# The job in the record of weights that were trained in another run or program, and of their codes.
+IMPORT = code_store.IMPORT_JOB
+FROM = 'from'  # name of an input: the weights that --from gives
 SAMPLES, REJECTION, RECONSTRUCTIONS = 'samples', 'rejection', 'reconstructions'
+
+
+@contextlib.contextmanager
+def job_errors() -> Iterator[None]:
+    """Within the context, errors of data that cannot be opened end the job with their message."""
+    try:
+        yield
+    except JobError:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        raise JobError(str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,17 +54,21 @@ class Run:
       workdir: the directory; may be given as a string.
       devices: the devices to run on; None: all of all processes.
       continue_from: step of the checkpoint that a training goes back to, with changed settings; None: the newest.
+      source: weights or codes that a job starts from (--from); None: those of the workdir.
+      target: the file that a job writes outside of the workdir (--to); None: there is none.
     """
 
     config: ConfigDict
     workdir: epath.Path
     devices: Sequence | None = None
     continue_from: int | None = None
+    source: str | None = None
+    target: str | None = None
     _images: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # listing a folder takes long
     _vqvae: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # many parts of a report need it
 
     def __post_init__(self):
-        object.__setattr__(self, 'workdir', gcs.absolute(self.workdir))
+        object.__setattr__(self, 'workdir', remote.absolute(self.workdir))
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -76,14 +91,29 @@ class Run:
         return self.path(*parts, self.config.sample.name)
 
     @property
+    def has_stage_1(self) -> bool:
+        """Whether the run has images and stage 1; otherwise its codes are those of codes.path."""
+        return build.has_stage_1(self.config)
+
+    @property
+    def code_spec(self) -> CodeSpec:
+        """Describes the codes that the priors are trained on."""
+        return build.code_spec(self.config)
+
+    @property
     def levels(self) -> tuple[str, ...]:
         """Names of the levels, finest first."""
-        return build.level_names(self.config.vqvae.downsample_factors)
+        return self.code_spec.levels
 
     @property
     def prior_sections(self) -> tuple[str, ...]:
         """Sections of the config of the priors, such as 'prior.top', finest level first."""
         return tuple(f'prior.{name}' for name in self.levels)
+
+    @property
+    def generator_sections(self) -> tuple[str, ...]:
+        """Sections of the networks that make samples: 'vqvae' if there is a stage 1, and those of the priors."""
+        return ('vqvae', *self.prior_sections) if self.has_stage_1 else self.prior_sections
 
     def batch_size(self, section: str) -> int:
         """Returns <section>.batch_size, rounded up to a multiple of the devices."""
@@ -95,13 +125,11 @@ class Run:
         Raises:
           JobError: they are missing, or not as config.data says.
         """
-        try:
+        with job_errors():
             key = build.image_spec(self.config), split  # a notebook may change the config between two jobs
             if key not in self._images:
                 self._images[key] = images.open_images(*key, self._images)
             return self._images[key]
-        except (ValueError, OSError, ImportError) as error:
-            raise JobError(str(error)) from error
 
     def folder(self, path: str, field: str) -> ImageSource:
         """Opens all images below a folder that is not part of the config's data, or one file, in the config's size.
@@ -109,27 +137,31 @@ class Run:
         Raises:
           JobError: there are none; the message names the config's `field`.
         """
-        try:
+        with job_errors():
             return images.open_all(path, build.image_spec(self.config), field)
-        except (ValueError, OSError) as error:
-            raise JobError(str(error)) from error
 
     def images_digest(self) -> str:
         """Returns a digest of the training and validation images."""
         return files.digest_json({split: self.images(split).digest for split in ('train', 'validation')})
 
-    def codes(self, split: str) -> CodeSource:
-        """Opens the extracted codes of a split.
+    def codes(self, split: str) -> CodeSource | ArrayCodes:
+        """Opens the codes of a split, those of codes.path or else the extracted ones. All processes together.
 
         Raises:
-          JobError: they are missing or damaged.
+          JobError: they are missing or damaged, or not as their description says.
         """
-        directory = self.path('codes', split)
-        self.check_files(record.read_done(directory, 'extract_codes'))
-        try:
-            return CodeSource(directory)
-        except (ValueError, OSError) as error:
-            raise JobError(str(error)) from error
+        with job_errors():
+            if self.has_stage_1:
+                directory = self.path('codes', split)
+                self.check_files(record.read_done(directory, 'extract_codes'))
+                return CodeSource(directory, cache_bytes=self.config.data.cache_bytes)
+            if (output := own_codes.stored_split(self.config.codes.path, split)) is not None:
+                self.check_files(output)
+            return own_codes.open_split(self.config.codes.path, split, self.code_spec)
+
+    def data(self, split: str) -> ImageSource | CodeSource | ArrayCodes:
+        """Opens the data that the run starts from: the images of a split, or without stage 1 its codes."""
+        return self.images(split) if self.has_stage_1 else self.codes(split)
 
     def loader_kwargs(self) -> dict[str, Any]:
         """Returns the loader's arguments that say how to read images."""
@@ -224,31 +256,14 @@ class Trained:
         return {'params': self.params, **self.model_state}
 
 
-@dataclasses.dataclass(frozen=True)
-class Generator:
-    """All networks that make samples; the weights are on the mesh, sharded.
-
-    Attributes:
-      model: the VQ-VAE's module.
-      variables: all collections of the VQ-VAE.
-      priors: one module per level, finest first.
-      params: the parameters of each prior, in the order of `priors`.
-    """
-
-    model: VQVAE
-    variables: Any
-    priors: list[Prior]
-    params: list[Any]
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of parameters of all networks."""
-        return num_parameters((self.variables['params'], self.params))
-
-
 def num_parameters(params: Any) -> int:
-    """Returns the number of parameters in a pytree of arrays or shapes."""
+    """Returns the number of parameters in a pytree of arrays or shapes, such as the collection `params` of a module."""
     return sum(x.size for x in jax.tree.leaves(params))
+
+
+def generator_size(generator: Generator) -> int:
+    """Returns the number of parameters of all networks of a generator."""
+    return num_parameters((generator.variables.get('params'), generator.params))
 
 
 def training_directory(section: str) -> str:
@@ -261,8 +276,14 @@ def training_job(section: str) -> str:
     return section.replace('.', ' --level=')
 
 
+def imported_record(run: Run, section: str = 'vqvae') -> Record | None:
+    """Returns the record of the weights of a section if they were imported, completely or not; None otherwise."""
+    output = record.read_if_sound(run.path(training_directory(section)))
+    return output if output and output.job == IMPORT else None
+
+
 def trained_record(run: Run, section: str, directory: str = '') -> Record:
-    """Reads the record of a finished training.
+    """Reads the record of a finished training, or of imported weights.
 
     Args:
       run: the run.
@@ -276,15 +297,30 @@ def trained_record(run: Run, section: str, directory: str = '') -> Record:
     """
     path = run.path(directory or training_directory(section))
     trained = record.read_done(path, 'cas' if directory.startswith('cas/') else training_job(section))
-    of_training = ('seed', 'data.flip', 'data.crop', *(f'{section}.{field}' for field in _OF_TRAINING))
-    current = {k: v for k, v in build.settings(run.config, section).items() if not k.startswith(of_training)}
+    current = (build.import_settings if trained.job == IMPORT else build.settings)(run.config, section)
+    of_training = build.training_fields(section)
+    recorded, current = (
+        {k: v for k, v in settings.items() if not k.startswith(of_training)}
+        for settings in (trained.settings, files.to_json(current, 'settings'))
+    )
     hint = 'Go back to the recorded settings, or give another --workdir.'
-    recorded = {k: trained.settings.get(k) for k in current}
-    record.check_settings_match(path, recorded, files.to_json(current, 'settings'), hint)
+    record.check_settings_match(path, recorded, current, hint)
     if section in run.prior_sections:
-        vqvae = {'vqvae': trained_record(run, 'vqvae').digest}
-        record.check_inputs(path, {'vqvae': trained.inputs['vqvae']}, vqvae, f'delete {path} to train it again')
+        origin = _origin(run)
+        recorded = {name: trained.inputs.get(name) for name in origin}
+        record.check_inputs(path, recorded, origin, f'delete {path} to train it again')
     return trained
+
+
+def _origin(run: Run) -> dict[str, str]:
+    """Returns the input that all priors of a run must have in common.
+
+    It is stage 1, or without it the codes that the coarsest prior was trained on: sampling does not need the codes.
+    """
+    if run.has_stage_1:
+        return {'vqvae': trained_record(run, 'vqvae').digest}
+    coarsest = record.read_if_done(run.path(training_directory(run.prior_sections[-1])))
+    return {'codes': coarsest.inputs.get('codes')} if coarsest else {}
 
 
 def load_trained(run: Run, section: str, directory: str = '') -> Trained:
@@ -309,70 +345,35 @@ def load_trained(run: Run, section: str, directory: str = '') -> Trained:
 
 def generator_digests(run: Run) -> dict[str, str]:
     """Returns the digests of `vqvae` and of every `prior_<level>`, which make samples; raises as `trained_record`."""
-    sections = ('vqvae', *run.prior_sections)
-    return {training_directory(section): trained_record(run, section).digest for section in sections}
+    return {training_directory(section): trained_record(run, section).digest for section in run.generator_sections}
 
 
-def load_generator(run: Run, dtype: str = '') -> Generator:
-    """Loads all networks that make samples onto the mesh; call it inside `jax.set_mesh(run.mesh)`.
+def load_generator(run: Run, dtype: str = '', *, with_priors: bool = True) -> Generator:
+    """Loads the networks onto the mesh, sharded; call it inside `jax.set_mesh(run.mesh)`.
 
     Args:
       run: the run.
       dtype: dtype of the priors' weights, caches and arithmetic (logits stay float32); '': each prior's own.
+      with_priors: False: stage 1 alone.
 
     Raises:
       JobError: as `load_trained`.
     """
-    params = optax.tree.cast([load_trained(run, section).params for section in run.prior_sections], dtype or None)
-    model, variables = build.make_vqvae(run.config), load_trained(run, 'vqvae').variables
-    return Generator(model, sharding.put_sharded(variables), make_priors(run, dtype), sharding.put_sharded(params))
-
-
-def make_priors(run: Run, dtype: str = '') -> list[Prior]:
-    """Makes stage 2's modules, finest level first, which compute in `dtype`; '': each in its own."""
-    modules = [build.make_prior(run.config, level) for level in range(len(run.levels))]
-    return [module.clone(dtype=jnp.dtype(dtype)) for module in modules] if dtype else modules
-
-
-def sampling_params(run: Run) -> tuple:
-    """Returns the SamplingParams of every level, finest first."""
-    return tuple(build.make_sampling_params(run.config, name) for name in run.levels)
-
-
-def codes_records(run: Run) -> dict[str, Record]:
-    """Reads the records of the codes of all splits.
-
-    Raises:
-      JobError: codes are missing.
-      StaleInputError: another stage 1 made them.
-    """
-    vqvae, records = {'vqvae': trained_record(run, 'vqvae').digest}, {}
-    for split in SPLITS:
-        path = run.path('codes', split)
-        records[split] = record.read_done(path, 'extract_codes')
-        recorded = {'vqvae': records[split].inputs.get('vqvae')}
-        record.check_inputs(path, recorded, vqvae, f'delete {path.parent} to extract them again')
-    return records
-
-
-def codes_digest(run: Run) -> str:
-    """Returns a digest of the codes of all splits and the images they are of; raises as `codes_records`."""
-    return files.digest_json({split: codes.digest for split, codes in codes_records(run).items()})
+    sections = run.prior_sections if with_priors else ()
+    params = tuple(load_trained(run, section).params for section in sections)
+    variables = load_trained(run, 'vqvae').variables if run.has_stage_1 else {}
+    generator = Generator(variables, params, Specification.of(run.config))
+    return sharding.put_sharded(generator.with_dtype(dtype) if dtype else generator)
 
 
 def _check_network(run, trained, section):
     """Refuses weights that the same settings do not make any more."""
     path = trained.record.directory
     model, inputs = build.networks(run.config)[section]
-    saved, current = _shapes(trained.variables), _shapes(jax.eval_shape(model.init, *inputs))
-    if different := sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name)):
-        name = different[0]
+    if different := build.different_arrays(trained.variables, jax.eval_shape(model.init, *inputs)):
+        name, (saved, current) = next(iter(different.items()))
         raise JobError(
             f'{path} was trained by version {trained.record.version}, whose network differs from that of version '
-            f'{record.__version__} in {len(different)} arrays, such as {name}: saved {saved.get(name)}, '
-            f'now {current.get(name)}. Delete {path} to train it again, or use that version.'
+            f'{record.__version__} in {len(different)} arrays, such as {name}: saved {saved}, now {current}. '
+            f'Delete {path} to train it again, or use that version.'
         )
-
-
-def _shapes(tree):
-    return {jax.tree_util.keystr(k, simple=True, separator='/'): x.shape for k, x in jax.tree.leaves_with_path(tree)}

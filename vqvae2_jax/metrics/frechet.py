@@ -45,6 +45,18 @@ class Moments:
         return functools.reduce(operator.add, map(cls._of_chunk, chunks))
 
     @classmethod
+    def of_gaussian(cls, mean: ArrayLike, covariance: ArrayLike) -> 'Moments':
+        """Returns moments with a given mean [D] and covariance [D, D]. Their count is 2, not that of the images.
+
+        Raises:
+          ValueError: other shapes.
+        """
+        mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+        if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
+            raise ValueError(f'a mean [D] and a covariance [D, D] are needed, got {mean.shape} and {covariance.shape}')
+        return cls(2, mean, covariance)  # over N - 1
+
+    @classmethod
     def _of_chunk(cls, features):
         mean = features.mean(axis=0)
         centered = features - mean

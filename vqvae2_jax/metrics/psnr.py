@@ -2,6 +2,8 @@
 
 import math
 
+LEAST_MSE = 1e-12  # the PSNR of a perfect reconstruction is large, not infinite, which JSON cannot hold
+
 
 def psnr_from_mse(mse: float, data_range: float) -> float:
     """Returns the peak signal-to-noise ratio in dB: 10 log10(data_range^2 / mse).

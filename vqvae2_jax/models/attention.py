@@ -38,30 +38,33 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) 
       [B, P, N, d], of the dtype of `value`.
     """
 
-    def attend_heads(query, key, value):
+    def attend_heads(query, key, value, _):
         return _weighted_mean(_logits(query, key), mask, value)
 
-    if query.shape[1] <= _MANY_POSITIONS:
-        return attend_heads(query, key, value)
-    return _map_heads(attend_heads, query, key, value)
+    return _over_heads(attend_heads, query, key, value)
 
 
-def _map_heads(function, query, key, value, *by_head):
-    """Calls a function of one head after another; its activations are recomputed in the backward pass.
+def _over_heads(function, query, key, value, rng=None):
+    """Calls a function of all heads at once, or of one after another if the map is large.
+
+    One after another, the activations of a head are recomputed in the backward pass.
 
     Args:
-      function: (query, key, value, of one head [B, P, 1, d], and an item of each of `by_head`) -> [B, P, 1, d].
+      function: (query, key, value, rng) -> [B, P, N, d], for any N.
       query: [B, P, N, d].
       key: [B, P, N, d].
       value: [B, P, N, d].
-      *by_head: arrays [N, ...].
+      rng: key of `function`, split for the heads if they are computed one after another.
 
     Returns:
       [B, P, N, d].
     """
+    _, num_positions, num_heads, _ = query.shape
+    if num_positions <= _MANY_POSITIONS:
+        return function(query, key, value, rng)
     heads = (jnp.moveaxis(x, 2, 0)[:, :, :, None] for x in (query, key, value))
-    one_head = jax.checkpoint(lambda arguments: function(*arguments))
-    attended = jax.lax.map(one_head, (*heads, *by_head))
+    rngs = None if rng is None else jax.random.split(rng, num_heads)
+    attended = jax.lax.map(jax.checkpoint(lambda arguments: function(*arguments)), (*heads, rngs))
     return jnp.moveaxis(attended[:, :, :, 0], 0, 2)
 
 
@@ -152,10 +155,7 @@ class CausalAttention(nn.Module):
             logits, kept = self._drop(rng, _logits(query, key), visible)
             return _weighted_mean(logits, kept, value)
 
-        rng = self.make_rng('dropout')
-        if len(steps) <= _MANY_POSITIONS:
-            return attend_heads(query, key, value, rng)
-        return _map_heads(attend_heads, query, key, value, jax.random.split(rng, self.num_heads))
+        return _over_heads(attend_heads, query, key, value, self.make_rng('dropout'))
 
     def _drop(self, rng: jax.Array, logits: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Applies dropout to logits float32 [B, N, P, P] and the mask of visible keys, which broadcasts to them.

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vqvae2_jax.models import attention
 from vqvae2_jax.models.attention import CausalAttention
@@ -111,7 +112,9 @@ class Prior(nn.Module):
         if self.coarser_codebook_sizes:
             self.coarser_embeds = [self._embed(size) for size in self.coarser_codebook_sizes]
             self.condition_in = nn.Conv(self.hidden_channels, (3, 3), dtype=self.dtype)
-            self.condition_stack = ResidualStack(self.num_cond_blocks, self.residual_channels, self.dtype)
+            self.condition_stack = ResidualStack(
+                self.num_cond_blocks, self.residual_channels, relu_skip=False, dtype=self.dtype
+            )
 
     def _embed(self, size: int) -> nn.Embed:
         # Rows of unit variance: they are the network's inputs, and the default's variance, 1 / size, is too small.
@@ -164,6 +167,7 @@ class Prior(nn.Module):
 
     def compute_logits(self, codes: jax.Array, condition: jax.Array | None, *, train: bool = False) -> jax.Array:
         """Computes the logits float32 [B, H, W, K] of codes int32 [B, H, W], given the result of `condition`."""
+        codes = codes.astype(jnp.int32)  # a narrow type cannot hold K, which stands for "off the map"
         return self._head(self._map_features(codes, condition, train=train), condition, train=train)
 
     def _map_features(self, codes, condition, *, train):
@@ -204,10 +208,7 @@ class Prior(nn.Module):
         condition = None
         if self.coarser_codebook_sizes:
             maps = [embed(codes) for embed, codes in zip(self.coarser_embeds, coarser, strict=True)]
-            upsampled = [
-                jnp.repeat(jnp.repeat(m, self.shape[0] // m.shape[1], 1), self.shape[1] // m.shape[2], 2) for m in maps
-            ]
-            condition = self.condition_in(jnp.concatenate(upsampled, axis=-1))
+            condition = self.condition_in(jnp.concatenate([_resize(m, self.shape) for m in maps], axis=-1))
             condition = self.condition_stack(condition, self._runner(train))  # [B, H, W, F]
         if self.num_classes:
             if train and self.label_dropout:
@@ -216,3 +217,14 @@ class Prior(nn.Module):
             label = self.class_embed(labels)[:, None, None]  # [B, 1, 1, F]
             condition = label if condition is None else condition + label
         return condition
+
+
+def _resize(x, shape):
+    # [B, h, w, F] -> [B, H, W, F]: position (i, j) gets the features of (floor(i h / H), floor(j w / W))
+    for axis, size in enumerate(shape, start=1):
+        available = x.shape[axis]
+        if size % available == 0:  # the gradient is a sum of neighbors then, and no scatter
+            x = jnp.repeat(x, size // available, axis)
+        else:
+            x = jnp.take(x, np.arange(size) * available // size, axis)
+    return x

@@ -24,16 +24,21 @@ def _relu_jvp(primals, tangents):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv1x1(relu(conv3x3(relu(x)))), with `residual_channels` between the convolutions."""
+    """x + conv1x1(relu(conv3x3(relu(x)))), with `residual_channels` between the convolutions.
+
+    With `relu_skip` the sum takes relu(x) in place of x, as in PyTorch code whose first ReLU works in place.
+    """
 
     residual_channels: int
+    relu_skip: bool
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, H, W, C] to the same shape."""
-        y = nn.Conv(self.residual_channels, (3, 3), dtype=self.dtype)(relu(x))
-        return x + nn.Conv(x.shape[-1], (1, 1), dtype=self.dtype)(relu(y))
+        activated = relu(x)
+        y = nn.Conv(self.residual_channels, (3, 3), dtype=self.dtype)(activated)
+        return (activated if self.relu_skip else x) + nn.Conv(x.shape[-1], (1, 1), dtype=self.dtype)(relu(y))
 
 
 class ResidualStack(nn.Module):
@@ -44,10 +49,13 @@ class ResidualStack(nn.Module):
 
     num_blocks: int
     residual_channels: int
+    relu_skip: bool
     dtype: jnp.dtype
 
     def setup(self):
-        self.blocks = [ResidualBlock(self.residual_channels, self.dtype) for _ in range(self.num_blocks)]
+        self.blocks = [
+            ResidualBlock(self.residual_channels, self.relu_skip, self.dtype) for _ in range(self.num_blocks)
+        ]
 
     def __call__(self, x: jax.Array, runner: BlockRunner = DEFAULT) -> jax.Array:
         """Maps x [B, H, W, C] to the same shape; `runner` runs the blocks with remat or as a scan."""

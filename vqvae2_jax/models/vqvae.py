@@ -76,6 +76,7 @@ class Encoder(nn.Module):
     hidden_channels: int
     residual_channels: int
     num_residual_blocks: int
+    relu_skip: bool
     dtype: jnp.dtype
 
     @nn.compact
@@ -87,7 +88,7 @@ class Encoder(nn.Module):
                 nn.Conv(self.hidden_channels if i else self.hidden_channels // 2, (4, 4), (2, 2), dtype=self.dtype)(x)
             )
         x = nn.Conv(self.hidden_channels, (3, 3), dtype=self.dtype)(x)
-        return relu(ResidualStack(self.num_residual_blocks, self.residual_channels, self.dtype)(x))
+        return relu(ResidualStack(self.num_residual_blocks, self.residual_channels, self.relu_skip, self.dtype)(x))
 
 
 class Decoder(nn.Module):
@@ -98,13 +99,14 @@ class Decoder(nn.Module):
     hidden_channels: int
     residual_channels: int
     num_residual_blocks: int
+    relu_skip: bool
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, h, w, C] to [B, h * factor, w * factor, features]."""
         x = nn.Conv(self.hidden_channels, (3, 3), dtype=self.dtype)(x)
-        x = relu(ResidualStack(self.num_residual_blocks, self.residual_channels, self.dtype)(x))
+        x = relu(ResidualStack(self.num_residual_blocks, self.residual_channels, self.relu_skip, self.dtype)(x))
         halvings = self.factor.bit_length() - 1
         for _ in range(halvings - 1):
             x = relu(Upsample(self.hidden_channels // 2, self.dtype)(x))
@@ -140,6 +142,7 @@ class VQVAE(nn.Module):
       hidden_channels: F.
       residual_channels: number of channels inside a residual block.
       num_residual_blocks: number of residual blocks per encoder and decoder.
+      relu_skip: see `ResidualBlock`.
       codebook_size: K.
       codebook_dim: D.
       codebook_ema_decay: decay of the codebook's moving averages.
@@ -154,6 +157,7 @@ class VQVAE(nn.Module):
     hidden_channels: int
     residual_channels: int
     num_residual_blocks: int
+    relu_skip: bool
     codebook_size: int
     codebook_dim: int
     codebook_ema_decay: float
@@ -167,6 +171,7 @@ class VQVAE(nn.Module):
             'hidden_channels': self.hidden_channels,
             'residual_channels': self.residual_channels,
             'num_residual_blocks': self.num_residual_blocks,
+            'relu_skip': self.relu_skip,
             'dtype': self.dtype,
         }
         levels = range(len(self.downsample_factors))

@@ -119,7 +119,7 @@ def topology_devices(name: str) -> list[jax.Device]:
     try:
         import libtpu  # noqa: F401
     except ImportError as error:
-        raise JobError(f'--topology={name} needs the TPU compiler libtpu: pip install -e ".[tpu]"') from error
+        raise JobError(f'--topology={name} needs the TPU compiler libtpu: pip install "jax[tpu]"') from error
     # There is no TPU to ask for its name and neighbors, and another plan may be running.
     os.environ.update(TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1', TPU_WORKER_HOSTNAMES='localhost')
     options = {'chip_config_name': 'megacore'} if family == 'v4' else {}  # both cores of a chip as one device

@@ -10,12 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vqvae2_jax import inference
+from vqvae2_jax import api
 from vqvae2_jax.distributed import sharding
-from vqvae2_jax.models.prior import Prior
-from vqvae2_jax.models.vqvae import VQVAE
 from vqvae2_jax.planning import cost, gpu_kernels, hardware, hlo, products
-from vqvae2_jax.sampling.params import SamplingParams
 from vqvae2_jax.tasks.task import Task
 from vqvae2_jax.training import loop, optim
 
@@ -117,57 +114,51 @@ def train_program(name: str, task: Task, reference: Task, config: optim.TrainCon
     )
 
 
-def encode_program(model: VQVAE, variables: Any, batch: Shapes) -> Program:
+def encode_program(generator: api.Generator, batch: Shapes) -> Program:
     """Builds the extraction of the codes of one batch.
 
     Args:
-      model: stage 1.
-      variables: shapes of its collections.
+      generator: stage 1, with shapes as leaves.
       batch: shapes of a global batch, from `image_shapes`.
     """
-    weights, size = _fsdp(variables), batch['image'].shape[0]
-    batch = _sharded({'image': batch['image']}, size)
-    encode = inference.make_encode_fn(model)
-    work = cost.count(encode, variables, _local(batch))
-    return _inference_program('extract_codes', encode, (weights, batch), variables['params'], weights, work, size, None)
+    weights, size = _fsdp(generator), batch['image'].shape[0]
+    images = _sharded({'image': batch['image']}, size)
+    work = cost.count(api.encode, generator, _local(images)['image'])
+    inputs, params = (weights, images['image']), generator.variables['params']
+    return _inference_program('extract_codes', api.encode, inputs, params, weights, work, size, None)
 
 
 def sample_program(
-    model: VQVAE,
-    priors: Sequence[Prior],
-    variables: Any,
-    params: Sequence[Any],
-    sampling_params: Sequence[SamplingParams],
-    *,
-    batch_size: int,
-    count: int,
+    generator: api.Generator, settings: dict[str, dict[str, Any]], *, batch_size: int, count: int
 ) -> Program:
     """Builds the sampling of one batch.
 
     Args:
-      model: stage 1.
-      priors: one per level, finest first.
-      variables: shapes of stage 1's collections.
-      params: shapes of the priors' parameters, in the order of `priors`.
-      sampling_params: one per level, finest first.
+      generator: the networks, with shapes as leaves.
+      settings: arguments of `api.sample`, {name: {level: value}}.
       batch_size: the global one.
       count: number of samples.
     """
-    weights, params, sampling_params = _fsdp((variables, list(params))), list(params), tuple(sampling_params)
-    batch = {name: jax.ShapeDtypeStruct((batch_size,), jnp.int32) for name in ('index', 'label')}
-    batch = _sharded(batch, batch_size)
-    sample = inference.make_sample_fn(model, priors, seed=0)
-    work = cost.count(sample, variables, params, sampling_params, _local(batch))
+
+    def sample(generator, keys, labels, settings):
+        return api.sample(generator, keys, labels, **settings)
+
+    weights, rows = _fsdp(generator), jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    keys = jax.eval_shape(lambda index: api.sample_keys(jax.random.key(0), index), rows)
+    batch = _sharded({'keys': keys, 'labels': rows}, batch_size)
+    work = cost.count(sample, generator, *_local(batch).values(), settings)
     if (shards := sharding.num_batch_shards(batch_size)) > 1:
         # How the sampler groups positions depends on the size of the whole batch.
-        whole = cost.count(sample, variables, params, sampling_params, batch)
+        whole = cost.count(sample, generator, *batch.values(), settings)
         work = work._replace(flops=whole.flops / shards)
-    inputs, steps = (*weights, sampling_params, batch), -(-count // batch_size)
-    return _inference_program('sample', sample, inputs, params, weights, work, batch_size, steps)
+    inputs, steps = (weights, batch['keys'], batch['labels'], settings), -(-count // batch_size)
+    return _inference_program('sample', sample, inputs, generator.params, weights, work, batch_size, steps)
 
 
 def _inference_program(name, function, inputs, params, weights, work, batch_size, steps):
-    # Weights are all-gathered in the program; between calls they are sharded.
+    # Weights are all-gathered in the program; between calls they are sharded. Devices hold also those that the program
+    # does not use, the decoder or the encoder.
+    function = jax.jit(function, keep_unused=True)
     return Program(name, function, inputs, _size(params), _bytes_per_device(weights), 0, work, batch_size, steps)
 
 

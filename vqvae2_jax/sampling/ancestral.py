@@ -1,7 +1,7 @@
 """Exact ancestral sampling: a code is sampled from the prior given all codes sampled before it.
 
-`sample` decodes incrementally, with caches. In raster order it runs the vertical stack once per row and the horizontal
-stack once per position; in wavefront order it computes all positions of a step at once.
+`sample_level` decodes incrementally, with caches. In raster order it runs the vertical stack once per row and the
+horizontal stack once per position; in wavefront order it computes all positions of a step at once.
 
 The random numbers of a code depend on the sample's key and the position alone, so sample i is the same in any batch and
 on any number of devices.
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from vqvae2_jax.models.prior import Prior
@@ -56,7 +57,12 @@ def sample_keys(key: jax.Array, index: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
 
 
-def sample(
+def level_keys(keys: jax.Array, level: int) -> jax.Array:
+    """Derives the keys [B] of one level, counted from the finest, from the keys [B] of samples."""
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, level)
+
+
+def sample_level(
     prior: Prior,
     params: Any,
     keys: jax.Array,
@@ -71,7 +77,7 @@ def sample(
 
       params = prior.init(jax.random.key(0), jnp.zeros((1, *prior.shape), jnp.int32))['params']
       keys = sample_keys(jax.random.key(1), jnp.arange(16))
-      codes = jax.jit(lambda params, keys: sample(prior, params, keys).codes)(params, keys)
+      codes = jax.jit(lambda params, keys: sample_level(prior, params, keys).codes)(params, keys)
 
     Args:
       prior: the module.
@@ -102,9 +108,9 @@ def sample(
     sample_at = functools.partial(_sample_codes, prior, keys, sampling_params, known_codes)
     decode = _decode_wavefront if isinstance(prior, WavefrontPrior) else _decode_raster
     decode = functools.partial(decode, prior, sample_at, keys.shape[0])
-    if len(keys) > 1 or guided or isinstance(prior, WavefrontPrior):
-        return decode(params, condition, copies)
-    return _decode_single(decode, params, condition)
+    if keys.shape[0] == 1 and not guided and not isinstance(prior, WavefrontPrior):
+        return _decode_single(decode, params, condition)
+    return decode(params, condition, copies)
 
 
 def _decode_single(decode, params, condition) -> Sampled:
@@ -120,8 +126,7 @@ def _decode_single(decode, params, condition) -> Sampled:
 def sample_levels(
     priors: Sequence[Prior],
     params: Sequence[Any],
-    key: jax.Array,
-    index: jax.Array,
+    keys: jax.Array,
     labels: jax.Array | None = None,
     sampling_params: Sequence[SamplingParams] | None = None,
     known_codes: Sequence[jax.Array | None] | None = None,
@@ -131,11 +136,10 @@ def sample_levels(
     Args:
       priors: one module per level, finest first.
       params: the collection `params` of each prior, in the same order.
-      key: key of the whole set of samples, shape [].
-      index: the indices of the samples in their set, int32 [B].
+      keys: one key per sample, [B], from `sample_keys`.
       labels: classes, int32 [B]; None if the priors have no classes.
       sampling_params: one per level, finest first; None: the priors' own distributions.
-      known_codes: for each level codes to keep, or None, as in `sample`; None: sample all codes of all levels.
+      known_codes: for each level codes to keep, or None, as in `sample_level`; None: sample all codes of all levels.
 
     Returns:
       int32 [B, h_l, w_l] per level, finest first.
@@ -147,9 +151,8 @@ def sample_levels(
     known_codes = known_codes or (None,) * len(priors)
     codes: tuple[jax.Array, ...] = ()
     for level in reversed(range(len(priors))):
-        keys = sample_keys(jax.random.fold_in(key, level), index)
-        arguments = labels, codes, sampling_params[level], known_codes[level]
-        codes = (sample(priors[level], params[level], keys, *arguments).codes, *codes)
+        arguments = level_keys(keys, level), labels, codes, sampling_params[level], known_codes[level]
+        codes = (sample_level(priors[level], params[level], *arguments).codes, *codes)
     return codes
 
 
@@ -157,11 +160,11 @@ def _sample_codes(prior, keys, sampling_params, known_codes, rows, columns, logi
     # logits [B, n, K], or [2 B, n, K] of two copies of every sample, at the positions rows, columns [n] -> codes and
     # log-probabilities [B, n]
     if sampling_params.guidance is not None:
-        pairs = logits.reshape(-1, 2, *logits.shape[1:])  # keeps the sharding of the batch
+        pairs = logits.reshape(keys.shape[0], 2, *logits.shape[1:])  # keeps the sharding of the batch
         logits, without_class = pairs[:, 0], pairs[:, 1]
         guided = apply_guidance(logits, without_class, sampling_params.guidance)
     else:
-        guided = logits = logits[: len(keys)]
+        guided = logits = logits[: keys.shape[0]]
     codes = sample_codes(keys, rows * prior.shape[1] + columns, guided, sampling_params)
     if known_codes is not None:
         known = known_codes[:, rows, columns]
@@ -177,7 +180,7 @@ def _decode_wavefront(prior, sample_at, batch_size, params, condition, copies) -
         return prior.apply(variables, condition, method='project_condition', mutable=['projections'])[1]
 
     projections = {}
-    if condition is not None and _bytes(jax.eval_shape(project, condition)) <= _MAX_PROJECTIONS:
+    if condition is not None and not _is_above(_bytes(jax.eval_shape(project, condition)), _MAX_PROJECTIONS):
         projections = project(condition)
 
     def network(cache, previous, step):
@@ -205,7 +208,7 @@ def _decode_wavefront(prior, sample_at, batch_size, params, condition, copies) -
     start = jnp.zeros((batch_size, n), jnp.int32)
     _, empty_cache = _zeros_like_result(network, {}, start, jnp.int32(0))
     carry, phases = (start, empty_cache), []
-    for phase in order.phases(split=batch_size * copies * n >= _ROWS_WORTH_PHASES):
+    for phase in order.phases(split=_is_above(batch_size * copies * n, _ROWS_WORTH_PHASES - 1)):
         run = functools.partial(one_step, phase)
         carry, sampled = jax.lax.scan(run, carry, jnp.arange(phase.start, phase.stop))
         phases.append(sampled)
@@ -265,6 +268,11 @@ def _scan_columns(one_column, start, width):
 def _slice(x, index, axis):
     # the part of x [B, H or 1, W or 1, F], or None, at this row (axis 1) or column (axis 2)
     return x if x is None or x.shape[axis] == 1 else jax.lax.dynamic_slice_in_dim(x, index, 1, axis)
+
+
+def _is_above(size, limit):
+    # False if the batch size is free, as in an exported program
+    return not jax.export.is_symbolic_dim(size) and size > limit
 
 
 def _bytes(shapes):

@@ -6,7 +6,8 @@ one is None is static: the program then does not contain that change.
 Shapes: B batch, n positions sampled together, K codebook size.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,33 @@ class SamplingParams(NamedTuple):
 
 
 DEFAULT = SamplingParams()  # the prior's own distribution
+PerLevel = float | jax.Array | Mapping[str, Any] | None  # one value for all levels, or {level: value}
+
+
+def params_of_levels(levels: Sequence[str], **values: PerLevel) -> tuple[SamplingParams, ...]:
+    """Returns the parameters of each level.
+
+    Args:
+      levels: names of the levels.
+      **values: fields of `SamplingParams`; a level without a value has the default.
+
+    Raises:
+      ValueError: there is no such level.
+    """
+    for field, value in values.items():
+        if unknown := set(value) - set(levels) if isinstance(value, Mapping) else ():
+            raise ValueError(
+                f'{field}: there is no level {min(unknown)!r}; the levels are {", ".join(reversed(levels))}'
+            )
+
+    def of_level(level):
+        given = {
+            field: value.get(level, getattr(DEFAULT, field)) if isinstance(value, Mapping) else value
+            for field, value in values.items()
+        }
+        return SamplingParams(**given)
+
+    return tuple(of_level(level) for level in levels)
 
 
 def sample_codes(

@@ -1,4 +1,4 @@
-"""The slow definition of `sampling.ancestral.sample`: it reruns the full network for every step."""
+"""The slow definition of `sampling.ancestral.sample_level`: it reruns the full network for every step."""
 
 from typing import Any
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from vqvae2_jax.models.prior import Prior
-from vqvae2_jax.sampling.ancestral import sample, sample_keys
+from vqvae2_jax.sampling.ancestral import sample_keys, sample_level
 from vqvae2_jax.tasks.task import Task, make_likelihood_task
 
 
@@ -32,7 +32,7 @@ def make_task(
     def visualize(params, model_state, batch):
         codes, (_, labels, coarser) = targets_and_inputs(batch)
         keys = sample_keys(jax.random.key(0), jnp.arange(codes.shape[0]))
-        sampled = sample(model, params, keys, labels, coarser).codes
+        sampled = sample_level(model, params, keys, labels, coarser).codes
         return decode((codes, *coarser)), decode((sampled, *coarser))
 
     image_labels = ('codes of\nan image', 'sampled\ncodes')

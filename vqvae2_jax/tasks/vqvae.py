@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from vqvae2_jax.metrics.codebook import perplexity
-from vqvae2_jax.metrics.psnr import psnr_from_mse
+from vqvae2_jax.metrics.psnr import LEAST_MSE, psnr_from_mse
 from vqvae2_jax.models.vqvae import VQVAE
 from vqvae2_jax.tasks.task import Task, to_float
 
@@ -14,7 +14,6 @@ SSIM_PROTOCOL = (
     'Gaussian window of 11 pixels, sigma 1.5, k1 0.01, k2 0.03, on [0, 1], mean over windows, channels and images'
 )
 _WINDOW = 11
-_LEAST_MSE = 1e-12  # the PSNR of a perfect reconstruction is large, not infinite, which JSON cannot hold
 ALL_LEVELS = 'all levels'  # label of the last row of images
 
 
@@ -87,7 +86,7 @@ def _reduce_metrics(means):
         else:
             summary[name] = float(value)
             if name.startswith('mse'):
-                summary[name.replace('mse', 'psnr')] = psnr_from_mse(max(float(value), _LEAST_MSE), data_range=2.0)
+                summary[name.replace('mse', 'psnr')] = psnr_from_mse(max(float(value), LEAST_MSE), data_range=2.0)
     return summary
 
 

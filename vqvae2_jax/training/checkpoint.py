@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from vqvae2_jax.distributed import processes
-from vqvae2_jax.io import checksums, files, gcs, record
+from vqvae2_jax.io import checksums, files, record, remote
 from vqvae2_jax.io.record import DamagedError, Record
 
 CHECKPOINTS, WEIGHTS, BEST = 'checkpoints', 'weights', 'best.json'
@@ -41,7 +41,7 @@ class Checkpoints:
           directory: the directory of the training.
           output: its record, of which each checkpoint gets a copy; None: a record without inputs and settings.
         """
-        self._directory = gcs.absolute(directory) / CHECKPOINTS
+        self._directory = remote.absolute(directory) / CHECKPOINTS
         self._output = output or Record(self._directory.parent, '', {}, {})
         self._step, self._size, self._best = 0, 0, None  # of the save in progress
         options = ocp.CheckpointManagerOptions(
@@ -65,7 +65,7 @@ class Checkpoints:
 
     def _unmarked_steps(self):
         steps = self._manager.all_steps()
-        if not gcs.is_remote(self._directory):  # a damaged one has another name there
+        if not remote.is_remote(self._directory):  # a damaged one has another name there
             return steps
         return [step for step in steps if not (self._directory / f'{step}{DAMAGED}').exists()]
 
@@ -89,7 +89,7 @@ class Checkpoints:
         if self.latest_step() == step:
             return
         self.wait()
-        if gcs.is_remote(self._directory):  # a damaged one may be there, with a marker
+        if remote.is_remote(self._directory):  # a damaged one may be there, with a marker
             if step in self._manager.all_steps():
                 self._manager.delete(step)
             processes.run_on_main_process(lambda: files.remove(self._directory / f'{step}{DAMAGED}'))
@@ -164,7 +164,7 @@ class BestCheckpoint:
     """
 
     def __init__(self, directory: epath.PathLike):
-        self._directory = gcs.absolute(directory) / WEIGHTS
+        self._directory = remote.absolute(directory) / WEIGHTS
         self._best, self._pinned = read_best(directory), None
 
     def best(self) -> dict[str, Any] | None:
@@ -196,7 +196,12 @@ class BestCheckpoint:
         value, before = metrics[metric], self._best
         if math.isnan(value) or (before and value > before['metrics'][metric]):
             return False
-        name = str(step)
+        self.save(step, metrics, weights)
+        return True
+
+    def save(self, step: int, metrics: dict[str, float], weights: Any) -> None:
+        """Saves weights in place of earlier ones; arguments as those of `save_if_best`. All processes together."""
+        name, before = str(step), self._best
         while name in (kept := self._kept_names()) or (before and before['directory'] == name):
             name += '-again'  # a resumed run repeats its best step
         size = sum(x.nbytes for x in jax.tree.leaves(weights))
@@ -204,7 +209,6 @@ class BestCheckpoint:
             checkpointer.save(self._directory / name, weights, force=True)  # over a partial one of a killed run
         best = {'step': step, 'metrics': metrics, 'directory': name}
         self._best = processes.run_on_main_process(lambda: self._write_best(best, kept))
-        return True
 
     def _kept_names(self) -> set[str]:
         """Returns the directories of the weights that the checkpoints need, the same on all processes."""
@@ -254,7 +258,7 @@ def read_best(directory: epath.PathLike) -> dict[str, Any] | None:
     Raises:
       DamagedError: it is damaged.
     """
-    path = gcs.absolute(directory) / WEIGHTS / BEST
+    path = remote.absolute(directory) / WEIGHTS / BEST
     try:
         best = checksums.read_sealed(path)
         if best.keys() != {'step', 'metrics', 'directory', 'files'}:
@@ -264,3 +268,11 @@ def read_best(directory: epath.PathLike) -> dict[str, Any] | None:
         return None
     except (ValueError, OSError) as error:
         raise DamagedError(f'{path} is damaged: {error}') from error
+
+
+def finish_weights(output: Record, results: dict, *, seconds: float | None = None) -> None:
+    """Records the best weights of a directory with their checksums and digest, and that all outputs are written."""
+    best = BestCheckpoint(output.directory)
+    names = [f'{best.best()["directory"]}/{name}' for name in best.best()['files']]
+    output.add_files(*(f'{WEIGHTS}/{name}' for name in (BEST, *names)))
+    output.finish(results, seconds=seconds, digest=files.digest_arrays(best.load()))

@@ -22,6 +22,7 @@ from vqvae2_jax.distributed.preemption import stop_signals
 from vqvae2_jax.io import plots
 from vqvae2_jax.io.logging import MetricsLogger
 from vqvae2_jax.io.record import JobError, Record
+from vqvae2_jax.io.trackers import TrackerSpec
 from vqvae2_jax.tasks.task import Task, to_uint8
 from vqvae2_jax.training import optim
 from vqvae2_jax.training import state as train_state
@@ -63,6 +64,8 @@ def train(
     flops_per_step: float | None = None,
     peak_flops: float | None = None,
     output: Record | None = None,
+    initial: Callable[[], tuple[Any, Any]] | None = None,
+    tracker: TrackerSpec | None = None,
 ) -> dict[str, Any]:
     """Trains a network, or continues from the last checkpoint, and keeps the best weights by `task.best_metric`.
 
@@ -77,6 +80,8 @@ def train(
       flops_per_step: FLOPs of the model in one step, on all devices; None: the log has no utilization.
       peak_flops: peak FLOP/s of all devices together.
       output: the record of the directory, of which checkpoints get a copy.
+      initial: reads (params, model_state) to start from, as host arrays; None: those of `task.init`.
+      tracker: the tracker that gets a copy of the log; None: there is none.
 
     Returns:
       {'steps': number of updates done, 'seconds': training time over all restarts, 'parameters': their number}.
@@ -89,18 +94,12 @@ def train(
     optimizer = optim.make_optimizer(config)
     with contextlib.closing(Checkpoints(directory, output)) as checkpoints, stop_signals() as received_signal:
         with jax.set_mesh(mesh):
-            state, start, pending = restore_or_init(task, optimizer, data, checkpoints, seed, config.batch_size)
+            arguments = task, optimizer, data, checkpoints, seed, config.batch_size, initial
+            state, start, pending = restore_or_init(*arguments)
             train_step = make_step(task, optimizer, config, state_sharding(state))
-        logger = MetricsLogger(
-            directory,
-            name=name,
-            total_steps=config.steps,
-            start_step=start,
-            examples_per_step=config.batch_size,
-            flops_per_step=flops_per_step,
-            peak_flops=peak_flops,
-            enabled=processes.is_main_process(),
-        )
+        steps = {'total_steps': config.steps, 'start_step': start, 'examples_per_step': config.batch_size}
+        options = {'flops_per_step': flops_per_step, 'peak_flops': peak_flops, 'tracker': tracker}
+        logger = MetricsLogger(directory, name=name, enabled=processes.is_main_process(), **steps, **options)
         if start:
             print(f'{name}: continuing from step {start}', flush=True)
         best = processes.run_on_main_process(lambda: BestCheckpoint(directory))  # all must agree on it
@@ -234,8 +233,18 @@ def restore_or_init(
     checkpoints: Checkpoints,
     seed: int,
     batch_size: int,
+    initial: Callable[[], tuple[Any, Any]] | None = None,
 ) -> tuple[train_state.TrainState, int, list[dict[str, float]]]:
     """Restores the newest checkpoint, or makes a new state if there is none. Call it inside `jax.set_mesh`.
+
+    Args:
+      task: the network and its objective.
+      optimizer: the optimizer, from `optim.make_optimizer`.
+      data: its `first_batch` gives the shapes and the initial codebooks.
+      checkpoints: the checkpoints of this training.
+      seed: seed of the initial weights and of all random numbers of the steps.
+      batch_size: number of examples of a global batch.
+      initial: reads (params, model_state) to start from, as host arrays; None: those of `task.init`.
 
     Returns:
       The sharded state, its step, and the pending metrics; `data.train` continues after this step.
@@ -248,7 +257,12 @@ def restore_or_init(
     shapes = jax.eval_shape(init, key, batch)
     shardings = state_sharding(shapes)
     if step is None:
-        return jax.jit(init, out_shardings=shardings)(key, batch), 0, []
+        if initial is None:
+            return jax.jit(init, out_shardings=shardings)(key, batch), 0, []
+        params, model_state = initial()
+        params, model_state = sharding.put_sharded(params), sharding.put_replicated(model_state)
+        make_state = functools.partial(_make_state, optimizer)
+        return jax.jit(make_state, out_shardings=shardings)(key, params, model_state), 0, []
     state, pending = checkpoints.restore(step, sharding.abstract_state(shapes, shardings), data.train)
     return state, step, pending
 
@@ -259,10 +273,13 @@ def make_init(
     """Returns a function (key, batch) -> the state before the first step."""
 
     def init(key, batch):
-        params, model_state = task.init(jax.random.fold_in(key, 0), batch)
-        return train_state.create(params, model_state, jax.random.fold_in(key, 1), optimizer)
+        return _make_state(optimizer, key, *task.init(jax.random.fold_in(key, 0), batch))
 
     return init
+
+
+def _make_state(optimizer, key, params, model_state):
+    return train_state.create(params, model_state, jax.random.fold_in(key, 1), optimizer)
 
 
 def state_sharding(state: train_state.TrainState) -> train_state.TrainState:

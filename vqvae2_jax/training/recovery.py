@@ -12,7 +12,7 @@ import fsspec
 from etils import epath
 
 from vqvae2_jax.distributed import processes
-from vqvae2_jax.io import checksums, files, gcs, record
+from vqvae2_jax.io import checksums, files, record, remote
 from vqvae2_jax.io.record import DamagedError, JobError, Record, UnreadableError
 from vqvae2_jax.training.checkpoint import (
     BEST,
@@ -170,7 +170,7 @@ def go_back(directory: epath.Path, step: int, best: dict[str, Any] | None) -> No
 def set_aside(checkpoints: epath.Path, step: int) -> None:
     """Marks a checkpoint as damaged: renames it to <step>.damaged; on a bucket <step>.damaged is a marker beside it."""
     path = checkpoints / f'{step}{DAMAGED}'
-    if gcs.is_remote(checkpoints):
+    if remote.is_remote(checkpoints):
         files.write_bytes(path, b'damaged')
     else:
         _move(checkpoints / str(step), _free_path(path))
@@ -257,7 +257,7 @@ def _free_path(path: epath.Path) -> epath.Path:
 def _move(source: epath.Path, target: epath.Path) -> None:
     """Moves a directory, on a disk or within a bucket."""
     with files.writing(target):
-        if gcs.is_remote(source):
+        if remote.is_remote(source):
             system, path = fsspec.core.url_to_fs(os.fspath(source))
             system.mv(path, fsspec.core.url_to_fs(os.fspath(target))[1], recursive=True)
         else:
