@@ -181,48 +181,39 @@ def test_what_a_tracker_refuses_is_one_line(tmp_path, wandb):
         open_log(tmp_path, 'wandb')
 
 
-def test_tensorboard_hides_the_events_of_steps_that_are_repeated(tmp_path, monkeypatch):
-    calls = []
+def tensorboard_events(directory):
+    """Returns the events of each file: (first step that is hidden) or (name, value or shape, step)."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-    class Writer:
-        def __init__(self, logdir, purge_step):
-            epath.Path(logdir).mkdir(exist_ok=True)
-            calls.append((logdir, purge_step))
-
-        def add_scalar(self, name, value, step):
-            if 'per_second' not in name:
-                calls.append((name, value, step))
-
-        def add_image(self, name, image, step, dataformats):
-            calls.append((name, image.shape, step, dataformats))
-
-        def flush(self):
-            pass
-
-    monkeypatch.setitem(sys.modules, 'tensorboardX', types.SimpleNamespace(SummaryWriter=Writer))
-    monkeypatch.setattr(trackers, 'find_spec', lambda name: name)
-    log = open_log(tmp_path, 'tensorboard')
-    log_steps(log, 4, 6)
-    log_steps(open_log(tmp_path, 'tensorboard', 4), 6)
-    directory = str(tmp_path / 'tensorboard')
-    assert calls == [
-        (directory, 0),
-        ('train/loss', 0.25, 4),
-        ('validation/mse', 0.5, 4),
-        ('validation', (4, 5, 3), 4, 'HWC'),
-        ('train/loss', 1 / 6, 6),
-        (directory, 5),
-        ('train/loss', 1 / 6, 6),
-    ]
+    files = []
+    for path in epath.Path(directory).iterdir():
+        data, found = path.read_bytes(), []
+        while data:  # TFRecord: length, its checksum, event, its checksum
+            length = int.from_bytes(data[:8], 'little')
+            event, data = Event.FromString(data[12 : 12 + length]), data[16 + length :]
+            if event.session_log.status == SessionLog.START:
+                found.append(event.step)
+            for value in event.summary.value:
+                picture = (value.image.height, value.image.width, value.image.colorspace)
+                content = picture if value.HasField('image') else pytest.approx(value.simple_value)
+                if 'per_second' not in value.tag:
+                    found.append((value.tag, content, event.step))
+        files.append(found)
+    return files
 
 
 def test_tensorboard_events(tmp_path):
     pytest.importorskip('tensorboardX')
-    log = open_log(tmp_path, 'tensorboard')
-    log_steps(log, 4)
-    log.flush()  # as before a checkpoint
-    (events,) = (tmp_path / 'tensorboard').iterdir()
-    assert all(name in events.read_bytes() for name in (b'train/loss', b'validation/mse', b'validation'))
+    first = open_log(tmp_path, 'tensorboard')
+    log_steps(first, 4, 6)
+    first.flush()  # as before a checkpoint
+    four = [('train/loss', 0.25, 4), ('validation/mse', 0.5, 4), ('validation', (4, 5, 3), 4)]
+    assert tensorboard_events(tmp_path / 'tensorboard') == [[0, *four, ('train/loss', 1 / 6, 6)]]
+    second = open_log(tmp_path, 'tensorboard', 4)  # within the same second: another file
+    log_steps(second, 6)
+    second.flush()
+    files = tensorboard_events(tmp_path / 'tensorboard')
+    assert sorted(files) == [[0, *four, ('train/loss', 1 / 6, 6)], [5, ('train/loss', 1 / 6, 6)]]
 
 
 def test_without_a_tracker_there_are_only_files(tmp_path):

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import time
 import uuid
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -139,23 +140,34 @@ def _continue_run(path, tracker, start_step, logged) -> tuple[str, dict[str, flo
 
 
 class _TensorBoard:
+    # Events are written at once, by the class below SummaryWriter, whose thread has not yet written all of
+    # them when flush returns, and hides errors such as a full disk.
     def __init__(self, directory: epath.Path, start_step: int):
-        import tensorboardX
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
 
         self._directory = directory
+        self._summary, self._event = summary, event_pb2.Event
         self.held = dict.fromkeys(('train', 'validation', 'image'), start_step) if directory.exists() else {}
         with files.writing(directory):
-            # It hides events of steps that will be repeated.
-            self._writer = tensorboardX.SummaryWriter(str(directory), purge_step=start_step + 1 if start_step else 0)
+            directory.mkdir(parents=True, exist_ok=True)
+            # Its name has seconds only, so a start within the same second needs more.
+            suffix = f'.{uuid.uuid4().hex[:8]}'
+            self._writer = event_file_writer.EventsWriter(os.fspath(directory / 'events'), suffix)
+        # TensorBoard then hides the events of steps that will be repeated.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(start_step + 1 if start_step else 0, session_log=start)
+
+    def _write(self, step, **content):
+        with files.writing(self._directory):
+            self._writer.write_event(self._event(step=step, wall_time=time.time(), **content))
 
     def scalars(self, step, values):
-        with files.writing(self._directory):
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+        for name, value in values.items():
+            self._write(step, summary=self._summary.scalar(name, value))
 
     def image(self, step, name, image):
-        with files.writing(self._directory):
-            self._writer.add_image(name, image, step, dataformats='HWC')
+        self._write(step, summary=self._summary.image(name, image, dataformats='HWC'))
 
     def flush(self):
         with files.writing(self._directory):
