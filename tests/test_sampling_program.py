@@ -13,6 +13,7 @@ from vqvae2_jax.distributed import sharding
 
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 BATCH = 16
+ORDERS = pytest.param('raster', marks=pytest.mark.system), 'wavefront'
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +97,7 @@ def compile_sampler(order):
         return jax.jit(sample).lower(*arguments).compile().as_text(), arguments[0]
 
 
-@pytest.mark.parametrize('order', ['raster', 'wavefront'])
+@pytest.mark.parametrize('order', ORDERS)
 def test_no_collective_runs_inside_the_sampling_loop(order):
     text, generator = compile_sampler(order)
     arrays = jax.tree.leaves(generator.params)
@@ -106,7 +107,7 @@ def test_no_collective_runs_inside_the_sampling_loop(order):
     assert loops >= 2 and not found, found
 
 
-@pytest.mark.parametrize('order', ['raster', 'wavefront'])
+@pytest.mark.parametrize('order', ORDERS)
 def test_the_test_above_finds_weights_that_are_gathered_in_every_step(order, monkeypatch):
     monkeypatch.setattr(sharding, 'constrain_replicated', lambda tree: tree)
     jax.clear_caches()  # `api.sample` is traced again
@@ -124,7 +125,7 @@ def assert_equal(results):
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize('order', ['raster', 'wavefront'])
+@pytest.mark.parametrize('order', ORDERS)
 def test_samples_are_equal_on_any_devices(order):
     generator, results = make_generator(order), []
     for devices, fsdp in ((1, 1), (2, 2), (8, 1), (8, 2)):
