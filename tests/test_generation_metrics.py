@@ -9,6 +9,7 @@ from vqvae2_jax.metrics.frechet import Moments, frechet_distance
 from vqvae2_jax.metrics.inception_score import inception_score
 from vqvae2_jax.metrics.kernel import kernel_distance
 from vqvae2_jax.metrics.manifold import precision_recall
+from vqvae2_jax.metrics.neighbors import nearest
 
 
 def gaussian(count, mean, scale, seed=0, size=6):
@@ -91,6 +92,30 @@ class TestInceptionScore:
             inception_score(np.zeros((9, 4)))
         with pytest.raises(ValueError, match='not finite'):
             inception_score(np.full((10, 4), np.nan))
+
+
+class TestNearest:
+    def test_against_all_pairs(self):
+        queries, points = gaussian(1030, 0, 1, size=4) + 1000, gaussian(1500, 0, 1, seed=1, size=4) + 1000
+        names = np.arange(1500) * 3 + 7
+        parts = ((names[start:stop], points[start:stop]) for start, stop in ((0, 5), (5, 1100), (1100, 1500)))
+        found, distance = nearest(queries, parts)
+        apart = np.sqrt(np.square(queries[:, None] - points).sum(-1))
+        np.testing.assert_array_equal(found, names[apart.argmin(axis=1)])
+        np.testing.assert_allclose(distance, apart.min(axis=1), atol=2e-3)
+
+    def test_the_first_of_equally_near_points(self):
+        points = np.zeros((3, 2))
+        found, distance = nearest(np.array([[3.0, 4.0], [0, 0]]), [([5, 6, 4], points), ([1, 2, 3], points)])
+        assert found.tolist() == [5, 5] and distance.tolist() == [5, 0]
+
+    def test_refusals(self):
+        with pytest.raises(ValueError, match='there are no points'):
+            nearest(np.zeros((2, 3)), [])
+        with pytest.raises(ValueError, match='3 and 2 features: of two networks'):
+            nearest(np.zeros((2, 3)), [([0], np.zeros((1, 2)))])
+        with pytest.raises(ValueError, match='1 of 2 images have features that are not finite'):
+            nearest(np.zeros((2, 3)), [([0, 1], np.array([[0, 0, 0], [0, np.nan, 0]]))])
 
 
 class TestPrecisionRecall:

@@ -24,7 +24,7 @@ from vqvae2_jax.evaluation.features import FeatureStats
 from vqvae2_jax.io import checksums, record
 from vqvae2_jax.io.files import read_json
 from vqvae2_jax.io.record import StaleInputError
-from vqvae2_jax.jobs import cas, feature_store, reference_sets, workdir
+from vqvae2_jax.jobs import cas, evaluate_samples, feature_store, reference_sets, workdir
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import JobError, Run
 from vqvae2_jax.metrics.frechet import Moments, frechet_distance
@@ -151,6 +151,43 @@ def test_reconstructions_are_the_training_images_decoded(finished):
         assert label == example['label']
         again = vqvae.apply(variables, to_float(example['image'][None])).image[0]
         np.testing.assert_allclose(to_float(image), np.clip(again, -1, 1), atol=0.02)
+
+
+def test_samples_are_shown_beside_their_nearest_training_images(run):
+    run.config.evaluate.update(nearest=12, cas=False, sweep=(1.0,))
+    validate_config(run.config)
+    run_job(run, 'evaluate')
+    found = read_json(run.path('report', 'report.json'))['sets']['default']['nearest']
+    samples, train, test = (
+        feature_store.load_stats(feature_store.read_features(run.path('features', 'classifier', *path))).features
+        for path in (('samples', 'default'), ('train',), ('test',))
+    )
+
+    def apart(queries):
+        return np.sqrt(np.square(queries[:, None].astype(float) - train).sum(-1))
+
+    assert found['count_train'] == len(train) == 400
+    assert set(found['median_distance']) == {'samples', 'test images', 'test reconstructions'}
+    np.testing.assert_allclose(found['median_distance']['samples'], np.median(apart(samples).min(1)), rtol=1e-3)
+    np.testing.assert_allclose(found['median_distance']['test images'], np.median(apart(test).min(1)), rtol=1e-3)
+    assert [pair['sample'] for pair in found['shown']] == list(range(12))  # the classes come in turn
+    for pair in found['shown']:
+        row = apart(samples[[pair['sample']]])[0]
+        np.testing.assert_allclose((row[pair['train']], pair['distance']), row.min(), rtol=1e-3)
+    pictures = evaluate_samples.read_pictures(run, 'default')
+    source = run.images('train')
+    np.testing.assert_array_equal(
+        pictures['nearest_train'], [source[pair['train']]['image'] for pair in found['shown']]
+    )
+    taken = sample_store.take(run.sample_set_path('samples'), np.arange(12))
+    np.testing.assert_array_equal(pictures['nearest_samples'], taken['arr_0'])
+    assert run.path('report', 'sets', 'default', 'nearest.png').exists()
+    page = run.path('report', 'report.html').read_text()
+    assert page.count('<p>nearest training images</p>') == 2 and 'the nearest of 400 training images' in page
+    run.config.evaluate.nearest = 0
+    run_job(run, 'evaluate')
+    assert not run.path('report', 'sets', 'default', 'nearest.png').exists()
+    assert 'nearest' not in read_json(run.path('report', 'report.json'))['sets']['default']
 
 
 def test_classifiers_of_other_samples_are_refused(run):

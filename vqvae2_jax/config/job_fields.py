@@ -73,6 +73,13 @@ EVALUATE = {
         doc='fractions of each class for the curves of rejection; all use as many images as the smallest fraction '
         'keeps, up to 50 000',
     ),
+    'nearest': Int(
+        0,
+        100,
+        default=0,
+        doc='samples that the report shows beside the training images with the nearest features, so that copies are '
+        'seen; needs the features of all training images; 0: none',
+    ),
     'cas': Bool(
         default=False,
         doc='trains two more classifiers, on reconstructions and on samples: Classification Accuracy Score; '

@@ -1,22 +1,13 @@
-"""The report for people: one HTML page, and a summary for the terminal. Both are made from report.json's content."""
+"""The report for people: one HTML page, made from the content of report.json."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from vqvae2_jax.evaluation import html
+from vqvae2_jax.evaluation import html, report_text
 from vqvae2_jax.evaluation.report_pictures import Pictures, SetPictures
 from vqvae2_jax.io.logging import format_duration
 
 _MANY_CLASSES = 20  # a longer table of classes is hidden until a click
-_LABELS = {  # of metrics, in the order of the page
-    'fid': 'FID',
-    'frechet_distance': 'Fréchet distance',
-    'kid': 'KID',
-    'kernel_distance': 'kernel distance',
-    'inception_score': 'Inception Score',
-    'precision': 'precision',
-    'recall': 'recall',
-}
 _SAMPLING = ('temperature', 'top_k', 'top_p', 'guidance')
 
 
@@ -56,90 +47,8 @@ def render_comparison(report: dict[str, Any]) -> str:
     return html.page(f'{protocol["generated"]["images"]} against {protocol["real"]["images"]}', parts)
 
 
-def summary(report: dict[str, Any]) -> str:
-    """Returns the main numbers of a report as text."""
-    reconstruction, split = report.get('reconstruction', {}), report['protocol']['split']
-    count = report['protocol']['counts'][split]
-    lines = [f'{report["config"]}: {count} {split} {"images" if reconstruction else "codes"}']
-    if reconstruction:
-        ssim = f', SSIM {reconstruction["ssim"]:.3f}' if 'ssim' in reconstruction else ''
-        lines.append(
-            f'  reconstruction   PSNR {reconstruction["psnr"]:.2f} dB{ssim}, '
-            f'{reconstruction["compression_ratio"]:.1f}x smaller'
-        )
-    lines += _level_lines(reconstruction.get('levels', {}), report.get('likelihood', {}).get('levels', {}))
-    if 'quality' in reconstruction:
-        lines.append(f'  reconstructions  {_quality_line(reconstruction["quality"])}')
-    if 'classifier' in report:
-        lines.append(f'  classifier       {report["classifier"]["accuracy_on_real_images"]:.1%} on real images')
-    for name, entry in report['sets'].items():
-        lines += _set_lines(name, entry)
-    if 'cas' in report:
-        rows = ', '.join(f'{name} {row["top1"]:.1%}' for name, row in _cas_rows(report).items())
-        lines.append(f'  CAS              {rows} (accuracy on real images of a classifier trained on each source)')
-    lines += [f'  without          {part}: {reason}' for part, reason in report['missing'].items()]
-    lines += [f'  changed          {change}' for change in report['protocol']['changes']]
-    seconds = all_seconds(report)
-    times = ', '.join(f'{name} {format_duration(value)}' for name, value in seconds.items())
-    lines.append(f'  time             {times}; total {format_duration(sum(seconds.values()))}')
-    return '\n'.join(lines)
-
-
-def _level_lines(reconstructions, likelihoods):
-    names = reversed(reconstructions or likelihoods)
-    for name in names:
-        parts = []
-        if level := reconstructions.get(name):
-            parts.append(f'codebook usage {level["codebook_usage"]:.0%}, perplexity {level["perplexity"]:.1f}')
-        if prior := likelihoods.get(name):
-            parts.append(
-                f'prior {prior["nll"]:.3f} nats per code (unigram entropy {prior["unigram_entropy"]:.3f}, '
-                f'under per-position unigrams {prior["positional_cross_entropy"]:.3f})'
-            )
-        yield f'  {name:<16} {"; ".join(parts)}'
-
-
-def all_seconds(report: dict[str, Any]) -> dict[str, float]:
-    """Returns the time of every job, those of the sample sets as '<job> <set>'."""
-    of_sets = {
-        f'{job} {name}': value for name, entry in report['sets'].items() for job, value in entry['seconds'].items()
-    }
-    return report['seconds'] | of_sets
-
-
-def _set_lines(name, entry):
-    lines = [f'  set {name}: {entry["count"]} samples{_stale(entry)}']
-    if 'quality' in entry:
-        lines.append(f'    quality        {_quality_line(entry["quality"])}')
-    for name, metrics in entry.get('references', {}).items():
-        counts = f' ({metrics["count"]} against {_real_count(metrics)} images)' if 'count' in metrics else ''
-        lines.append(f'    against {name}: {_quality_line(metrics)}{counts}')
-    if 'class_accuracy' in entry:
-        lines.append(
-            f'    class accuracy {entry["class_accuracy"]:.1%}, after rejection '
-            f'{entry["class_accuracy_after_rejection"]:.1%} ({_accepted(entry)})'
-        )
-    return lines
-
-
-def _stale(entry):
-    return f' (stale: changed since it was evaluated: {", ".join(entry["stale"])})' if entry['stale'] else ''
-
-
-def _quality_line(quality):
-    return ', '.join(f'{label} {_number(quality[k])}' for k, label in _LABELS.items() if k in quality) or _note(quality)
-
-
 def _plain(value):
     return '; '.join(f'{k}: {v}' for k, v in value.items()) if isinstance(value, dict) else str(value)
-
-
-def _number(value):
-    return f'{value:.4g}' if isinstance(value, float) else str(value)
-
-
-def _note(quality):
-    return f'No comparison: {quality["missing"]}.' if 'missing' in quality else quality.get('warning', '')
 
 
 def _headline(report) -> str:
@@ -156,11 +65,15 @@ def _headline(report) -> str:
         values.append((f'{level["codebook_usage"]:.0%}', f'codebook usage, {name}'))
     for name, entry in report['sets'].items() if len(report['sets']) == 1 else ():  # a table compares several
         quality = entry.get('quality', {})
-        values += [(_number(quality[k]), f'{_LABELS[k]}, {name}') for k in ('fid', 'frechet_distance') if k in quality]
+        values += [
+            (report_text.number(quality[k]), f'{report_text.LABELS[k]}, {name}')
+            for k in ('fid', 'frechet_distance')
+            if k in quality
+        ]
         if 'class_accuracy' in entry:
-            values.append((_percent(entry['class_accuracy']), f'class accuracy, {name}'))
+            values.append((report_text.percent(entry['class_accuracy']), f'class accuracy, {name}'))
         if 'cas' in entry:
-            values.append((_percent(entry['cas']['top1']), f'CAS top-1, {name}'))
+            values.append((report_text.percent(entry['cas']['top1']), f'CAS top-1, {name}'))
     return html.numbers(values)
 
 
@@ -169,21 +82,21 @@ def _reconstruction(report, originals, pictures) -> list[str]:
     rows = [('original images', originals)] if 'missing' not in originals.get('quality', {'missing': ''}) else []
     rows += [(f'{name} only', level['without_finer_levels']) for name, level in reversed(levels[1:])]
     rows += [('all levels', report), ('all levels, training images', report['train'])]
-    shown = [key for key in _LABELS if key in report.get('quality', {})]
+    shown = [key for key in report_text.LABELS if key in report.get('quality', {})]
     others = report.get('quality', {}).get('references')
-    header = ('', 'PSNR, dB', 'MSE in [-1, 1]', 'MSE in [0, 1]', 'SSIM', *(_LABELS[key] for key in shown))
+    header = ('', 'PSNR, dB', 'MSE in [-1, 1]', 'MSE in [0, 1]', 'SSIM', *(report_text.LABELS[key] for key in shown))
     cells = [
         (
             name,
             f'{errors["psnr"]:.2f}' if 'psnr' in errors else '',
-            *(_number(errors.get(key, '')) for key in ('mse', 'mse_unit', 'ssim')),
-            *(_number(errors.get('quality', {}).get(key, '')) for key in shown),
+            *(report_text.number(errors.get(key, '')) for key in ('mse', 'mse_unit', 'ssim')),
+            *(report_text.number(errors.get('quality', {}).get(key, '')) for key in shown),
         )
         for name, errors in rows
     ]
     return [
         html.table(header, cells),
-        html.note(_note(report.get('quality', {}))),
+        html.note(report_text.note(report.get('quality', {}))),
         *([_comparisons('reconstructions against', others, shown)] if others else []),
         html.gallery(
             pictures.reconstructions,
@@ -240,15 +153,15 @@ def _samples(report, pictures) -> list[str]:
 
 def _overview(sets) -> list[str]:
     # one column per sample set
-    shown = [key for key in _LABELS if any(key in entry.get('quality', {}) for entry in sets.values())]
+    shown = [key for key in report_text.LABELS if any(key in entry.get('quality', {}) for entry in sets.values())]
     rows = {'samples': lambda e: e['count'], 'seed': lambda e: e['seed']}
     rows |= {f: lambda e, f=f: _per_level(e[f]) for f in _SAMPLING}
-    rows |= {_LABELS[k]: lambda e, k=k: _number(e.get('quality', {}).get(k, '')) for k in shown}
+    rows |= {report_text.LABELS[k]: lambda e, k=k: report_text.number(e.get('quality', {}).get(k, '')) for k in shown}
     if any('class_accuracy' in entry for entry in sets.values()):
-        rows['class accuracy'] = lambda e: _percent(e.get('class_accuracy'))
-        rows['class accuracy after rejection'] = lambda e: _percent(e.get('class_accuracy_after_rejection'))
+        rows['class accuracy'] = lambda e: report_text.percent(e.get('class_accuracy'))
+        rows['class accuracy after rejection'] = lambda e: report_text.percent(e.get('class_accuracy_after_rejection'))
     if any('cas' in entry for entry in sets.values()):
-        rows['CAS top-1'] = lambda e: _percent(e.get('cas', {}).get('top1'))
+        rows['CAS top-1'] = lambda e: report_text.percent(e.get('cas', {}).get('top1'))
     if any(entry['stale'] for entry in sets.values()):
         rows['state'] = lambda e: 'stale' if e['stale'] else ''
     cells = [(label, *(cell(entry) for entry in sets.values())) for label, cell in rows.items()]
@@ -257,10 +170,6 @@ def _overview(sets) -> list[str]:
 
 def _per_level(values):
     return ', '.join(f'{level} {value:g}' for level, value in reversed(values.items()))
-
-
-def _percent(value):
-    return '' if value is None else f'{value:.1%}'
 
 
 def _sample_set(name, entry, report, pictures: SetPictures, sharp) -> list[str]:
@@ -276,23 +185,24 @@ def _sample_set(name, entry, report, pictures: SetPictures, sharp) -> list[str]:
     if 'quality' in entry:
         quality = entry['quality']
         compared = {'real images': quality, 'reconstructions': entry['quality_against_reconstructions']}
-        shown = [key for key in _LABELS if key in quality]
+        shown = [key for key in report_text.LABELS if key in quality]
         compared |= entry.get('references', {})
         parts.append(_comparisons('samples against', compared, shown))
-        parts.append(html.note(_note(quality)))
+        parts.append(html.note(report_text.note(quality)))
     form = '' if 'reconstruction' in report else ' (code maps, one color per code, the coarsest level on the left)'
     of_each = ' of each class' if len(pictures.samples) > 1 else ''
     caption = f'{entry["count"]} samples{form}, unfiltered: the first ones{of_each}'
     parts.append(html.gallery(pictures.samples, caption, sharp=sharp))
+    parts += _nearest(entry['nearest'], pictures, sharp) if 'nearest' in entry else []
     if 'class_accuracy' not in entry:
         return parts
     classifier = report.get('classifier')
     rows = [
-        *([('real images', _percent(classifier['accuracy_on_real_images']))] if classifier else []),
-        ('samples', _percent(entry['class_accuracy'])),
+        *([('real images', report_text.percent(classifier['accuracy_on_real_images']))] if classifier else []),
+        ('samples', report_text.percent(entry['class_accuracy'])),
         (
-            f'the {entry["accepted"]} accepted: {_accepted(entry)}',
-            _percent(entry['class_accuracy_after_rejection']),
+            f'the {entry["accepted"]} accepted: {report_text.accepted(entry)}',
+            report_text.percent(entry['class_accuracy_after_rejection']),
         ),
     ]
     parts += [html.table(('', 'class accuracy by the classifier'), rows), html.note(entry['note'])]
@@ -303,40 +213,36 @@ def _sample_set(name, entry, report, pictures: SetPictures, sharp) -> list[str]:
     return [*parts, html.note(entry.get('sweep_note', ''))]
 
 
+def _nearest(nearest, pictures, sharp) -> list[str]:
+    distances = [(name, report_text.number(distance)) for name, distance in nearest['median_distance'].items()]
+    caption = f'Samples, and below each the nearest of {nearest["count_train"]} training images by features'
+    return [
+        html.table(('', 'median distance to the nearest training image'), distances),
+        html.note('Distances of samples that are far below those of held-out images mean copies.'),
+        html.gallery(pictures.nearest, caption, sharp=sharp),
+    ]
+
+
 def _comparisons(title, compared, shown) -> str:
     # one row per set of images that is compared with
-    header = (title, *(_LABELS[k] for k in shown), 'images', 'compared with')
+    header = (title, *(report_text.LABELS[k] for k in shown), 'images', 'compared with')
     rows = [
-        (against, *(_number(m.get(k, '')) for k in shown), m.get('count', ''), _real_count(m))
+        (against, *(report_text.number(m.get(k, '')) for k in shown), m.get('count', ''), report_text.real_count(m))
         for against, m in compared.items()
     ]
-    missing = [html.note(f'{against}: {_note(m)}') for against, m in compared.items() if 'missing' in m]
+    missing = [html.note(f'{against}: {report_text.note(m)}') for against, m in compared.items() if 'missing' in m]
     return html.table(header, rows) + ''.join(missing)
 
 
-def _real_count(metrics):
-    count = metrics.get('count_real', '')
-    return 'unknown' if count is None else count
-
-
 def _sweep_table(points: Sequence[dict]) -> str:
-    labels = {'kept_count': 'samples kept', 'count': 'n', 'confidence': 'confidence'} | _LABELS
+    labels = {'kept_count': 'samples kept', 'count': 'n', 'confidence': 'confidence'} | report_text.LABELS
     keys = [key for key in labels if all(key in p for p in points)]
-    rows = [(f'{p["keep_fraction"]:.0%}', *(_number(p[key]) for key in keys)) for p in points]
+    rows = [(f'{p["keep_fraction"]:.0%}', *(report_text.number(p[key]) for key in keys)) for p in points]
     return html.table(('fraction kept', *(labels[key] for key in keys)), rows)
 
 
-def _accepted(entry):
-    threshold = f', with a score of at least {entry["threshold"]:g}' if entry['threshold'] else ''
-    return f'the best {entry["keep_fraction"]:.0%} of each class{threshold}'
-
-
-def _cas_rows(report):
-    return report['cas'] | {f'samples {n}': e['cas'] for n, e in report['sets'].items() if 'cas' in e}
-
-
 def _cas(report) -> list[str]:
-    rows = _cas_rows(report)
+    rows = report_text.cas_rows(report)
     keys = [k for k in ('top1', 'top5', 'top1_reconstructed', 'top5_reconstructed') if k in report['cas']['real']]
     cells = [(name, row['count'], *(f'{row[key]:.1%}' for key in keys)) for name, row in rows.items()]
     note = (
@@ -385,9 +291,9 @@ def _classes(report) -> list[str]:
 
 
 def _percents(values):
-    return {name: _percent(value) for name, value in values.items()}
+    return {name: report_text.percent(value) for name, value in values.items()}
 
 
 def _training(report, pictures) -> list[str]:
-    seconds = [(name, format_duration(value)) for name, value in all_seconds(report).items()]
+    seconds = [(name, format_duration(value)) for name, value in report_text.all_seconds(report).items()]
     return [html.plots(pictures.curves, 'Learning curves'), html.table(('job', 'time'), seconds)]

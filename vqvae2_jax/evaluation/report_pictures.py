@@ -26,11 +26,13 @@ class SetPictures(NamedTuple):
       samples: rows of samples by class.
       accepted: the same after rejection, best first.
       rejection: plots of the sweep over keep fractions, PNG files.
+      nearest: rows of samples, each above a row of the training images that are nearest to them.
     """
 
     samples: Sequence[Row] = ()
     accepted: Sequence[Row] = ()
     rejection: Sequence[bytes] = ()
+    nearest: Sequence[Row] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,14 @@ def class_positions(labels: np.ndarray, order: np.ndarray) -> np.ndarray:
     return np.concatenate([order[labels[order] == label][:count] for label in classes])
 
 
+def first_of_classes(labels: np.ndarray, count: int) -> np.ndarray:
+    """Returns the indices of the first `count` of labels int [N], or all, taken from all classes in turn; ascending."""
+    ranks = np.zeros(len(labels), np.int64)  # the place of each within its class
+    for label in np.unique(labels):
+        ranks[labels == label] = np.arange(np.sum(labels == label))
+    return np.sort(np.argsort(ranks, kind='stable')[:count])
+
+
 def class_rows(images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> list[ArrayRow]:
     """Returns one row per class.
 
@@ -90,6 +100,15 @@ def class_rows(images: np.ndarray, labels: np.ndarray, class_names: Sequence[str
       class_names: by label; () without classes: the row has no label.
     """
     return [(class_names[label] if class_names else '', images[labels == label]) for label in np.unique(labels)]
+
+
+def nearest_rows(samples: np.ndarray, train: np.ndarray) -> list[ArrayRow]:
+    """Returns rows of ten samples, each above the row of their nearest training images; both uint8 [M, H, W, C]."""
+    rows = []
+    for start in range(0, len(samples), _COLUMNS):
+        part = slice(start, start + _COLUMNS)
+        rows += [('samples', samples[part]), ('nearest training images', train[part])]
+    return rows
 
 
 def draw_rows(rows: Sequence[ArrayRow]) -> np.ndarray:

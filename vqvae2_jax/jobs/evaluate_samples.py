@@ -14,7 +14,7 @@ from vqvae2_jax.evaluation.features import MAX_STORED_FEATURES
 from vqvae2_jax.evaluation.report_pictures import class_positions
 from vqvae2_jax.io import record
 from vqvae2_jax.io.record import DamagedError, Record
-from vqvae2_jax.jobs import cas, feature_store, reference_sets, reject, sample, workdir
+from vqvae2_jax.jobs import cas, feature_store, reference_sets, reject, sample, training_neighbors, workdir
 from vqvae2_jax.jobs.evaluation_parts import DIRECTORY, Evaluation, evaluate_part
 from vqvae2_jax.jobs.workdir import REJECTION, SAMPLES, Run
 from vqvae2_jax.metrics.classification import accuracy, per_class_accuracy
@@ -40,19 +40,22 @@ def evaluate_set(e: Evaluation, cas_metrics: dict | None) -> None:
             seconds['cas'] = record.read_done(run.path(cas.DIRECTORY, SAMPLES, name), 'cas').seconds
         return results | {'seconds': seconds}
 
-    def write(output: Record):
-        sample_store.write_npz(output.directory / _PICTURES, _choose_pictures(e))
+    def write(output: Record, results: dict):
+        sample_store.write_npz(output.directory / _PICTURES, _choose_pictures(e, results))
         output.add_files(_PICTURES)
 
     evaluate_part(e, f'{_SETS}/{name}', _set_inputs(e, name), compute, _set_settings(e), write=write)
 
 
-def _choose_pictures(e: Evaluation) -> dict[str, np.ndarray]:
-    """Returns samples and accepted samples that the report shows, as the arrays of pictures.npz."""
-    samples, arrays = sample_store.read_set(e.run.sample_set_path(SAMPLES)), {}
-    index = np.arange(samples.results['count'])
+def _labels(samples: Record) -> np.ndarray:
     classes = samples.settings['labels'] or range(max(samples.settings['num_classes'], 1))
-    labels, orders = np.asarray(classes)[index % len(classes)], {'samples': index}
+    return np.asarray(classes)[np.arange(samples.results['count']) % len(classes)]
+
+
+def _choose_pictures(e: Evaluation, results: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Returns the pictures that the report shows, as the arrays of pictures.npz; `results` are those of the set."""
+    samples, arrays = sample_store.read_set(e.run.sample_set_path(SAMPLES)), {}
+    labels, orders = _labels(samples), {'samples': np.arange(samples.results['count'])}
     if e.has_rejection:
         rejection = record.read_done(e.run.sample_set_path(REJECTION), 'reject')
         accepted = sample_store.read_npz(rejection.file(reject.ACCEPTED), ('index', 'log_probability'))
@@ -60,6 +63,12 @@ def _choose_pictures(e: Evaluation) -> dict[str, np.ndarray]:
     for name, order in orders.items():
         shown = sample_store.take(samples.directory, class_positions(labels, order))
         arrays |= {name: sample.images_or_codes(e.run, shown), f'{name}_label': shown['label']}
+    if pairs := results.get('nearest'):
+        shown = sample_store.take(samples.directory, [pair['sample'] for pair in pairs['shown']])
+        arrays |= {
+            'nearest_samples': shown['arr_0'],
+            'nearest_train': training_neighbors.read_training_images(e.run, pairs),
+        }
     return arrays
 
 
@@ -68,7 +77,8 @@ def read_pictures(run: Run, name: str) -> dict[str, np.ndarray]:
 
     Returns:
       'samples' and, with classes, 'accepted': uint8 [N, H, W, C], class by class; 'samples_label' and
-      'accepted_label': int32 [N]. {} if the file is damaged, which is printed.
+      'accepted_label': int32 [N]; with evaluate.nearest, 'nearest_samples' and 'nearest_train', uint8 [M, H, W, C]. {}
+      if the file is damaged, which is printed.
     """
     output = record.read_done(run.path(DIRECTORY, _SETS, name), 'evaluate')
     try:
@@ -101,7 +111,8 @@ def all_sets(e: Evaluation) -> dict[str, dict]:
 
 def _set_settings(e: Evaluation) -> dict[str, Any]:
     options = e.run.config.evaluate
-    return {f'evaluate.{name}': list(options[name]) for name in ('references', 'sweep')}
+    settings = {f'evaluate.{name}': list(options[name]) for name in ('references', 'sweep')}
+    return settings | ({'evaluate.nearest': options.nearest} if training_neighbors.is_on(e) else {})
 
 
 def _set_inputs(e: Evaluation, name: str) -> dict[str, str]:
@@ -114,6 +125,8 @@ def _set_inputs(e: Evaluation, name: str) -> dict[str, str]:
     outputs = {'samples': (SAMPLES,)}
     if e.network is not None:
         inputs['network'] = e.network.digest
+    if training_neighbors.is_on(e):
+        inputs['training images'] = run.images(training_neighbors.TRAIN).digest
     if e.has_rejection:
         outputs['rejection'] = (REJECTION,)
     if e.has_cas:
@@ -154,6 +167,7 @@ def sample_metrics(e: Evaluation, samples: Record) -> dict[str, Any]:
         extracted = feature_store.sample_features(run, network, indices, e.received_signal)
 
         reference_sets.extract(run, network, e.references, e.received_signal)
+        train = training_neighbors.extract(e) if training_neighbors.is_on(e) else None
 
         def compare():
             real_sets = {
@@ -167,6 +181,8 @@ def sample_metrics(e: Evaluation, samples: Record) -> dict[str, Any]:
                 for key, stats in real_sets.items()
             }
             quality['references'] = reference_sets.compare(run, network, e.references, first, 'samples')
+            if train is not None:
+                quality['nearest'] = training_neighbors.compare(e, train, first, *real_sets.values(), _labels(samples))
             if not e.has_rejection:
                 return quality
             sets = *real_sets.values(), generated

@@ -73,7 +73,7 @@ def evaluate_part(
     settings: dict[str, Any] | None = None,
     *,
     main_process_only: bool = False,
-    write: Callable[[Record], None] | None = None,
+    write: Callable[[Record, dict], None] | None = None,
 ) -> dict[str, Any]:
     """Returns the results kept in evaluation/<name>; computes them if they are missing or anything has changed.
 
@@ -84,7 +84,8 @@ def evaluate_part(
       compute: returns the results. They are kept: an error that may not come again must raise, not become a result.
       settings: settings of this part besides `e.settings`.
       main_process_only: call `compute` on the main process alone.
-      write: writes further files of the part and adds them to its record; called on the main process alone.
+      write: writes further files of the part and adds them to its record, given the record and the results; called on
+        the main process alone.
 
     Raises:
       Interrupted: a stop signal came; the part is kept if it was complete.
@@ -98,7 +99,7 @@ def evaluate_part(
     def finish():
         if write:
             output.start()
-            write(output)
+            write(output, results)
         output.finish(results)
 
     processes.run_on_main_process(finish)

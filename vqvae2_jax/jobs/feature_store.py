@@ -335,6 +335,13 @@ def load_logits(output: Record, row: str = IMAGES) -> tuple[np.ndarray, np.ndarr
     return arrays[logits], arrays['label']
 
 
+def iterate_features(output: Record) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields features of the images themselves, file by file: the images' indices int [N], and float32 [N, D]."""
+    starts = range(0, output.settings['count'], output.settings['shard_size'])
+    for start, shard in zip(starts, _read_shards(output), strict=True):
+        yield start + np.flatnonzero(shard['mask']), shard['features_0'][shard['mask']]
+
+
 def digest_images(output: Record) -> str:
     """Returns the SHA-256 of the SHA-256 of every readable image, of features extracted with `hash_images`."""
     return hashlib.sha256(_load(output, ('pixels',))['pixels'].tobytes()).hexdigest()

@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 
 from vqvae2_jax.config import build
 from vqvae2_jax.evaluation import report_pictures
-from vqvae2_jax.evaluation.report import render_html, summary
+from vqvae2_jax.evaluation.report import render_html
 from vqvae2_jax.evaluation.report_pictures import Pictures, SetPictures
+from vqvae2_jax.evaluation.report_text import summary
 from vqvae2_jax.io import checksums, files, lock, plots, record
 from vqvae2_jax.io.logging import read_metrics
 from vqvae2_jax.io.plots import Panel
@@ -126,6 +127,11 @@ def _write_set_pictures(run: Run, name: str, entry: dict[str, Any]) -> SetPictur
             plots.save_png(directory / f'{kind}.png', report_pictures.draw_rows(rows[kind]))
         else:
             files.remove(directory / f'{kind}.png')
+    if 'nearest_samples' in arrays:
+        rows['nearest'] = report_pictures.nearest_rows(arrays['nearest_samples'], arrays['nearest_train'])
+        plots.save_png(directory / 'nearest.png', report_pictures.draw_rows(rows['nearest']))
+    else:
+        files.remove(directory / 'nearest.png')
     panels = report_pictures.sweep_panels(entry['sweep']) if entry.get('sweep') else []
     _write_panels(directory / 'rejection.png', panels)
     encoded = {kind: report_pictures.encode_rows(images) for kind, images in rows.items()}

@@ -1,0 +1,75 @@
+"""Samples beside the training images that are nearest to them, so that copies are seen (evaluate.nearest)."""
+
+from typing import Any
+
+import numpy as np
+
+from vqvae2_jax.evaluation.features import FeatureStats
+from vqvae2_jax.evaluation.report_pictures import first_of_classes
+from vqvae2_jax.io.record import Record
+from vqvae2_jax.jobs import feature_store
+from vqvae2_jax.jobs.evaluation_parts import Evaluation
+from vqvae2_jax.jobs.workdir import Run
+from vqvae2_jax.metrics.neighbors import nearest
+
+TRAIN = 'train'
+
+
+def is_on(e: Evaluation) -> bool:
+    """Returns whether samples are compared with the training images."""
+    return e.network is not None and e.run.config.evaluate.nearest > 0
+
+
+def extract(e: Evaluation) -> Record:
+    """Extracts the features of all training images, unless that is done. All processes together.
+
+    Raises:
+      Interrupted: a stop signal came; the same call continues.
+    """
+    return feature_store.image_features(e.run, e.network, TRAIN, e.received_signal)
+
+
+def compare(
+    e: Evaluation,
+    train: Record,
+    samples: FeatureStats,
+    real: FeatureStats,
+    reconstructed: FeatureStats,
+    labels: np.ndarray,
+) -> dict[str, Any]:
+    """Compares samples with the training images; on the main process only.
+
+    The median distance of held-out images is the one to compare with: much smaller distances of samples mean copies.
+
+    Args:
+      e: the evaluation.
+      train: from `extract`.
+      samples: features of the first samples.
+      real: features of the images of the reference split.
+      reconstructed: features of their reconstructions, which are decoded as samples are.
+      labels: int [N], of all samples.
+
+    Returns:
+      'median_distance': the median distance to the nearest training image, of 'samples' and of the others, by name;
+      'count_train': the number of training images;
+      'shown': [{'sample', 'train', 'distance'}], with the indices of a sample and of its nearest training image.
+    """
+    shown = first_of_classes(labels[: len(samples.features)], e.run.config.evaluate.nearest)
+    index, distance = nearest(samples.features, feature_store.iterate_features(train))
+    rows = zip(shown.tolist(), index[shown].tolist(), distance[shown].tolist(), strict=True)
+    medians = {'samples': float(np.median(distance))}
+    for name, stats in {'images': real, 'reconstructions': reconstructed}.items():
+        if e.reference != TRAIN:
+            _, distance = nearest(stats.features, feature_store.iterate_features(train))
+            medians[f'{e.reference} {name}'] = float(np.median(distance))
+    return {
+        'median_distance': medians,
+        'count_train': train.results['count'],
+        'shown': [dict(zip(('sample', TRAIN, 'distance'), row, strict=True)) for row in rows],
+    }
+
+
+def read_training_images(run: Run, results: dict[str, Any]) -> np.ndarray:
+    """Returns the training images of the results of `compare`, uint8 [M, H, W, C]."""
+    source = run.images(TRAIN)
+    return np.stack([source[row[TRAIN]]['image'] for row in results['shown']])
