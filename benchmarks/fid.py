@@ -1,12 +1,15 @@
 """Compares FID with pytorch-fid and torch-fidelity: the values, and the speed in images/s.
 
   pip install -e ".[torch]" torchvision pytorch-fid torch-fidelity     # in an environment of its own
-  python -m benchmarks.fid --weights='fid_inception_part*.npz' --images=data/cifar10.npz
+  python -m benchmarks.fid --weights='fid_inception_part*.npz' --images=data/cifar10.npz [--size=299]
 
 Takes two disjoint sets of `count` images. The others read them from PNG files, this package from memory. The speeds of
 this package and of pytorch-fid are those of the features alone, compiled and warm, on the same images and batches,
 measured alternately; the ratio is that of the best of each. The weights of the .npz files lack the classification head,
 which FID does not use: the others get zeros there.
+
+The network takes 299x299 pixels. This package and pytorch-fid resize with half-pixel centers, torch-fidelity resizes as
+TensorFlow 1 did, without them, so its FID of small images differs. With --size=299 nobody resizes.
 """
 
 import argparse
@@ -94,10 +97,13 @@ def main():
     parser.add_argument('--weights', required=True)
     parser.add_argument('--images', required=True, help='.npz with arr_0')
     parser.add_argument('--count', type=int, default=1000, help='images of each set')
+    parser.add_argument('--size', type=int, help='enlarge the images to this size first')
     parser.add_argument('--batch', type=int, default=8 if jax.default_backend() == 'cpu' else 64)
     options = parser.parse_args()
     with np.load(options.images) as arrays:
         images = arrays['arr_0'][: 2 * options.count]
+    if options.size:
+        images = np.stack([np.asarray(Image.fromarray(x).resize((options.size,) * 2)) for x in images])
     sets = images[: options.count], images[options.count :]
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     mesh = sharding.make_mesh(jax.devices()[:1])
