@@ -59,6 +59,7 @@ def small_config():
     for section in ('vqvae', 'prior.top', 'prior.bottom', 'classifier'):
         config[section].training.update(eval_examples=64)
     config.prior.bottom.training.image_every = 0
+    config.evaluate.nearest = 5
     return config
 
 

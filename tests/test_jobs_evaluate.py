@@ -201,10 +201,10 @@ def test_the_page_holds_everything_it_shows(finished, report):
     text = finished.path('report', 'report.html').read_text()
     sources = re.findall(r'src="([^"]{0,40})', text)
     assert all(source.startswith('data:image/png;base64,') for source in sources)
-    # Three rows of reconstructions, two of code maps, the samples and the accepted ones, two histograms, four curves,
-    # two plots of the sweep.
+    # Three rows of reconstructions, two of code maps, the samples and the accepted ones, five samples and their
+    # neighbors, two histograms, four curves, two plots of the sweep.
     scores = sample_store.read_npz(finished.sample_set_path('rejection') / 'accepted.npz')
-    assert len(sources) == 3 * 10 + 2 * 10 + 24 + len(scores['label']) + 2 + 4 + 2
+    assert len(sources) == 3 * 10 + 2 * 10 + 24 + len(scores['label']) + 2 * 5 + 2 + 4 + 2
     assert set(re.findall(r'href="(.)', text)) == {'#'} and 'http' not in re.sub(r'base64,[^"]*', '', text)
     assert f'{report["reconstruction"]["psnr"]:.2f}' in text
     assert f'{report["likelihood"]["levels"]["top"]["nll"]:.3f}' in text
@@ -416,7 +416,7 @@ def test_another_set_costs_only_its_own_images_and_stands_beside_the_first(run, 
     after = times(run, 'features') | times(run, 'evaluation')
     assert {path: after[path] for path in before} == before
     all_pictures = contents(run, 'report', 'sets')
-    assert {path: all_pictures[path] for path in pictures} == pictures and len(all_pictures) == 2 * len(pictures) == 6
+    assert {path: all_pictures[path] for path in pictures} == pictures and len(all_pictures) == 2 * len(pictures) == 8
     new = {pathlib.Path(path).relative_to(run.workdir).parent for path in after.keys() - before.keys()}
     assert {str(path) for path in new} == {'features/classifier/samples/other', 'evaluation/sets/other'}
     found = read_json(run.path('report', 'report.json'))

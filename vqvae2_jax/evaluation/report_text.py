@@ -88,38 +88,38 @@ def _stale(entry):
     return f' (stale: changed since it was evaluated: {", ".join(entry["stale"])})' if entry['stale'] else ''
 
 
-def quality_line(quality):
+def quality_line(quality: dict[str, Any]) -> str:
     """Returns the metrics of a comparison of two sets of images, or why there are none."""
     return ', '.join(f'{label} {number(quality[k])}' for k, label in LABELS.items() if k in quality) or note(quality)
 
 
-def number(value):
-    """Returns a number with four digits."""
+def number(value: Any) -> str:
+    """Returns a value as text, floats with four digits."""
     return f'{value:.4g}' if isinstance(value, float) else str(value)
 
 
-def percent(value):
+def percent(value: float | None) -> str:
     """Returns a fraction as a percentage; '' for None."""
     return '' if value is None else f'{value:.1%}'
 
 
-def note(quality):
+def note(quality: dict[str, Any]) -> str:
     """Returns the warning of a comparison, or why there is none."""
     return f'No comparison: {quality["missing"]}.' if 'missing' in quality else quality.get('warning', '')
 
 
-def real_count(metrics):
+def real_count(metrics: dict[str, Any]) -> int | str:
     """Returns the number of images of the reference of a comparison."""
     count = metrics.get('count_real', '')
     return 'unknown' if count is None else count
 
 
-def accepted(entry):
+def accepted(entry: dict[str, Any]) -> str:
     """Returns which samples of a set rejection keeps."""
     threshold = f', with a score of at least {entry["threshold"]:g}' if entry['threshold'] else ''
     return f'the best {entry["keep_fraction"]:.0%} of each class{threshold}'
 
 
-def cas_rows(report):
+def cas_rows(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Returns the results of all CAS classifiers, {source: a row of 'cas'}."""
     return report['cas'] | {f'samples {n}': e['cas'] for n, e in report['sets'].items() if 'cas' in e}
