@@ -47,16 +47,16 @@ clean:  ## remove the environment and all caches (runs/ stays)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .jax_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(RUN_STAMP): requirements.txt
+$(RUN_STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "vqvae2_jax needs Python 3.11 or newer; PYTHON=$(PYTHON) is: $$($(PYTHON) --version 2>&1 || true)" >&2; \
 		echo "Name a newer one, for example: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	@echo "installing requirements.txt into $(VENV) (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet -r requirements.txt
+	@echo "installing this package and requirements.txt into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
-$(DEV_STAMP): pyproject.toml $(RUN_STAMP)
+$(DEV_STAMP): $(RUN_STAMP)
 	@echo "installing the development tools into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@

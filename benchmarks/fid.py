@@ -8,8 +8,9 @@ this package and of pytorch-fid are those of the features alone, compiled and wa
 measured alternately; the ratio is that of the best of each. The weights of the .npz files lack the classification head,
 which FID does not use: the others get zeros there.
 
-The network takes 299x299 pixels. This package and pytorch-fid resize with half-pixel centers, torch-fidelity resizes as
-TensorFlow 1 did, without them, so its FID of small images differs. With --size=299 nobody resizes.
+The network takes 299x299 pixels. This package and pytorch-fid resize with half-pixel centers; torch-fidelity resizes as
+TensorFlow 1 did, without them, so its FID of small images differs. With --size=299 nobody resizes. A smaller difference
+stays: torch-fidelity scales pixels by (x - 128) / 128, the others by x / 127.5 - 1.
 """
 
 import argparse
