@@ -164,4 +164,4 @@ def test_the_three_lines_of_the_readme_make_a_picture(tmp_path):
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=environment, check=True)
     (picture,) = tmp_path.glob('*.png')
     pixels = np.asarray(Image.open(picture).convert('RGB'))
-    assert pixels.shape == (2 * 28 + 2, 5 * 28 + 4 * 2, 3) and pixels.std() > 30
+    assert pixels.shape == (2 * 28 * 4 + 2, 5 * 28 * 4 + 4 * 2, 3) and pixels.std() > 30

@@ -170,7 +170,7 @@ def test_samples_are_shown_beside_their_nearest_training_images(run):
     assert set(found['median_distance']) == {'samples', 'test images', 'test reconstructions'}
     np.testing.assert_allclose(found['median_distance']['samples'], np.median(apart(samples).min(1)), rtol=1e-3)
     np.testing.assert_allclose(found['median_distance']['test images'], np.median(apart(test).min(1)), rtol=1e-3)
-    assert [pair['sample'] for pair in found['shown']] == list(range(12))  # the classes come in turn
+    assert [pair['sample'] for pair in found['shown']] == list(range(12))  # one of each class, then the next
     for pair in found['shown']:
         row = apart(samples[[pair['sample']]])[0]
         np.testing.assert_allclose((row[pair['train']], pair['distance']), row.min(), rtol=1e-3)

@@ -84,7 +84,7 @@ def class_positions(labels: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 def first_of_classes(labels: np.ndarray, count: int) -> np.ndarray:
-    """Returns the indices of the first `count` of labels int [N], or all, taken from all classes in turn; ascending."""
+    """Returns the indices of the first `count` of labels int [N], or all, as many of each class; ascending."""
     ranks = np.zeros(len(labels), np.int64)  # the place of each within its class
     for label in np.unique(labels):
         ranks[labels == label] = np.arange(np.sum(labels == label))
