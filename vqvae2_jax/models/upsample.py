@@ -1,8 +1,9 @@
 """The transposed 4x4 convolution that doubles a map, in two forms with the same results, parameters and gradients.
 
-Accelerators compute it as the gradient of a strided convolution. XLA's CPU backend has only a slow loop for the
-gradients of that form (benchmarks/upsample.py). On CPUs each 2x2 block of output pixels, which depends on a 2x2
-neighborhood of the input, is computed by a dense 2x2 convolution as channels, and a pixel shuffle arranges the blocks.
+GPUs compute it as the gradient of a strided convolution. XLA's CPU backend has only a slow loop for the gradients of that
+form (benchmarks/upsample.py), and on TPUs it moves more bytes with two or more images a chip. There each 2x2 block of
+output pixels, which depends on a 2x2 neighborhood of the input, is computed by a dense 2x2 convolution as channels, and a
+pixel shuffle arranges the blocks.
 Both equal `nn.ConvTranspose` (tests/test_upsample.py).
 """
 
@@ -35,7 +36,7 @@ class Upsample(nn.Module):
         kernel = self.param('kernel', nn.initializers.lecun_normal(), (4, 4, x.shape[-1], self.features))
         bias = self.param('bias', nn.initializers.zeros, (self.features,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return jax.lax.platform_dependent(x, kernel, cpu=_dense, default=_transposed) + bias
+        return jax.lax.platform_dependent(x, kernel, cpu=_dense, tpu=_dense, default=_transposed) + bias
 
 
 def _dense(x, kernel):
