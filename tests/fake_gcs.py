@@ -13,6 +13,7 @@ import time
 import urllib.parse
 from unittest import mock
 
+from tests.fake_server import Handler
 from vqvae2_jax.io import remote
 
 _OBJECT = re.compile(r'(?:/download)?/storage/v1/b/([^/]+)/o/([^/]+)(?:/(?:rewriteTo|copyTo|moveTo)/.*o/([^/]+))?')
@@ -57,31 +58,25 @@ def serve():
         server.shutdown()
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = 'HTTP/1.1'
-    disable_nagle_algorithm = True  # it waits 40 ms between the headers and the body
-
-    def log_message(self, *_):
-        pass
-
+class _Handler(Handler):
     def do_GET(self):
         with self.server.lock:
             answer = self._get()
         if self._query.get('alt') == 'media':
             self.server.reads.append(len(answer[1]))
             time.sleep(self.server.delay)
-        self._answer(*answer)
+        self.answer(*answer)
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
         with self.server.lock:
-            self._answer(*self._post(body))
+            self.answer(*self._post(body))
 
     do_PUT = do_POST
 
     def do_DELETE(self):
         with self.server.lock:
-            self._answer(*self._delete(self._name()))
+            self.answer(*self._delete(self._name()))
 
     @property
     def _query(self):
@@ -91,16 +86,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         found = _OBJECT.fullmatch(urllib.parse.urlsplit(self.path).path)
         return urllib.parse.unquote(found[group]) if found and found[group] else None
 
-    def _answer(self, status, body=b'', headers=None):
+    def answer(self, status, body=b'', headers=None):
         if self.server.lost_answers and self.command != 'GET':
             self.server.lost_answers -= 1
             status, body, headers = 503, b'', None
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in ({'Content-Length': str(len(body))} | (headers or {})).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
+        super().answer(status, body, headers)
 
     def _resource(self, name):
         data, generation = self.server.objects[name]

@@ -12,6 +12,8 @@ from unittest import mock
 
 import fsspec
 
+from tests.fake_server import Handler
+
 _API = re.compile(
     r'/api/(?:datasets|models)/(?P<id>[^/]+/[^/]+)(?:/(?P<kind>revision|tree|paths-info)/(?P<rev>[^/]+))?/?(?P<path>.*)'
 )
@@ -60,32 +62,20 @@ def serve(home):
             server.shutdown()
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = 'HTTP/1.1'
-    disable_nagle_algorithm = True  # it waits 40 ms between the headers and the body
-
-    def log_message(self, *_):
-        pass
-
+class _Handler(Handler):
     def do_GET(self):
-        self._answer(*self._find({}))
+        self.answer(*self._find({}))
 
     do_HEAD = do_GET
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
         fields = json.loads(body) if body.startswith(b'{') else urllib.parse.parse_qs(body.decode())
-        self._answer(*self._find(fields))
+        self.answer(*self._find(fields))
 
-    def _answer(self, status, body=b'', headers=None):
+    def answer(self, status, body=b'', headers=None):
         self.server.requests.append(f'{self.command} {self.path} {self.headers.get("Range", "")} {status}')
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in ({'Content-Length': str(len(body))} | (headers or {})).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != 'HEAD':
-            self.wfile.write(body)
+        super().answer(status, body, headers)
 
     def _find(self, fields):
         place = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)

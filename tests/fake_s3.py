@@ -12,6 +12,8 @@ from xml.sax.saxutils import escape
 
 import fsspec
 
+from tests.fake_server import Handler
+
 
 class FakeS3(http.server.ThreadingHTTPServer):
     """One bucket, `bucket`; `objects` maps names to bytes. `reads` holds the size of every content that was sent."""
@@ -43,26 +45,12 @@ def serve():
         clear()
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = 'HTTP/1.1'
-    disable_nagle_algorithm = True  # it waits 40 ms between the headers and the body
-
-    def log_message(self, *_):
-        pass
-
+class _Handler(Handler):
     def do_HEAD(self):
-        self._answer(*self._find())
+        self.answer(*self._find())
 
     def do_GET(self):
-        self._answer(*self._find())
-
-    def _answer(self, status, body=b'', headers=None):
-        self.send_response(status)
-        for name, value in ({'Content-Length': str(len(body))} | (headers or {})).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == 'GET':
-            self.wfile.write(body)
+        self.answer(*self._find())
 
     def _find(self):
         place = urllib.parse.urlsplit(self.path)

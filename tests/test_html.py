@@ -2,7 +2,7 @@
 
 from html.parser import HTMLParser
 
-from vqvae2_jax.evaluation import html, report
+from vqvae2_jax.evaluation import html, report, report_text
 from vqvae2_jax.evaluation.report_pictures import Pictures, SetPictures
 
 _NAME = '<script>alert("x")</script>\'"&amp;$title\udce9'
@@ -162,4 +162,4 @@ def test_a_report_leaves_out_the_parts_that_are_missing():
     text = report.render_html(content, Pictures())
     assert 'Without likelihood: prior_top has nothing: &lt;run&gt; it' in text
     assert '>Likelihood</h2>' not in text and 'real images</td>' in text  # of the set, scored before
-    assert 'without          likelihood' in report.summary(content)
+    assert 'without          likelihood' in report_text.summary(content)

@@ -56,7 +56,7 @@ EVALUATE = {
         Path(default='', doc=''),
         range(17),
         default=(),
-        doc='what samples and reconstructions are compared with by FID: splits, folders, `.npz` files of images '
+        doc='references that FID compares samples and reconstructions with: splits, folders, `.npz` files of images '
         '(`arr_0`), or published statistics (`mu`, `sigma`). All other metrics use the first split in it; `()`, or no '
         'split: `split`',
     ),

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vqvae2_jax.io import names, regular
+from vqvae2_jax.io.state_dict import PICKLE_ERRORS
 
 FILE = 'data.mdb'
 _MAX_BYTES = 2**26  # of one row: both maps of a 4096x4096 image in int64 are smaller
@@ -25,19 +26,6 @@ _OPCODES = frozenset(
     'PROTO FRAME STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINUNICODE SHORT_BINUNICODE BINBYTES '
     'SHORT_BINBYTES BYTEARRAY8 MARK TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 BINPUT LONG_BINPUT MEMOIZE BINGET '
     'LONG_BINGET GLOBAL STACK_GLOBAL NEWOBJ REDUCE BUILD'.split()
-)
-# What pickle raises for damaged and hostile data.
-_ERRORS = (
-    pickle.UnpicklingError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    OverflowError,
-    RecursionError,
-    TypeError,
-    ValueError,
 )
 
 
@@ -149,7 +137,7 @@ def read_row(data: bytes) -> CodeRow:
         if not isinstance(row, CodeRow) or not isinstance(row.filename, str):
             raise ValueError('it holds no CodeRow with a filename')
         return CodeRow(_values(row.top), _values(row.bottom), row.filename)
-    except _ERRORS as error:
+    except PICKLE_ERRORS as error:
         raise ValueError(' '.join(str(error).split()) or type(error).__name__) from error
 
 

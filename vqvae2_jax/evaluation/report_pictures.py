@@ -83,14 +83,6 @@ def class_positions(labels: np.ndarray, order: np.ndarray) -> np.ndarray:
     return np.concatenate([order[labels[order] == label][:count] for label in classes])
 
 
-def first_of_classes(labels: np.ndarray, count: int) -> np.ndarray:
-    """Returns the indices of the first `count` of labels int [N], or all, as many of each class; ascending."""
-    ranks = np.zeros(len(labels), np.int64)  # the place of each within its class
-    for label in np.unique(labels):
-        ranks[labels == label] = np.arange(np.sum(labels == label))
-    return np.sort(np.argsort(ranks, kind='stable')[:count])
-
-
 def class_rows(images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> list[ArrayRow]:
     """Returns one row per class.
 

@@ -11,20 +11,21 @@ from etils import epath
 
 from vqvae2_jax.io import files, names, npz, remote
 
-# What PyTorch raises for damaged files, and for tensors that NumPy has no form for.
-_DAMAGE = (
+# Errors that pickle raises for damaged and hostile data.
+PICKLE_ERRORS = (
     pickle.UnpicklingError,
-    AssertionError,
     AttributeError,
     EOFError,
     ImportError,
     LookupError,
     MemoryError,
     OverflowError,
-    RuntimeError,
+    RecursionError,
     TypeError,
     ValueError,
 )
+# Errors that PyTorch raises for damaged files, and for tensors that NumPy has no form for.
+_DAMAGE = (*PICKLE_ERRORS, AssertionError, RuntimeError)
 
 
 def read(path: str, pattern: bool = False) -> dict[str, np.ndarray]:

@@ -47,15 +47,12 @@ def evaluate_set(e: Evaluation, cas_metrics: dict | None) -> None:
     evaluate_part(e, f'{_SETS}/{name}', _set_inputs(e, name), compute, _set_settings(e), write=write)
 
 
-def _labels(samples: Record) -> np.ndarray:
-    classes = samples.settings['labels'] or range(max(samples.settings['num_classes'], 1))
-    return np.asarray(classes)[np.arange(samples.results['count']) % len(classes)]
-
-
 def _choose_pictures(e: Evaluation, results: dict[str, Any]) -> dict[str, np.ndarray]:
     """Returns the pictures that the report shows, as the arrays of pictures.npz; `results` are those of the set."""
     samples, arrays = sample_store.read_set(e.run.sample_set_path(SAMPLES)), {}
-    labels, orders = _labels(samples), {'samples': np.arange(samples.results['count'])}
+    index = np.arange(samples.results['count'])
+    classes = samples.settings['labels'] or range(max(samples.settings['num_classes'], 1))
+    labels, orders = np.asarray(classes)[index % len(classes)], {'samples': index}
     if e.has_rejection:
         rejection = record.read_done(e.run.sample_set_path(REJECTION), 'reject')
         accepted = sample_store.read_npz(rejection.file(reject.ACCEPTED), ('index', 'log_probability'))
@@ -182,7 +179,7 @@ def sample_metrics(e: Evaluation, samples: Record) -> dict[str, Any]:
             }
             quality['references'] = reference_sets.compare(run, network, e.references, first, 'samples')
             if train is not None:
-                quality['nearest'] = training_neighbors.compare(e, train, first, *real_sets.values(), _labels(samples))
+                quality['nearest'] = training_neighbors.compare(e, train, first, *real_sets.values())
             if not e.has_rejection:
                 return quality
             sets = *real_sets.values(), generated

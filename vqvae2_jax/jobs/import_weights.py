@@ -15,7 +15,6 @@ import jax
 from vqvae2_jax.config import build, portable
 from vqvae2_jax.generator import Specification
 from vqvae2_jax.io import files, names, record, regular, remote
-from vqvae2_jax.io.files import WriteError
 from vqvae2_jax.io.record import JobError
 from vqvae2_jax.jobs import pretrained, workdir
 from vqvae2_jax.jobs.import_codes import import_codes
@@ -78,7 +77,7 @@ def _import_networks(run, job) -> None:
 
 def _import_checkpoint(run: Run, source: str) -> None:
     """Writes vqvae/ from a checkpoint of rosinality's VQ-VAE, or codes/ from an LMDB of its codes."""
-    try:
+    with pretrained.source_errors():
         if remote.is_remote(source):
             source = remote.local_copy(source)
         if not os.path.exists(source):
@@ -90,10 +89,6 @@ def _import_checkpoint(run: Run, source: str) -> None:
         else:
             suffixes = ', '.join(('.safetensors', *rosinality.READABLE_SUFFIXES))
             raise ValueError(f'{names.printable(source)} is neither a {suffixes} file nor the directory of an LMDB')
-    except (JobError, WriteError):
-        raise
-    except (ValueError, OSError, ImportError) as error:
-        raise JobError(f'--from: {error}') from error
 
 
 def _import_vqvae(run: Run, source: str) -> None:

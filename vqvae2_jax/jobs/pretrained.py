@@ -8,7 +8,7 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ def load_config(source: str) -> ConfigDict:
     Raises:
       JobError: there is no such source, or it is damaged.
     """
-    with _errors():
+    with source_errors():
         config = sources.load_specification(source).to_config()
     name = os.path.basename(source.rstrip('/')).removesuffix('.safetensors')
     config.name = 'from-' + re.sub('[^A-Za-z0-9._-]', '_', name)[:90]
@@ -93,12 +93,13 @@ def load(source: str) -> Generator:
     Raises:
       JobError: there is no such source, or it is damaged.
     """
-    with _errors():
+    with source_errors():
         return sources.load(source)
 
 
 @contextlib.contextmanager
-def _errors():
+def source_errors() -> Iterator[None]:
+    """Within the context, errors of a source that cannot be read end the job with their message."""
     try:
         yield
     except (JobError, WriteError):

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 
 from vqvae2_jax.evaluation.features import FeatureStats
-from vqvae2_jax.evaluation.report_pictures import first_of_classes
 from vqvae2_jax.io.record import Record
 from vqvae2_jax.jobs import feature_store
 from vqvae2_jax.jobs.evaluation_parts import Evaluation
@@ -30,12 +29,7 @@ def extract(e: Evaluation) -> Record:
 
 
 def compare(
-    e: Evaluation,
-    train: Record,
-    samples: FeatureStats,
-    real: FeatureStats,
-    reconstructed: FeatureStats,
-    labels: np.ndarray,
+    e: Evaluation, train: Record, samples: FeatureStats, real: FeatureStats, reconstructed: FeatureStats
 ) -> dict[str, Any]:
     """Compares samples with the training images; on the main process only.
 
@@ -47,25 +41,24 @@ def compare(
       samples: features of the first samples.
       real: features of the images of the reference split.
       reconstructed: features of their reconstructions, which are decoded as samples are.
-      labels: int [N], of all samples.
 
     Returns:
       'median_distance': the median distance to the nearest training image, of 'samples' and of the others, by name;
       'count_train': the number of training images;
       'shown': [{'sample', 'train', 'distance'}], with the indices of a sample and of its nearest training image.
     """
-    shown = first_of_classes(labels[: len(samples.features)], e.run.config.evaluate.nearest)
-    index, distance = nearest(samples.features, feature_store.iterate_features(train))
-    rows = zip(shown.tolist(), index[shown].tolist(), distance[shown].tolist(), strict=True)
-    medians = {'samples': float(np.median(distance))}
-    for name, stats in {'images': real, 'reconstructions': reconstructed}.items():
-        if e.reference != TRAIN:
-            _, distance = nearest(stats.features, feature_store.iterate_features(train))
-            medians[f'{e.reference} {name}'] = float(np.median(distance))
+    sets = {'samples': samples}
+    if e.reference != TRAIN:
+        sets |= {f'{e.reference} images': real, f'{e.reference} reconstructions': reconstructed}
+    features = [stats.features for stats in sets.values()]
+    # All sets at once: the features of the training images are read once.
+    index, distance = nearest(np.concatenate(features), feature_store.iterate_features(train))
+    distances = np.split(distance, np.cumsum([len(each) for each in features])[:-1])
+    shown = range(min(e.run.config.evaluate.nearest, len(samples.features)))  # the classes of samples are round-robin
     return {
-        'median_distance': medians,
+        'median_distance': {name: float(np.median(each)) for name, each in zip(sets, distances, strict=True)},
         'count_train': train.results['count'],
-        'shown': [dict(zip(('sample', TRAIN, 'distance'), row, strict=True)) for row in rows],
+        'shown': [{'sample': i, TRAIN: int(index[i]), 'distance': float(distance[i])} for i in shown],
     }
 
 

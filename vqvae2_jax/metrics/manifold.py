@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from vqvae2_jax.metrics.frechet import check_features
+from vqvae2_jax.metrics.neighbors import BLOCK, squared_distances, take_block
 
 NEIGHBORS = 3
-_BLOCK = 1024
 
 
 def precision_recall(
@@ -51,31 +51,21 @@ def precision_recall(
 def _share_inside(points, queries, neighbors, track):
     # fraction of the queries [M, D] that lie in a ball around one of the points [N, D]
     def blocks(of):
-        return track(range(0, len(of), _BLOCK))
+        return track(range(0, len(of), BLOCK))
 
     # np.asarray waits for each block, so that the printed progress is that of the device.
-    radii = [np.asarray(_kth_distance(_block(points, start), points, neighbors)) for start in blocks(points)]
+    radii = [np.asarray(_kth_distance(take_block(points, start), points, neighbors)) for start in blocks(points)]
     radii = jnp.asarray(np.concatenate(radii)[: len(points)])  # squared
-    inside = [np.asarray(_any_ball(_block(queries, start), points, radii)) for start in blocks(queries)]
+    inside = [np.asarray(_any_ball(take_block(queries, start), points, radii)) for start in blocks(queries)]
     return float(np.concatenate(inside)[: len(queries)].mean())
-
-
-def _block(points, start):
-    # One compiled shape: the last block repeats its last point.
-    return points[np.minimum(np.arange(start, start + _BLOCK), len(points) - 1)]
-
-
-def _squared(x, y):
-    product = jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
-    return jnp.maximum((x * x).sum(1)[:, None] + (y * y).sum(1) - 2 * product, 0)
 
 
 @jax.jit(static_argnums=2)
 def _kth_distance(x, points, neighbors):
     # The nearest point is the point itself.
-    return -jax.lax.top_k(-_squared(x, points), neighbors + 1)[0][:, -1]
+    return -jax.lax.top_k(-squared_distances(x, points), neighbors + 1)[0][:, -1]
 
 
 @jax.jit
 def _any_ball(x, points, radii):
-    return (_squared(x, points) <= radii).any(axis=1)
+    return (squared_distances(x, points) <= radii).any(axis=1)
