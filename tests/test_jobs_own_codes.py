@@ -1,6 +1,7 @@
 """Jobs on codes of another tokenizer: from `write_codes` to priors, samples, likelihoods and the report."""
 
 import csv
+import dataclasses
 import fcntl
 import math
 import os
@@ -298,8 +299,8 @@ def test_an_exported_generator_without_stage_1(generator, tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
-class TestFlip:
-    """codes.flip: training images only, each after all that are not mirrored."""
+class TestAugmentation:
+    """codes.flip and codes.crops: of training images only, after the images themselves."""
 
     @pytest.fixture(scope='class')
     def runs(self, tmp_path_factory):
@@ -354,6 +355,27 @@ class TestFlip:
         changed.config.codes.flip = True
         with pytest.raises(record.SettingsChangedError, match='flip: recorded None, now True'):
             run_job(changed, 'extract_codes')
+
+    def test_crops_follow_the_images_and_are_mirrored_like_them(self, runs):
+        run = Run(runs[0].config.copy_and_resolve_references(), runs[0].workdir.parent / 'cropped')
+        run.config.codes.update(crops=2, flip=True)
+        shutil.copytree(runs[0].path('vqvae'), run.path('vqvae'))
+        run_job(run, 'extract_codes')
+        assert record.read_done(run.path('codes', 'train'), '').settings['crops'] == 2
+        plain, found = self.codes(runs[0], 'train'), self.codes(run, 'train')
+        assert len(found) == 6 * len(plain) and len(self.codes(run, 'test')) == 12
+        for before, now in zip(plain, found[:36], strict=True):
+            assert all(np.array_equal(before[name], now[name]) for name in before)
+        source = dataclasses.replace(runs[0].images('train'), crops=2, with_mirrored=True)
+        images = np.stack([source[i]['image'] for i in range(len(source))])
+        whole, first, second = images[:108].reshape(3, 36, *images.shape[1:])
+        np.testing.assert_array_equal(images[108:], images[:108, :, ::-1])
+        differ = [(a != b).any(axis=(1, 2, 3)).mean() for a, b in ((whole, first), (whole, second), (first, second))]
+        assert min(differ) > 0.9
+        expected = vq2.encode(vq2.load(run.workdir), images)
+        for i, example in enumerate(found):
+            assert example['label'] == plain[i % 36]['label']
+            assert all(np.array_equal(example[f'codes_{level}'], expected[level][i]) for level in range(2))
 
     @pytest.mark.system
     def test_priors_train_on_both(self, runs, capsys):

@@ -449,6 +449,7 @@ class TestConfig:
             ('evaluate.real', 'x', 'evaluate.real is'),
             ('likelihood.path', 'x', 'likelihood.path is'),
             ('codes.flip', True, 'codes.flip is True; it must be False'),
+            ('codes.crops', 2, 'codes.crops is 2; it must be 0'),
             ('codes.path', '', "codes.path is ''; a config without the sections data and vqvae needs"),
             ('codes.path', 'none', 'codes.path: .*none/codes.json does not exist'),
             ('sample.labels', (3,), r'sample.labels holds \[3\], but codes.path has num_classes=3 has labels 0 to 2'),

@@ -140,6 +140,13 @@ _CODES = {
     'batch_size': Int(1, _BATCH, default=256, doc='images encoded at once, over all devices'),
     'shard_size': Int(1, 2**24, default=16_384, doc='images a file; an interrupted extraction loses at most one file'),
     'flip': Bool(default=False, doc='extracts the codes of mirrored training images too: priors train on both'),
+    'crops': Int(
+        0,
+        1_000,
+        default=0,
+        doc='extracts the codes of that many crops of every training image too, at random places: priors train on '
+        'all. For few images; set `data.crop` as well, so that stage 1 knows such crops',
+    ),
 }
 
 _PRIOR = {

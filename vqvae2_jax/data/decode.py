@@ -80,6 +80,11 @@ _TRANSPOSE = {
 warnings.filterwarnings('ignore', module=r'PIL\.')
 
 
+def random_crop(rng: np.random.Generator) -> tuple[float, tuple[float, float]]:
+    """Returns the zoom, from 1 to `CROP_ZOOM`, and the offset of a random crop, for `resize_and_crop`."""
+    return rng.uniform(1, CROP_ZOOM), tuple(rng.random(2))
+
+
 class UnreadableImage(ValueError):
     """An image that cannot be opened or decoded.
 

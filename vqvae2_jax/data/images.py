@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from vqvae2_jax.data.arrays import ArraysDataset, is_arrays
-from vqvae2_jax.data.decode import MAX_PIXELS, UnreadableImage, resize_and_crop
+from vqvae2_jax.data.decode import MAX_PIXELS, UnreadableImage, random_crop, resize_and_crop
 from vqvae2_jax.data.fashion import FashionDataset
 from vqvae2_jax.data.folder import FilesDataset, Folder, find_images, open_folder
 from vqvae2_jax.data.huggingface import HuggingFaceDataset
@@ -139,7 +139,8 @@ class ImageSource:
       channels: C.
       on_error: 'raise' or 'skip', for the loader; source[i] itself always raises UnreadableImage.
       require_equal_size: refuse images of another size than image_size instead of resizing and cropping them.
-      with_mirrored: the mirrored images follow, in the same order: source[N + i] is source[i], mirrored.
+      crops: that many crops of every image follow, at random places: source[k N + i] is crop k of source[i].
+      with_mirrored: all of these follow once more, in the same order, mirrored.
     """
 
     kind: ClassVar[str] = 'images'  # names the examples
@@ -150,6 +151,7 @@ class ImageSource:
     channels: int
     on_error: str = 'raise'
     require_equal_size: bool = False
+    crops: int = 0
     with_mirrored: bool = False
 
     @property
@@ -174,7 +176,7 @@ class ImageSource:
         return hashlib.sha256(self.dataset.fingerprint(self.indices)).hexdigest()
 
     def __len__(self) -> int:
-        return len(self.indices) * (1 + self.with_mirrored)
+        return len(self.indices) * (1 + self.crops) * (1 + self.with_mirrored)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return self.read(index)
@@ -186,6 +188,8 @@ class ImageSource:
     def read(self, index: int, zoom: float = 1.0, offset: tuple[float, float] = (0.5, 0.5)) -> dict[str, np.ndarray]:
         """Reads source[index], cropped at `offset` from `zoom` times the size (see `decode.resize_and_crop`).
 
+        Crops ignore both arguments: their places follow from `indices` alone.
+
         Raises:
           IndexError: no such example.
           UnreadableImage: it cannot be decoded.
@@ -194,7 +198,11 @@ class ImageSource:
         index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(f'example {index} of a split of {len(self)}')
-        image, label = self.dataset.read(int(self.indices[index % len(self.indices)]), self.channels)
+        mirrored, place = divmod(index, len(self.indices) * (1 + self.crops))
+        crop, row = divmod(place, len(self.indices))
+        image, label = self.dataset.read(int(self.indices[row]), self.channels)
+        if crop:
+            zoom, offset = random_crop(np.random.default_rng((int(self.indices[row]), crop)))
         if self.require_equal_size and (image.height, image.width) != tuple(self.image_size):
             raise ValueError(
                 f'{names.printable(self.example_name(index))} has {image.height}x{image.width} pixels, but '
@@ -203,7 +211,7 @@ class ImageSource:
             )
         pixels = resize_and_crop(image, self.image_size, zoom, offset)
         return {
-            'image': pixels[:, ::-1] if index >= len(self.indices) else pixels,
+            'image': pixels[:, ::-1] if mirrored else pixels,
             'label': np.int32(label),
             'index': np.int64(index),
         }

@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 
 from vqvae2_jax.data import worker_processes
-from vqvae2_jax.data.decode import CROP_ZOOM, UnreadableImage
+from vqvae2_jax.data.decode import UnreadableImage, random_crop
 from vqvae2_jax.io import names
 from vqvae2_jax.io.record import JobError
 
@@ -287,7 +287,7 @@ class _Reader:
         return example | {'mask': np.bool_(as_asked)}
 
     def augmented(self, index: int, rng: np.random.Generator) -> dict:
-        crop = (rng.uniform(1, CROP_ZOOM), tuple(rng.random(2))) if self._crop else None
+        crop = random_crop(rng) if self._crop else None
         example = self.readable(index, crop)[0]
         if self._flip and rng.random() < 0.5:
             example['image'] = example['image'][:, ::-1]

@@ -1,6 +1,6 @@
 """--job=extract_codes: encodes every image of every split, in shards; a restart continues (VQ-VAE-2, algorithm 2).
 
-With codes.flip the training split also has the codes of its mirrored images, after the others.
+The training split also has the codes of its images cropped (codes.crops) and mirrored (codes.flip), after the others.
 """
 
 import dataclasses
@@ -132,17 +132,18 @@ def settings(run: Run, split: str) -> dict[str, Any]:
         'split': split,
         'shard_size': run.config.codes.shard_size,
         **{name: getattr(run.code_spec, name) for name in ('shapes', 'codebook_sizes', 'num_classes')},
-        **({'flip': True} if _mirrors(run, split) else {}),
+        **_augmentation(run, split),
     }
 
 
-def _mirrors(run, split) -> bool:
-    """Returns whether the mirrored images of a split are extracted too."""
-    return run.config.codes.flip and split == 'train'
+def _augmentation(run, split) -> dict[str, Any]:
+    """Returns the fields of config.codes by which a split has more examples than images."""
+    return {name: run.config.codes[name] for name in ('crops', 'flip') if split == 'train' and run.config.codes[name]}
 
 
 def _images(run, split) -> ImageSource:
-    return dataclasses.replace(run.images(split), with_mirrored=_mirrors(run, split))
+    fields = _augmentation(run, split)
+    return dataclasses.replace(run.images(split), crops=fields.get('crops', 0), with_mirrored=fields.get('flip', False))
 
 
 def finish(output: Record, class_names: tuple[str, ...], paths: list[epath.Path]) -> store.CodesMeta:
