@@ -374,9 +374,10 @@ def test_pictures_of_another_set_that_are_damaged_are_left_out(run, capsys):
     run_job(run, 'evaluate')
     assert 'sets/default/pictures.npz is damaged' in (text := capsys.readouterr().out)
     assert 'run your command with --job=evaluate and --config.sample.name=default' in text
-    left = [path for path in before if path.endswith('default/samples.png') or path.endswith('default/accepted.png')]
+    pictures = tuple(f'default/{name}.png' for name in ('samples', 'accepted', 'nearest'))
+    left = [path for path in before if path.endswith(pictures)]
     after = contents(run, 'report', 'sets')
-    assert after == {path: data for path, data in before.items() if path not in left} and len(left) == 2
+    assert after == {path: data for path, data in before.items() if path not in left} and len(left) == 3
     run.config.sample.update(name='default', count=24, seed=0)
     run_job(run, 'evaluate')
     assert contents(run, 'report', 'sets') == before
