@@ -98,7 +98,7 @@ class TestNearest:
     def test_against_all_pairs(self):
         queries, points = gaussian(1030, 0, 1, size=4) + 1000, gaussian(1500, 0, 1, seed=1, size=4) + 1000
         names = np.arange(1500) * 3 + 7
-        parts = ((names[start:stop], points[start:stop]) for start, stop in ((0, 5), (5, 1100), (1100, 1500)))
+        parts = ((names[start:stop], points[start:stop]) for start, stop in ((0, 5), (5, 5), (5, 1100), (1100, 1500)))
         found, distance = nearest(queries, parts)
         apart = np.sqrt(np.square(queries[:, None] - points).sum(-1))
         np.testing.assert_array_equal(found, names[apart.argmin(axis=1)])

@@ -153,6 +153,21 @@ def test_reconstructions_are_the_training_images_decoded(finished):
         np.testing.assert_allclose(to_float(image), np.clip(again, -1, 1), atol=0.02)
 
 
+def test_features_that_are_not_finite_leave_out_the_nearest_images_alone(run, monkeypatch):
+    def broken(output):
+        for names, features in iterate(output):
+            yield names, np.full_like(features, np.nan)
+
+    iterate = feature_store.iterate_features
+    monkeypatch.setattr(feature_store, 'iterate_features', broken)
+    run.config.evaluate.update(cas=False, sweep=(1.0,), nearest=4)
+    run_job(run, 'evaluate')
+    found = read_json(run.path('report', 'report.json'))['sets']['default']
+    assert 'features that are not finite' in found['nearest']['missing'] and 'precision' in found['quality']
+    assert 'not finite' in run.path('report', 'report.html').read_text()
+    assert not run.path('report', 'sets', 'default', 'nearest.png').exists()
+
+
 def test_samples_are_shown_beside_their_nearest_training_images(run):
     run.config.evaluate.update(nearest=12, cas=False, sweep=(1.0,))
     validate_config(run.config)
@@ -170,7 +185,9 @@ def test_samples_are_shown_beside_their_nearest_training_images(run):
     assert set(found['median_distance']) == {'samples', 'test images', 'test reconstructions'}
     np.testing.assert_allclose(found['median_distance']['samples'], np.median(apart(samples).min(1)), rtol=1e-3)
     np.testing.assert_allclose(found['median_distance']['test images'], np.median(apart(test).min(1)), rtol=1e-3)
-    assert [pair['sample'] for pair in found['shown']] == list(range(12))  # one of each class, then the next
+    distances = apart(samples).min(1)
+    np.testing.assert_allclose(found['low_distance']['samples'], np.quantile(distances, 0.01), rtol=1e-3)
+    np.testing.assert_allclose([pair['distance'] for pair in found['shown']], np.sort(distances)[:12], rtol=1e-3)
     for pair in found['shown']:
         row = apart(samples[[pair['sample']]])[0]
         np.testing.assert_allclose((row[pair['train']], pair['distance']), row.min(), rtol=1e-3)
@@ -179,7 +196,7 @@ def test_samples_are_shown_beside_their_nearest_training_images(run):
     np.testing.assert_array_equal(
         pictures['nearest_train'], [source[pair['train']]['image'] for pair in found['shown']]
     )
-    taken = sample_store.take(run.sample_set_path('samples'), np.arange(12))
+    taken = sample_store.take(run.sample_set_path('samples'), [pair['sample'] for pair in found['shown']])
     np.testing.assert_array_equal(pictures['nearest_samples'], taken['arr_0'])
     assert run.path('report', 'sets', 'default', 'nearest.png').exists()
     page = run.path('report', 'report.html').read_text()

@@ -16,10 +16,10 @@ from etils import epath
 import vqvae2_jax as vq2
 from vqvae2_jax.config import base, build
 from vqvae2_jax.config.validation import validate_config
-from vqvae2_jax.data import own_codes
+from vqvae2_jax.data import own_codes, sample_store
 from vqvae2_jax.io import files, plots, record
 from vqvae2_jax.io.record import DamagedError, JobError, StaleInputError
-from vqvae2_jax.jobs import pipeline, workdir
+from vqvae2_jax.jobs import cas, pipeline, workdir
 from vqvae2_jax.jobs.pipeline import run_job
 from vqvae2_jax.jobs.workdir import Run
 
@@ -355,6 +355,15 @@ class TestAugmentation:
         changed.config.codes.flip = True
         with pytest.raises(record.SettingsChangedError, match='flip: recorded None, now True'):
             run_job(changed, 'extract_codes')
+
+    def test_mirrored_images_are_not_reconstructed_for_cas(self, runs):
+        for run in runs:
+            cas.reconstruct(run)
+        plain, mirrored = (sample_store.read_set(run.path('reconstructions')) for run in runs)
+        assert plain.results == mirrored.results == {'count': 36}
+        index = np.arange(36)
+        found = [sample_store.take(output.directory, index) for output in (plain, mirrored)]
+        assert all(np.array_equal(found[0][name], found[1][name]) for name in found[0])
 
     def test_crops_follow_the_images_and_are_mirrored_like_them(self, runs):
         run = Run(runs[0].config.copy_and_resolve_references(), runs[0].workdir.parent / 'cropped')

@@ -181,7 +181,7 @@ def sample(
     Args:
       generator: the networks.
       keys: one key per sample, [B], from `sample_keys`.
-      labels: classes, int32 [B]; ignored if there are no classes.
+      labels: classes, int32 [B], below the number of classes (not checked); ignored if there are no classes.
       temperature: divides the logits; 0 takes the most likely code.
       top_k: samples among the k most likely codes; None: among all.
       top_p: samples among the smallest set of most likely codes with at least this probability; None: among all.
@@ -240,7 +240,7 @@ def sample_level(
     specification, index = generator.specification, generator.specification.level_index(level)
     coarser = _codes_of_priors(specification, coarser, index + 1)
     settings = _settings(specification, temperature, top_k, top_p, guidance)[index]
-    arguments = ancestral.level_keys(keys, index), labels if specification.num_classes else None, coarser, settings
+    arguments = ancestral.level_keys(keys, index), _labels(specification, labels, keys.shape[0]), coarser, settings
     sampled = ancestral.sample_level(specification.priors[index], generator.prior_params()[index], *arguments)
     return sharding.constrain_batch(sampled.codes)
 
@@ -253,7 +253,7 @@ def inpaint(
     mask: jax.Array,
     labels: jax.Array | None = None,
     *,
-    levels: Sequence[str] | None = None,
+    levels: tuple[str, ...] | None = None,
     temperature: PerLevel = 1.0,
     top_k: PerLevel = None,
     top_p: PerLevel = None,
@@ -317,9 +317,9 @@ def log_likelihood(generator: Generator, codes: Sequence[jax.Array], labels: jax
     """
     generator = _enter(generator, codes)
     codes = _codes_of_priors(generator.specification, codes)
-    params = generator.prior_params()
-    nats = likelihood.log_likelihood(generator.specification.priors, params, codes, labels).T  # [B, L]
-    return sharding.constrain_batch(LogLikelihood(nats, -jnp.sum(nats, axis=1) / math.log(2)))
+    labels = _labels(generator.specification, labels, codes[0].shape[0])
+    nats = likelihood.log_likelihood(generator.specification.priors, generator.prior_params(), codes, labels)  # [L, B]
+    return sharding.constrain_batch(LogLikelihood(nats.T, -jnp.sum(nats, axis=0) / math.log(2)))
 
 
 def _enter(generator, *inputs):
@@ -333,14 +333,20 @@ def _settings(specification, temperature, top_k, top_p, guidance):
 
 
 def _sample(generator, keys, labels, settings, known_codes=None):
-    specification = generator.specification
-    labels = labels if specification.num_classes else None
-    return ancestral.sample_levels(specification.priors, generator.prior_params(), keys, labels, settings, known_codes)
+    priors, labels = generator.specification.priors, _labels(generator.specification, labels, keys.shape[0])
+    return ancestral.sample_levels(priors, generator.prior_params(), keys, labels, settings, known_codes)
+
+
+def _labels(specification, labels, batch):
+    if not specification.num_classes or labels is None:
+        return None
+    if jnp.shape(labels) != (batch,):
+        raise ValueError(f'labels have the shape {jnp.shape(labels)}; they must be [{batch}], one for every example')
+    return labels
 
 
 def _decode(generator, codes, level, dtype):
-    dtype = jnp.dtype(dtype)
-    if dtype not in (jnp.uint8, jnp.float32):
+    if (dtype := jnp.dtype(dtype)) not in (jnp.uint8, jnp.float32):
         raise ValueError(f'dtype is {dtype.name}; images are uint8 or float32')
     codes = _checked_codes(generator.specification, codes, level)
     model, variables = generator.vqvae()

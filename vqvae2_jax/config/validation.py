@@ -17,7 +17,7 @@ from vqvae2_jax.config.fields import ConfigError, show
 # Fields of sections that a config without stage 1 has too, which need images or their decoder.
 _OF_IMAGES = (
     *('codes.flip', 'codes.crops', 'likelihood.path'),
-    *(f'evaluate.{name}' for name in ('references', 'inception', 'cas', 'real', 'generated')),
+    *(f'evaluate.{name}' for name in ('references', 'inception', 'sweep', 'cas', 'nearest', 'real', 'generated')),
 )
 
 

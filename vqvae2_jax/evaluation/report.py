@@ -214,11 +214,17 @@ def _sample_set(name, entry, report, pictures: SetPictures, sharp) -> list[str]:
 
 
 def _nearest(nearest, pictures, sharp) -> list[str]:
-    distances = [(name, report_text.number(distance)) for name, distance in nearest['median_distance'].items()]
-    caption = f'Samples, and below each the nearest of {nearest["count_train"]} training images by features'
+    if 'missing' in nearest:
+        return [html.note(f'Nearest training images: {nearest["missing"]}')]
+    kinds = ('median_distance', 'low_distance')
+    rows = [(name, *(report_text.number(nearest[kind][name]) for kind in kinds)) for name in nearest[kinds[0]]]
+    caption = (
+        f'The samples that are nearest to training images, and below each the nearest of {nearest["count_train"]} '
+        'training images by features'
+    )
     return [
-        html.table(('', 'median distance to the nearest training image'), distances),
-        html.note('Distances of samples that are far below those of held-out images mean copies.'),
+        html.table(('distance to the nearest training image', 'median', '1 % are below'), rows),
+        html.note('Samples whose distances are far below those of held-out images are copies; look at the pictures.'),
         html.gallery(pictures.nearest, caption, sharp=sharp),
     ]
 

@@ -65,7 +65,7 @@ def _set_lines(name, entry):
     for name, metrics in entry.get('references', {}).items():
         counts = f' ({metrics["count"]} against {real_count(metrics)} images)' if 'count' in metrics else ''
         lines.append(f'    against {name}: {quality_line(metrics)}{counts}')
-    if 'nearest' in entry:
+    if 'median_distance' in entry.get('nearest', {}):
         medians = ', '.join(f'{name} {number(value)}' for name, value in entry['nearest']['median_distance'].items())
         lines.append(f'    median distance to the nearest training image: {medians}')
     if 'class_accuracy' in entry:

@@ -79,6 +79,7 @@ def classifier_inputs(run: Run, source: str) -> dict[str, str]:
 def reconstruct(run: Run) -> None:
     """Decodes the codes of the training images into reconstructions/, in files as those of samples/ but without codes.
 
+    Crops and mirror images are left out: those of a held-out image would be among those that the classifier trains on.
     A restart writes the missing files, of the recorded size. The function enters the run's mesh itself.
 
     Raises:
@@ -87,7 +88,9 @@ def reconstruct(run: Run) -> None:
       Interrupted: a stop signal came; the same call continues.
     """
     directory = run.path(RECONSTRUCTIONS)
-    count = record.read_done(run.path('codes', 'train'), 'extract_codes').results['count']
+    codes = record.read_done(run.path('codes', 'train'), 'extract_codes')
+    copies = (1 + codes.settings.get('crops', 0)) * (1 + codes.settings.get('flip', False))
+    count = codes.results['count'] // copies  # the images themselves come first
     # Of all sample sets, whose shards may differ in size: the size of the first one.
     before = processes.run_on_main_process(lambda: record.read_if_sound(directory))
     size = before.settings['shard_size'] if before else run.config.sample.shard_size

@@ -60,7 +60,7 @@ def _choose_pictures(e: Evaluation, results: dict[str, Any]) -> dict[str, np.nda
     for name, order in orders.items():
         shown = sample_store.take(samples.directory, class_positions(labels, order))
         arrays |= {name: sample.images_or_codes(e.run, shown), f'{name}_label': shown['label']}
-    if pairs := results.get('nearest'):
+    if 'shown' in (pairs := results.get('nearest', {})):
         shown = sample_store.take(samples.directory, [pair['sample'] for pair in pairs['shown']])
         arrays |= {
             'nearest_samples': shown['arr_0'],

@@ -25,7 +25,7 @@ from vqvae2_jax.weights import rosinality, run_directory, sources
 
 
 def is_generator(source: str) -> bool:
-    """Returns whether `vqvae2_jax.load` takes a source; otherwise it is for --job=import alone, or nothing at all."""
+    """Returns whether a source, which may not exist, is for `vqvae2_jax.load`; others are for --job=import alone."""
     if source.endswith(rosinality.READABLE_SUFFIXES):
         return False
     if source in sources.packaged_names() or source.startswith('hf://') or source.endswith('.safetensors'):

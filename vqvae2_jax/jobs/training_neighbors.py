@@ -33,7 +33,7 @@ def compare(
 ) -> dict[str, Any]:
     """Compares samples with the training images; on the main process only.
 
-    The median distance of held-out images is the one to compare with: much smaller distances of samples mean copies.
+    The distances of held-out images are those to compare with: much smaller ones of samples mean copies.
 
     Args:
       e: the evaluation.
@@ -44,19 +44,25 @@ def compare(
 
     Returns:
       'median_distance': the median distance to the nearest training image, of 'samples' and of the others, by name;
+      'low_distance': the distance that 1 % of them are below;
       'count_train': the number of training images;
-      'shown': [{'sample', 'train', 'distance'}], with the indices of a sample and of its nearest training image.
+      'shown': [{'sample', 'train', 'distance'}], the samples with the smallest distances, smallest first, with the
+      indices of a sample and of its nearest training image.
+      {'missing': the reason} if features are not finite, so that the rest of a report is kept.
     """
     sets = {'samples': samples}
     if e.reference != TRAIN:
         sets |= {f'{e.reference} images': real, f'{e.reference} reconstructions': reconstructed}
     features = [stats.features for stats in sets.values()]
-    # All sets at once: the features of the training images are read once.
-    index, distance = nearest(np.concatenate(features), feature_store.iterate_features(train))
-    distances = np.split(distance, np.cumsum([len(each) for each in features])[:-1])
-    shown = range(min(e.run.config.evaluate.nearest, len(samples.features)))  # the classes of samples are round-robin
+    try:  # all sets at once: the features of the training images are read once
+        index, distance = nearest(np.concatenate(features), feature_store.iterate_features(train))
+    except ValueError as error:
+        return {'missing': str(error)}
+    distances = dict(zip(sets, np.split(distance, np.cumsum([len(each) for each in features])[:-1]), strict=True))
+    shown = np.argsort(distances['samples'], kind='stable')[: e.run.config.evaluate.nearest].tolist()
     return {
-        'median_distance': {name: float(np.median(each)) for name, each in zip(sets, distances, strict=True)},
+        'median_distance': {name: float(np.median(each)) for name, each in distances.items()},
+        'low_distance': {name: float(np.quantile(each, 0.01)) for name, each in distances.items()},
         'count_train': train.results['count'],
         'shown': [{'sample': i, TRAIN: int(index[i]), 'distance': float(distance[i])} for i in shown],
     }

@@ -45,12 +45,14 @@ def nearest(queries: ArrayLike, parts: Iterable[tuple[ArrayLike, ArrayLike]]) ->
     blocks = [_centered_block(queries, start, center) for start in range(0, len(queries), BLOCK)]
     best, nearest_names = np.full(len(queries), np.inf, np.float32), np.full(len(queries), -1, np.int64)
     for names, points in parts:
+        if not len(points):
+            continue
         points = check_features(points)
         if points.shape[1] != queries.shape[1]:
             raise ValueError(f'{queries.shape[1]} and {points.shape[1]} features: of two networks?')
         for start in range(0, len(points), BLOCK):
             others = _centered_block(points, start, center)
-            found = [jax.device_get(_nearest_in_block(block, others)) for block in blocks]
+            found = jax.device_get([_nearest_in_block(block, others) for block in blocks])
             among, squared = (np.concatenate(arrays)[: len(queries)] for arrays in zip(*found, strict=True))
             nearer = squared < best
             best = np.where(nearer, squared, best)

@@ -1,8 +1,8 @@
 """The transposed 4x4 convolution that doubles a map, in two forms with the same results, parameters and gradients.
 
 GPUs compute it as the gradient of a strided convolution. XLA's CPU backend has only a slow loop for the gradients of
-that form (benchmarks/upsample.py), and TPU programs of two images a chip move more bytes with it. There each 2x2 block
-of output pixels, which depends on a 2x2 neighborhood of the input, is computed by a dense 2x2 convolution as channels,
+that form (benchmarks/upsample.py), and TPU programs of two images a chip move more bytes with it. On both, a dense
+2x2 convolution computes each 2x2 block of output pixels, which depends on a 2x2 neighborhood of the input, as channels,
 and a pixel shuffle arranges the blocks.
 Both equal `nn.ConvTranspose` (tests/test_upsample.py).
 """
