@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import cifar10_npz, dropout, orders, timing
+from benchmarks import cifar10_npz, dropout, orders, results_table, timing
 
 
 def test_the_binary_version_of_cifar10_is_read_in_order(tmp_path):
@@ -50,6 +50,16 @@ def echo(reply):
     """A process that prints for every line its number and the reply."""
     code = f'import sys\nfor i, _ in enumerate(sys.stdin): print(i, {reply}, flush=True)'
     return subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_the_tables_of_results_are_those_of_the_reports():
+    reports = results_table.read_reports()
+    assert reports
+    text = results_table.DOCUMENT.read_text()
+    assert results_table.updated(text, reports) == text
+    (name, report), *_ = reports.items()
+    report['sets']['default']['quality']['fid'] += 1
+    assert results_table.updated(text, reports) != text
 
 
 def test_two_checkouts_run_by_turns():
