@@ -4,13 +4,13 @@ A directory there with a `report.json` is one measured model: a row of the table
 sets a row of the table of samples.
 """
 
-import json
 import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from vqvae2_jax.evaluation.report_text import all_seconds
+from vqvae2_jax.evaluation.report_text import all_seconds, percent
+from vqvae2_jax.io import files
 from vqvae2_jax.io.logging import format_duration
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -46,14 +46,14 @@ def updated(text: str, reports: dict[str, dict[str, Any]]) -> str:
 
 def read_reports(directory: pathlib.Path = RESULTS) -> dict[str, dict[str, Any]]:
     """Returns the reports below a directory by the name of their directory."""
-    return {path.parent.name: json.loads(path.read_text()) for path in sorted(directory.glob('*/report.json'))}
+    return {path.parent.name: files.read_json(path) for path in sorted(directory.glob('*/report.json'))}
 
 
 def _network_row(name: str, report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     counts, reconstruction, likelihood = report['protocol']['counts'], report['reconstruction'], report['likelihood']
-    levels, split = reversed(reconstruction['levels']), report['protocol']['split']
-    priors = ', '.join(f'{level} {likelihood["levels"][level]["nll"]:.3f}' for level in levels)
-    usage = ', '.join(f'{level["codebook_usage"]:.0%}' for level in reversed(reconstruction['levels'].values()))
+    levels, split = dict(reversed(reconstruction['levels'].items())), report['protocol']['split']
+    priors = ', '.join(f'{name} {likelihood["levels"][name]["nll"]:.3f}' for name in levels)
+    usage = ', '.join(f'{level["codebook_usage"]:.0%}' for level in levels.values())
     yield (
         f'[{name}](../benchmarks/results/{name}/report.json)',
         f'{counts["train"]} images',
@@ -79,8 +79,8 @@ def _sample_rows(name: str, report: dict[str, Any]) -> Iterator[tuple[str, ...]]
             _fid(quality),
             f'{quality["precision"]:.3f}',
             f'{quality["recall"]:.3f}',
-            f'{entry["class_accuracy"]:.1%}' if 'class_accuracy' in entry else '',
-            f'{entry["cas"]["top1"]:.1%}' if 'cas' in entry else '',
+            percent(entry.get('class_accuracy')),
+            percent(entry.get('cas', {}).get('top1')),
         )
 
 

@@ -1,10 +1,11 @@
-"""CIFAR-10 on two CPU cores, from images to samples in an hour and a half.
+"""CIFAR-10 on two CPU cores, from images to samples.
 
   python -m benchmarks.cifar10_npz cifar-10-binary.tar.gz data/cifar10.npz
   python -m vqvae2_jax.main --config=configs/cifar10_cpu.py --config.evaluate.inception=fetch
 
-Trained one network per core, both priors at once (--job=prior --level=top and --level=bottom in two processes), stage 1
-took 25 minutes, the top prior 40 and the bottom prior 42 on an AMD EPYC (2026-12-01). Measured so far: docs/results.md.
+With one core for each training, and both priors at once (--job=prior --level=top and --level=bottom in two processes),
+stage 1 took 25 minutes, the top prior 40 and the bottom prior 42 on an AMD EPYC (2026-12-01). The classifier and the
+evaluation were not timed with this config. Measured so far: docs/results.md.
 """
 
 from ml_collections import ConfigDict
@@ -30,5 +31,5 @@ def get_config() -> ConfigDict:
     config.classifier.training.update(steps=2_000, lr_schedule='cosine', eval_every=500, save_every=500)
 
     config.sample.count = 10_000
-    config.evaluate.references = ('test', 'train')  # train takes an hour of Inception on two cores
+    config.evaluate.references = ('test', 'train')  # train: 38 000 passes of Inception
     return config

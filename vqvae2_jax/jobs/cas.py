@@ -21,7 +21,7 @@ from vqvae2_jax.distributed.batches import map_missing
 from vqvae2_jax.distributed.preemption import stop_signals
 from vqvae2_jax.io import record
 from vqvae2_jax.io.record import JobError
-from vqvae2_jax.jobs import code_inputs, feature_store, train, workdir
+from vqvae2_jax.jobs import code_inputs, extract_codes, feature_store, train, workdir
 from vqvae2_jax.jobs.workdir import RECONSTRUCTIONS, SAMPLES, Run
 
 DIRECTORY = 'cas'
@@ -89,8 +89,7 @@ def reconstruct(run: Run) -> None:
     """
     directory = run.path(RECONSTRUCTIONS)
     codes = record.read_done(run.path('codes', 'train'), 'extract_codes')
-    copies = (1 + codes.settings.get('crops', 0)) * (1 + codes.settings.get('flip', False))
-    count = codes.results['count'] // copies  # the images themselves come first
+    count = codes.results['count'] // extract_codes.views_per_image(codes.settings)  # images come before their views
     # Of all sample sets, whose shards may differ in size: the size of the first one.
     before = processes.run_on_main_process(lambda: record.read_if_sound(directory))
     size = before.settings['shard_size'] if before else run.config.sample.shard_size

@@ -50,9 +50,8 @@ def evaluate_set(e: Evaluation, cas_metrics: dict | None) -> None:
 def _choose_pictures(e: Evaluation, results: dict[str, Any]) -> dict[str, np.ndarray]:
     """Returns the pictures that the report shows, as the arrays of pictures.npz; `results` are those of the set."""
     samples, arrays = sample_store.read_set(e.run.sample_set_path(SAMPLES)), {}
-    index = np.arange(samples.results['count'])
-    classes = samples.settings['labels'] or range(max(samples.settings['num_classes'], 1))
-    labels, orders = np.asarray(classes)[index % len(classes)], {'samples': index}
+    orders = {'samples': np.arange(samples.results['count'])}
+    labels = sample.sample_labels(samples.settings['labels'], samples.settings['num_classes'], orders['samples'])
     if e.has_rejection:
         rejection = record.read_done(e.run.sample_set_path(REJECTION), 'reject')
         accepted = sample_store.read_npz(rejection.file(reject.ACCEPTED), ('index', 'log_probability'))

@@ -6,7 +6,7 @@ The training split also has the codes of its images cropped (codes.crops) and mi
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -132,18 +132,18 @@ def settings(run: Run, split: str) -> dict[str, Any]:
         'split': split,
         'shard_size': run.config.codes.shard_size,
         **{name: getattr(run.code_spec, name) for name in ('shapes', 'codebook_sizes', 'num_classes')},
-        **_augmentation(run, split),
+        **{name: run.config.codes[name] for name in ('crops', 'flip') if split == 'train' and run.config.codes[name]},
     }
 
 
-def _augmentation(run, split) -> dict[str, Any]:
-    """Returns the fields of config.codes by which a split has more examples than images."""
-    return {name: run.config.codes[name] for name in ('crops', 'flip') if split == 'train' and run.config.codes[name]}
+def views_per_image(settings: Mapping[str, Any]) -> int:
+    """Returns how many records of codes an image has, given `settings`: one of itself, then those of augmentation."""
+    return (1 + settings.get('crops', 0)) * (1 + settings.get('flip', False))
 
 
 def _images(run, split) -> ImageSource:
-    fields = _augmentation(run, split)
-    return dataclasses.replace(run.images(split), crops=fields.get('crops', 0), with_mirrored=fields.get('flip', False))
+    images, fields = run.images(split), run.config.codes
+    return dataclasses.replace(images, crops=fields.crops, with_mirrored=fields.flip) if split == 'train' else images
 
 
 def finish(output: Record, class_names: tuple[str, ...], paths: list[epath.Path]) -> store.CodesMeta:

@@ -100,7 +100,7 @@ def sample_by_level(generator: api.Generator, config: ConfigDict, count: int) ->
     index = np.arange(count, dtype=np.int32)
     keys, labels = (
         _keys(jax.random.key(config.sample.seed), index),
-        sample_labels(config, config.data.num_classes, index),
+        sample_labels(config.sample.labels, config.data.num_classes, index),
     )
     parameters, codes = build.sampling_arguments(config), ()
     for level in reversed(generator.specification.levels):
@@ -199,7 +199,8 @@ def fill(
     chosen = tuple(level for level in generator.specification.levels if level in levels)
     index = np.arange(count, dtype=np.int32)
     keys = _keys(jax.random.fold_in(jax.random.key(config.sample.seed), 0), index)
-    parameters, labels = build.sampling_arguments(config), sample_labels(config, config.data.num_classes, index)
+    parameters = build.sampling_arguments(config)
+    labels = sample_labels(config.sample.labels, config.data.num_classes, index)
     return np.asarray(api.inpaint(generator, keys, image[None], mask, labels, levels=chosen, **parameters).images)
 
 

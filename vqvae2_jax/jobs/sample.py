@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from vqvae2_jax import api
 from vqvae2_jax.config import build
@@ -102,7 +101,7 @@ def _draw_shards(run: Run, output: Record, missing: Sequence[Range], received_si
                 index = first + rows
                 yield {
                     'index': index.astype(np.int32),
-                    'label': sample_labels(run.config, run.code_spec.num_classes, index),
+                    'label': sample_labels(run.config.sample.labels, run.code_spec.num_classes, index),
                 }
 
         results = map_missing(make_sampler(run, generator), missing, open_batches, batch_size, run.config.sample.count)
@@ -129,9 +128,9 @@ def make_sampler(run: Run, generator: api.Generator) -> Callable[[dict[str, jax.
     return sample
 
 
-def sample_labels(config: ConfigDict, num_classes: int, index: np.ndarray) -> np.ndarray:
-    """Returns labels int32 [B] of samples `index`: sample.labels, or else all classes, round-robin."""
-    choices = np.asarray(config.sample.labels or range(max(num_classes, 1)), np.int32)
+def sample_labels(labels: Sequence[int], num_classes: int, index: np.ndarray) -> np.ndarray:
+    """Returns labels int32 [B] of samples `index`: those of sample.labels, or else all classes, round-robin."""
+    choices = np.asarray(labels or range(max(num_classes, 1)), np.int32)
     return choices[index % len(choices)]
 
 
@@ -145,7 +144,7 @@ def _finish(run: Run, output: Record, ranges: Sequence[Range]) -> None:
     count, directory = run.config.sample.count, output.directory
     sample_store.remove_others(output, ranges)
     output.finish({'count': count})
-    labels = sample_labels(run.config, run.code_spec.num_classes, np.arange(count))
+    labels = sample_labels(run.config.sample.labels, run.code_spec.num_classes, np.arange(count))
     grid = images_or_codes(run, sample_store.take(directory, grid_positions(labels, np.arange(count))))
     plots.save_png(directory / PICTURE, plots.image_grid(grid, columns=10, scale=plots.visible_scale(grid)))
     output.add_files(PICTURE)

@@ -32,7 +32,8 @@ def nearest(queries: ArrayLike, parts: Iterable[tuple[ArrayLike, ArrayLike]]) ->
 
     Args:
       queries: [M, D].
-      parts: the points, in parts that need not be in memory together: names int [N_i], features [N_i, D].
+      parts: the points, in parts that need not be in memory together: names int [N_i], features [N_i, D]. Empty
+        parts are allowed.
 
     Returns:
       The name of the nearest point, int64 [M], the first one of equally near ones; and its distance, float32 [M].
